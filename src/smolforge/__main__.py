@@ -1,0 +1,5 @@
+"""`python -m smolforge`."""
+
+from smolforge.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""The training state beside the weights: `training/optimizer.safetensors` and `training/state.json`.
+
+Random states of torch, NumPy and Python travel as integer tensors with the optimizer's, so nothing is
+pickled.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from smolforge.checkpoint import commit, weights
+from smolforge.errors import InvalidFile
+from smolforge.model import LanguageModel
+from smolforge.tokenizer import Tokenizer
+
+TRAINING, OPTIMIZER, STATE = "training", "optimizer.safetensors", "state.json"
+FORMAT_VERSION = 1
+_RANDOM = "random."
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def all_of(run: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first, sound or not."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+
+
+def save(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    optimizer: dict[str, Tensor],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Write one checkpoint, whole or not at all; returns its manifest. `facts` go to state.json."""
+
+    def fill(temporary: Path) -> None:
+        weights.save(model, temporary, tokenizer)
+        (temporary / TRAINING).mkdir()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
+        save_file(tensors | random_tensors(), temporary / TRAINING / OPTIMIZER)
+        content = json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=2)
+        (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
+
+    return commit.write_whole(folder, fill, {"step": facts["step"]})
+
+
+def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fill the model's weights and set all random states; returns optimizer tensors and facts.
+
+    The folder must have passed `commit.check`.
+    """
+    facts = read_facts(folder)
+    tensors = load_file(folder / TRAINING / OPTIMIZER)
+    restored = load_file(folder / weights.WEIGHTS)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(restored[name])
+    set_random_tensors(tensors)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_RANDOM)}, facts
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What state.json says. Raises InvalidFile where it is missing, broken or from a later version."""
+    path = folder / TRAINING / STATE
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidFile(f"{path} cannot be read: {error}") from None
+    if facts["format_version"] > FORMAT_VERSION:
+        raise InvalidFile(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
+    return facts
+
+
+def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None) -> Path | None:
+    """The newest checkpoint whose files (or `only` some) are as its manifest says; `warn` hears why others are not."""
+    for folder in reversed(all_of(run)):
+        try:
+            commit.check(folder, only)
+        except InvalidFile as error:
+            warn(f"{folder.name} is skipped: {error}")
+        else:
+            return folder
+    return None
+
+
+def retain(run: Path, keep_last: int, keep_best: bool) -> None:
+    """Delete all but the newest checkpoints and, if wanted, the one with the lowest validation loss."""
+    folders = all_of(run)
+    kept: set[Path] = set(folders[-keep_last:])
+    scored = [(loss, folder) for folder in folders if (loss := read_facts(folder).get("validation_loss")) is not None]
+    if keep_best and scored:
+        kept.add(min(scored)[1])
+    for folder in folders:
+        if folder not in kept:
+            commit.remove(folder)
+
+
+def random_tensors() -> dict[str, Tensor]:
+    """The random states of torch, NumPy and Python, as tensors (float64 holds their 32-bit words exactly)."""
+    _, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    _, python_words, python_gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*words.tolist(), place, has_gauss, gauss], dtype=torch.float64),
+        "python": torch.tensor(
+            [*python_words, math.nan if python_gauss is None else python_gauss], dtype=torch.float64
+        ),
+    }
+    states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return {f"{_RANDOM}{name}": state for name, state in states.items()}
+
+
+def set_random_tensors(tensors: dict[str, Tensor]) -> None:
+    """Undo `random_tensors`; devices that are not here are passed over."""
+    torch.set_rng_state(tensors[f"{_RANDOM}torch"])
+    *words, place, has_gauss, gauss = tensors[f"{_RANDOM}numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(words, np.uint32), int(place), int(has_gauss), gauss))
+    *words, gauss = tensors[f"{_RANDOM}python"].tolist()
+    random.setstate((3, tuple(map(int, words)), None if math.isnan(gauss) else gauss))
+    for index in range(torch.cuda.device_count()):
+        state = tensors.get(f"{_RANDOM}cuda.{index}")
+        if state is not None:
+            torch.cuda.set_rng_state(state, index)

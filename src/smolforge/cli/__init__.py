@@ -1,0 +1,67 @@
+"""The command line: one command a verb, and the only place that reads argv and talks to people.
+
+Nothing heavy is imported before a command is known, so `--help` answers at once. Every error a user can
+cause ends as one line and an exit code; `--debug` shows where it came from.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from smolforge import __version__
+from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+
+USAGE, INTERRUPTED = 2, 130
+COMMANDS = {
+    "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
+    "prepare": "Text to token shards that train reads.",
+    "train": "Train a recipe, or resume exactly what is in its run folder.",
+    "generate": "Continue a text, streaming.",
+    "inspect": "What a model, recipe, corpus or run is, and what it will need.",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command line; returns its exit code."""
+    from cyclopts import App, CycloptsError
+
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) < len(argv)
+    app = App(
+        name="smolforge",
+        help="SmolLM2-135M and its kin, through their whole life.",
+        version=__version__,
+        help_format="plaintext",
+        result_action="return_value",
+    )
+    for name, help_text in COMMANDS.items():
+        app.command(f"smolforge.cli.{name}:{name}", name=name, help=help_text)
+    try:
+        code = app(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        return _say(error, USAGE, debug)
+    except (SettingError, InvalidFile, MissingResource, Stopped) as error:
+        return _say(error, error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _say(KeyboardInterrupt("interrupted"), INTERRUPTED, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        known = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _say(OSError(known), MissingResource.exit_code, debug)
+    return code or 0
+
+
+def _say(error: BaseException, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"smolforge: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

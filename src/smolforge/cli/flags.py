@@ -1,0 +1,55 @@
+"""Dotted flags over a recipe: `--train.steps 500 --optim.schedule.decay none --data.sources a.txt,b.txt`.
+
+Every setting is a flag; dashes and underscores are the same. Values are checked where all settings are,
+in config, once they lie over the recipe.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin
+
+from smolforge.config import Recipe, fields
+from smolforge.errors import SettingError, did_you_mean
+
+GROUPS = tuple(name for name, field in Recipe.model_fields.items() if "." not in name)
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Dotted name to value, for what is left of a command line. Raises SettingError for what is no flag."""
+    known = dict(fields())
+    known |= dict.fromkeys(("model", "model.preset"))
+    given: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise SettingError(f"{word!r} is one word too many; settings are flags such as --train.steps 500")
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in known:
+            near = did_you_mean(name, known).replace("_", "-").replace("mean ", "mean --")
+            raise SettingError(f"there is no setting --{flag}.{near}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise SettingError(f"--{flag} needs a value")
+            value = rest.pop(0)
+        field = known[name]
+        if field is not None and _is_list(field.annotation):
+            given[name] = [*given.get(name, []), *_items(value)]
+        else:
+            given[name] = value
+    return given
+
+
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is tuple or any(get_origin(each) is tuple for each in get_args(annotation))
+
+
+def _items(value: str) -> list[Any]:
+    """`a,b`, or a TOML list where an item has a comma in it."""
+    if value.startswith("["):
+        try:
+            return tomllib.loads(f"items = {value}")["items"]
+        except tomllib.TOMLDecodeError as error:
+            raise SettingError(f"{value} is not a TOML list: {error}") from None
+    return value.split(",")

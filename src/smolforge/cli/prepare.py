@@ -1,0 +1,69 @@
+"""`smolforge prepare`."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smolforge.config import Data, validated
+
+
+def prepare(
+    *sources: str,
+    out: Path,
+    tokenizer: Path | None = None,
+    vocab_size: int = 4096,
+    tokens: str | None = None,
+    text_key: str = "text",
+    group_key: str | None = None,
+    held_out: float = 0.05,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Text to token shards that train reads with --data.sources OUT.
+
+    Parameters
+    ----------
+    sources
+        Text files, .jsonl files, directories or globs; none is the documentation that Python carries.
+    out
+        Folder of the corpus. It appears whole or not at all; the same command again finds it done.
+    tokenizer
+        A folder with a tokenizer.json; by default one is trained on these sources.
+    vocab_size
+        Size of the tokenizer that is trained.
+    tokens
+        Stop after this many, as 50000, 10M or 2B.
+    text_key
+        Key of the text in a .jsonl line.
+    group_key
+        Key in a .jsonl line that names documents to be held out together.
+    held_out
+        Share of the text kept back to measure on.
+    json_
+        Print documents, tokens, bytes and tokens_per_second as one JSON object.
+    """
+    from smolforge.cli.terminal import corpus_line
+    from smolforge.data import corpus
+    from smolforge.recipe.plan import parse_count
+    from smolforge.tokenizer import Tokenizer
+
+    chosen = {"sources": sources} if sources else {}
+    data = validated(Data, {**chosen, "text_key": text_key, "group_key": group_key, "held_out": held_out})
+    begun = time.perf_counter()
+    made = corpus.prepare(
+        data,
+        out,
+        Tokenizer.load(tokenizer) if tokenizer else None,
+        vocab_size,
+        parse_count(tokens) if tokens else None,
+        report=lambda counts: None if json_ else print(corpus_line(counts), flush=True),
+    )
+    sizes = [made.size(split) for split in corpus.SPLITS]
+    total = {key: sum(size[key] for size in sizes) for key in ("documents", "tokens", "bytes")}
+    if json_:
+        print(json.dumps(total | {"tokens_per_second": total["tokens"] / (time.perf_counter() - begun)}))
+        return
+    train, held = sizes
+    print(f"{out}: {train['tokens']:,} tokens to train on, {held['tokens']:,} held out")

@@ -1,0 +1,128 @@
+"""What a person sees while something long goes on: a live view on a terminal, plain lines elsewhere."""
+
+import logging
+import math
+import sys
+import time
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from smolforge.config import Recipe
+from smolforge.recipe.plan import Plan
+from smolforge.training import State
+
+PLAIN_SECONDS = 10
+
+
+class Display:
+    """An observer of runs that shows them on standard error."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.live: Live | None = None
+        self.progress = Progress(
+            TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
+        )
+        self.sample = ""
+        self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
+        self.handler = RichHandler(logging.WARNING, self.console, show_time=False, show_path=False)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("smolforge").addHandler(self.handler)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        logging.getLogger("smolforge").removeHandler(self.handler)
+
+    def stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
+        self.console.print(plan_table(recipe, plan, start))
+        for warning in plan.warnings():
+            self.console.print(f"warning: {warning}", style="yellow", markup=False)
+        self.steps, self.first, self.begun = recipe.train.steps, start.step, time.perf_counter()
+        self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
+        if self.console.is_terminal and not self.console.quiet:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+
+    def preparing(self, counts: dict[str, int]) -> None:
+        self.say(corpus_line(counts))
+
+    def sampled(self, text: str) -> None:
+        self.sample = text
+        if self.live is None:
+            self.say(f"  sample: {' '.join(text.split())[:200]}")
+
+    def stepped(self, metrics: dict[str, Any]) -> None:
+        self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
+        line = metrics_line(metrics, self.remaining(metrics["step"]))
+        measured = "validation_loss" in metrics
+        if self.live is not None:
+            if measured:
+                self.console.print(f"step {metrics['step']:,}: {line}", markup=False)
+            sample = Panel(Text(" ".join(self.sample.split())[-600:]), title="last sample") if self.sample else Text("")
+            self.live.update(Group(self.progress, Text(line), sample))
+        elif measured or time.perf_counter() - self.told > PLAIN_SECONDS or metrics["step"] == self.steps:
+            self.told = time.perf_counter()
+            self.say(f"step {metrics['step']:,}/{self.steps:,}  {line}")
+
+    def remaining(self, step: int) -> float:
+        """Seconds to the last step, at the pace since this start, pauses included."""
+        return (time.perf_counter() - self.begun) / (step - self.first) * (self.steps - step)
+
+
+def metrics_line(metrics: dict[str, Any], remaining: float) -> str:
+    """One step in one line."""
+    parts = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+    parts += [f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
+    parts += [f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB", f"{duration(remaining)} left"]
+    if "validation_loss" in metrics:
+        bits = metrics["validation_bits_per_byte"]
+        parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
+    return "  ".join(parts)
+
+
+def corpus_line(counts: dict[str, int]) -> str:
+    return f"tokenised {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB, {counts['tokens']:,} tokens"
+
+
+def plan_table(recipe: Recipe, plan: Plan, start: State) -> Table:
+    """What a run opens with."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    total = sum(plan.parameters.values())
+    shape = ", ".join(f"{name} {count:,}" for name, count in sorted(plan.parameters.items()))
+    table.add_row("parameters", f"{total:,} ({shape})")
+    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows)
+    micro = math.ceil(recipe.train.rows / rows)
+    batch = f"{recipe.train.rows} x {recipe.train.sequence_length} tokens"
+    steps = f"{start.step:,} to {recipe.train.steps:,}" if start.step else f"{recipe.train.steps:,}"
+    table.add_row("steps", f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""))
+    table.add_row("tokens", f"{plan.tokens:,}")
+    table.add_row("time", f"about {duration(plan.seconds)} on this {plan.device}, by its matrix speed")
+    table.add_row("memory", f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}")
+    table.add_row("disk", f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 129600 else f"{seconds / 86400:,.0f} days"

@@ -1,0 +1,45 @@
+"""`smolforge train`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smolforge.cli.flags import parse
+
+
+def train(
+    recipe: str,
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    run: Path,
+    fresh: bool = False,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Train a recipe, or resume exactly what is in its run folder.
+
+    Every setting of a recipe is a flag: --train.steps 500, --data.sources my.txt, --optim.learning-rate 1e-3,
+    --tokenizer FOLDER, --budget 5m, --init-from MODEL. `smolforge inspect RECIPE` lists them with their values.
+
+    Parameters
+    ----------
+    recipe
+        A recipe file, or the name of one that comes with smolforge.
+    run
+        The folder of the run; the same command again resumes it.
+    fresh
+        Refuse to resume.
+    json_
+        Print the final metrics as one JSON object.
+    """
+    overrides = parse(settings)
+    from smolforge.cli.terminal import Display
+    from smolforge.recipe import resume_or_start
+
+    with Display(quiet=json_) as display:
+        result = resume_or_start(recipe, run, overrides, fresh, display)
+    if json_:
+        print(json.dumps(result.metrics))
+    else:
+        display.say(f"finished: {result.folder} is at step {result.metrics['step']:,}")
+        display.say(f'talk to it: smolforge generate {result.folder} --prompt "Once upon a time"')

@@ -1,0 +1,313 @@
+"""Every setting of every stage, as one frozen tree.
+
+A recipe file, dotted flags and Python arguments all end as a `Recipe`. Each field is said once: its
+name is its key and its flag, the text below it is its help. Fields marked FREE may change when a run
+is resumed; all others are part of what the run is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from smolforge.errors import SettingError, did_you_mean
+
+FREE = "may change on resume"
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """What all groups of settings share: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Settings):
+    """The shape of a decoder, in the names of Hugging Face's config.json; the defaults are SmolLM2-135M."""
+
+    model_type: Literal["llama"] = "llama"
+    """Family of the architecture."""
+    vocab_size: PositiveInt = 49152
+    """Number of token ids."""
+    hidden_size: PositiveInt = 576
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt = 1536
+    """Width inside each feed-forward."""
+    num_hidden_layers: PositiveInt = 30
+    """Number of decoder layers."""
+    num_attention_heads: PositiveInt = 9
+    """Number of query heads."""
+    num_key_value_heads: PositiveInt = 3
+    """Number of key and value heads; each is shared by a group of query heads."""
+    head_dim: PositiveInt | None = None
+    """Width of one head; by default hidden_size / num_attention_heads."""
+    max_position_embeddings: PositiveInt = 8192
+    """Longest sequence the model is meant for, in tokens."""
+    rope_theta: PositiveFloat = 100_000.0
+    """Base of the rotary wavelengths."""
+    rms_norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square before the root."""
+    tie_word_embeddings: bool = True
+    """Read the output logits off the token embedding."""
+    hidden_act: Literal["silu"] = "silu"
+    """Activation inside the feed-forward."""
+    initializer_range: PositiveFloat = 1 / 24
+    """Standard deviation of the initial weights (residual outputs: divided by sqrt(2 layers))."""
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of "
+                    f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: rotation pairs its two halves")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """`head_dim`, resolved."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+
+class Data(Settings):
+    """Where the text comes from."""
+
+    sources: tuple[str, ...] = ("python-docs",)
+    """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is the documentation every CPython carries."""
+    text_key: str = "text"
+    """Key of the text in a .jsonl line."""
+    group_key: str | None = None
+    """Key in a .jsonl line that names documents which belong together, so that the held-out split keeps them together."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the text kept back to measure on."""
+    num_workers: Annotated[NonNegativeInt, FREE] = 1
+    """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
+
+
+class Schedule(Settings):
+    """Learning rate over optimizer steps: a linear warm-up, a plateau, a decay."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise to the peak."""
+    decay: Literal["linear", "1-sqrt", "cosine"] | None = "linear"
+    """Shape of the fall; none stays at the peak."""
+    decay_steps: PositiveInt | None = None
+    """Length of the fall at the end; by default everything after the warm-up."""
+    final_learning_rate: NonNegativeFloat = 0.0
+    """Where the fall ends, and what further steps use."""
+    steps: PositiveInt | None = None
+    """The horizon the fall ends at; by default train.steps of the first start."""
+
+
+class Optim(Settings):
+    """The optimizer and its learning rates."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw is the published recipes'; muon orthogonalises the matrices of the layers and leaves the rest to AdamW."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    matrix_learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of Muon's matrices; it follows the same schedule."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay rate of Muon's average."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled decay of the matrices, times the learning rate."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients of a larger global norm are scaled down to it; none does not clip."""
+    schedule: Schedule = Schedule()
+    """Learning rate over steps."""
+
+
+class Train(Settings):
+    """The loop."""
+
+    steps: Annotated[PositiveInt, FREE] = 1000
+    """Optimizer steps after which to stop."""
+    sequence_length: PositiveInt = 2048
+    """Tokens in one row."""
+    batch_tokens: PositiveInt = 1_048_576
+    """Tokens per optimizer step, over all ranks."""
+    micro_batch_size: Annotated[PositiveInt | None, FREE] = None
+    """Rows in one forward pass; by default all of them. Gradient accumulation follows from it."""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], FREE] = "auto"
+    """Arithmetic of the forward pass; weights stay in fp32 (float64 for proofs). auto is bfloat16 on a GPU, float32 elsewhere."""
+    device: Annotated[str, FREE] = "auto"
+    """cpu, cuda or mps; auto takes the fastest present."""
+    checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: Annotated[PositiveInt, FREE] = 2
+    """Newest checkpoints to keep."""
+    keep_best: Annotated[bool, FREE] = True
+    """Also keep the checkpoint of the lowest validation loss."""
+    evaluate_every: Annotated[PositiveInt | None, FREE] = 500
+    """Steps between measurements on the held-out text."""
+    evaluate_tokens: Annotated[PositiveInt | None, FREE] = 65_536
+    """Held-out tokens used by each measurement while training; none uses all."""
+    sample_every: Annotated[PositiveInt | None, FREE] = 500
+    """Steps between text samples."""
+    sample_prompts: Annotated[tuple[str, ...], FREE] = ("",)
+    """One sample is drawn for each; empty starts a new document."""
+
+    @property
+    def rows(self) -> int:
+        """Sequences per optimizer step."""
+        return self.batch_tokens // self.sequence_length
+
+    @model_validator(mode="after")
+    def _rows_are_whole(self) -> Self:
+        if self.batch_tokens % self.sequence_length:
+            nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length "
+                f"({self.sequence_length}); {nearest} is the nearest"
+            )
+        return self
+
+
+class Generation(Settings):
+    """How text is drawn from a model; the words are Transformers'."""
+
+    max_new_tokens: Annotated[PositiveInt, FREE] = 128
+    """Longest answer, in tokens."""
+    temperature: Annotated[NonNegativeFloat, FREE] = 0.8
+    """0 takes the likeliest token; 1 samples as the model believes."""
+    top_k: Annotated[PositiveInt | None, FREE] = None
+    """Sample among this many likeliest tokens."""
+    top_p: Annotated[Annotated[float, Field(gt=0, le=1)] | None, FREE] = 0.95
+    """Sample among the likeliest tokens that together hold this much probability."""
+    min_p: Annotated[Annotated[float, Field(ge=0, le=1)] | None, FREE] = None
+    """Sample among tokens at least this many times as likely as the likeliest."""
+    repetition_penalty: Annotated[PositiveFloat, FREE] = 1.0
+    """Above 1, tokens already seen become less likely."""
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], FREE] = ()
+    """Strings that end the text and are no part of it."""
+    seed: Annotated[NonNegativeInt | None, FREE] = None
+    """Makes a draw repeatable; none draws anew each time."""
+
+
+class Recipe(Settings):
+    """Everything that defines a run."""
+
+    seed: NonNegativeInt = 0
+    """Fixes the initial weights, the order of the data and every sample."""
+    tokenizer: str | None = None
+    """A folder or tokenizer.json; none trains one of model.vocab_size on the corpus."""
+    init_from: Annotated[str | None, FREE] = None
+    """Start from the weights of this MODEL, with a fresh optimizer and schedule."""
+    budget: Annotated[str | None, FREE] = None
+    """5m, 1h or 10M-tokens: derive steps, batch, warm-up and decay for this machine at the first start."""
+    model: ModelConfig = ModelConfig()
+    """The shape; in a recipe `preset` names one, and other keys change it."""
+    data: Data = Data()
+    """The text."""
+    optim: Optim = Optim()
+    """The optimizer and its schedule."""
+    train: Train = Train()
+    """The loop."""
+    sample: Generation = Generation(max_new_tokens=64)
+    """How text samples are drawn while training; without a seed of its own, from the run's."""
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Self:
+        schedule, horizon = self.optim.schedule, self.optim.schedule.steps or self.train.steps
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length ({self.train.sequence_length}) is beyond "
+                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+            )
+        if schedule.warmup_steps + (schedule.decay_steps or 0) > horizon:
+            raise ValueError(
+                f"optim.schedule.warmup_steps ({schedule.warmup_steps}) and decay_steps "
+                f"({schedule.decay_steps or 0}) together are more than the {horizon} steps of the schedule"
+            )
+        if schedule.final_learning_rate > self.optim.learning_rate:
+            raise ValueError(
+                f"optim.schedule.final_learning_rate ({schedule.final_learning_rate}) is above "
+                f"optim.learning_rate ({self.optim.learning_rate})"
+            )
+        return self
+
+
+def fields(group: type[Settings] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, pydantic field) of every single setting below a group."""
+    for name, field in group.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def leaves(settings: Settings) -> dict[str, Any]:
+    """Dotted name to value, for every single setting of a tree."""
+    values = {}
+    for dotted, _ in fields(type(settings)):
+        value: Any = settings
+        for part in dotted.split("."):
+            value = value.__dict__[part]
+        values[dotted] = value
+    return values
+
+
+def replaced(settings: S, changes: dict[str, Any]) -> S:
+    """A copy with some settings changed, given by dotted name, and validated again."""
+    tree = settings.model_dump()
+    for dotted, value in changes.items():
+        place(tree, dotted, value)
+    return validated(type(settings), tree)
+
+
+def place(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Put a value into nested dictionaries under its dotted name."""
+    *path, last = dotted.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise SettingError(f"{dotted} cannot be set: {part} is a single value here, not a table")
+    tree[last] = value
+
+
+def validated(group: type[S], tree: Mapping[str, Any], where: str = "") -> S:
+    """A tree of plain values as settings.
+
+    Raises SettingError with one sentence that names the key, the value, the rule and, if given, the file.
+    """
+    try:
+        return group.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    dotted = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = {name for name, _ in fields(group)} | set(group.model_fields)
+        raise SettingError(f"{where}there is no setting {dotted!r}.{did_you_mean(dotted, known)}")
+    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "value_error":
+        raise SettingError(f"{where}{dotted + ': ' if dotted else ''}{rule}")
+    raise SettingError(f"{where}{dotted} is {first['input']!r}; it should be {rule}")

@@ -1,0 +1,115 @@
+"""Token shards to batches, as a pure function of (seed, step).
+
+The corpus is cut into windows of sequence_length, the windows of an epoch are put into an order, and
+the rows of step s are the windows at positions s * rows ... (s + 1) * rows of the epochs strung together.
+Nothing is remembered between steps, so resuming is asking for the next one, and it does not matter how
+many threads ask.
+
+    tokens   t0 t1 t2 t3 | t4 t5 t6 t7 | t8 t9
+    window 1             ids    t4 t5 t6 t7
+                         labels t5 t6 t7 t8      the first token of the next window is predicted too
+    window 2             ids    t8 t9 ..         the last window is filled up with ignored labels
+                         labels t9 -- --
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from smolforge.data.corpus import Tokens
+from smolforge.errors import InvalidFile
+from smolforge.model import IGNORED
+
+_MASK = (1 << 64) - 1
+
+
+class Batch(NamedTuple):
+    """Rows of one optimizer step: token ids and the id that follows each."""
+
+    ids: Int[Tensor, "b t"]
+    labels: Int[Tensor, "b t"]
+
+    def split(self, rows: int) -> Iterator["Batch"]:
+        """Micro-batches of at most so many rows."""
+        for ids, labels in zip(self.ids.split(rows), self.labels.split(rows), strict=True):
+            yield Batch(ids, labels)
+
+
+class Windows:
+    """All windows of a corpus in the order of a seed."""
+
+    def __init__(self, tokens: Tokens, sequence_length: int, seed: int) -> None:
+        self.tokens, self.sequence_length, self.seed = tokens, sequence_length, seed
+        if len(tokens) <= sequence_length:
+            raise InvalidFile(
+                f"the corpus has {len(tokens):,} training tokens, which is less than one window of "
+                f"train.sequence_length ({sequence_length:,}) and the token after it; add text, or shorten it"
+            )
+        self.count = -(-(len(tokens) - 1) // sequence_length)
+
+    def batch(self, step: int, rows: int) -> Batch:
+        """The rows of a step, counted from 0."""
+        pairs = [self.window(position) for position in range(step * rows, (step + 1) * rows)]
+        ids, labels = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
+        return Batch(ids, labels)
+
+    def window(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids and labels of the window at a position of the endless order."""
+        epoch, place = divmod(position, self.count)
+        start = permuted(place, self.count, self.seed, epoch) * self.sequence_length
+        found = self.tokens[start : start + self.sequence_length + 1]
+        ids = np.zeros(self.sequence_length, np.int64)
+        labels = np.full(self.sequence_length, IGNORED, np.int64)
+        ids[: len(found) - 1], labels[: len(found) - 1] = found[:-1], found[1:]
+        return ids, labels
+
+
+def permuted(place: int, count: int, seed: int, epoch: int) -> int:
+    """Where `place` goes in a shuffle of range(count) that is computed and never stored.
+
+    A four-round Feistel network over the next even number of bits, walked until it lands inside
+    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    keys = [_mixed(_mixed(_mixed(seed) + epoch) + number) for number in range(4)]
+    while True:
+        left, right = place >> half, place & low
+        for key in keys:
+            left, right = right, left ^ (_mixed(right + key) & low)
+        place = left << half | right
+        if place < count:
+            return place
+
+
+def _mixed(x: int) -> int:
+    """splitmix64's finaliser: Steele, Lea and Flood 2014."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31
+
+
+def stream(windows: Windows, first_step: int, rows: int, num_workers: int) -> Iterator[Batch]:
+    """Batches of all steps from the first on, read ahead by `num_workers` threads."""
+    step = first_step
+    if num_workers == 0:
+        while True:
+            yield windows.batch(step, rows)
+            step += 1
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
+    ahead: deque[Future[Batch]] = deque()
+    try:
+        while True:
+            while len(ahead) <= num_workers:
+                ahead.append(pool.submit(windows.batch, step, rows))
+                step += 1
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

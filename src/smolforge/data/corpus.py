@@ -1,0 +1,284 @@
+"""Documents to token shards on disk.
+
+    sources -> documents -> (drop duplicates, hold out) -> token ids -> DIR/{train,held_out}/00000.ds
+
+The shards are datatrove's: `.ds` little-endian ids, `.ds.index` document ends, `.ds.metadata`. Beside them
+`corpus.json` says what went in, how much it is, and its fingerprint; it is written last, inside a
+temporary folder that is then renamed, so a corpus is whole or is not there.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from smolforge.config import Data
+from smolforge.data.documents import PYTHON_DOCS, Document, documents
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+TRAIN, HELD_OUT = "train", "held_out"
+SPLITS = (TRAIN, HELD_OUT)
+FEWEST_GROUPS = 20
+BATCH_BYTES = 4 << 20
+SHARD_TOKENS = 1 << 28
+
+Report = Callable[[dict[str, int]], None]
+
+
+class Corpus:
+    """A prepared corpus, read lazily through memory maps."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder, self.facts = folder, facts
+        self.fingerprint: str = facts["fingerprint"]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Raises InvalidFile where the folder holds no whole corpus."""
+        try:
+            facts = json.loads((folder / "corpus.json").read_text("utf-8"))
+            splits, version = facts["splits"], facts["format_version"]
+            expected = {split: splits[split]["tokens"] * facts["token_bytes"] for split in SPLITS}
+        except FileNotFoundError:
+            raise InvalidFile(f"{folder} is not a prepared corpus: it has no corpus.json") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidFile(f"{folder / 'corpus.json'} is broken: {error!r}; prepare the corpus again") from None
+        if version != FORMAT_VERSION:
+            raise InvalidFile(f"{folder} has corpus format {version}; this version reads {FORMAT_VERSION}")
+        for split, size in expected.items():
+            found = sum(file.stat().st_size for file in (folder / split).glob("*.ds"))
+            if found != size:
+                raise InvalidFile(
+                    f"{folder / split} holds {found:,} bytes of tokens where corpus.json says {size:,}; "
+                    "prepare the corpus again"
+                )
+        return cls(folder, facts)
+
+    def tokens(self, split: str) -> "Tokens":
+        shards = sorted((self.folder / split).glob("*.ds"))
+        return Tokens([np.memmap(shard, f"<u{self.facts['token_bytes']}", "r") for shard in shards])
+
+    def size(self, split: str) -> dict[str, int]:
+        """documents, tokens and bytes (of UTF-8 text) of one split."""
+        return self.facts["splits"][split]
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "tokenizer")
+
+
+class Tokens:
+    """The ids of all shards as one long array, of which only what is sliced is read."""
+
+    def __init__(self, shards: list[np.ndarray]) -> None:
+        self.shards = shards
+        self.starts = np.cumsum([0, *(len(shard) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        start, stop, _ = window.indices(len(self))
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            offset = int(self.starts[first])
+            parts.append(self.shards[first][start - offset : stop - offset])
+            start, first = int(self.starts[first + 1]), first + 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+def prepare(
+    data: Data,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    vocab_size: int = 4096,
+    max_tokens: int | None = None,
+    report: Report = lambda counts: None,
+) -> Corpus:
+    """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
+
+    Without a tokenizer one of `vocab_size` is trained on the training part. Stops after the document
+    that reaches `max_tokens`. `report` is told documents, tokens and bytes so far.
+
+    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else.
+    """
+    request = {
+        "data": data.model_dump(mode="json", exclude={"num_workers"}),
+        "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
+        "max_tokens": max_tokens,
+    }
+    if (folder / "corpus.json").is_file():
+        corpus = Corpus.open(folder)
+        if corpus.facts["request"] != request:
+            raise SettingError(f"{folder} holds a corpus made with other settings; give another folder, or delete it")
+        return corpus
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingError(f"{folder} exists and is not a corpus; give another folder")
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    plans = {source: survey(source, data) for source in data.sources}
+    if tokenizer is None:
+        texts = (document.text for split, document in _split(plans, data) if split == TRAIN)
+        tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer.save(temporary / "tokenizer")
+    facts = _write(temporary, _split(plans, data), tokenizer, max_tokens, report)
+    described = {"format_version": FORMAT_VERSION, "request": request, "python": platform.python_version()}
+    if PYTHON_DOCS not in data.sources:
+        del described["python"]
+    (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
+    if folder.exists():
+        folder.rmdir()
+    os.rename(temporary, folder)
+    return Corpus.open(folder)
+
+
+class Plan:
+    """Which part of one source is held out."""
+
+    def __init__(self, groups: dict[str, int], held_out: float) -> None:
+        total = sum(groups.values())
+        self.train_characters = total * (1 - held_out)
+        self.by_group = len(groups) >= FEWEST_GROUPS and held_out > 0
+        self.held_out_groups: set[str] = set()
+        if self.by_group:
+            # In the order of a hash, every group that still fits into the share; never none at all.
+            room = total * held_out
+            for group in sorted(groups, key=_digest):
+                if groups[group] <= room:
+                    self.held_out_groups.add(group)
+                    room -= groups[group]
+            self.held_out_groups = self.held_out_groups or {min(groups, key=lambda group: groups[group])}
+
+    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
+        """The document, or its two parts where the source's tail begins inside it.
+
+        `start` is the number of characters of the source before it.
+        """
+        text = document.text
+        if self.by_group:
+            yield HELD_OUT if document.group in self.held_out_groups else TRAIN, document
+        elif start + len(text) <= self.train_characters:
+            yield TRAIN, document
+        else:
+            cut = max(0, int(self.train_characters) - start)
+            cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut) if "\n" not in text[:cut] else -1) + 1
+            if cut:
+                yield TRAIN, Document(document.group, text[:cut])
+            yield HELD_OUT, Document(document.group, text[cut:])
+
+
+def survey(source: str, data: Data) -> Plan:
+    """One pass over a source: how its held-out part is chosen."""
+    groups: dict[str, int] = defaultdict(int)
+    for document in documents(source, data):
+        groups[document.group] += len(document.text)
+    if not sum(groups.values()):
+        raise InvalidFile(f"the data source {source!r} is empty")
+    return Plan(groups, data.held_out)
+
+
+def _split(plans: dict[str, Plan], data: Data) -> Iterator[tuple[str, Document]]:
+    """Every document once, with its split. Empty ones and exact repetitions are dropped."""
+    seen: set[bytes] = set()
+    for source, plan in plans.items():
+        start = 0
+        for document in documents(source, data):
+            digest = _digest(document.text)
+            if document.text.strip() and digest not in seen:
+                seen.add(digest)
+                yield from plan.pieces(document, start)
+            start += len(document.text)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _write(
+    folder: Path,
+    pieces: Iterable[tuple[str, Document]],
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    report: Report,
+) -> dict[str, Any]:
+    """Tokenise and write all pieces; returns what corpus.json says of them."""
+    token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
+    writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
+    for batch in _batches(pieces):
+        encoded = tokenizer.encode_batch([document.text for _, document in batch])
+        for (split, document), ids in zip(batch, encoded, strict=True):
+            writers[split].add([*ids, tokenizer.eos_id], len(document.text.encode("utf-8", "surrogatepass")))
+        total = {key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")}
+        report(total)
+        if max_tokens is not None and total["tokens"] >= max_tokens:
+            break
+    for writer in writers.values():
+        writer.close()
+    fingerprint = hashlib.sha256("".join(writer.digest.hexdigest() for writer in writers.values()).encode())
+    return {
+        "fingerprint": fingerprint.hexdigest(),
+        "token_bytes": token_bytes,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer": tokenizer.fingerprint,
+        "splits": {split: writer.size for split, writer in writers.items()},
+    }
+
+
+def _batches(pieces: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """Runs of documents of a few megabytes: enough to keep all cores busy, little to hold."""
+    batch: list[tuple[str, Document]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1].text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class ShardWriter:
+    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
+        self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
+        self.size = {"documents": 0, "tokens": 0, "bytes": 0}
+        self.digest = hashlib.sha256()
+        self.numbers = itertools.count()
+        self.file: BinaryIO | None = None
+        self.path = folder
+        self.ends: list[int] = []
+        folder.mkdir(parents=True)
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        if self.file is None:
+            self.path = self.folder / f"{next(self.numbers):05d}.ds"
+            self.file, self.ends = self.path.open("wb"), []
+        content = np.asarray(ids, f"<u{self.token_bytes}").tobytes()
+        self.file.write(content)
+        self.digest.update(content)
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(ids))
+        for key, count in (("documents", 1), ("tokens", len(ids)), ("bytes", text_bytes)):
+            self.size[key] += count
+        if self.ends[-1] >= SHARD_TOKENS:
+            self.close()
+
+    def close(self) -> None:
+        if self.file is None:
+            return
+        self.file.close()
+        self.file = None
+        self.path.with_suffix(".ds.index").write_bytes(np.asarray(self.ends, "<u8").tobytes())
+        name = f"{self.tokenizer.fingerprint}|{self.token_bytes}"
+        self.path.with_suffix(".ds.metadata").write_text(f"{name}\n{self.ends[-1]}\n{self.ends[-1]:,} T\n", "utf-8")

@@ -1,0 +1,91 @@
+"""How well a model predicts a text: loss, perplexity, bits per byte, token accuracy.
+
+Every token is predicted once, the first after an end-of-text token. Windows overlap, so that all but the
+first tokens have at least `sequence_length - stride` tokens before them.
+
+    window 1   [. . . . . . . .]            all 8 count
+    window 2           [. . . . . . . .]    the last 4 count (stride 4)
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from smolforge.data.corpus import HELD_OUT, Corpus
+from smolforge.errors import InvalidFile
+from smolforge.model import IGNORED, LanguageModel
+
+ROWS = 8
+
+
+def measure_corpus(
+    model: LanguageModel,
+    corpus: Corpus,
+    sequence_length: int,
+    max_tokens: int | None = None,
+    stride: int | None = None,
+    precision: AbstractContextManager | None = None,
+) -> dict[str, Any]:
+    """loss, perplexity, bits_per_byte, accuracy, tokens over the held-out part, or its first `max_tokens`.
+
+    Raises InvalidFile where nothing was held out.
+    """
+    size = corpus.size(HELD_OUT)
+    if not size["tokens"]:
+        raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
+    ids = corpus.tokens(HELD_OUT)[:max_tokens]
+    result = measure(model, ids, corpus.facts["eos_id"], sequence_length, stride, precision)
+    # Exact over the whole split; over a part, its bytes are taken in proportion to its tokens.
+    text_bytes = size["bytes"] * result["tokens"] / size["tokens"]
+    return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
+
+
+@torch.inference_mode()
+def measure(
+    model: LanguageModel,
+    ids: np.ndarray,
+    eos_id: int,
+    sequence_length: int,
+    stride: int | None = None,
+    precision: AbstractContextManager | None = None,
+) -> dict[str, Any]:
+    """loss (nats a token), perplexity, accuracy and tokens of a text given by its ids."""
+    device, training = model.head.device, model.training
+    model.eval()
+    loss, right, counted = 0.0, 0, 0
+    inputs, labels = windows(ids, eos_id, sequence_length, stride or sequence_length)
+    for rows, targets in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
+        targets = targets.to(device)
+        with precision or nullcontext():
+            logits = model(rows.to(device)).flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        flat = targets.flatten()
+        loss += F.cross_entropy(logits, flat, reduction="sum", ignore_index=IGNORED).item()
+        right += int((logits.argmax(-1) == flat).sum())
+        counted += int((flat != IGNORED).sum())
+    model.train(training)
+    mean = loss / counted
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / counted, "tokens": counted}
+
+
+def windows(
+    ids: np.ndarray, eos_id: int, sequence_length: int, stride: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels (n, t) in which each id is the label that counts exactly once."""
+    text = torch.from_numpy(np.concatenate([[eos_id], ids]).astype(np.int64))
+    inputs, labels, done = [], [], 0
+    while done < len(ids):
+        start = max(0, done + stride - sequence_length) if done else 0
+        part = text[start : start + sequence_length + 1]
+        end = start + len(part) - 1
+        row, target = torch.zeros(sequence_length, dtype=torch.int64), torch.full((sequence_length,), IGNORED)
+        row[: len(part) - 1] = part[:-1]
+        target[done - start : len(part) - 1] = part[1 + done - start :]
+        inputs.append(row)
+        labels.append(target)
+        done = end
+    return torch.stack(inputs), torch.stack(labels)

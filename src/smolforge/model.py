@@ -1,0 +1,318 @@
+"""A Llama-style decoder: token ids in, hidden states and logits out.
+
+    embed -> [ norm -> attention -> + -> norm -> mlp -> + ] x layers -> norm -> logits
+
+Parameters have Hugging Face's names, so a checkpoint loads strictly and without renaming. What is
+attended to is a value: `hidden(ids, positions, memory)` hands every layer's queries, keys and values to
+`memory.attend`, and plain causal attention, a cache or packed documents differ only there.
+
+Axes: b batch, t new tokens, s tokens attended to, h query heads, k key heads, d head width,
+c hidden, v vocabulary.
+"""
+
+import math
+from collections import Counter
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smolforge.config import ModelConfig
+
+Hidden = Float[Tensor, "b t c"]
+Heads = Float[Tensor, "b h t d"]
+Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
+
+IGNORED = -100
+"""Label of a position that does not count in the loss, as torch and Transformers spell it."""
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at the same time while training."""
+CHUNKED = "linear_cross_entropy" in F.__dict__
+
+
+class Memory(Protocol):
+    """What queries may look at: the only difference between training, decoding and packing."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Heads,
+        k: Float[Tensor, "b k t d"],
+        v: Float[Tensor, "b k t d"],
+    ) -> Heads: ...
+
+
+class Causal:
+    """Every token attends to itself and all before it in its row; nothing is kept."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Heads,
+        k: Float[Tensor, "b k t d"],
+        v: Float[Tensor, "b k t d"],
+    ) -> Heads:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Cache:
+    """Keys and values of tokens already seen, one row a sequence, each filled from the left.
+
+    `at(positions)` says where the next tokens go. A token attends to the positions up to its own, so
+    whatever lies beyond, padding included, is never seen and is overwritten when its turn comes.
+    """
+
+    def __init__(self, model: "LanguageModel", rows: int, capacity: int) -> None:
+        config, like = model.config, model.model.embed_tokens.weight
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_size)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+
+    def at(self, positions: Int[Tensor, "b t"]) -> "CacheWindow":
+        return CacheWindow(self, positions)
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class CacheWindow:
+    """A cache about to take the tokens of these positions."""
+
+    def __init__(self, cache: Cache, positions: Int[Tensor, "b t"]) -> None:
+        self.cache = cache
+        self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self.positions = positions
+        self.end = int(positions.max()) + 1
+        seen = torch.arange(self.end, device=positions.device)
+        self.mask = (seen <= positions[..., None])[:, None]  # b 1 t s
+
+    def attend(
+        self,
+        layer: int,
+        q: Heads,
+        k: Float[Tensor, "b k t d"],
+        v: Float[Tensor, "b k t d"],
+    ) -> Heads:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, :, self.positions] = k.transpose(1, 2)
+        values[self.rows, :, self.positions] = v.transpose(1, 2)
+        seen_keys, seen_values = keys[:, :, : self.end], values[:, :, : self.end]
+        return F.scaled_dot_product_attention(q, seen_keys, seen_values, self.mask, enable_gqa=True)
+
+
+def rotary(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
+    """Cosine and sine of each position's angles, in fp32 whatever the model's dtype.
+
+    Su et al. 2021, https://arxiv.org/abs/2104.09864. Channel i is paired with i + d/2 (half rotation,
+    as in Hugging Face's Llama), so both halves carry the same angles.
+    """
+    channel = torch.arange(0, config.head_size, 2, device=positions.device).float()
+    frequency = 1.0 / config.rope_theta ** (channel / config.head_size)
+    angle = positions[:, None, :, None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "b n t d"], angles: Rotary) -> Float[Tensor, "b n t d"]:
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square, in fp32 at least; the weight is applied after casting back.
+
+    Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... c"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * unit.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped keys and values: query head i reads key head i // group."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_size = layer, config.head_size
+        width = config.num_attention_heads * config.head_size
+        key_width = config.num_key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> Hidden:
+        q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out = memory.attend(self.layer, rotate(q, angles), rotate(k, angles), v)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Float[Tensor, "b t nd"]) -> Float[Tensor, "b n t d"]:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU, Shazeer 2020, https://arxiv.org/abs/2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Hidden) -> Hidden:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> Hidden:
+        x = x + self.self_attn(self.input_layernorm(x), angles, memory)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """The whole model. A tied head has no parameter of its own: it is the embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Any = None  # a Tokenizer, where the model was loaded with one
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+        return self.logits(self.hidden(ids))
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "b t"],
+        positions: Int[Tensor, "#b t"] | None = None,
+        memory: Memory | None = None,
+    ) -> Hidden:
+        """Final states of each token. Positions count from 0 and memory is `Causal()` unless given."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        x = self.model.embed_tokens(ids)
+        angles = rotary(self.config, positions, x.dtype)
+        for layer in self.model.layers:
+            x = layer(x, angles, memory or Causal())
+        return self.model.norm(x)
+
+    @property
+    def head(self) -> Float[Tensor, "v c"]:
+        """The matrix that turns a hidden state into logits."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def logits(self, hidden: Float[Tensor, "*n c"]) -> Float[Tensor, "*n v"]:
+        return F.linear(hidden, self.head)
+
+
+def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A model with fresh weights that depend on nothing but config and seed."""
+    model = allocate(config, dtype)
+    initialize(model, seed)
+    return model
+
+
+def allocate(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A model whose weights are yet to be filled: no time is spent on numbers about to be replaced."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    return model.to(dtype).to_empty(device="cpu")
+
+
+@torch.no_grad()
+def initialize(model: LanguageModel, seed: int) -> None:
+    """nanotron's scheme (scaling/parametrization.py): N(0, s) for embedding, head and inputs of a block,
+    N(0, s / sqrt(2 layers)) for what a block adds to the residual stream, 1 for norms.
+    """
+    std = model.config.initializer_range
+    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        # Drawn in fp32 whatever the dtype, so that a float64 model starts at the same numbers.
+        noise = torch.empty(weight.shape) if weight.ndim > 1 else None
+        match name.split(".")[-2]:
+            case "input_layernorm" | "post_attention_layernorm" | "norm":
+                weight.fill_(1.0)
+            case "o_proj" | "down_proj":
+                weight.copy_(noise.normal_(0.0, residual_std, generator=generator))
+            case "embed_tokens" | "lm_head" | "q_proj" | "k_proj" | "v_proj" | "gate_proj" | "up_proj":
+                weight.copy_(noise.normal_(0.0, std, generator=generator))
+            case _:
+                raise AssertionError(f"no rule to initialise {name}")
+
+
+def loss_sum(model: LanguageModel, hidden: Hidden, labels: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
+    """Cross-entropy in nats, summed over all labels but IGNORED ones.
+
+    Where torch has it, the head and the loss are computed in chunks of tokens, so that a row of logits
+    a token never exists for the whole batch at once; otherwise as the definition says.
+    """
+    states, targets = hidden.flatten(0, 1), labels.flatten()
+    if CHUNKED and states.dtype == model.head.dtype:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
+        return F.linear_cross_entropy(
+            states, model.head, targets, reduction="sum", ignore_index=IGNORED, options=options
+        )
+    logits = model.logits(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by component, as a person who studies the model counts them."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    counts: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        counts[component(name)] += weight.numel()
+    return dict(counts)
+
+
+def component(name: str) -> str:
+    """Which part of the model a parameter belongs to."""
+    for part in ("embed_tokens", "lm_head", "self_attn", "mlp"):
+        if part in name:
+            return {"embed_tokens": "embedding", "self_attn": "attention"}.get(part, part)
+    return "norms"
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Matrix FLOPs of one training token, forward and backward, causal attention counted as half.
+
+    6 per matrix weight (2 forward, 4 backward), plus 6 layers x width x t for queries against the
+    t/2 keys before them and the weighted sum of values: PaLM, https://arxiv.org/abs/2204.02311,
+    appendix B, whose full-attention convention is 12 instead of that 6.
+    """
+    counts = parameter_counts(config)
+    embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
+    matrices = sum(counts.values()) - counts["norms"] - embedding_only
+    width = config.num_attention_heads * config.head_size
+    return 6 * matrices + 6 * config.num_hidden_layers * width * sequence_length

@@ -1,0 +1,38 @@
+"""A recipe and a folder -> a finished run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smolforge.recipe.read import read_recipe
+from smolforge.recipe.run import Run, run as _run
+
+
+def train(
+    recipe: str | Path,
+    run: str | Path,
+    data: str | list[str] | None = None,
+    steps: int | None = None,
+    fresh: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Train what a recipe says in the folder `run`, or go on exactly where that run stands.
+
+    `recipe` is a file or the name of a shipped one, `data` its text, `steps` where to stop; any other setting
+    is an override by its dotted name: `train("nano", "runs/a", **{"optim.learning_rate": 1e-3})`. Raises
+    SettingError, InvalidFile or MissingResource with one sentence, and Stopped when a signal ended the run
+    with everything saved.
+    """
+    given: dict[str, Any] = dict(overrides)
+    if data is not None:
+        given["data.sources"] = [data] if isinstance(data, str) else data
+    if steps is not None:
+        given["train.steps"] = steps
+    return resume_or_start(recipe, run, given, fresh)
+
+
+def resume_or_start(
+    recipe: str | Path, run: str | Path, overrides: Mapping[str, Any], fresh: bool = False, observer: Any = None
+) -> Run:
+    """`train` with its overrides in one mapping, and somebody watching."""
+    return _run(read_recipe(recipe, overrides), Path(run), overrides.keys(), fresh, observer)

@@ -1,0 +1,180 @@
+"""What a run will be and cost, before it starts: parameters, tokens, time, memory, disk; and a run cut to a budget."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from smolforge.config import Recipe, replaced
+from smolforge.data.batches import Batch
+from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype, synchronize
+from smolforge.errors import SettingError
+from smolforge.model import CHUNK_TOKENS, build, flops_per_token, parameter_counts
+from smolforge.training import autocast, backward
+
+EFFICIENCY = 0.45
+"""Share of the measured matrix speed that a training step reaches, all its other work included."""
+PROCESS_BYTES = 450 << 20
+"""A process with torch imported and nothing in it."""
+FEWEST_STEPS = 200
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+BUDGETED = (
+    "train.steps",
+    "train.batch_tokens",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.sample_every",
+    "optim.schedule.warmup_steps",
+    "optim.schedule.decay_steps",
+    "optim.schedule.steps",
+)
+"""What a budget derives, and what the recipe's own values of no longer count for."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The expectations a run opens with."""
+
+    parameters: dict[str, int]
+    tokens: int
+    flops_per_token: float
+    seconds: float
+    memory_bytes: int
+    available_bytes: int
+    disk_bytes: int
+    device: str
+
+    def warnings(self) -> list[str]:
+        """What a person should know before waiting for it."""
+        said = []
+        if self.memory_bytes > self.available_bytes:
+            said.append(
+                f"this needs about {self.memory_bytes / 2**30:.1f} GiB of memory and {self.device} has "
+                f"{self.available_bytes / 2**30:.1f}; a smaller --train.micro-batch-size needs less"
+            )
+        if self.seconds > 86400:
+            said.append(
+                f"this will take about {self.seconds / 86400:,.0f} days here; "
+                "--train.steps stops earlier, --budget 10m makes a run of ten minutes"
+            )
+        return said
+
+
+def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
+    """Expectations of a recipe on this machine; time from a quick matrix product, so within a factor of two."""
+    device = pick_device(recipe.train.device)
+    dtype = pick_dtype(recipe.train.dtype, device)
+    flops = flops_per_token(recipe.model, recipe.train.sequence_length)
+    tokens = (recipe.train.steps - done_steps) * recipe.train.batch_tokens
+    return Plan(
+        parameters=parameter_counts(recipe.model),
+        tokens=tokens,
+        flops_per_token=flops,
+        seconds=tokens * flops / (matrix_flops_per_second(device, dtype) * EFFICIENCY),
+        memory_bytes=training_bytes(recipe),
+        available_bytes=memory_bytes(device),
+        disk_bytes=disk_bytes(recipe),
+        device=device.type,
+    )
+
+
+def training_bytes(recipe: Recipe) -> int:
+    """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
+
+    Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
+    and its merged output, keys and values, and four arrays of the feed-forward's width.
+    """
+    model, train = recipe.model, recipe.train
+    width = 8 if train.dtype == "float64" else 4
+    rows = min(train.micro_batch_size or train.rows, train.rows)
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
+    kept = 4 * model.hidden_size + 3 * queries + 2 * keys + 4 * model.intermediate_size
+    tokens = rows * train.sequence_length
+    activations = tokens * kept * model.num_hidden_layers
+    head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size
+    return (4 * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
+
+
+def disk_bytes(recipe: Recipe) -> int:
+    """What the checkpoints kept at the same time take, the one being written included."""
+    kept = recipe.train.keep_last + recipe.train.keep_best + 1
+    return kept * checkpoint_bytes(recipe)
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Weights and two moments, and a little for the rest."""
+    width = 8 if recipe.train.dtype == "float64" else 4
+    return 3 * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
+
+
+def parse_budget(budget: str) -> tuple[float | None, int | None]:
+    """(seconds, None) of `5m` or `1h`, (None, tokens) of `10M-tokens`. Raises SettingError for anything else."""
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", budget):
+        return float(found[1]) * _UNITS[found[2]], None
+    if budget.endswith("-tokens"):
+        return None, parse_count(budget.removesuffix("-tokens"))
+    raise SettingError(f"budget is {budget!r}; it should be a time like 5m or 1h, or a count like 10M-tokens")
+
+
+def parse_count(count: str) -> int:
+    """50000, 10M or 2B as a number. Raises SettingError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", count)
+    if not found:
+        raise SettingError(f"{count!r} is not a count; it should be like 50000, 10M or 2B")
+    return int(float(found[1]) * _COUNTS[found[2]])
+
+
+def within_budget(recipe: Recipe) -> Recipe:
+    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine.
+
+    The batch halves until there are FEWEST_STEPS steps or a single row; warm-up and decay keep their
+    share of the schedule, the warm-up at least a hundredth and at most a tenth.
+    """
+    assert recipe.budget is not None
+    seconds, tokens = parse_budget(recipe.budget)
+    if tokens is None:
+        assert seconds is not None
+        tokens = int(0.9 * seconds * tokens_per_second(recipe))  # the rest measures, samples and saves
+    train, schedule = recipe.train, recipe.optim.schedule
+    rows = train.rows
+    while rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
+        rows //= 2
+    steps = max(1, tokens // (rows * train.sequence_length))
+    horizon = schedule.steps or train.steps
+    share = (schedule.decay_steps or horizon - schedule.warmup_steps) / horizon
+    warmup = round(steps * min(max(schedule.warmup_steps / horizon, 0.01), 0.1)) if schedule.warmup_steps else 0
+    often = max(1, steps // 4)
+    changes: dict[str, Any] = {
+        "train.steps": steps,
+        "train.batch_tokens": rows * train.sequence_length,
+        "optim.schedule.warmup_steps": min(warmup, steps - 1),
+        "optim.schedule.decay_steps": min(max(1, round(steps * share)), steps - min(warmup, steps - 1)),
+        "optim.schedule.steps": steps,
+    }
+    for name in ("checkpoint_every", "evaluate_every", "sample_every"):
+        every = train.__dict__[name]
+        changes[f"train.{name}"] = min(every, often) if every else None
+    return replaced(recipe, changes)
+
+
+def tokens_per_second(recipe: Recipe) -> float:
+    """Measured: forward and backward of a throw-away model, a few seconds in all."""
+    device = pick_device(recipe.train.device)
+    model = build(recipe.model).to(device)
+    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows)
+    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length), device=device)
+    precision = autocast(recipe.train.dtype, device)
+    best, begun = float("inf"), time.perf_counter()
+    for trial in range(6):
+        start = time.perf_counter()
+        backward(model, Batch(ids, ids), rows, precision)
+        model.zero_grad(set_to_none=True)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if trial and time.perf_counter() - begun > 3:
+            break
+    return ids.numel() / best

@@ -1,0 +1,264 @@
+"""A recipe and a folder -> a finished run: the one place where data, model, optimizer and loop meet.
+
+    recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop + actions ] -> Run
+       ^                                                ^
+       the stored one, where the folder has a run       the newest sound checkpoint, where it has one
+"""
+
+import logging
+import shutil
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from smolforge import optim
+from smolforge.checkpoint import resolve, state, weights
+from smolforge.config import Recipe
+from smolforge.data import batches, corpus
+from smolforge.device import describe, pick_device
+from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.evaluation import measure_corpus
+from smolforge.generation.stream import generate
+from smolforge.model import LanguageModel, build
+from smolforge.recipe.plan import Plan, disk_bytes, plan
+from smolforge.recipe.read import read_recipe, write_recipe
+from smolforge.recipe.settle import check_going_on, resumed, settle
+from smolforge.recipe.signals import EXIT_CODES, Stop, stop_signals
+from smolforge.runs import METRICS, RECIPE, SAMPLES, RunFolder, read_records
+from smolforge.tokenizer import Tokenizer
+from smolforge.training import Action, State, autocast, train
+
+log = logging.getLogger("smolforge")
+
+
+class Observer(Protocol):
+    """What a run tells while it goes."""
+
+    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
+    def preparing(self, counts: dict[str, int]) -> None: ...
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
+    def sampled(self, text: str) -> None: ...
+
+
+class Silent:
+    """Hears nothing."""
+
+    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
+    def preparing(self, counts: dict[str, int]) -> None: ...
+    def stepped(self, metrics: dict[str, Any]) -> None: ...
+    def sampled(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that reached its last step."""
+
+    folder: Path
+    model: LanguageModel
+    recipe: Recipe
+    metrics: dict[str, Any]
+    """Of the last step; validation values are in it where text was held out."""
+
+
+def run(
+    recipe: Recipe,
+    folder: Path,
+    explicit: Set[str] = frozenset(),
+    fresh: bool = False,
+    observer: Observer | None = None,
+) -> Run:
+    """Train, or go on exactly where the folder's run stands.
+
+    `explicit` names the settings a person gave by hand for this call, which count even where a budget
+    derived the recipe's own. Raises Stopped when a signal ended it with everything saved.
+    """
+    observer = observer or Silent()
+    with RunFolder.open(folder) as files:
+        stored = files.stored_recipe()
+        if stored is not None and fresh:
+            raise SettingError(f"{folder} holds a run already, and --fresh refuses to resume it; give --run another name")
+        recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
+        text = open_corpus(recipe, folder, observer)
+        torch.manual_seed(recipe.seed)
+        model = initial_model(recipe, text).to(pick_device(recipe.train.device))
+        optimizers = optim.optimizers(model, recipe.optim)
+        start = restore(folder, model, optimizers, text)
+        check_going_on(recipe, start.step)
+        observer.planned(recipe, plan(recipe, start.step), start)
+        check_disk(recipe, folder)
+        files.write(RECIPE, write_recipe(recipe))
+        files.rewind(start.step)
+        files.record_environment(start.step, describe(model.head.device))
+        windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+        source = batches.stream(windows, start.step, recipe.train.rows, recipe.data.num_workers)
+        shop = Workshop(recipe, files, model, optimizers, text, observer)
+        log.info("training from step %d to %d", start.step, recipe.train.steps)
+        with stop_signals() as stop:
+            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked)
+            if end.step < recipe.train.steps:
+                shop.save(end, {})
+                raise stopped(stop, end, folder)
+        log.info("finished at step %d", end.step)
+    return Run(folder, model.eval(), recipe, last_metrics(folder))
+
+
+def open_corpus(recipe: Recipe, folder: Path, observer: Observer) -> corpus.Corpus:
+    """The prepared corpus the recipe names, or one made in the run folder from its sources."""
+    sources = recipe.data.sources
+    for source in sources:
+        if (Path(source) / "corpus.json").is_file():
+            if len(sources) > 1:
+                raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
+            prepared = corpus.Corpus.open(Path(source))
+            check_same_tokenizer(prepared, recipe)
+            check_vocabulary(len(prepared.tokenizer()), recipe)
+            return prepared
+    given = recipe.tokenizer
+    if given is None and recipe.init_from is not None:
+        given = str(resolve.find(recipe.init_from))
+    tokenizer = Tokenizer.load(given) if given is not None else None
+    if tokenizer:
+        check_vocabulary(len(tokenizer), recipe)
+    return corpus.prepare(
+        recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing
+    )
+
+
+def check_same_tokenizer(prepared: corpus.Corpus, recipe: Recipe) -> None:
+    """A prepared corpus brings its tokenizer; another one named by the recipe is a mistake."""
+    if recipe.tokenizer and Tokenizer.load(recipe.tokenizer).fingerprint != prepared.facts["tokenizer"]:
+        raise SettingError(
+            f"the corpus {prepared.folder} was made with another tokenizer than {recipe.tokenizer}; "
+            "leave --tokenizer out, or prepare the corpus again"
+        )
+
+
+def check_vocabulary(ids: int, recipe: Recipe) -> None:
+    if ids > recipe.model.vocab_size:
+        raise SettingError(
+            f"the tokenizer has {ids:,} ids and model.vocab_size is {recipe.model.vocab_size:,}; "
+            f"--model.vocab-size {ids} makes them fit"
+        )
+
+
+def initial_model(recipe: Recipe, text: corpus.Corpus) -> LanguageModel:
+    dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
+    if recipe.init_from is not None:
+        model = weights.load(resolve.find(recipe.init_from), dtype)
+    else:
+        model = build(recipe.model, recipe.seed, dtype)
+    model.tokenizer = text.tokenizer()
+    return model
+
+
+def restore(
+    run_folder: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer], text: corpus.Corpus
+) -> State:
+    """Weights, moments, random states and place of the newest sound checkpoint, if there is one.
+
+    Raises InvalidFile for one made from another corpus, or where all there are are damaged.
+    """
+    newest = state.newest_sound(run_folder, log.warning)
+    if newest is None:
+        if state.all_of(run_folder):
+            raise InvalidFile(f"no checkpoint of {run_folder} is sound; delete its checkpoints to begin again")
+        return State()
+    tensors, facts = state.load(newest, model)
+    if facts["corpus"] != text.fingerprint:
+        raise InvalidFile(f"{newest} was trained on another corpus than {text.folder}; bring that one back, or start anew")
+    optim.load_state_tensors(optimizers, model, tensors)
+    log.info("resumed from %s", newest)
+    return State(facts["step"], facts["tokens"])
+
+
+def check_disk(recipe: Recipe, folder: Path) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    have = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    needed, free = disk_bytes(recipe) - have, shutil.disk_usage(folder).free
+    if needed > free:
+        raise MissingResource(
+            f"the checkpoints of this run need {needed:,} more bytes and {folder} has {free:,} free; "
+            "make room, or choose another disk"
+        )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What happens around the steps of one run."""
+
+    recipe: Recipe
+    files: RunFolder
+    model: LanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    text: corpus.Corpus
+    observer: Observer
+
+    def actions(self) -> list[Action]:
+        """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
+        settings = self.recipe.train
+        actions = [
+            Action(1, self.report, when_stopped=True),
+            Action(settings.checkpoint_every, self.save, when_stopped=True),
+        ]
+        if settings.sample_every:
+            actions.insert(0, Action(settings.sample_every, self.sample))
+        if settings.evaluate_every and self.text.size(corpus.HELD_OUT)["tokens"]:
+            actions.insert(0, Action(settings.evaluate_every, self.measure))
+        return actions
+
+    def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
+        settings = self.recipe.train
+        precision = autocast(settings.dtype, self.model.head.device)
+        found = measure_corpus(
+            self.model, self.text, settings.sequence_length, settings.evaluate_tokens, precision=precision
+        )
+        return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+
+    def sample(self, now: State, metrics: dict[str, Any]) -> None:
+        prompts, options = self.recipe.train.sample_prompts, self.recipe.sample.model_dump()
+        if options["seed"] is None:
+            options["seed"] = self.recipe.seed + now.step
+        self.model.eval()
+        found = generate(self.model, prompts, **options)
+        self.model.train()
+        for prompt, completion in zip(prompts, found, strict=True):
+            self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
+            self.observer.sampled(prompt + completion.text)
+
+    def report(self, now: State, metrics: dict[str, Any]) -> None:
+        self.files.append(METRICS, metrics)
+        self.observer.stepped(metrics)
+
+    def save(self, now: State, metrics: dict[str, Any]) -> None:
+        """One checkpoint of this moment, and older ones that are no longer wanted removed."""
+        folder = state.folder_of(self.files.path, now.step)
+        if folder.exists():
+            return
+        facts = {
+            "step": now.step,
+            "tokens": now.tokens,
+            "corpus": self.text.fingerprint,
+            "validation_loss": metrics.get("validation_loss"),
+        }
+        tensors = optim.state_tensors(self.optimizers, self.model)
+        state.save(folder, self.model, self.model.tokenizer, tensors, facts)
+        state.retain(self.files.path, self.recipe.train.keep_last, self.recipe.train.keep_best)
+        log.info("saved %s", folder.name)
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    path = folder / METRICS
+    records = read_records(path) if path.is_file() else []
+    return records[-1] if records else {}
+
+
+def stopped(stop: Stop, end: State, folder: Path) -> Stopped:
+    assert stop.asked_by is not None
+    return Stopped(
+        f"stopped by {stop.asked_by.name} after step {end.step}, everything is saved in {folder}; "
+        "the same command goes on from there",
+        EXIT_CODES[stop.asked_by],
+    )
