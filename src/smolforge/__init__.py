@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.recipe import train
     from smolforge.checkpoint.resolve import load
     from smolforge.generation.stream import generate, stream
+    from smolforge.recipe import train
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "stream", "train"]

@@ -30,9 +30,7 @@ S = TypeVar("S", bound="Settings")
 class Settings(BaseModel):
     """What all groups of settings share: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Settings):
@@ -96,11 +94,11 @@ class Data(Settings):
     """Where the text comes from."""
 
     sources: tuple[str, ...] = ("python-docs",)
-    """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is the documentation every CPython carries."""
+    """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
     text_key: str = "text"
     """Key of the text in a .jsonl line."""
     group_key: str | None = None
-    """Key in a .jsonl line that names documents which belong together, so that the held-out split keeps them together."""
+    """Key in a .jsonl line that names documents which the held-out split must keep together."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of the text kept back to measure on."""
     num_workers: Annotated[NonNegativeInt, FREE] = 1
@@ -126,7 +124,7 @@ class Optim(Settings):
     """The optimizer and its learning rates."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw is the published recipes'; muon orthogonalises the matrices of the layers and leaves the rest to AdamW."""
+    """adamw is the published recipes'; muon orthogonalises the layers' matrices, AdamW has the rest."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
     matrix_learning_rate: PositiveFloat = 0.02
@@ -157,7 +155,7 @@ class Train(Settings):
     micro_batch_size: Annotated[PositiveInt | None, FREE] = None
     """Rows in one forward pass; by default all of them. Gradient accumulation follows from it."""
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], FREE] = "auto"
-    """Arithmetic of the forward pass; weights stay in fp32 (float64 for proofs). auto is bfloat16 on a GPU, float32 elsewhere."""
+    """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -85,7 +86,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

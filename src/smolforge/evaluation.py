@@ -72,9 +72,7 @@ def measure(
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / counted, "tokens": counted}
 
 
-def windows(
-    ids: np.ndarray, eos_id: int, sequence_length: int, stride: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def windows(ids: np.ndarray, eos_id: int, sequence_length: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels (n, t) in which each id is the label that counts exactly once."""
     text = torch.from_numpy(np.concatenate([[eos_id], ids]).astype(np.int64))
     inputs, labels, done = [], [], 0

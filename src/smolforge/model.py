@@ -257,7 +257,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         # Drawn in fp32 whatever the dtype, so that a float64 model starts at the same numbers.
-        noise = torch.empty(weight.shape) if weight.ndim > 1 else None
+        noise = torch.empty(weight.shape)
         match name.split(".")[-2]:
             case "input_layernorm" | "post_attention_layernorm" | "norm":
                 weight.fill_(1.0)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from jaxtyping import Float
@@ -60,7 +60,8 @@ class Muon(Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:
+        assert closure is None, "the gradient is already there"
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:

@@ -1,8 +1,8 @@
 """A run's folder: everything a run writes down about itself.
 
-    recipe.toml       the resolved recipe             environment.json  the machine of each start
-    metrics.jsonl     one object a step               samples.jsonl     text samples
-    run.log           everything said, tracebacks too checkpoints/      see checkpoint
+recipe.toml       the resolved recipe             environment.json  the machine of each start
+metrics.jsonl     one object a step               samples.jsonl     text samples
+run.log           everything said, tracebacks too checkpoints/      see checkpoint
 """
 
 import fcntl
@@ -49,7 +49,9 @@ class RunFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise SettingError(f"{path} is being trained by process {lock.read().strip()}; wait, or stop it") from None
+                raise SettingError(
+                    f"{path} is being trained by process {lock.read().strip()}; wait, or stop it"
+                ) from None
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
@@ -69,7 +71,7 @@ class RunFolder:
         """Replace a file as a whole."""
         temporary = self.path / f".tmp-{name}"
         temporary.write_text(text, "utf-8")
-        os.replace(temporary, self.path / name)
+        temporary.replace(self.path / name)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -91,7 +93,9 @@ class RunFolder:
             before = starts[-1]
             changed = [key for key in now if key != "commit" and before.get(key) != now[key]]
             if changed:
-                log.warning("%s changed since the last start: the run goes on to rounding, not to the bit", ", ".join(changed))
+                log.warning(
+                    "%s changed since the last start: the run goes on to rounding, not to the bit", ", ".join(changed)
+                )
         starts.append({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **now})
         self.write(ENVIRONMENT, json.dumps(starts, indent=2) + "\n")
 

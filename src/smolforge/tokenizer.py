@@ -118,9 +118,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, using all cores."""
         parts = [list(split_at_lines(text)) for text in texts]
-        flat = iter(
-            self.backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False)
-        )
+        flat = iter(self.backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False))
         return [[token for _ in text for token in next(flat).ids] for text in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -132,7 +130,9 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {"eos_token": self.eos_token, **self.settings}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8"
+        )
 
     def _named(self, key: str) -> str | None:
         token = self.settings.get(key)

@@ -42,7 +42,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any
             _sync(path)
         for directory in {path.parent for path in temporary.rglob("*")}:
             _sync(directory)
-        os.rename(temporary, folder)
+        temporary.rename(folder)
         _sync(folder.parent)
     except OSError as error:
         needed = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
@@ -103,7 +103,7 @@ def remove(folder: Path) -> None:
     """Delete a folder so that no half of it ever bears its name."""
     doomed = folder.with_name(f".tmp-removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
+    folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

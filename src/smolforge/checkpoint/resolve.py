@@ -29,7 +29,9 @@ def load(
         if not random:
             published = presets.hub_id(str(model))
             instead = f"its published weights are {published}" if published else "train it first"
-            raise SettingError(f"{model} is a shape with random weights and has nothing to say; {instead} (--random insists)")
+            raise SettingError(
+                f"{model} is a shape with random weights and has nothing to say; {instead} (--random insists)"
+            )
         loaded = build(ModelConfig.model_validate(presets.shape(str(model))), dtype=dtype)
         return loaded.to(device).eval()
     folder = find(model)
@@ -71,7 +73,9 @@ def read_config(model: str | Path) -> ModelConfig:
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A torch dtype by its name. Raises SettingError for what is none a model can have."""
-    known = {str(each).removeprefix("torch."): each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+    known = {
+        str(each).removeprefix("torch."): each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    }
     if isinstance(dtype, str) and dtype not in known:
         raise SettingError(f"dtype is {dtype!r}; it should be one of {', '.join(known)}")
     return known[dtype] if isinstance(dtype, str) else dtype

@@ -110,11 +110,15 @@ def retain(run: Path, keep_last: int, keep_best: bool) -> None:
 
 def random_tensors() -> dict[str, Tensor]:
     """The random states of torch, NumPy and Python, as tensors (float64 holds their 32-bit words exactly)."""
-    _, words, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=False)
+    twister = numpy_state["state"]
     _, python_words, python_gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*words.tolist(), place, has_gauss, gauss], dtype=torch.float64),
+        "numpy": torch.tensor(
+            [*twister["key"].tolist(), twister["pos"], numpy_state["has_gauss"], numpy_state["gauss"]],
+            dtype=torch.float64,
+        ),
         "python": torch.tensor(
             [*python_words, math.nan if python_gauss is None else python_gauss], dtype=torch.float64
         ),

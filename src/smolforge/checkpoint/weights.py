@@ -31,9 +31,28 @@ FIXED: dict[str, Any] = {
 """Settings of Llama that this model has at one value only; another is refused by name."""
 
 INERT = frozenset(
-    """_name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label is_decoder
-    is_encoder_decoder is_llama_config label2id output_attentions output_hidden_states pad_token_id problem_type
-    return_dict torch_dtype transformers.js_config transformers_version use_cache""".split()
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+    }
 )
 """Keys that say nothing about what the model computes."""
 
@@ -49,18 +68,14 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
         raise InvalidFile(f"{folder} has no {WEIGHTS}")
     try:
         with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             check_names(path, found, config)
             model = allocate(config, dtype)
             with torch.no_grad():
                 for name, weight in model.named_parameters():
                     weight.copy_(file.get_tensor(name))
             if config.tie_word_embeddings and "lm_head.weight" in found:
-                if not torch.equal(file.get_tensor("lm_head.weight"), file.get_tensor("model.embed_tokens.weight")):
-                    raise InvalidFile(
-                        f"{path} has an lm_head.weight that differs from the embedding, but config.json ties them; "
-                        "set tie_word_embeddings to false there if the head is its own"
-                    )
+                check_tie(path, file.get_tensor("lm_head.weight"), file.get_tensor("model.embed_tokens.weight"))
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{path} cannot be read: {error}") from None
     return model
@@ -79,6 +94,15 @@ def check_names(path: Path, found: dict[str, tuple[int, ...]], config: ModelConf
     for name, shape in wanted.items():
         if found[name] != shape:
             raise InvalidFile(f"{path}: {name} has shape {found[name]} where config.json makes it {shape}")
+
+
+def check_tie(path: Path, head: torch.Tensor, embedding: torch.Tensor) -> None:
+    """A file may repeat a tied head, but not contradict it."""
+    if not torch.equal(head, embedding):
+        raise InvalidFile(
+            f"{path} has an lm_head.weight that differs from the embedding, but config.json ties them; "
+            "set tie_word_embeddings to false there if the head is its own"
+        )
 
 
 def save(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from rich.console import Console, Group
@@ -30,6 +31,7 @@ class Display:
         self.progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
         )
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.sample = ""
         self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.console, show_time=False, show_path=False)
@@ -55,6 +57,8 @@ class Display:
         for warning in plan.warnings():
             self.console.print(f"warning: {warning}", style="yellow", markup=False)
         self.steps, self.first, self.begun = recipe.train.steps, start.step, time.perf_counter()
+        for task in self.progress.task_ids:
+            self.progress.remove_task(task)
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
         if self.console.is_terminal and not self.console.quiet:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
@@ -69,6 +73,8 @@ class Display:
             self.say(f"  sample: {' '.join(text.split())[:200]}")
 
     def stepped(self, metrics: dict[str, Any]) -> None:
+        for listener in self.listeners:
+            listener(metrics)
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
         line = metrics_line(metrics, self.remaining(metrics["step"]))
         measured = "validation_loss" in metrics

@@ -10,7 +10,6 @@ temporary folder that is then renamed, so a corpus is whole or is not there.
 import hashlib
 import itertools
 import json
-import os
 import platform
 import shutil
 from collections import defaultdict
@@ -68,6 +67,11 @@ class Corpus:
         shards = sorted((self.folder / split).glob("*.ds"))
         return Tokens([np.memmap(shard, f"<u{self.facts['token_bytes']}", "r") for shard in shards])
 
+    def text(self, split: str) -> str:
+        """The text behind the tokens, documents joined."""
+        ids = self.tokens(split)[:]
+        return self.tokenizer().decode(ids[ids != self.facts["eos_id"]].tolist())
+
     def size(self, split: str) -> dict[str, int]:
         """documents, tokens and bytes (of UTF-8 text) of one split."""
         return self.facts["splits"][split]
@@ -103,7 +107,7 @@ def prepare(
     tokenizer: Tokenizer | None,
     vocab_size: int = 4096,
     max_tokens: int | None = None,
-    report: Report = lambda counts: None,
+    report: Report = lambda _: None,
 ) -> Corpus:
     """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
 
@@ -138,7 +142,7 @@ def prepare(
     (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
     if folder.exists():
         folder.rmdir()
-    os.rename(temporary, folder)
+    temporary.rename(folder)
     return Corpus.open(folder)
 
 

@@ -54,7 +54,11 @@ def files(source: str) -> list[Path]:
         if not found:
             raise InvalidFile(f"there is no text in {source}: no file below it ends in {', '.join(known)}")
         return found
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    found = sorted(
+        Path(name)
+        for name in glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        if Path(name).is_file()
+    )
     if not found:
         raise InvalidFile(f"there is no file, directory or match for the data source {source!r}")
     return found
@@ -102,9 +106,7 @@ def python_docs() -> tuple[Document, ...]:
     """
     from pydoc_data import topics
 
-    found = [
-        Document("pydoc_data", f"{name}\n\n{text.strip()}\n") for name, text in sorted(topics.topics.items())
-    ]
+    found = [Document("pydoc_data", f"{name}\n\n{text.strip()}\n") for name, text in sorted(topics.topics.items())]
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(_modules(library)):
         text = "\n\n".join(_docstrings(path))

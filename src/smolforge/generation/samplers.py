@@ -16,12 +16,12 @@ from torch import Tensor
 
 from smolforge.config import Generation
 
-Logits = Float[Tensor, "v"]
+Logits = Float[Tensor, " v"]
 EXCLUDED = float("-inf")
 
 
 class Sampler(Protocol):
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits: ...
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RepetitionPenalty:
 
     penalty: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits:
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
         score = logits[seen]
         return logits.scatter(0, seen, torch.where(score < 0, score * self.penalty, score / self.penalty))
 
@@ -41,7 +41,7 @@ class Temperature:
 
     temperature: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits:
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
         return logits / self.temperature
 
 
@@ -51,7 +51,7 @@ class TopK:
 
     k: int
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits:
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
         lowest = logits.topk(min(self.k, len(logits))).values[-1]
         return logits.masked_fill(logits < lowest, EXCLUDED)
 
@@ -62,7 +62,7 @@ class TopP:
 
     p: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits:
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
         ordered, order = logits.sort(descending=False)
         excluded = ordered.softmax(-1).cumsum(-1) <= 1 - self.p
         excluded[-1] = False
@@ -75,7 +75,7 @@ class MinP:
 
     p: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, "s"]) -> Logits:
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
         probability = logits.softmax(-1)
         return logits.masked_fill(probability < self.p * probability.max(), EXCLUDED)
 

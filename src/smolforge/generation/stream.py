@@ -68,7 +68,7 @@ def tokens(
     if longest >= limit:
         raise SettingError(f"the prompt has {longest} tokens; this model takes {limit} with its answer")
     device = model.head.device
-    seed = torch.seed() if seed is None else seed
+    seed = torch.Generator().seed() if seed is None else seed
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     seen = [list(prompt) for prompt in prompts]
     active = list(range(len(prompts)))
@@ -134,9 +134,7 @@ def _overlap(text: str, word: str) -> int:
     return next((size for size in range(min(len(word), len(text)), 0, -1) if text.endswith(word[:size])), 0)
 
 
-def pieces(
-    model: LanguageModel, prompts: Sequence[str], options: Generation
-) -> Iterator[tuple[int, Piece]]:
+def pieces(model: LanguageModel, prompts: Sequence[str], options: Generation) -> Iterator[tuple[int, Piece]]:
     """(row, piece) of all prompts, as they come. An empty prompt starts a new document."""
     tokenizer = own(model)
     rows = [Text(tokenizer, options.stop) for _ in prompts]

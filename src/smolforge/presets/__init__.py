@@ -8,7 +8,7 @@ from smolforge.errors import SettingError, did_you_mean
 
 
 def names() -> list[str]:
-    files = resources.files(__package__).iterdir()
+    files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
 
@@ -25,4 +25,4 @@ def hub_id(name: str) -> str | None:
 def _read(name: str) -> dict[str, Any]:
     if name not in names():
         raise SettingError(f"there is no preset {name!r}; there are {', '.join(names())}.{did_you_mean(name, names())}")
-    return tomllib.loads((resources.files(__package__) / f"{name}.toml").read_text("utf-8"))
+    return tomllib.loads((resources.files(__name__) / f"{name}.toml").read_text("utf-8"))

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.recipe.read import read_recipe
-from smolforge.recipe.run import Run, run as _run
+from smolforge.recipe.run import Run
+from smolforge.recipe.run import run as _run
 
 
 def train(

@@ -1,8 +1,8 @@
 """A recipe and a folder -> a finished run: the one place where data, model, optimizer and loop meet.
 
-    recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop + actions ] -> Run
-       ^                                                ^
-       the stored one, where the folder has a run       the newest sound checkpoint, where it has one
+recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop + actions ] -> Run
+   ^                                                ^
+   the stored one, where the folder has a run       the newest sound checkpoint, where it has one
 """
 
 import logging
@@ -79,7 +79,9 @@ def run(
     with RunFolder.open(folder) as files:
         stored = files.stored_recipe()
         if stored is not None and fresh:
-            raise SettingError(f"{folder} holds a run already, and --fresh refuses to resume it; give --run another name")
+            raise SettingError(
+                f"{folder} holds a run already, and --fresh refuses to resume it; give --run another name"
+            )
         recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
         text = open_corpus(recipe, folder, observer)
         torch.manual_seed(recipe.seed)
@@ -122,9 +124,7 @@ def open_corpus(recipe: Recipe, folder: Path, observer: Observer) -> corpus.Corp
     tokenizer = Tokenizer.load(given) if given is not None else None
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    return corpus.prepare(
-        recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing
-    )
+    return corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
 
 
 def check_same_tokenizer(prepared: corpus.Corpus, recipe: Recipe) -> None:
@@ -168,7 +168,9 @@ def restore(
         return State()
     tensors, facts = state.load(newest, model)
     if facts["corpus"] != text.fingerprint:
-        raise InvalidFile(f"{newest} was trained on another corpus than {text.folder}; bring that one back, or start anew")
+        raise InvalidFile(
+            f"{newest} was trained on another corpus than {text.folder}; bring that one back, or start anew"
+        )
     optim.load_state_tensors(optimizers, model, tensors)
     log.info("resumed from %s", newest)
     return State(facts["step"], facts["tokens"])

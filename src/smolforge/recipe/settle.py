@@ -30,7 +30,7 @@ def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:
     for name, field in fields():
         derived = stored.budget is not None and name in BUDGETED and name not in explicit
         chosen_model = stored.init_from is not None and name.startswith("model.") and name not in explicit
-        if before[name] == now[name] or now[name] is None and name not in explicit or derived or chosen_model:
+        if before[name] == now[name] or (now[name] is None and name not in explicit) or derived or chosen_model:
             continue
         if FREE in field.metadata:
             changes[name] = now[name]

@@ -1,0 +1,38 @@
+# Every target sets itself up: a fresh clone, Python >= 3.11 and pip are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: quickstart test test-long check bench clean
+
+quickstart: $(VENV)/.base
+	$(BIN)/smolforge quickstart
+
+test: check
+	$(BIN)/pytest -m "not long"
+
+test-long: $(VENV)/.test
+	$(BIN)/pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/training.py
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing smolforge into $(VENV) (PyTorch is large: this takes a minute or two)"
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) --editable .[test]
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .ruff_cache .hypothesis

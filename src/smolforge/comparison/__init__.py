@@ -1,0 +1,1 @@
+"""Runs side by side: what they measured, as figures."""
