@@ -1,0 +1,269 @@
+"""Folders: strict in, whole out, sound or refused."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from smolforge.checkpoint import commit, resolve, state, weights
+from smolforge.config import ModelConfig
+from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.testing import Crash, failing_writes, flip_bit, tiny_config, tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    model = tiny_model()
+    weights.save(model, tmp_path / "model", model.tokenizer)
+    return tmp_path / "model"
+
+
+def edit_config(folder: Path, **changes):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def edit_weights(folder: Path, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# A model folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_what_we_write(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    weights.save(model, tmp_path, model.tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert isinstance(theirs, LlamaForCausalLM)
+    ids = torch.randint(320, (2, 30))
+    with torch.no_grad():
+        assert (model(ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_we_read_what_transformers_writes(tmp_path, tied):
+    names = tiny_config(tie_word_embeddings=tied).model_dump(exclude={"model_type"})
+    theirs = LlamaForCausalLM(LlamaConfig(**names)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = weights.load(tmp_path)
+    assert ours.config == tiny_config(tie_word_embeddings=tied, initializer_range=0.1)
+    ids = torch.randint(320, (2, 30))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["config_SmolLM2-135M.json", "config_SmolLM2-135M-Instruct.json", "config_SmolLM2-360M.json"]
+)
+def test_the_published_configs_are_understood(shared, name):
+    config = weights.read_config(shared / "smollm2-tokenizer" / name)
+    assert config.head_size == 64
+    if "360M" not in name:
+        assert config == ModelConfig()
+
+
+def test_saved_and_loaded_is_the_same_to_the_bit(folder):
+    model, again = tiny_model(), resolve.load(folder)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name])
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias is True, which is not implemented"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "kind of rotary scaling that is not implemented"),
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"sliding_window": 128}, "a setting 'sliding_window' that is not known here"),
+        ({"num_key_value_heads": 3}, "num_attention_heads"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"vocab_size": 321}, "model.embed_tokens.weight has shape"),
+        ({"tie_word_embeddings": False}, "lacks 1 of 20 tensors, the first lm_head.weight"),
+    ],
+)
+def test_configs_that_would_be_another_model_are_refused(folder, change, said):
+    edit_config(folder, **change)
+    with pytest.raises(InvalidFile, match=said.replace(".", r"\.")):
+        weights.load(folder)
+
+
+def test_tensors_are_all_used_and_all_there(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(InvalidFile, match=r"lacks 1 of 19 tensors, the first model\.norm\.weight"):
+        weights.load(folder)
+    edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32), "extra": torch.ones(1)}))
+    with pytest.raises(InvalidFile, match="has 1 tensors this model has no place for, the first extra"):
+        weights.load(folder)
+
+
+def test_a_tied_head_in_the_file_must_be_the_embedding(folder):
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
+    assert weights.load(folder).config.tie_word_embeddings
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
+    with pytest.raises(InvalidFile, match="differs from the embedding"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 8 + b"{}"])
+def test_broken_weights_are_a_sentence(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        weights.load(folder)
+
+
+# MODEL
+
+
+def test_names_that_are_no_model(tmp_path):
+    with pytest.raises(SettingError, match=r"there is no model 'smollm2-135n'.*Did you mean smollm2-135m"):
+        resolve.load("smollm2-135n")
+    with pytest.raises(SettingError, match=r"nothing to say; its published weights are HuggingFaceTB/SmolLM2-135M"):
+        resolve.load("smollm2-135m")
+    with pytest.raises(InvalidFile, match=r"is not a model folder: it has no config\.json"):
+        resolve.load(tmp_path)
+    assert resolve.load("smollm2-nano", random=True).config.hidden_size == 192
+
+
+# Whole or not at all
+
+
+def put(folder: Path, text: str = "content") -> None:
+    def fill(temporary: Path) -> None:
+        (temporary / "sub").mkdir()
+        for name in ("a", "b", "sub/c"):
+            with (temporary / name).open("w") as file:
+                file.write(f"{text} {name}")
+
+    commit.write_whole(folder, fill, {"step": 1})
+
+
+def test_a_commit_is_sound(tmp_path):
+    put(tmp_path / "step-1")
+    assert set(commit.check(tmp_path / "step-1")["files"]) == {"a", "b", "sub/c"}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_full_disk_leaves_nothing_and_harms_nothing(tmp_path, after):
+    put(tmp_path / "step-1")
+    with failing_writes(tmp_path, after), pytest.raises(MissingResource, match="the disk is full.*are free"):
+        put(tmp_path / "step-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    commit.check(tmp_path / "step-1")
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_crash_leaves_only_what_is_named_temporary(tmp_path, after):
+    put(tmp_path / "step-1")
+    with failing_writes(tmp_path, after, Crash()), pytest.raises(Crash):
+        put(tmp_path / "step-2")
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1", ".tmp-step-2"}
+    put(tmp_path / "step-2")
+    assert {path.name for path in tmp_path.iterdir()} == {"step-1", "step-2"}
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    put(tmp_path / "step-1")
+    for name in ("a", "sub/c", "manifest.json"):
+        path = tmp_path / "step-1" / name
+        content = path.read_bytes()
+        for bit in range(len(content) * 8):
+            flip_bit(path, bit)
+            if name == "manifest.json" and _same_json(path.read_bytes(), content):
+                continue  # white space says nothing
+            with pytest.raises(InvalidFile, match="damaged|format"):
+                commit.check(tmp_path / "step-1")
+            path.write_bytes(content)
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
+def test_missing_and_shortened_files_are_found(tmp_path):
+    put(tmp_path / "step-1")
+    (tmp_path / "step-1" / "a").write_text("conten")
+    with pytest.raises(InvalidFile, match="its size is not"):
+        commit.check(tmp_path / "step-1")
+    (tmp_path / "step-1" / "a").unlink()
+    with pytest.raises(InvalidFile, match="is missing"):
+        commit.check(tmp_path / "step-1")
+    commit.check(tmp_path / "step-1", only=["b"])
+
+
+# A run's checkpoints
+
+
+def checkpoint(run: Path, step: int, loss: float | None = None, model=None) -> Path:
+    model = model or tiny_model()
+    folder = state.folder_of(run, step)
+    facts = {"step": step, "tokens": 0, "corpus": "", "validation_loss": loss}
+    state.save(folder, model, model.tokenizer, {"exp_avg.model.norm.weight": torch.ones(32)}, facts)
+    return folder
+
+
+def test_the_newest_sound_one_is_found_and_the_rest_named(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    flip_bit(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", 40_000)
+    (tmp_path / "checkpoints" / ".tmp-step-00000004").mkdir()
+    said: list[str] = []
+    assert state.newest_sound(tmp_path, said.append) == state.folder_of(tmp_path, 2)
+    assert len(said) == 1
+    assert "step-00000003 is skipped" in said[0]
+    assert "damaged" in said[0]
+
+
+def test_retention_keeps_the_last_and_the_best(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 2.4], 1):
+        checkpoint(tmp_path, step, loss)
+    state.retain(tmp_path, keep_last=2, keep_best=True)
+    assert [path.name for path in state.all_of(tmp_path)] == ["step-00000002", "step-00000005", "step-00000006"]
+    state.retain(tmp_path, keep_last=2, keep_best=False)
+    assert [path.name for path in state.all_of(tmp_path)] == ["step-00000005", "step-00000006"]
+
+
+def test_random_states_come_back(tmp_path):
+    random.gauss(0, 1), np.random.standard_normal()
+    model = tiny_model()
+    folder = checkpoint(tmp_path, 1, model=model)
+    draw = lambda: (random.gauss(0, 1), random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist())  # noqa: E731
+    first = draw()
+    state.load(folder, model)
+    assert draw() == first
+
+
+def test_a_later_format_is_refused(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    facts = json.loads((folder / "training" / "state.json").read_text())
+    (folder / "training" / "state.json").write_text(json.dumps(facts | {"format_version": 99}))
+    with pytest.raises(InvalidFile, match="has format 99"):
+        state.read_facts(folder)
+
+
+def test_generate_does_not_read_the_optimizer(tmp_path):
+    """A damaged optimizer file does not keep a model from being loaded from its run."""
+    folder = checkpoint(tmp_path, 1)
+    flip_bit(folder / "training" / "optimizer.safetensors", 9000)
+    assert resolve.find(tmp_path) == folder
+    shutil.copytree(folder, tmp_path / "alone")
+    resolve.load(tmp_path / "alone")
+    flip_bit(tmp_path / "alone" / "model.safetensors", 99_000)
+    with pytest.raises(InvalidFile, match="damaged"):
+        resolve.load(tmp_path / "alone")

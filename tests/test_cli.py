@@ -1,0 +1,251 @@
+"""The command line: exit codes, one sentence for every mistake, JSON for scripts."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import NANO
+
+from smolforge import __version__, cli
+from smolforge.checkpoint import state
+from smolforge.cli.flags import parse
+from smolforge.cli.terminal import duration, metrics_line
+from smolforge.errors import SettingError
+from smolforge.recipe import train
+from smolforge.testing import sentences
+
+
+@pytest.fixture
+def recipe_file(tmp_path, text_file):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
+    return str(path)
+
+
+@pytest.fixture
+def finished(tmp_path, recipe_file):
+    return str(train(recipe_file, tmp_path / "finished").folder)
+
+
+def call(capsys, *words):
+    """(exit code, standard output, standard error)"""
+    code = cli.run([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def fresh(words, modules):
+    """What a new process prints for a command line, and which of these modules that imported."""
+    check = f"print(sorted({set(modules)} & set(sys.modules)))"
+    program = f"import sys; from smolforge import cli; cli.run({words}); {check}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *said, imported = done.stdout.strip().splitlines()
+    return " ".join(" ".join(said).split()), imported
+
+
+def test_help_imports_nothing_heavy():
+    said, imported = fresh(["--help"], ["torch", "pydantic", "numpy"])
+    assert imported == "[]"
+    assert all(name in said for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself_without_torch(name):
+    said, imported = fresh([name, "--help"], ["torch"])
+    assert imported == "[]"
+    assert cli.COMMANDS[name].split(",")[0] in said
+
+
+def test_version(capsys):
+    assert call(capsys, "--version") == (0, f"{__version__}\n", "")
+
+
+def test_train_resume_generate_inspect(capsys, tmp_path, recipe_file):
+    run = tmp_path / "run"
+    code, out, err = call(capsys, "train", recipe_file, "--run", run, "--train.steps", "4", "--optim.schedule.steps=8")
+    assert (code, out) == (0, "")
+    assert "parameters" in err
+    assert "finished" in err
+    code, out, err = call(capsys, "train", recipe_file, "--run", run, "--train.steps", "8", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["step"] == 8
+    code, out, _ = call(
+        capsys, "generate", run, "--prompt", "the model", "--max-new-tokens", "5", "--json", "--seed", 1
+    )
+    answer = json.loads(out)
+    assert code == 0
+    assert {"text", "token_ids", "finish_reason", "tokens_per_second"} == set(answer)
+    code, out, _ = call(capsys, "generate", run, "--prompt", "the model", "--max-new-tokens", "5", "--seed", 1)
+    assert out == f"the model{answer['text']}\n"
+    facts = json.loads(call(capsys, "inspect", run, "--json")[1])
+    assert (facts["state"], facts["step"], facts["steps"]) == ("finished", 8, 8)
+
+
+def test_prepare_and_inspect_a_corpus(capsys, tmp_path, text_file):
+    code, out, _ = call(capsys, "prepare", text_file, "--out", tmp_path / "corpus", "--vocab-size", 300, "--json")
+    counts = json.loads(out)
+    assert code == 0
+    assert counts["bytes"] == len(text_file.read_bytes())
+    facts = json.loads(call(capsys, "inspect", tmp_path / "corpus", "--json")[1])
+    assert facts["train"]["tokens"] + facts["held_out"]["tokens"] == counts["tokens"]
+    assert facts["beginning"].startswith("0: the")
+    code, out, _ = call(capsys, "prepare", text_file, "--out", tmp_path / "few", "--vocab-size", 300, "--tokens", "1K")
+    assert code == 0
+    assert "held out" in out
+
+
+def test_inspect_a_model(capsys):
+    facts = json.loads(call(capsys, "inspect", "smollm2-135m", "--json")[1])
+    assert facts["parameters"]["total"] == 134_515_008
+    assert facts["parameters"]["embedding"] == 28_311_552
+    assert facts["parameters"]["non_embedding"] == 106_203_456
+    assert facts["kv_bytes_per_token"] == 2 * 30 * 192 * 4
+    untied = json.loads(call(capsys, "inspect", "smollm2-135m-untied", "--json")[1])["parameters"]
+    assert untied["total"] == 162_826_560
+    assert untied["non_embedding"] == 106_203_456
+    code, out, _ = call(capsys, "inspect", "smollm2-135m")
+    assert code == 0
+    assert "134,515,008" in out
+
+
+def test_inspect_recipes_and_the_machine(capsys, recipe_file):
+    facts = json.loads(call(capsys, "inspect", recipe_file, "--json", "--train.steps", "20")[1])
+    assert facts["tokens"] == 20 * 128
+    assert facts["settings"]["train"]["steps"] == 20
+    assert call(capsys, "inspect", recipe_file)[0] == 0
+    facts = json.loads(call(capsys, "inspect", "machine", "--json")[1])
+    assert facts["float32_flops_per_second"] > 1e9
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("train", 2, "RECIPE"),
+        ("train nano", 2, "--run"),
+        ("trian nano --run r", 2, "train"),
+        ("train nano --run r --train.stpes 5", 2, "there is no setting --train.stpes. Did you mean --train.steps?"),
+        ("train nano --run r --train.steps", 2, "--train.steps needs a value"),
+        ("train nano --run r --train.steps many", 2, "train.steps is 'many'; it should be a valid integer"),
+        ("train nano --run r what", 2, "'what' is one word too many"),
+        ("train nope.toml --run r", 2, "there is no recipe 'nope.toml'"),
+        ("train nano --run r --data.sources nope.txt", 3, "'nope.txt'"),
+        ("train nano --run r --tokenizer nope", 3, "there is no tokenizer.json at nope"),
+        ("train nano --run r --budget soon", 2, "like 5m or 1h"),
+        ("train nano --run r --model.num-attention-heads 5", 2, "must be a multiple of num_attention_heads (5)"),
+        ("train nano --run r --model.preset smollm2", 2, "there is no preset 'smollm2'"),
+        ("train nano --run r --train.device cuda:7", 4, "the device 'cuda:7' cannot be used here"),
+        ("generate smollm2-135m --prompt x", 2, "its published weights are HuggingFaceTB/SmolLM2-135M"),
+        ("generate nowhere --prompt x", 2, "there is no model 'nowhere'"),
+        ("generate smollm2-nano --random --prompt x", 3, "without a tokenizer"),
+        ("generate smollm2-nano --random --prompt x --temperature -1", 2, "temperature is -1.0"),
+        ("prepare nope.txt --out c", 3, "'nope.txt'"),
+        ("prepare --out c --tokens lots", 2, "'lots' is not a count"),
+        ("prepare --out c --vocab-size 10", 2, "at least 259, not 10"),
+        ("inspect nowhere", 2, "nowhere"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_their_code(capsys, tmp_path, monkeypatch, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    found, out, err = call(capsys, *words.split())
+    assert (found, out) == (code, "")
+    assert said in err
+    assert err.startswith("smolforge: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(capsys):
+    _, _, err = call(capsys, "generate", "nowhere", "--prompt", "x", "--debug")
+    assert "Traceback" in err
+    assert err.rstrip().splitlines()[-1].startswith("smolforge: there is no model")
+
+
+def test_an_unwritable_place_is_said(capsys, tmp_path, recipe_file):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(capsys, "train", recipe_file, "--run", tmp_path / "file" / "run")
+    assert code == 4
+    assert "Not a directory" in err
+
+
+def test_flags():
+    assert parse(["--train.steps", "5", "--data.sources", "a,b", "--data.sources=c"]) == {
+        "train.steps": "5",
+        "data.sources": ["a", "b", "c"],
+    }
+    assert parse(["--optim.learning-rate=1e-3", "--optim.betas", "0.9,0.99"]) == {
+        "optim.learning_rate": "1e-3",
+        "optim.betas": ["0.9", "0.99"],
+    }
+    assert parse(["--data.sources", '["a,b", "c"]']) == {"data.sources": ["a,b", "c"]}
+    assert parse(["--model", "smollm2-nano"]) == {"model": "smollm2-nano"}
+    with pytest.raises(SettingError, match="is not a TOML list"):
+        parse(["--data.sources", "[a"])
+
+
+def test_times_and_lines_read_well():
+    assert [duration(seconds) for seconds in (5, 600, 7200, 864_000)] == ["5 s", "10 min", "2.0 h", "10 days"]
+    metrics = {
+        "loss": 2.5,
+        "tokens_per_second": 1234.5,
+        "learning_rate": 0.003,
+        "grad_norm": 0.5,
+        "peak_memory_bytes": 2**30,
+    }
+    assert metrics_line(metrics, 61) == "loss 2.500  1,234 tokens/s  lr 3.00e-03  grad 0.50  1.00 GiB  61 s left"
+
+
+def test_remaining_time_is_pace_times_steps(monkeypatch, recipe_file):
+    from smolforge.cli import terminal
+
+    display = terminal.Display(quiet=True)
+    display.begun, display.first, display.steps = 100.0, 10, 50
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: 120.0)
+    assert display.remaining(20) == 20.0 / 10 * 30
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
+    command = [sys.executable, "-m", "smolforge", "train", recipe_file, "--run", str(tmp_path / "run")]
+    started = subprocess.Popen(
+        [*command, "--train.steps", "100000", "--train.evaluate-every", "none"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.stat().st_size < 1000:
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.send_signal(number)
+    err = started.communicate(timeout=60)[1]
+    assert started.returncode == code
+    last = re.search(r"after step (\d+), everything is saved", " ".join(err.split()))
+    assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", int(last[1]))
+    assert "Traceback" not in err
+
+
+def test_a_model_reads_standard_input_and_a_closed_pipe_is_no_error(tmp_path, finished):
+    command = f"printf 'the model' | {sys.executable} -m smolforge generate {finished} --max-new-tokens 60 | head -c 3"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=True)
+    assert done.stdout == "the"
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_standard_output_is_said(finished):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "smolforge", "generate", finished, "--prompt", "x", "--max-new-tokens", "3"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 4
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_long_text_of_a_prompt_is_said(capsys, finished):
+    code, _, err = call(capsys, "generate", finished, "--prompt", sentences(30))
+    assert code == 2
+    assert "this model takes 128 with its answer" in err

@@ -1,0 +1,72 @@
+"""Settings: what is refused, in which words, and what may change on resume."""
+
+import pytest
+from pydantic import ValidationError
+
+from smolforge.config import FREE, ModelConfig, Recipe, fields, leaves, replaced, validated
+from smolforge.errors import SettingError
+
+
+def refuse(tree):
+    with pytest.raises(SettingError) as caught:
+        validated(Recipe, tree)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"data": {"sorces": []}}, "there is no setting 'data.sorces'. Did you mean data.sources?"),
+        ({"trian": {}}, "there is no setting 'trian'. Did you mean train?"),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; it should be a valid integer"),
+        ({"train": {"steps": 0}}, "train.steps is 0; it should be greater than 0"),
+        ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate is nan"),
+        ({"optim": {"name": "sgd"}}, "optim.name is 'sgd'; it should be 'adamw' or 'muon'"),
+        (
+            {"train": {"sequence_length": 100, "batch_tokens": 1050}},
+            "train: batch_tokens (1050) must be a multiple of sequence_length (100); 1000 is the nearest",
+        ),
+        ({"model": {"num_attention_heads": 7}}, "hidden_size (576) must be a multiple of num_attention_heads (7)"),
+        (
+            {"model": {"num_key_value_heads": 2}},
+            "num_attention_heads (9) must be a multiple of num_key_value_heads (2)",
+        ),
+        ({"model": {"head_dim": 7}}, "head_dim (7) must be even"),
+        ({"model": {"max_position_embeddings": 64}}, "train.sequence_length (2048) is beyond"),
+        ({"optim": {"schedule": {"warmup_steps": 900, "decay_steps": 200}}}, "together are more than the 1000 steps"),
+        ({"optim": {"schedule": {"final_learning_rate": 1}}}, "is above optim.learning_rate (0.003)"),
+        ({"train": 5}, "train is 5"),
+    ],
+)
+def test_refusals_are_sentences(tree, said):
+    assert said in refuse(tree)
+
+
+def test_the_defaults_are_smollm2_135m():
+    assert ModelConfig().head_size == 64
+    assert Recipe().train.rows == 512
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError):
+        Recipe().seed = 1
+
+
+def test_every_setting_says_what_it_is():
+    for name, field in fields():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_what_may_change_on_resume_is_the_published_list():
+    free = {name for name, field in fields() if FREE in field.metadata}
+    fixed = {name for name, _ in fields()} - free
+    assert {"train.steps", "train.micro_batch_size", "train.device", "data.num_workers"} <= free
+    assert {"seed", "tokenizer", "data.sources", "train.sequence_length", "train.batch_tokens"} <= fixed
+    assert all(name in fixed for name in leaves(Recipe()) if name.startswith(("model.", "optim.")))
+
+
+def test_replaced_changes_one_setting_and_checks_it():
+    assert replaced(Recipe(), {"optim.schedule.warmup_steps": 7}).optim.schedule.warmup_steps == 7
+    with pytest.raises(SettingError, match=r"train.steps is -1"):
+        replaced(Recipe(), {"train.steps": -1})

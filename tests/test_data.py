@@ -1,0 +1,226 @@
+"""Documents, corpora and batches: nothing lost, nothing twice, nothing leaked, nothing remembered."""
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolforge.config import Data
+from smolforge.data import corpus as corpus_module
+from smolforge.data.batches import Windows, permuted, stream
+from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens, prepare
+from smolforge.data.documents import documents, python_docs
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.model import IGNORED
+from smolforge.testing import sentences
+
+
+def made(tmp_path, tokenizer, sources, **settings):
+    return prepare(Data(sources=tuple(map(str, sources)), **settings), tmp_path / "corpus", tokenizer)
+
+
+def texts_of(corpus, split):
+    """Documents of a split, read back through the index."""
+    ids = corpus.tokens(split)[:]
+    ends = np.concatenate([np.fromfile(path, "<u8") for path in sorted((corpus.folder / split).glob("*.index"))])
+    tokenizer = corpus.tokenizer()
+    parts = np.split(ids, ends.astype(np.int64)[:-1])
+    assert all(part[-1] == tokenizer.eos_id for part in parts)
+    return [tokenizer.decode(part[:-1].tolist()) for part in parts]
+
+
+# Documents
+
+
+def test_kinds_of_sources(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_bytes("wíth\r\nends\r\n".encode())
+    (tmp_path / "sub" / "b.md").write_text("two")
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "three"}\n\n{"text": "four", "x": 1}\n')
+    (tmp_path / "ignored.bin").write_bytes(b"\0\1")
+    read = lambda source: [document.text for document in documents(str(source), Data())]  # noqa: E731
+    assert read(tmp_path / "a.txt") == ["wíth\r\nends\r\n"]
+    assert read(tmp_path) == ["wíth\r\nends\r\n", "two", "three", "four"]
+    assert read(tmp_path / "**" / "*.md") == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.txt", b"a\0b", "x.txt is not text: it has a zero byte at 1"),
+        ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text: byte 3 is 0xe9"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2 has no text under the key 'text'"),
+        ("x.jsonl", b'{"text": "a"}\n{nope}\n', "line 2 is not JSON"),
+        ("x.jsonl", b"[1]\n", "line 1 has no text under the key 'text'"),
+        ("x.txt", b"", "is empty"),
+    ],
+)
+def test_broken_sources_are_named(tmp_path, tokenizer, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidFile, match=said):
+        made(tmp_path, tokenizer, [tmp_path / name])
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_missing_sources_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidFile, match="there is no file, directory or match"):
+        list(documents(str(tmp_path / "nope.txt"), Data()))
+    with pytest.raises(InvalidFile, match="there is no text in"):
+        list(documents(str(tmp_path / "empty"), Data()))
+
+
+def test_python_docs_are_the_documentation():
+    found = python_docs()
+    groups = {document.group for document in found}
+    assert sum(len(document.text) for document in found) > 1_500_000
+    assert {"pydoc_data", "asyncio", "json"} <= groups
+    assert not {"test", "site-packages"} & groups
+    assert any("Event loop" in document.text for document in found if document.group == "asyncio")
+
+
+# Corpora
+
+
+def test_every_document_once_with_its_end(tmp_path, tokenizer):
+    kept = [f"document {number} {sentences(1, number)}" for number in range(50)]
+    lines = [{"text": text} for text in [*kept, kept[3], "   ", kept[7]]]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"])
+    found = texts_of(corpus, TRAIN) + texts_of(corpus, HELD_OUT)
+    assert Counter(found) == Counter(kept)
+    for split in (TRAIN, HELD_OUT):
+        assert corpus.size(split)["bytes"] == sum(len(text.encode()) for text in texts_of(corpus, split))
+        assert corpus.size(split)["documents"] == len(texts_of(corpus, split))
+
+
+def test_held_out_groups_are_whole(tmp_path, tokenizer):
+    lines = [
+        {"text": f"{group} {sentences(3, 9 * number)}", "of": group}
+        for number in range(90)
+        for group in [f"g{number % 30}"]
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"], group_key="of", held_out=0.2)
+    group_of = lambda texts: {text.split()[0] for text in texts}  # noqa: E731
+    train, held = group_of(texts_of(corpus, TRAIN)), group_of(texts_of(corpus, HELD_OUT))
+    assert not train & held
+    assert train | held == {f"g{number}" for number in range(30)}
+    share = corpus.size(HELD_OUT)["bytes"] / (corpus.size(HELD_OUT)["bytes"] + corpus.size(TRAIN)["bytes"])
+    assert 0.1 < share <= 0.21
+
+
+def test_a_single_file_holds_out_its_tail(tmp_path, tokenizer, text_file):
+    corpus = made(tmp_path, tokenizer, [text_file])
+    (train,), (held,) = texts_of(corpus, TRAIN), texts_of(corpus, HELD_OUT)
+    assert train + held == text_file.read_text()
+    assert train.endswith("\n")
+    assert len(held) / len(train + held) == pytest.approx(0.05, abs=0.005)
+
+
+def test_nothing_held_out_when_asked(tmp_path, tokenizer, text_file):
+    corpus = made(tmp_path, tokenizer, [text_file], held_out=0.0)
+    assert corpus.size(HELD_OUT) == {"documents": 0, "tokens": 0, "bytes": 0}
+    assert texts_of(corpus, TRAIN) == [text_file.read_text()]
+
+
+def test_the_tokenizer_never_sees_what_is_held_out(tmp_path, text_file):
+    text_file.write_text(sentences(400) + "zyxwzyxw " * 200)
+    corpus = prepare(Data(sources=(str(text_file),), held_out=0.1), tmp_path / "corpus", None, 400)
+    assert "zyxw" in corpus.text(HELD_OUT)
+    assert not any("zyx" in word for word in corpus.tokenizer().backend.get_vocab())
+
+
+def test_prepared_again_is_found_done_and_others_are_refused(tmp_path, tokenizer, text_file):
+    first = made(tmp_path, tokenizer, [text_file])
+    written = (first.folder / "train" / "00000.ds").stat().st_mtime_ns
+    again = made(tmp_path, tokenizer, [text_file])
+    assert (again.fingerprint, (again.folder / "train" / "00000.ds").stat().st_mtime_ns) == (first.fingerprint, written)
+    with pytest.raises(SettingError, match="made with other settings"):
+        made(tmp_path, tokenizer, [text_file], held_out=0.2)
+
+
+def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
+    corpus = made(tmp_path, tokenizer, [text_file])
+    shard = corpus.folder / "train" / "00000.ds"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(InvalidFile, match=r"bytes of tokens where corpus\.json says"):
+        Corpus.open(corpus.folder)
+    (corpus.folder / "corpus.json").write_text("{}")
+    with pytest.raises(InvalidFile, match=r"corpus\.json is broken"):
+        Corpus.open(corpus.folder)
+
+
+def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch):
+    from datatrove.utils.dataset import DatatroveFileDataset
+
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": sentences(4, 4 * n)}) for n in range(60)))
+    corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"], held_out=0.0)
+    shards = sorted((corpus.folder / "train").glob("*.ds"))
+    assert len(shards) > 2
+    ids, start = corpus.tokens(TRAIN)[:], 0
+    for shard in shards:
+        theirs = DatatroveFileDataset(str(shard), seq_len=15, token_size=2)
+        for window in theirs:
+            assert window["input_ids"].tolist() == ids[start : start + 16].tolist()
+            start += 16
+        start = (start - len(theirs) * 16) + shard.stat().st_size // 2
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 50), st.integers(0, 50))
+def test_shards_read_as_one_array(lengths, start, length):
+    whole = np.arange(sum(lengths), dtype="<u2")
+    tokens = Tokens(np.split(whole, np.cumsum(lengths)[:-1]))
+    assert tokens[start : start + length].tolist() == whole[start : start + length].tolist()
+
+
+# Batches
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31), st.integers(0, 5))
+def test_an_epoch_is_a_permutation(count, seed, epoch):
+    order = [permuted(place, count, seed, epoch) for place in range(count)]
+    assert sorted(order) == list(range(count))
+
+
+def test_epochs_and_seeds_differ():
+    orders = {
+        tuple(permuted(place, 100, seed, epoch) for place in range(100)) for seed in range(5) for epoch in range(5)
+    }
+    assert len(orders) == 25
+
+
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(1, 20), st.integers(0, 99))
+def test_every_token_is_predicted_once_an_epoch(total, length, seed):
+    if total <= length:
+        return
+    windows = Windows(Tokens([np.arange(total)]), length, seed)
+    seen: Counter[int] = Counter()
+    for position in range(windows.count):
+        ids, labels = windows.window(position)
+        counted = labels != IGNORED
+        assert (labels[counted] == ids[counted] + 1).all()
+        seen.update(labels[counted].tolist())
+    assert seen == Counter(range(1, total))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+def test_workers_and_restarts_change_nothing(workers):
+    windows = Windows(Tokens([np.arange(1000)]), 16, seed=5)
+    straight = list(islice(stream(windows, 0, 3, 0), 60))
+    for first in (0, 7, 41):
+        for batch, expected in zip(stream(windows, first, 3, workers), straight[first:], strict=False):
+            assert torch.equal(batch.ids, expected.ids)
+            assert torch.equal(batch.labels, expected.labels)
+
+
+def test_a_corpus_below_one_window_is_refused():
+    with pytest.raises(InvalidFile, match="the corpus has 16 training tokens, which is less than one window"):
+        Windows(Tokens([np.arange(16)]), 16, 0)

@@ -1,0 +1,71 @@
+"""Loss over a text: every token once, the mean exact, context as promised."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolforge.config import Data
+from smolforge.data.corpus import HELD_OUT, prepare
+from smolforge.errors import InvalidFile
+from smolforge.evaluation import measure, measure_corpus, windows
+from smolforge.model import IGNORED
+from smolforge.testing import tiny_model
+
+
+@given(total=st.integers(1, 60), length=st.integers(1, 12), data=st.data())
+def test_every_token_counts_once_with_its_context(total, length, data):
+    stride = data.draw(st.integers(1, length))
+    ids = np.arange(1, total + 1)
+    inputs, labels = windows(ids, 0, length, stride)
+    counted = labels != IGNORED
+    assert labels[counted].tolist() == ids.tolist()
+    assert (inputs[counted] == labels[counted] - 1).all()
+    rows, places = counted.nonzero(as_tuple=True)
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        if row > 0:
+            assert place >= length - stride
+
+
+def test_loss_equals_the_definition():
+    model, ids = tiny_model(), np.random.default_rng(0).integers(3, 320, 100)
+    found = measure(model, ids, 0, 128)
+    with torch.no_grad():
+        logits = model(torch.tensor([[0, *ids[:-1]]]))[0]
+    target = torch.from_numpy(ids)
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["accuracy"] == pytest.approx((logits.argmax(-1) == target).double().mean().item())
+    assert found["tokens"] == 100
+
+
+def test_bits_per_byte_of_a_uniform_model(tmp_path, tokenizer, text_file):
+    """A model that knows nothing spends log2 V bits on every token, the ends of documents included."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    corpus = prepare(Data(sources=(str(text_file),)), tmp_path / "corpus", tokenizer)
+    found, size = measure_corpus(model, corpus, 32), corpus.size(HELD_OUT)
+    assert found["tokens"] == size["tokens"]
+    assert found["bits_per_byte"] == pytest.approx(math.log2(320) * size["tokens"] / size["bytes"], rel=1e-5)
+
+
+def test_measuring_leaves_the_model_as_it_was(tmp_path, tokenizer, text_file):
+    model = tiny_model().train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    corpus = prepare(Data(sources=(str(text_file),)), tmp_path / "corpus", tokenizer)
+    measure_corpus(model, corpus, 32)
+    assert model.training
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_nothing_held_out_is_said(tmp_path, tokenizer, text_file):
+    corpus = prepare(Data(sources=(str(text_file),), held_out=0.0), tmp_path / "corpus", tokenizer)
+    with pytest.raises(InvalidFile, match="no held-out text"):
+        measure_corpus(tiny_model(), corpus, 32)

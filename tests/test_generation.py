@@ -1,0 +1,179 @@
+"""One stream of tokens: samplers held to Transformers', greedy text to its generate, rows to themselves."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from smolforge.config import Generation
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.generation.samplers import MinP, RepetitionPenalty, Temperature, TopK, TopP, sampling
+from smolforge.generation.stream import Text, Token, generate, stream, tokens
+from smolforge.testing import tiny_model, tiny_tokenizer
+
+GREEDY = sampling(Generation(temperature=0))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Temperature(0.7), TemperatureLogitsWarper(0.7)),
+        (TopK(5), TopKLogitsWarper(5)),
+        (TopP(0.6), TopPLogitsWarper(0.6)),
+        (TopP(0.001), TopPLogitsWarper(0.001)),
+        (MinP(0.2), MinPLogitsWarper(0.2)),
+        (RepetitionPenalty(1.3), RepetitionPenaltyLogitsProcessor(1.3)),
+    ],
+)
+def test_samplers_equal_transformers(ours, theirs):
+    for seed in range(20):
+        logits = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * 3
+        seen = torch.tensor([3, 7, 9])
+        torch.testing.assert_close(ours(logits, seen), theirs(seen[None], logits[None].clone())[0])
+
+
+def test_a_chain_draws_in_the_right_proportion():
+    choose, generator = sampling(Generation(temperature=0.5, top_k=3, top_p=None)), torch.Generator().manual_seed(0)
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    drawn = torch.bincount(torch.tensor([choose(logits, [], generator) for _ in range(4000)]), minlength=4) / 4000
+    expected = torch.tensor([2.0, 1.0, 0.0, float("-inf")]).div(0.5).softmax(-1)
+    assert (drawn - expected).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_text_equals_transformers(seed):
+    model = tiny_model(seed)
+    theirs = LlamaForCausalLM(LlamaConfig(**model.config.model_dump(exclude={"model_type"}))).eval()
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    theirs.tie_weights()
+    prompt = torch.randint(3, 320, (1, 12))
+    expected = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=64,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found = [token.id for token in tokens(model, prompt.tolist(), GREEDY, 64)]
+    assert found == expected[0, 12:].tolist()
+
+
+@settings(deadline=None, max_examples=15)
+@given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=6), seed=st.integers(0, 9))
+def test_a_batch_gives_what_each_prompt_gives_alone(lengths, seed):
+    """Except from where the two likeliest tokens lie within 1e-4: there rounding may choose."""
+    model = tiny_model(seed)
+    prompts = [torch.randint(3, 320, (length,)).tolist() for length in lengths]
+    rows = {row: [] for row in range(len(prompts))}
+    for token in tokens(model, prompts, GREEDY, 20):
+        rows[token.row].append(token.id)
+    ties = 0
+    for row, prompt in enumerate(prompts):
+        alone = [token.id for token in tokens(model, [prompt], GREEDY, 20)]
+        if rows[row] != alone:
+            place = next(place for place, pair in enumerate(zip(rows[row], alone, strict=True)) if pair[0] != pair[1])
+            with torch.no_grad():
+                top = model(torch.tensor([prompt + alone[:place]]))[0, -1].topk(2).values
+            assert top[0] - top[1] < 1e-4
+            ties += 1
+    assert ties <= 1
+
+
+def test_sampled_rows_draw_alone():
+    model, options = tiny_model(), {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+    together = generate(model, ["the model", "a token follows", "x"], **options)
+    for prompt, completion in zip(["the model", "a token follows", "x"], together, strict=True):
+        assert generate(model, [prompt], **options) == [completion]
+    assert generate(model, ["the model"], **options | {"seed": 6}) != together[:1]
+
+
+def test_the_stream_joins_to_the_whole():
+    model = tiny_model()
+    pieces = list(stream(model, "the model", max_new_tokens=40, seed=1, temperature=1.0))
+    (whole,) = generate(model, ["the model"], max_new_tokens=40, seed=1, temperature=1.0)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert sum((piece.token_ids for piece in pieces), ()) == whole.token_ids
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert model.tokenizer.decode(whole.token_ids) == whole.text
+
+
+def test_end_of_text_ends_and_is_not_shown(monkeypatch):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 50 * model.model.embed_tokens.weight[5]
+    whole = next(iter(generate(model, ["the model reads"], temperature=0, max_new_tokens=30)))
+    ended = 0 in whole.token_ids
+    assert (whole.finish_reason == "stop") == ended
+    if ended:
+        assert whole.token_ids[-1] == 0
+        assert "<|endoftext|>" not in whole.text
+
+
+def feed(words, stop):
+    """What `Text` gives out for one token a character, and whether it stopped."""
+    tokenizer = tiny_tokenizer()
+    text, given = Text(tokenizer, stop), []
+    ids = [tokenizer.encode(letter)[0] for letter in words]
+    for place, token in enumerate(ids):
+        piece = text.push(Token(0, token, "length" if place == len(ids) - 1 else None), tokenizer.eos_id)
+        given += [piece] if piece else []
+        if text.stopped:
+            break
+    return given, text.stopped
+
+
+@settings(deadline=None)
+@given(words=st.text("abc", min_size=1, max_size=15), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_at_the_first_and_are_never_shown(words, stop):
+    given_out, stopped = feed(words, stop)
+    text = "".join(piece.text for piece in given_out)
+    ends = [words.find(word) + len(word) for word in stop if word in words]
+    if not ends:
+        assert (text, stopped) == (words, False)
+    else:
+        seen = words[: min(ends)]  # what had been generated when a stop string first was whole
+        assert stopped
+        assert text == seen[: min(seen.find(word) for word in stop if word in seen)]
+    for place in range(len(given_out)):
+        shown = "".join(piece.text for piece in given_out[: place + 1])
+        assert not any(word in shown for word in stop)
+
+
+def test_a_stop_string_ends_generation():
+    model = tiny_model()
+    (free,) = generate(model, ["the"], temperature=0, max_new_tokens=40)
+    word = free.text[5:8]
+    (cut,) = generate(model, ["the"], temperature=0, max_new_tokens=40, stop=(word,))
+    assert cut.finish_reason == "stop"
+    assert cut.text == free.text[: free.text.index(word)]
+    assert len(cut.token_ids) < len(free.token_ids)
+
+
+def test_the_context_is_the_limit():
+    model = tiny_model()
+    (whole,) = generate(model, ["a " * 40], temperature=0, max_new_tokens=500)
+    assert whole.finish_reason == "length"
+    assert len(whole.token_ids) + len(model.tokenizer.encode("a " * 40)) == 128
+    with pytest.raises(SettingError, match="this model takes 128 with its answer"):
+        generate(model, ["7" * 128])
+
+
+def test_refusals():
+    model = tiny_model()
+    with pytest.raises(SettingError, match=r"there is no setting 'temprature'\. Did you mean temperature\?"):
+        generate(model, ["x"], temprature=1)
+    with pytest.raises(SettingError, match=r"top_p is 2.*less than or equal to 1"):
+        generate(model, ["x"], top_p=2)
+    model.tokenizer = None
+    with pytest.raises(InvalidFile, match="without a tokenizer"):
+        generate(model, ["x"])
+    assert generate(model, []) == []

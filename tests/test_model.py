@@ -1,0 +1,258 @@
+"""The decoder, held to Transformers' LlamaForCausalLM and to its own definition."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smolforge import model as model_module
+from smolforge import presets
+from smolforge.config import ModelConfig
+from smolforge.model import (
+    IGNORED,
+    Cache,
+    allocate,
+    build,
+    component,
+    flops_per_token,
+    initialize,
+    loss_sum,
+    parameter_counts,
+)
+from smolforge.testing import tiny_config, tiny_model
+
+PUBLISHED = {
+    "smollm2-135m": 134_515_008,
+    "smollm2-135m-untied": 162_826_560,
+    "smollm-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm2-nano": 3_148_224,
+}
+
+
+def random_config(seed: int) -> ModelConfig:
+    pick = torch.Generator().manual_seed(seed)
+
+    def one_of(*values):
+        return values[int(torch.randint(len(values), (), generator=pick))]
+
+    kv_heads = one_of(1, 2, 3)
+    return tiny_config(
+        vocab_size=one_of(64, 101, 320),
+        hidden_size=one_of(32, 48, 96),
+        intermediate_size=one_of(40, 64),
+        num_hidden_layers=one_of(1, 2, 4),
+        num_attention_heads=kv_heads * one_of(1, 2, 3),
+        num_key_value_heads=kv_heads,
+        head_dim=one_of(8, 16),
+        rope_theta=one_of(1e4, 1e5, 1.3e5),
+        rms_norm_eps=one_of(1e-5, 1e-6),
+        tie_word_embeddings=one_of(True, False),
+    )
+
+
+def oracle(config: ModelConfig) -> LlamaForCausalLM:
+    names = config.model_dump(exclude={"model_type"})
+    return LlamaForCausalLM(LlamaConfig(**names, attn_implementation="eager")).eval()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_logits_equal_transformers_loaded_strictly_both_ways(seed):
+    config = random_config(seed)
+    ours, theirs = build(config, seed), oracle(config)
+    ids = torch.randint(config.vocab_size, (2, 50))
+    with torch.no_grad():
+        state = {name: tensor for name, tensor in theirs.state_dict().items() if name in ours.state_dict()}
+        extra = theirs.state_dict().keys() - state.keys()
+        assert extra == ({"lm_head.weight"} if config.tie_word_embeddings else set())
+        ours.load_state_dict(state, strict=True)
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+        initialize(ours, seed)
+        theirs.load_state_dict(ours.state_dict(), strict=not config.tie_word_embeddings)
+        theirs.tie_weights()
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_gradients_equal_transformers():
+    config = random_config(1)
+    ours, theirs = build(config), oracle(config)
+    theirs.load_state_dict(ours.state_dict(), strict=not config.tie_word_embeddings)
+    theirs.tie_weights()
+    ids = torch.randint(config.vocab_size, (2, 40))
+    labels = ids.clone()
+    labels[0, 5:9] = IGNORED
+    theirs(ids, labels=labels).loss.backward()
+    shifted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    (loss_sum(ours, ours.hidden(ids), shifted) / (shifted != IGNORED).sum()).backward()
+    expected = dict(theirs.named_parameters())
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name].grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_their_published_parameter_count(name):
+    counts = parameter_counts(ModelConfig.model_validate(presets.shape(name)))
+    assert sum(counts.values()) == PUBLISHED[name]
+    assert set(PUBLISHED) == set(presets.names())
+
+
+def test_components_of_smollm2():
+    counts = parameter_counts(ModelConfig())
+    assert counts["embedding"] == 28_311_552
+    assert (counts["attention"] + counts["mlp"] + 30 * 2 * 576) // 30 == 3_540_096
+
+
+@pytest.mark.parametrize(("tied", "std"), [(True, 1 / 24), (True, 0.02), (False, 1 / 24)])
+def test_initial_loss_is_what_the_rule_predicts(tied, std):
+    """ln V + half the variance of a logit, which is hidden_size std^2 behind a norm of unit mean square."""
+    config = tiny_config(
+        vocab_size=8192, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, initializer_range=std,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = build(config)
+    ids = torch.randint(8192, (4, 64))
+    with torch.no_grad():
+        loss = loss_sum(model, model.hidden(ids), torch.randint(8192, ids.shape)) / ids.numel()
+    assert loss.item() == pytest.approx(math.log(8192) + 576 * std**2 / 2, abs=0.08)
+
+
+def test_initialisation_is_nanotrons():
+    model = build(tiny_config(hidden_size=256, num_attention_heads=8, num_hidden_layers=8, initializer_range=0.04))
+    residual = 0.04 / math.sqrt(16)
+    for name, weight in model.named_parameters():
+        if component(name) == "norms":
+            assert torch.equal(weight, torch.ones_like(weight))
+        else:
+            wanted = residual if "o_proj" in name or "down_proj" in name else 0.04
+            assert weight.std().item() == pytest.approx(wanted, rel=0.05), name
+
+
+def test_initial_weights_depend_on_seed_alone():
+    one, same, other = build(tiny_config(), 1), build(tiny_config(), 1), build(tiny_config(), 2)
+    torch.manual_seed(99)
+    wide = build(tiny_config(), 1, torch.float64)
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, same.state_dict()[name])
+        assert torch.equal(weight.double(), wide.state_dict()[name])
+    assert not torch.equal(one.head, other.head)
+
+
+def test_causality():
+    """Changing token t leaves every logit before t as it was, to the bit."""
+    model = tiny_model()
+    ids = torch.randint(320, (1, 40))
+    for t in (1, 17, 39):
+        changed = ids.clone()
+        changed[0, t] = (changed[0, t] + 1) % 320
+        with torch.no_grad():
+            before, after = model(ids), model(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t:], after[:, t:])
+
+
+@settings(deadline=None, max_examples=20)
+@given(shift=st.integers(0, 60))
+def test_only_distance_between_positions_matters(shift):
+    model = tiny_model()
+    ids = torch.arange(30)[None] * 7 % 320
+    positions = torch.arange(30)[None]
+    with torch.no_grad():
+        there = model.hidden(ids, positions + shift)
+        torch.testing.assert_close(model.hidden(ids, positions), there, atol=2e-5, rtol=1e-4)
+
+
+def test_order_matters():
+    """Positions are applied at all: attention without them would not see a swap of earlier tokens."""
+    model = tiny_model(num_hidden_layers=1)
+    one, two = torch.tensor([[5, 9, 7]]), torch.tensor([[9, 5, 7]])
+    with torch.no_grad():
+        assert (model(one)[0, -1] - model(two)[0, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("chunks", [(40,), (1,) * 40, (7, 1, 20, 1, 11)])
+def test_cached_equals_uncached(chunks):
+    model = tiny_model()
+    ids = torch.randint(320, (3, 40))
+    cache, start, states = Cache(model, rows=3, capacity=64), 0, []
+    with torch.no_grad():
+        for length in chunks:
+            positions = torch.arange(start, start + length).expand(3, -1)
+            states.append(model.hidden(ids[:, start : start + length], positions, cache.at(positions)))
+            start += length
+        torch.testing.assert_close(torch.cat(states, 1), model.hidden(ids), atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_keeps_the_rows_it_is_told_to():
+    model = tiny_model()
+    ids = torch.randint(320, (3, 10))
+    positions = torch.arange(10).expand(3, -1)
+    cache = Cache(model, rows=3, capacity=16)
+    with torch.no_grad():
+        model.hidden(ids, positions, cache.at(positions))
+        cache.keep([2])
+        step = torch.tensor([[10]])
+        one = model.hidden(torch.tensor([[4]]), step, cache.at(step))
+        whole = model.hidden(torch.cat([ids[2:], torch.tensor([[4]])], 1))[:, -1:]
+    torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunked_loss_equals_the_definition(dtype, monkeypatch):
+    monkeypatch.setattr(model_module, "CHUNK_TOKENS", 16)
+    model = build(tiny_config(), dtype=dtype)
+    ids = torch.randint(320, (3, 25))
+    labels = ids.roll(-1, 1)
+    labels[0, :11] = IGNORED
+    loss = loss_sum(model, model.hidden(ids), labels)
+    loss.backward()
+    chunked = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    plain = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
+    plain.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    for grad, weight in zip(chunked, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_without_chunks_is_the_same(monkeypatch):
+    model, ids = tiny_model(), torch.randint(320, (2, 20))
+    with torch.no_grad():
+        chunked = loss_sum(model, model.hidden(ids), ids)
+        monkeypatch.setattr(model_module, "CHUNKED", False)
+        torch.testing.assert_close(chunked, loss_sum(model, model.hidden(ids), ids), rtol=1e-6, atol=0)
+
+
+def test_flops_agree_with_torchs_counter():
+    """Forward and backward of the matrices; attention by hand, since a fused kernel is counted in full."""
+    config = tiny_config(num_key_value_heads=4)
+    model, length = build(config), 64
+    ids = torch.randint(320, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        logits = model.logits(model.hidden(ids))
+        logits.sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    matrices = sum(count for name, count in counted.items() if "mm" in str(name))
+    attention = 6 * config.num_hidden_layers * config.hidden_size * length
+    assert matrices / length == pytest.approx(flops_per_token(config, length) - attention, rel=1e-6)
+
+
+def test_a_tied_head_is_the_embedding_after_every_move():
+    model = build(tiny_config())
+    for moved in (model.to(torch.float64), model.to(torch.bfloat16), allocate(tiny_config())):
+        assert moved.head is moved.model.embed_tokens.weight
+        assert "lm_head.weight" not in moved.state_dict()
+
+
+def test_bfloat16_stays_near():
+    model, ids = tiny_model(), torch.randint(320, (1, 60))
+    with torch.no_grad():
+        exact = model(ids)
+        rounded = model.to(torch.bfloat16)(ids).float()
+    assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()

@@ -1,0 +1,75 @@
+"""The README does what it says: its commands and its Python run, shortened; its map and links are there."""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolforge import cli
+from smolforge.testing import sentences
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder as the reader has it: the recipes, a text, an hour of patience cut to seconds."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "my.txt").write_text(sentences(3000))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SHORT = {
+    "train": ["--model.num-hidden-layers", "1", "--model.vocab-size", "400", "--train.batch-tokens", "512"],
+    "generate": [],
+}
+
+
+def test_commands(home, capsys):
+    (commands,) = blocks("bash")
+    lines = commands.strip().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens"))
+        assert program == "smolforge"
+        assert cli.run([verb, *words, *SHORT[verb]]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_python(home, capsys):
+    (program,) = blocks("python")
+    for count, short in (("500", "12"), ("550", "14")):
+        changes = '"model.num_hidden_layers": 1, "model.vocab_size": 400, "train.batch_tokens": 512'
+        program = program.replace(f"steps={count})", f"steps={short}, **{{{changes}}})")
+    namespace: dict[str, object] = {}
+    exec(compile(program, "README.md", "exec"), namespace)
+    assert capsys.readouterr().out
+    assert namespace["run"].metrics["step"] == 14
+
+
+def test_the_map_names_what_is_there():
+    (the_map,) = (block for block in blocks("") if block.startswith("recipes/"))
+    for name in re.findall(r"(?:^|\s{2,})([a-z_]+(?:\.py|/))", the_map):
+        assert (ROOT / name).exists() or (ROOT / "src" / "smolforge" / name).exists(), name
+
+
+def test_links_resolve():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_first_command_is_a_target():
+    assert "\nquickstart:" in (ROOT / "Makefile").read_text()
+    assert "make quickstart" in README
+    assert sys.version_info >= (3, 11)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

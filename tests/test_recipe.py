@@ -1,0 +1,461 @@
+"""Recipes and runs: read, settled, started, stopped, resumed to the bit, refused with a sentence."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NANO
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolforge.checkpoint import commit, state
+from smolforge.config import Recipe, replaced
+from smolforge.data.corpus import prepare
+from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.recipe import resume_or_start, train
+from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_budget
+from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
+from smolforge.recipe.settle import check_going_on, resumed, settle
+from smolforge.runs import RunFolder, read_records
+from smolforge.testing import Crash, failing_writes, flip_bit, sentences, tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe_file(tmp_path, text_file):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
+    return path
+
+
+def hashes(run: Path, step: int) -> dict[str, str]:
+    """sha256 of weights and training state of a checkpoint that is sound."""
+    files = commit.check(state.folder_of(run, step))["files"]
+    return {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_records(run / "metrics.jsonl")]
+
+
+# Reading
+
+
+def test_toml_yaml_and_json_are_the_same(tmp_path):
+    tree = {"model": {"preset": "smollm2-nano", "num_hidden_layers": 3}, "train": {"sample_every": "none"}}
+    (tmp_path / "a.toml").write_text(
+        '[model]\npreset = "smollm2-nano"\nnum_hidden_layers = 3\n'
+        '[train]\nsample_every = "none"\nsequence_length = 64\n'
+    )
+    tree["train"]["sequence_length"] = 64
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    (tmp_path / "a.yaml").write_text(
+        "model: {preset: smollm2-nano, num_hidden_layers: 3}\ntrain: {sample_every: none, sequence_length: 64}\n"
+    )
+    one, two, three = (read_recipe(tmp_path / f"a.{kind}") for kind in ("toml", "json", "yaml"))
+    assert one == two == three
+    assert one.train.sample_every is None
+    assert (one.model.hidden_size, one.model.num_hidden_layers) == (192, 3)
+
+
+def test_written_recipes_read_back(tmp_path):
+    recipe = to_recipe(NANO | {"data": {"sources": ["a,b", 'quo"te']}, "sample": {"stop": ["\n"]}})
+    (tmp_path / "r.toml").write_text(write_recipe(recipe))
+    assert read_recipe(tmp_path / "r.toml") == recipe
+
+
+def shipped():
+    return sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_explained(path):
+    recipe = read_recipe(path)
+    assert find(path.stem) == path
+    assert path.read_text().startswith("# ")
+    assert plan(settle(recipe, frozenset())).tokens == recipe.train.steps * recipe.train.batch_tokens
+
+
+def test_the_published_recipe_is_the_published_one(shared):
+    """Held field by field to the official nanotron configuration."""
+    import yaml
+
+    official = yaml.safe_load((shared / "reference" / "official_config_smollm2_135M_nanotron.yaml").read_text())
+    ours, optimizer = read_recipe("smollm2-135m"), official["optimizer"]
+    rates, tokens, model = optimizer["learning_rate_scheduler"], official["tokens"], official["model"]["model_config"]
+    assert ours.optim.learning_rate == rates["learning_rate"]
+    assert ours.optim.schedule.warmup_steps == rates["lr_warmup_steps"]
+    assert ours.optim.schedule.decay_steps == rates["lr_decay_steps"]
+    assert ours.optim.schedule.decay == rates["lr_decay_style"]
+    assert ours.optim.schedule.steps == tokens["train_steps"]
+    assert ours.optim.schedule.steps - ours.optim.schedule.decay_steps == rates["lr_decay_starting_step"]
+    assert ours.optim.schedule.final_learning_rate == rates["min_decay_lr"]
+    factory = optimizer["optimizer_factory"]
+    assert ours.optim.betas == (factory["adam_beta1"], factory["adam_beta2"])
+    assert ours.optim.eps == factory["adam_eps"]
+    assert ours.optim.weight_decay == optimizer["weight_decay"]
+    assert ours.optim.max_grad_norm == optimizer["clip_grad"]
+    assert ours.train.sequence_length == tokens["sequence_length"]
+    rows = tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"] * official["parallelism"]["dp"]
+    assert ours.train.rows == rows
+    assert ours.seed == official["general"]["seed"]
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert ours.model.__dict__[key] == model[key]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "r.toml",
+            "[train]\nstpes = 5\n",
+            r"r\.toml: there is no setting 'train\.stpes'\. Did you mean train\.steps\?",
+        ),
+        ("r.toml", "[train\n", r"r\.toml cannot be read"),
+        ("r.yaml", "a: [1\n", r"r\.yaml cannot be read"),
+        ("r.json", "[1]", "is not a table of settings"),
+        ("r.txt", "", r"should end in \.toml, \.yaml or \.json"),
+        ("r.toml", '[model]\npreset = "smollm2-135n"\n', "Did you mean smollm2-135m"),
+    ],
+)
+def test_broken_recipes_are_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SettingError, match=said):
+        read_recipe(tmp_path / name)
+
+
+def test_missing_recipes_are_named():
+    with pytest.raises(SettingError, match=r"there is no recipe 'nanno'.*Did you mean nano\?"):
+        read_recipe("nanno")
+
+
+# Budgets and plans
+
+
+@given(st.integers(1, 10**9), st.sampled_from("smhd"))
+def test_budgets_are_understood(number, unit):
+    seconds, tokens = parse_budget(f"{number}{unit}")
+    assert seconds == number * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
+    assert tokens is None
+    assert parse_budget(f"{number}M-tokens") == (None, number * 10**6)
+
+
+@pytest.mark.parametrize("budget", ["5", "m", "5 m", "10M", "-5m", "1e3s"])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(SettingError, match="a time like 5m or 1h, or a count like 10M-tokens"):
+        parse_budget(budget)
+
+
+@pytest.mark.parametrize("tokens", ["20K", "1M", "50M"])
+def test_a_budget_is_kept(tokens):
+    recipe = within_budget(replaced(read_recipe("smollm2-135m"), {"budget": f"{tokens}-tokens"}))
+    spent, given = recipe.train.steps * recipe.train.batch_tokens, parse_budget(f"{tokens}-tokens")[1]
+    assert given - recipe.train.batch_tokens < spent <= given
+    assert recipe.optim.schedule.steps == recipe.train.steps
+    assert recipe.optim.schedule.decay_steps == pytest.approx(recipe.train.steps / 5, abs=1)
+    assert recipe.train.steps >= 200 or recipe.train.rows == 1
+
+
+def test_memory_of_smollm2_is_what_was_measured():
+    """4 x 512 tokens on a CPU peaked at 5.2 to 5.9 GiB."""
+    recipe = replaced(read_recipe("smollm2-135m"), {"train.sequence_length": 512, "train.batch_tokens": 2048})
+    assert 4.5 < training_bytes(recipe) / 2**30 < 6.5
+
+
+def test_what_will_not_fit_or_take_days_is_said():
+    warnings = plan(read_recipe("smollm2-135m")).warnings()
+    assert any("--train.micro-batch-size needs less" in warning for warning in warnings)
+    assert any("days here" in warning for warning in warnings)
+    assert plan(to_recipe(NANO)).warnings() == []
+
+
+# What may change on resume
+
+
+def test_fixed_settings_are_refused_by_name():
+    stored = settle(to_recipe(NANO), frozenset())
+    asked = replaced(stored, {"seed": 9, "optim.learning_rate": 1e-4, "train.steps": 20})
+    with pytest.raises(
+        SettingError, match=r"seed \(3, now 9\), optim\.learning_rate \(0\.003, now 0\.0001\).*--init-from"
+    ):
+        resumed(stored, asked, frozenset())
+
+
+def test_free_settings_are_taken_and_open_ones_are_as_stored():
+    stored = settle(to_recipe(NANO), frozenset())
+    assert stored.optim.schedule.steps == 8
+    asked = replaced(to_recipe(NANO), {"train.steps": 20, "train.micro_batch_size": 1, "train.checkpoint_every": 5})
+    now = resumed(stored, asked, frozenset())
+    assert (now.train.steps, now.train.micro_batch_size, now.train.checkpoint_every) == (20, 1, 5)
+    assert now.optim.schedule.steps == 8
+
+
+def test_a_budget_typed_twice_resumes():
+    asked = replaced(to_recipe(NANO), {"budget": "1K-tokens"})
+    stored = settle(asked, frozenset())
+    assert stored.train.steps < 32
+    assert resumed(stored, asked, frozenset()) == stored
+    again = replaced(asked, {"train.steps": 50})
+    assert resumed(stored, again, frozenset({"train.steps"})).train.steps == 50
+
+
+def test_going_on_without_learning_is_refused():
+    recipe = settle(replaced(to_recipe(NANO), {"optim.schedule.final_learning_rate": 0.0}), frozenset())
+    further = replaced(recipe, {"train.steps": 9})
+    with pytest.raises(SettingError, match=r"nothing would be learned.*final_learning_rate"):
+        check_going_on(further, 8)
+    with pytest.raises(SettingError, match="at step 8 already"):
+        check_going_on(replaced(recipe, {"train.steps": 4}), 8)
+    check_going_on(recipe, 8)
+
+
+# Runs
+
+
+def test_a_run_writes_itself_down(tmp_path, recipe_file):
+    run = train(recipe_file, tmp_path / "run")
+    assert run.metrics["step"] == 8
+    assert {"loss", "tokens", "learning_rate", "grad_norm", "validation_loss", "validation_bits_per_byte"} <= set(
+        run.metrics
+    )
+    records = read_records(run.folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8]
+    assert [folder.name for folder in state.all_of(run.folder)] == ["step-00000004", "step-00000008"]
+    assert read_recipe(run.folder / "recipe.toml") == run.recipe
+    (start,) = json.loads((run.folder / "environment.json").read_text())
+    assert start["packages"]["torch"] == torch.__version__
+    assert "finished at step 8" in (run.folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_continued_equals_run_at_once(tmp_path, recipe_file, optimizer):
+    """5000 + 50 in small: to step 8, on to 13, against 13 at once with the same horizon."""
+    same = {"optim.schedule.steps": 8, "optim.name": optimizer}
+    train(recipe_file, tmp_path / "once", steps=13, **same)
+    train(recipe_file, tmp_path / "twice", steps=8, **same)
+    train(recipe_file, tmp_path / "twice", steps=13, **same)
+    assert hashes(tmp_path / "once", 13) == hashes(tmp_path / "twice", 13)
+    assert losses(tmp_path / "once") == losses(tmp_path / "twice")
+
+
+def test_the_same_command_twice_does_nothing_more(tmp_path, recipe_file):
+    first = train(recipe_file, tmp_path / "run")
+    saved = state.folder_of(first.folder, 8).stat().st_mtime_ns
+    again = train(recipe_file, tmp_path / "run")
+    assert again.metrics == first.metrics
+    assert state.folder_of(first.folder, 8).stat().st_mtime_ns == saved
+
+
+def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
+    changed = {
+        "train.evaluate_every": None,
+        "train.checkpoint_every": 3,
+        "data.num_workers": 4,
+        "train.sample_every": 2,
+    }
+    train(recipe_file, tmp_path / "one")
+    train(recipe_file, tmp_path / "two", **changed)
+    assert hashes(tmp_path / "one", 8) == hashes(tmp_path / "two", 8)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, caplog):
+    train(recipe_file, tmp_path / "once")
+    shutil.copytree(tmp_path / "once", tmp_path / "run")
+    flip_bit(state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
+    shutil.move(state.folder_of(tmp_path / "run", 8), tmp_path / "run" / "checkpoints" / "step-00000007")
+    train(recipe_file, tmp_path / "run")
+    assert "step-00000007 is skipped" in caplog.text
+    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+
+
+def test_all_checkpoints_damaged_is_said(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "run")
+    for folder in state.all_of(tmp_path / "run"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(InvalidFile, match="no checkpoint of .* is sound"):
+        train(recipe_file, tmp_path / "run")
+
+
+def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "first")
+    first = state.folder_of(tmp_path / "first", 8)
+    run = train(recipe_file, tmp_path / "second", steps=2, init_from=str(tmp_path / "first"))
+    record = read_records(run.folder / "metrics.jsonl")[0]
+    assert record["step"] == 1
+    assert record["loss"] < losses(tmp_path / "first")[0][1]
+    assert run.recipe.model == read_recipe(tmp_path / "first" / "recipe.toml").model
+    assert first.is_dir()
+    train(
+        recipe_file,
+        tmp_path / "second",
+        steps=3,
+        init_from=str(tmp_path / "first"),
+        **{"optim.schedule.final_learning_rate": 3e-4},
+    )
+
+
+def test_prepared_corpora_train(tmp_path, recipe_file, text_file, tokenizer):
+    prepare(replaced(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", tokenizer)
+    run = train(recipe_file, tmp_path / "run", data=str(tmp_path / "corpus"))
+    assert not (run.folder / "corpus").exists()
+    assert run.model.tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_another_corpus_under_a_run_is_noticed(tmp_path, recipe_file, text_file):
+    train(recipe_file, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "corpus")
+    text_file.write_text(sentences(300, start=1000))
+    with pytest.raises(InvalidFile, match="trained on another corpus"):
+        train(recipe_file, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.sources": "nope.txt"}, "there is no file, directory or match for the data source 'nope.txt'"),
+        ({"train.sequence_length": 128, "train.batch_tokens": 128, "data.held_out": 0.5}, None),
+        ({"model.vocab_size": 300}, "the tokenizer has 320 ids and model.vocab_size is 300; --model.vocab-size 320"),
+        ({"optim.schedule.warmup_steps": 99}, "together are more than the 8 steps"),
+        ({"budget": "soon"}, "a time like 5m"),
+        ({"train.device": "abacus"}, "the device 'abacus' cannot be used here"),
+    ],
+)
+def test_bad_runs_are_refused_before_they_start(tmp_path, recipe_file, tokenizer, overrides, said):
+    tokenizer.save(tmp_path / "tokenizer")
+    call = {"tokenizer": str(tmp_path / "tokenizer"), **overrides}
+    if said is None:
+        train(recipe_file, tmp_path / "run", **call)
+        return
+    with pytest.raises((SettingError, InvalidFile, MissingResource)) as caught:
+        train(recipe_file, tmp_path / "run", **call)
+    assert said in str(caught.value)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_corpus_below_one_window_is_refused(tmp_path, recipe_file):
+    (tmp_path / "short.txt").write_text("a few words\n")
+    with pytest.raises(InvalidFile, match="less than one window of train.sequence_length"):
+        train(recipe_file, tmp_path / "run", data=str(tmp_path / "short.txt"))
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path, recipe_file):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("")
+    with pytest.raises(SettingError, match="is not a run folder"):
+        train(recipe_file, tmp_path / "home")
+    train(recipe_file, tmp_path / "run")
+    with pytest.raises(SettingError, match="--fresh refuses to resume"):
+        train(recipe_file, tmp_path / "run", fresh=True)
+
+
+def test_two_processes_never_share_a_run(tmp_path, recipe_file):
+    with (
+        RunFolder.open(tmp_path / "run"),
+        pytest.raises(SettingError, match=f"is being trained by process {os.getpid()}"),
+    ):
+        train(recipe_file, tmp_path / "run")
+
+
+# Signals, crashes, full disks
+
+
+class At:
+    """An observer that does something at a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def planned(self, *_): ...
+    def preparing(self, *_): ...
+    def sampled(self, *_): ...
+    def stepped(self, metrics):
+        if metrics["step"] == self.step:
+            self.act()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_file, number, code, step):
+    train(recipe_file, tmp_path / "once")
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step}") as caught:
+        resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(step, lambda: signal.raise_signal(number)))
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+    assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", step)
+    train(recipe_file, tmp_path / "run")
+    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(6, twice))
+    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+
+
+def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "once")
+    for step in (2, 5, 7):
+        child = os.fork()
+        if child == 0:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            torch.set_num_threads(torch.get_num_threads())
+            resume_or_start(
+                recipe_file, tmp_path / "run", {}, observer=At(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            )
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    train(recipe_file, tmp_path / "run")
+    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
+    train(recipe_file, tmp_path / "once")
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    with (
+        failing_writes(tmp_path / "run" / "checkpoints", after),
+        pytest.raises(MissingResource, match="the disk is full"),
+    ):
+        train(recipe_file, tmp_path / "run", steps=8)
+    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+    train(recipe_file, tmp_path / "run", steps=8)
+    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+
+
+def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file, monkeypatch):
+    from smolforge.recipe import run as run_module
+
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(MissingResource, match=r"need [\d,]+ more bytes and .* has 10 free"):
+        train(recipe_file, tmp_path / "run")
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    with failing_writes(tmp_path / "run" / "checkpoints", 2, Crash()), pytest.raises(Crash):
+        train(recipe_file, tmp_path / "run", steps=8)
+    train(recipe_file, tmp_path / "run", steps=8)
+    train(recipe_file, tmp_path / "once")
+    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+
+
+def test_the_library_says_nothing(tmp_path, recipe_file, capfd):
+    train(recipe_file, tmp_path / "run", **{"train.sample_every": 4})
+    assert capfd.readouterr() == ("", "")
+    assert {record["step"] for record in read_records(tmp_path / "run" / "samples.jsonl")} == {4, 8}
+    assert isinstance(tiny_model().config, type(Recipe().model))

@@ -1,0 +1,171 @@
+"""The loop, held to a plain one of Transformers and torch.optim, and to arithmetic."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANO
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from smolforge.config import Optim, replaced
+from smolforge.data.batches import Batch, Windows, stream
+from smolforge.data.corpus import Tokens
+from smolforge.generation.stream import generate
+from smolforge.model import IGNORED, build, loss_sum
+from smolforge.optim import optimizers
+from smolforge.recipe.read import to_recipe
+from smolforge.testing import sentences, tiny_config, tiny_model
+from smolforge.training import Action, State, autocast, backward, train
+
+RECIPE = replaced(to_recipe(NANO), {"optim.schedule.steps": 200, "train.checkpoint_every": None})
+TOKENS = Tokens([np.random.default_rng(0).integers(3, 320, 5000)])
+
+
+def run(recipe, model, start=0, actions=(), stopping=lambda: False):
+    chosen = optimizers(model, recipe.optim)
+    windows = Windows(TOKENS, recipe.train.sequence_length, recipe.seed)
+    source = stream(windows, start, recipe.train.rows, num_workers=0)
+    return train(model, chosen, source, recipe, State(start), actions, stopping)
+
+
+def ours(recipe, dtype):
+    """Losses of our loop."""
+    losses: list[float] = []
+    run(recipe, build(tiny_config(), 7, dtype), actions=[Action(1, lambda _, metrics: losses.append(metrics["loss"]))])
+    return losses
+
+
+def theirs(recipe, dtype):
+    """The same training, written plainly with other people's parts."""
+    model = LlamaForCausalLM(LlamaConfig(**tiny_config().model_dump(exclude={"model_type"}))).to(dtype)
+    model.load_state_dict(build(tiny_config(), 7, dtype).state_dict(), strict=False)
+    model.tie_weights()
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    windows, losses = Windows(TOKENS, recipe.train.sequence_length, recipe.seed), []
+    for step in range(recipe.train.steps):
+        ids, labels = windows.batch(step, recipe.train.rows)
+        fall = max(0.0, (step - 2) / 198)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (step + 1) / 2 if step < 2 else 3e-4 + (3e-3 - 3e-4) * (1 - fall)
+        loss = nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.float32, 20), (torch.float64, 200)])
+def test_the_trajectory_equals_a_plain_loop(dtype, steps):
+    recipe = replaced(RECIPE, {"train.steps": steps, "train.dtype": str(dtype).removeprefix("torch.")})
+    mine, other = ours(recipe, dtype), theirs(recipe, dtype)
+    assert mine == pytest.approx(other, rel=1e-6)
+    assert mine[-1] < mine[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_accumulation_gives_the_step_of_the_large_batch(rows):
+    """Ragged labels included: a micro-batch counts for as many labels as it has."""
+    model, ids = tiny_model(), torch.randint(320, (8, 20))
+    labels = ids.roll(-1, 1)
+    for row, length in enumerate([20, 1, 7, 20, 3, 0, 12, 20]):
+        labels[row, length:] = IGNORED
+    plain = loss_sum(model, model.hidden(ids), labels) / (labels != IGNORED).sum()
+    plain.backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    model.zero_grad()
+    loss, counted = backward(model, Batch(ids, labels), rows, autocast("float32", torch.device("cpu")))
+    assert counted == 83
+    torch.testing.assert_close(loss, plain.detach(), rtol=1e-6, atol=0)
+    for weight, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_overfits_a_short_text_and_says_it():
+    model = tiny_model()
+    text = sentences(2)[:64]
+    ids = model.tokenizer.encode(text)[:64]
+    tokens = Tokens([np.array([*ids, model.tokenizer.eos_id])])
+    recipe = replaced(
+        RECIPE,
+        {
+            "train.steps": 150,
+            "train.sequence_length": len(ids),
+            "train.batch_tokens": len(ids),
+            "optim.learning_rate": 1e-2,
+        },
+    )
+    losses: list[float] = []
+    source = stream(Windows(tokens, len(ids), 0), 0, 1, 0)
+    report = Action(1, lambda _, metrics: losses.append(metrics["loss"]))
+    train(model, optimizers(model, recipe.optim), source, recipe, State(), [report], lambda: False)
+    assert losses[-1] < 0.01
+    first = model.tokenizer.decode(ids[:4])
+    (completion,) = generate(model.eval(), [first], temperature=0, max_new_tokens=100)
+    assert first + completion.text == model.tokenizer.decode(ids)
+    assert completion.finish_reason == "stop"
+
+
+def test_actions_come_in_their_turn_and_at_the_end():
+    seen: dict[str, list[int]] = {"three": [], "never": [], "all": []}
+    actions = [
+        Action(3, lambda now, _: seen["three"].append(now.step)),
+        Action(None, lambda now, _: seen["never"].append(now.step)),
+        Action(1, lambda now, _: {"extra": now.step}),
+        Action(1, lambda now, metrics: seen["all"].append(metrics["extra"])),
+    ]
+    end = run(RECIPE, tiny_model(), actions=actions)
+    assert seen == {"three": [3, 6, 8], "never": [8], "all": list(range(1, 9))}
+    assert end == State(8, 8 * 128)
+
+
+def test_a_stop_finishes_the_step_and_does_what_must_be_done():
+    seen: list[str] = []
+    asked: list[bool] = []
+    actions = [
+        Action(1, lambda now, _: asked.append(True) if now.step == 3 else None),
+        Action(None, lambda *_: seen.append("measured")),
+        Action(None, lambda now, _: seen.append(f"saved {now.step}"), when_stopped=True),
+    ]
+    end = run(RECIPE, tiny_model(), actions=actions, stopping=lambda: len(asked) > 0)
+    assert end.step == 3
+    assert seen in ([], ["saved 3"])  # asked for during the actions: the composer saves
+
+
+def test_the_printed_rate_is_tokens_over_time(monkeypatch):
+    from smolforge import training
+
+    ticks = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
+    rates: list[float] = []
+    run(RECIPE, tiny_model(), actions=[Action(1, lambda _, metrics: rates.append(metrics["tokens_per_second"]))])
+    assert rates == [128 / 0.5] * 8
+
+
+def test_clipping_and_its_absence():
+    for limit, moved_more in ((1e-3, False), (None, True)):
+        model = build(tiny_config(), 7)
+        before = model.head.clone()
+        run(replaced(RECIPE, {"optim.max_grad_norm": limit, "optim.eps": 1.0, "train.steps": 1}), model)
+        assert ((model.head - before).abs().max() > 1e-6) == moved_more
+
+
+def test_muon_learns_too():
+    recipe = replaced(RECIPE, {"optim.name": "muon", "train.steps": 30})
+    losses: list[float] = []
+    run(recipe, build(tiny_config(), 7), actions=[Action(1, lambda _, metrics: losses.append(metrics["loss"]))])
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_batches_are_what_the_source_says():
+    windows = Windows(TOKENS, 32, RECIPE.seed)
+    (batch,) = islice(stream(windows, 5, 4, 0), 1)
+    assert torch.equal(batch.ids, windows.batch(5, 4).ids)
+    assert Optim().betas == (0.9, 0.95)
