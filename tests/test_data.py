@@ -167,8 +167,8 @@ def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch)
     ids, start = corpus.tokens(TRAIN)[:], 0
     for shard in shards:
         theirs = DatatroveFileDataset(str(shard), seq_len=15, token_size=2)
-        for window in theirs:
-            assert window["input_ids"].tolist() == ids[start : start + 16].tolist()
+        for number in range(len(theirs)):
+            assert theirs[number]["input_ids"].tolist() == ids[start : start + 16].tolist()
             start += 16
         start = (start - len(theirs) * 16) + shard.stat().st_size // 2
 

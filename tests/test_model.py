@@ -32,7 +32,7 @@ PUBLISHED = {
     "smollm-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
-    "smollm2-nano": 3_148_224,
+    "smollm2-nano": 2_361_024,
 }
 
 
@@ -43,12 +43,13 @@ def random_config(seed: int) -> ModelConfig:
         return values[int(torch.randint(len(values), (), generator=pick))]
 
     kv_heads = one_of(1, 2, 3)
+    heads = kv_heads * one_of(1, 2, 3)
     return tiny_config(
         vocab_size=one_of(64, 101, 320),
-        hidden_size=one_of(32, 48, 96),
+        hidden_size=heads * one_of(8, 10),
         intermediate_size=one_of(40, 64),
         num_hidden_layers=one_of(1, 2, 4),
-        num_attention_heads=kv_heads * one_of(1, 2, 3),
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=one_of(8, 16),
         rope_theta=one_of(1e4, 1e5, 1.3e5),

@@ -6,7 +6,7 @@ is resumed; all others are part of what the run is.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -23,6 +23,7 @@ from pydantic import (
 from smolforge.errors import SettingError, did_you_mean
 
 FREE = "may change on resume"
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 S = TypeVar("S", bound="Settings")
 
@@ -66,7 +67,7 @@ class ModelConfig(Settings):
     """Standard deviation of the initial weights (residual outputs: divided by sqrt(2 layers))."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
+    def _heads_fit(self) -> "ModelConfig":
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -108,16 +109,27 @@ class Data(Settings):
 class Schedule(Settings):
     """Learning rate over optimizer steps: a linear warm-up, a plateau, a decay."""
 
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise to the peak."""
+    warmup_steps: NonNegativeInt | Share = 0
+    """Steps of linear rise to the peak; below 1, a share of the horizon."""
     decay: Literal["linear", "1-sqrt", "cosine"] | None = "linear"
     """Shape of the fall; none stays at the peak."""
-    decay_steps: PositiveInt | None = None
-    """Length of the fall at the end; by default everything after the warm-up."""
+    decay_steps: PositiveInt | Share | None = None
+    """Length of the fall at the end; below 1, a share of the horizon; by default everything after the warm-up."""
     final_learning_rate: NonNegativeFloat = 0.0
     """Where the fall ends, and what further steps use."""
     steps: PositiveInt | None = None
     """The horizon the fall ends at; by default train.steps of the first start."""
+
+    def over(self, steps: int) -> "Schedule":
+        """The same with a horizon of its own or else this one, and shares turned into steps."""
+        horizon = self.steps or steps
+        warmup, decay = self.warmup_steps, self.decay_steps
+        changes = {
+            "steps": horizon,
+            "warmup_steps": int(warmup * horizon) if isinstance(warmup, float) else warmup,
+            "decay_steps": max(1, int(decay * horizon)) if isinstance(decay, float) else decay,
+        }
+        return self.model_copy(update=changes)
 
 
 class Optim(Settings):
@@ -179,7 +191,7 @@ class Train(Settings):
         return self.batch_tokens // self.sequence_length
 
     @model_validator(mode="after")
-    def _rows_are_whole(self) -> Self:
+    def _rows_are_whole(self) -> "Train":
         if self.batch_tokens % self.sequence_length:
             nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
             raise ValueError(
@@ -233,17 +245,17 @@ class Recipe(Settings):
     """How text samples are drawn while training; without a seed of its own, from the run's."""
 
     @model_validator(mode="after")
-    def _stages_agree(self) -> Self:
-        schedule, horizon = self.optim.schedule, self.optim.schedule.steps or self.train.steps
+    def _stages_agree(self) -> "Recipe":
+        schedule = self.optim.schedule.over(self.train.steps)
         if self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length ({self.train.sequence_length}) is beyond "
                 f"model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
-        if schedule.warmup_steps + (schedule.decay_steps or 0) > horizon:
+        if schedule.warmup_steps + (schedule.decay_steps or 0) > (schedule.steps or 0):
             raise ValueError(
                 f"optim.schedule.warmup_steps ({schedule.warmup_steps}) and decay_steps "
-                f"({schedule.decay_steps or 0}) together are more than the {horizon} steps of the schedule"
+                f"({schedule.decay_steps or 0}) together are more than the {schedule.steps} steps of the schedule"
             )
         if schedule.final_learning_rate > self.optim.learning_rate:
             raise ValueError(

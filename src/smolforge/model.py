@@ -12,7 +12,7 @@ c hidden, v vocabulary.
 
 import math
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ CHUNK_TOKENS = 512
 CHUNKED = "linear_cross_entropy" in F.__dict__
 
 
+@runtime_checkable
 class Memory(Protocol):
     """What queries may look at: the only difference between training, decoding and packing."""
 
@@ -304,7 +305,7 @@ def component(name: str) -> str:
     return "norms"
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Matrix FLOPs of one training token, forward and backward, causal attention counted as half.
 
     6 per matrix weight (2 forward, 4 backward), plus 6 layers x width x t for queries against the

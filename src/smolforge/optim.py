@@ -61,7 +61,8 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        assert closure is None, "the gradient is already there"
+        """One update from the gradients that are there."""
+        assert closure is None
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is None:
@@ -97,7 +98,7 @@ def learning_rate(step: int, peak: float, schedule: Schedule) -> float:
     spent at rate 0. Linear and 1-sqrt as in nanotron (optim's lr lambda); warmup-stable-decay: Hu et
     al. 2024, https://arxiv.org/abs/2404.06395; 1-sqrt: Hägele et al. 2024, https://arxiv.org/abs/2405.18392.
     """
-    assert schedule.steps is not None, "the horizon is set when a run starts"
+    assert schedule.steps is not None and schedule == schedule.over(0), "a run settles its schedule when it starts"
     warmup, final = schedule.warmup_steps, schedule.final_learning_rate
     if step < warmup:
         return peak * (step + 1) / warmup

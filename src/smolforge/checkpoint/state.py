@@ -1,7 +1,8 @@
-"""The training state beside the weights: `training/optimizer.safetensors` and `training/state.json`.
+"""The training state beside the weights, in `training/`.
 
-Random states of torch, NumPy and Python travel as integer tensors with the optimizer's, so nothing is
-pickled.
+optimizer.safetensors   moments and step counts, named by parameter
+random.safetensors      the random states of torch, NumPy and Python, as tensors: nothing is pickled
+state.json              step, tokens, corpus, validation loss
 """
 
 import json
@@ -21,9 +22,8 @@ from smolforge.errors import InvalidFile
 from smolforge.model import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
-TRAINING, OPTIMIZER, STATE = "training", "optimizer.safetensors", "state.json"
+TRAINING, OPTIMIZER, RANDOM, STATE = "training", "optimizer.safetensors", "random.safetensors", "state.json"
 FORMAT_VERSION = 1
-_RANDOM = "random."
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -50,7 +50,8 @@ def save(
         weights.save(model, temporary, tokenizer)
         (temporary / TRAINING).mkdir()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
-        save_file(tensors | random_tensors(), temporary / TRAINING / OPTIMIZER)
+        save_file(tensors, temporary / TRAINING / OPTIMIZER)
+        save_file(random_tensors(), temporary / TRAINING / RANDOM)
         content = json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=2)
         (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
 
@@ -63,13 +64,12 @@ def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[st
     The folder must have passed `commit.check`.
     """
     facts = read_facts(folder)
-    tensors = load_file(folder / TRAINING / OPTIMIZER)
     restored = load_file(folder / weights.WEIGHTS)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(restored[name])
-    set_random_tensors(tensors)
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(_RANDOM)}, facts
+    set_random_tensors(load_file(folder / TRAINING / RANDOM))
+    return load_file(folder / TRAINING / OPTIMIZER), facts
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -123,18 +123,24 @@ def random_tensors() -> dict[str, Tensor]:
             [*python_words, math.nan if python_gauss is None else python_gauss], dtype=torch.float64
         ),
     }
-    states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-    return {f"{_RANDOM}{name}": state for name, state in states.items()}
+    return states | {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+
+
+def seed_all(seed: int) -> None:
+    """Where a run's random states begin."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def set_random_tensors(tensors: dict[str, Tensor]) -> None:
     """Undo `random_tensors`; devices that are not here are passed over."""
-    torch.set_rng_state(tensors[f"{_RANDOM}torch"])
-    *words, place, has_gauss, gauss = tensors[f"{_RANDOM}numpy"].tolist()
+    torch.set_rng_state(tensors["torch"])
+    *words, place, has_gauss, gauss = tensors["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(words, np.uint32), int(place), int(has_gauss), gauss))
-    *words, gauss = tensors[f"{_RANDOM}python"].tolist()
+    *words, gauss = tensors["python"].tolist()
     random.setstate((3, tuple(map(int, words)), None if math.isnan(gauss) else gauss))
     for index in range(torch.cuda.device_count()):
-        state = tensors.get(f"{_RANDOM}cuda.{index}")
+        state = tensors.get(f"cuda.{index}")
         if state is not None:
             torch.cuda.set_rng_state(state, index)

@@ -84,6 +84,7 @@ def generate(
     own(loaded)
 
     def answer(text: str) -> None:
+        """Print the continuation of one text as it comes."""
         begun, pieces = time.perf_counter(), []
         if not json_:
             print(text, end="", flush=True)

@@ -38,7 +38,7 @@ def live(out: Path, seconds: int, show: Display) -> dict[str, Any]:
     text = corpus.Corpus.open(out / "corpus")
     steps, python = run.recipe.train.steps, text.facts["python"]
     show.say("\n3. How well does it predict packages it has never seen? Bits per byte; less is better.")
-    summary: dict[str, Any] = {"steps": steps, "python": python, **score(run.model, text)}
+    summary: dict[str, Any] = {"steps": steps, "python": python, **score(run, text)}
     show.say(score_lines(summary))
     show.say("\n4. What it writes:")
     summary["samples"] = samples(run.model)
@@ -106,15 +106,15 @@ def interrupting(show: Display, step: int) -> Iterator[None]:
         show.listeners.remove(told)
 
 
-def score(model: LanguageModel, text: corpus.Corpus) -> dict[str, Any]:
+def score(run: Run, text: corpus.Corpus) -> dict[str, Any]:
     """Held-out bits per byte of the model, of xz on that text alone, and of xz that has read what the model read."""
-    window = min(512, model.config.max_position_embeddings)
-    found = measure_corpus(model, text, window, stride=window // 2)
+    window = run.recipe.train.sequence_length
+    found = measure_corpus(run.model, text, window, stride=window // 4)
     train, held = (text.text(split).encode() for split in corpus.SPLITS)
     packed, primer = (len(lzma.compress(part, preset=9)) for part in (held, train))
     primed = len(lzma.compress(train + held, preset=9)) - primer
     return {
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "parameters": sum(weight.numel() for weight in run.model.parameters()),
         "held_out_bytes": len(held),
         "bits_per_byte": found["bits_per_byte"],
         "accuracy": found["accuracy"],

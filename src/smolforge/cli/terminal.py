@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -36,7 +36,7 @@ class Display:
         self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.console, show_time=False, show_path=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         logging.getLogger("smolforge").addHandler(self.handler)
         return self
 
@@ -73,6 +73,7 @@ class Display:
             self.say(f"  sample: {' '.join(text.split())[:200]}")
 
     def stepped(self, metrics: dict[str, Any]) -> None:
+        """Show a step: always in the live view, else when there is news or after a while."""
         for listener in self.listeners:
             listener(metrics)
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])

@@ -8,7 +8,7 @@ sampler at all, or a temperature of 0, is greedy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ Logits = Float[Tensor, " v"]
 EXCLUDED = float("-inf")
 
 
+@runtime_checkable
 class Sampler(Protocol):
     def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits: ...
 

@@ -41,7 +41,7 @@ class Plan:
 
     parameters: dict[str, int]
     tokens: int
-    flops_per_token: float
+    flops_per_token: int
     seconds: float
     memory_bytes: int
     available_bytes: int
@@ -132,32 +132,30 @@ def within_budget(recipe: Recipe) -> Recipe:
     """The recipe with steps, batch, warm-up and decay cut to its budget on this machine.
 
     The batch halves until there are FEWEST_STEPS steps or a single row; warm-up and decay keep their
-    share of the schedule, the warm-up at least a hundredth and at most a tenth.
+    share of the schedule, the warm-up at least a hundredth and at most a tenth of it.
     """
     assert recipe.budget is not None
     seconds, tokens = parse_budget(recipe.budget)
     if tokens is None:
         assert seconds is not None
         tokens = int(0.9 * seconds * tokens_per_second(recipe))  # the rest measures, samples and saves
-    train, schedule = recipe.train, recipe.optim.schedule
+    train, schedule = recipe.train, recipe.optim.schedule.over(recipe.train.steps)
     rows = train.rows
     while rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
         rows //= 2
     steps = max(1, tokens // (rows * train.sequence_length))
     horizon = schedule.steps or train.steps
-    share = (schedule.decay_steps or horizon - schedule.warmup_steps) / horizon
-    warmup = round(steps * min(max(schedule.warmup_steps / horizon, 0.01), 0.1)) if schedule.warmup_steps else 0
-    often = max(1, steps // 4)
+    warmup = min(max(schedule.warmup_steps / horizon, 0.01), 0.1) if schedule.warmup_steps else 0
+    decay = min(schedule.decay_steps / horizon, 1 - warmup) if schedule.decay_steps else None
+    often = {name: train.__dict__[name] for name in ("checkpoint_every", "evaluate_every", "sample_every")}
     changes: dict[str, Any] = {
         "train.steps": steps,
         "train.batch_tokens": rows * train.sequence_length,
-        "optim.schedule.warmup_steps": min(warmup, steps - 1),
-        "optim.schedule.decay_steps": min(max(1, round(steps * share)), steps - min(warmup, steps - 1)),
         "optim.schedule.steps": steps,
+        "optim.schedule.warmup_steps": warmup,
+        "optim.schedule.decay_steps": decay if decay != 1 else None,
     }
-    for name in ("checkpoint_every", "evaluate_every", "sample_every"):
-        every = train.__dict__[name]
-        changes[f"train.{name}"] = min(every, often) if every else None
+    changes |= {f"train.{name}": min(every, max(1, steps // 4)) for name, every in often.items() if every}
     return replaced(recipe, changes)
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -34,6 +34,7 @@ from smolforge.training import Action, State, autocast, train
 log = logging.getLogger("smolforge")
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What a run tells while it goes."""
 
@@ -84,7 +85,7 @@ def run(
             )
         recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
         text = open_corpus(recipe, folder, observer)
-        torch.manual_seed(recipe.seed)
+        state.seed_all(recipe.seed)
         model = initial_model(recipe, text).to(pick_device(recipe.train.device))
         optimizers = optim.optimizers(model, recipe.optim)
         start = restore(folder, model, optimizers, text)

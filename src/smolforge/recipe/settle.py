@@ -16,7 +16,12 @@ def settle(recipe: Recipe, explicit: Set[str]) -> Recipe:
     if recipe.budget is not None:
         given = leaves(recipe)
         recipe = replaced(within_budget(recipe), {name: given[name] for name in BUDGETED if name in explicit})
-    return replaced(recipe, {"optim.schedule.steps": recipe.optim.schedule.steps or recipe.train.steps})
+    return with_schedule_over(recipe, recipe.train.steps)
+
+
+def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with its schedule's horizon and lengths said in steps."""
+    return replaced(recipe, {"optim.schedule": recipe.optim.schedule.over(steps).model_dump()})
 
 
 def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:
@@ -25,7 +30,8 @@ def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:
     What was left open (none) or derived by a budget is as stored, unless given by hand. Raises
     SettingError naming every fixed setting that differs.
     """
-    before, now = leaves(stored), leaves(asked)
+    assert stored.optim.schedule.steps is not None
+    before, now = leaves(stored), leaves(with_schedule_over(asked, stored.optim.schedule.steps))
     changes, fixed = {}, []
     for name, field in fields():
         derived = stored.budget is not None and name in BUDGETED and name not in explicit
