@@ -125,7 +125,7 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("train", 2, "RECIPE"),
+        ("train", 2, "--recipe requires an argument"),
         ("train nano", 2, "--run"),
         ("trian nano --run r", 2, "train"),
         ("train nano --run r --train.stpes 5", 2, "there is no setting --train.stpes. Did you mean --train.steps?"),
@@ -188,7 +188,7 @@ def test_flags():
 
 
 def test_times_and_lines_read_well():
-    assert [duration(seconds) for seconds in (5, 600, 7200, 864_000)] == ["5 s", "10 min", "2.0 h", "10 days"]
+    assert [duration(seconds) for seconds in (5.0, 600.0, 7200.0, 864_000.0)] == ["5 s", "10 min", "2.0 h", "10 days"]
     metrics = {
         "loss": 2.5,
         "tokens_per_second": 1234.5,
@@ -196,7 +196,7 @@ def test_times_and_lines_read_well():
         "grad_norm": 0.5,
         "peak_memory_bytes": 2**30,
     }
-    assert metrics_line(metrics, 61) == "loss 2.500  1,234 tokens/s  lr 3.00e-03  grad 0.50  1.00 GiB  61 s left"
+    assert metrics_line(metrics, 61.0) == "loss 2.500  1,234 tokens/s  lr 3.00e-03  grad 0.50  1.00 GiB  61 s left"
 
 
 def test_remaining_time_is_pace_times_steps(monkeypatch, recipe_file):

@@ -56,6 +56,7 @@ def test_kinds_of_sources(tmp_path):
         ("x.txt", b"caf\xe9", "x.txt is not UTF-8 text: byte 3 is 0xe9"),
         ("x.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2 has no text under the key 'text'"),
         ("x.jsonl", b'{"text": "a"}\n{nope}\n', "line 2 is not JSON"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
         ("x.jsonl", b"[1]\n", "line 1 has no text under the key 'text'"),
         ("x.txt", b"", "is empty"),
     ],

@@ -203,6 +203,8 @@ def test_a_budget_typed_twice_resumes():
     assert resumed(stored, asked, frozenset()) == stored
     again = replaced(asked, {"train.steps": 50})
     assert resumed(stored, again, frozenset({"train.steps"})).train.steps == 50
+    long = replaced(read_recipe("wikitext"), {"budget": "300K-tokens"})
+    assert resumed(settle(long, frozenset()), long, frozenset()) == settle(long, frozenset())
 
 
 def test_going_on_without_learning_is_refused():
@@ -292,7 +294,7 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
     assert record["step"] == 1
     assert record["loss"] < losses(tmp_path / "first")[0][1]
     assert run.recipe.model == read_recipe(tmp_path / "first" / "recipe.toml").model
-    assert first.is_dir()
+    shutil.rmtree(first)  # what a run started from may be gone when it goes on
     train(
         recipe_file,
         tmp_path / "second",
@@ -456,3 +458,11 @@ def test_the_library_says_nothing(tmp_path, recipe_file, capfd):
     assert capfd.readouterr() == ("", "")
     assert {record["step"] for record in read_records(tmp_path / "run" / "samples.jsonl")} == {4, 8}
     assert isinstance(tiny_model().config, type(Recipe().model))
+
+
+def test_the_log_keeps_the_traceback(tmp_path, recipe_file):
+    with pytest.raises(InvalidFile):
+        train(recipe_file, tmp_path / "run", data="nope.txt")
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert "Traceback" in log
+    assert "nope.txt" in log

@@ -11,13 +11,14 @@ import logging
 import os
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import InvalidFile, SettingError, Stopped
 
 log = logging.getLogger("smolforge")
 RECIPE, ENVIRONMENT, METRICS, SAMPLES, LOG = (
@@ -108,8 +109,11 @@ class RunFolder:
         log.setLevel(logging.INFO)
         try:
             yield
-        except Exception:
-            log.exception("stopped by an error")
+        except Stopped as stop:
+            log.info("%s", stop)
+            raise
+        except BaseException:
+            handler.stream.write(traceback.format_exc())  # for the file alone: people get one sentence
             raise
         finally:
             log.removeHandler(handler)

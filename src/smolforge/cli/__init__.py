@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from smolforge import __version__
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 
-USAGE, INTERRUPTED = 2, 130
+UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",
@@ -55,6 +55,9 @@ def run(argv: Sequence[str]) -> int:
     except OSError as error:
         known = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _say(OSError(known), MissingResource.exit_code, debug)
+    except Exception as error:
+        unknown = f"this should not have happened: {type(error).__name__}: {error} (--debug shows where)"
+        return _say(RuntimeError(unknown), UNEXPECTED, debug)
     return code or 0
 
 

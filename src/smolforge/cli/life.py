@@ -2,6 +2,7 @@
 
 import json
 import lzma
+import platform
 import shutil
 import signal
 import subprocess
@@ -29,14 +30,14 @@ CHECKPOINT_EVERY = 25
 PROMPTS = ("The", "Return the")
 
 
-def live(out: Path, seconds: int, show: Display) -> dict[str, Any]:
+def live(out: Path, seconds: int, show: Display, recipe: str = "nano") -> dict[str, Any]:
     """All of it, told to `show`; returns the summary that is also written to summary.json."""
     begun = time.perf_counter()
     show.say(f"1. Train a language model of the SmolLM2 family on Python's own documentation, in {out}.")
-    run = train_with_interruption(out, plan_steps(seconds, out), show)
+    run = train_with_interruption(recipe, out, plan_steps(recipe, seconds, out), show)
     show.stop()
     text = corpus.Corpus.open(out / "corpus")
-    steps, python = run.recipe.train.steps, text.facts["python"]
+    steps, python = run.recipe.train.steps, platform.python_version()
     show.say("\n3. How well does it predict packages it has never seen? Bits per byte; less is better.")
     summary: dict[str, Any] = {"steps": steps, "python": python, **score(run, text)}
     show.say(score_lines(summary))
@@ -61,12 +62,12 @@ def live(out: Path, seconds: int, show: Display) -> dict[str, Any]:
     return summary
 
 
-def plan_steps(seconds: int, out: Path) -> dict[str, Any]:
+def plan_steps(name: str, seconds: int, out: Path) -> dict[str, Any]:
     """As many steps of the nano recipe as this machine does in the time, in whole checkpoints."""
     if (out / RECIPE).is_file():
         steps = read_recipe(out / RECIPE).train.steps
     else:
-        recipe = read_recipe("nano")
+        recipe = read_recipe(name)
         done = seconds * tokens_per_second(recipe) / recipe.train.batch_tokens
         steps = CHECKPOINT_EVERY * max(2, round(done / CHECKPOINT_EVERY))
     every = CHECKPOINT_EVERY * max(1, steps // CHECKPOINT_EVERY // 6)
@@ -78,17 +79,17 @@ def plan_steps(seconds: int, out: Path) -> dict[str, Any]:
     }
 
 
-def train_with_interruption(out: Path, overrides: dict[str, Any], show: Display) -> Run:
+def train_with_interruption(recipe: str, out: Path, overrides: dict[str, Any], show: Display) -> Run:
     """Stop half-way by a real signal, as Ctrl-C sends it, then go on."""
     half = overrides["train.steps"] // 2
     if not state.all_of(out):
         try:
             with interrupting(show, half):
-                return resume_or_start("nano", out, overrides, observer=show)
+                return resume_or_start(recipe, out, overrides, observer=show)
         except Stopped as stopped:
             show.stop()
             show.say(f"\n2. Ctrl-C, sent by the quickstart itself: {stopped}.")
-    return resume_or_start("nano", out, overrides, observer=show)
+    return resume_or_start(recipe, out, overrides, observer=show)
 
 
 @contextmanager

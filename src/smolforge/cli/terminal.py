@@ -19,20 +19,21 @@ from smolforge.config import Recipe
 from smolforge.recipe.plan import Plan
 from smolforge.training import State
 
-PLAIN_SECONDS = 10
+PLAIN_SECONDS, PLAIN_WIDTH = 10, 120
 
 
 class Display:
     """An observer of runs that shows them on standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=not sys.stderr.isatty())
+        width = None if sys.stderr.isatty() else PLAIN_WIDTH
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, width=width, soft_wrap=width is not None)
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
         )
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.sample = ""
+        self.sample, self.news = "", False
         self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.console, show_time=False, show_path=False)
 
@@ -68,9 +69,7 @@ class Display:
         self.say(corpus_line(counts))
 
     def sampled(self, text: str) -> None:
-        self.sample = text
-        if self.live is None:
-            self.say(f"  sample: {' '.join(text.split())[:200]}")
+        self.sample, self.news = text, True
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """Show a step: always in the live view, else when there is news or after a while."""
@@ -87,6 +86,9 @@ class Display:
         elif measured or time.perf_counter() - self.told > PLAIN_SECONDS or metrics["step"] == self.steps:
             self.told = time.perf_counter()
             self.say(f"step {metrics['step']:,}/{self.steps:,}  {line}")
+            if self.news:
+                self.say(f"  sample: {' '.join(self.sample.split())[:200]}")
+                self.news = False
 
     def remaining(self, step: int) -> float:
         """Seconds to the last step, at the pace since this start, pauses included."""

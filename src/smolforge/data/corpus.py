@@ -136,9 +136,9 @@ def prepare(
         tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(temporary / "tokenizer")
     facts = _write(temporary, _split(plans, data), tokenizer, max_tokens, report)
-    described = {"format_version": FORMAT_VERSION, "request": request, "python": platform.python_version()}
-    if PYTHON_DOCS not in data.sources:
-        del described["python"]
+    described = {"format_version": FORMAT_VERSION, "request": request}
+    if PYTHON_DOCS in data.sources:
+        described["python"] = platform.python_version()
     (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
     if folder.exists():
         folder.rmdir()
@@ -205,7 +205,7 @@ def _split(plans: dict[str, Plan], data: Data) -> Iterator[tuple[str, Document]]
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _write(
@@ -221,7 +221,8 @@ def _write(
     for batch in _batches(pieces):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
-            writers[split].add([*ids, tokenizer.eos_id], len(document.text.encode("utf-8", "surrogatepass")))
+            if max_tokens is None or sum(writer.size["tokens"] for writer in writers.values()) < max_tokens:
+                writers[split].add([*ids, tokenizer.eos_id], len(document.text.encode()))
         total = {key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")}
         report(total)
         if max_tokens is not None and total["tokens"] >= max_tokens:

@@ -94,7 +94,16 @@ def _json_lines(path: Path, data: Data) -> Iterator[Document]:
                 if data.group_key not in record:
                     raise InvalidFile(f"{path}, line {number} has no key {data.group_key!r} (data.group_key)")
                 group = str(record[data.group_key])
-            yield Document(group, record[data.text_key])
+            yield Document(group, _whole(record[data.text_key], path, number))
+
+
+def _whole(text: str, path: Path, number: int) -> str:
+    """The text, unless JSON's escapes left half of a character in it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidFile(f"{path}, line {number} has half of a surrogate pair, which is no character") from None
+    return text
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from smolforge.device import describe, pick_device
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
-from smolforge.model import LanguageModel, build
+from smolforge.model import LanguageModel, allocate, build
 from smolforge.recipe.plan import Plan, disk_bytes, plan
 from smolforge.recipe.read import read_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
@@ -84,17 +84,19 @@ def run(
                 f"{folder} holds a run already, and --fresh refuses to resume it; give --run another name"
             )
         recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
+        device = pick_device(recipe.train.device)
         text = open_corpus(recipe, folder, observer)
         state.seed_all(recipe.seed)
-        model = initial_model(recipe, text).to(pick_device(recipe.train.device))
+        newest = newest_checkpoint(folder)
+        model = initial_model(recipe, text, newest is not None).to(device)
         optimizers = optim.optimizers(model, recipe.optim)
-        start = restore(folder, model, optimizers, text)
+        start = restore(newest, model, optimizers, text) if newest else State()
         check_going_on(recipe, start.step)
         observer.planned(recipe, plan(recipe, start.step), start)
         check_disk(recipe, folder)
         files.write(RECIPE, write_recipe(recipe))
         files.rewind(start.step)
-        files.record_environment(start.step, describe(model.head.device))
+        files.record_environment(start.step, describe(device))
         windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
         source = batches.stream(windows, start.step, recipe.train.rows, recipe.data.num_workers)
         shop = Workshop(recipe, files, model, optimizers, text, observer)
@@ -109,7 +111,9 @@ def run(
 
 
 def open_corpus(recipe: Recipe, folder: Path, observer: Observer) -> corpus.Corpus:
-    """The prepared corpus the recipe names, or one made in the run folder from its sources."""
+    """The prepared corpus the recipe names, or one made in the run folder from its sources, once."""
+    if (folder / "corpus" / "corpus.json").is_file():
+        return corpus.Corpus.open(folder / "corpus")
     sources = recipe.data.sources
     for source in sources:
         if (Path(source) / "corpus.json").is_file():
@@ -145,9 +149,12 @@ def check_vocabulary(ids: int, recipe: Recipe) -> None:
         )
 
 
-def initial_model(recipe: Recipe, text: corpus.Corpus) -> LanguageModel:
+def initial_model(recipe: Recipe, text: corpus.Corpus, resuming: bool) -> LanguageModel:
+    """Fresh weights, those to start from, or none yet where a checkpoint is about to fill them."""
     dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
-    if recipe.init_from is not None:
+    if resuming:
+        model = allocate(recipe.model, dtype)
+    elif recipe.init_from is not None:
         model = weights.load(resolve.find(recipe.init_from), dtype)
     else:
         model = build(recipe.model, recipe.seed, dtype)
@@ -155,25 +162,25 @@ def initial_model(recipe: Recipe, text: corpus.Corpus) -> LanguageModel:
     return model
 
 
-def restore(
-    run_folder: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer], text: corpus.Corpus
-) -> State:
-    """Weights, moments, random states and place of the newest sound checkpoint, if there is one.
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Where to resume from. Raises InvalidFile where there are checkpoints and all are damaged."""
+    newest = state.newest_sound(folder, log.warning)
+    if newest is None and state.all_of(folder):
+        raise InvalidFile(f"no checkpoint of {folder} is sound; delete its checkpoints to begin again")
+    return newest
 
-    Raises InvalidFile for one made from another corpus, or where all there are are damaged.
-    """
-    newest = state.newest_sound(run_folder, log.warning)
-    if newest is None:
-        if state.all_of(run_folder):
-            raise InvalidFile(f"no checkpoint of {run_folder} is sound; delete its checkpoints to begin again")
-        return State()
-    tensors, facts = state.load(newest, model)
+
+def restore(
+    checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer], text: corpus.Corpus
+) -> State:
+    """Weights, moments, random states and place. Raises InvalidFile for a checkpoint made from another corpus."""
+    tensors, facts = state.load(checkpoint, model)
     if facts["corpus"] != text.fingerprint:
         raise InvalidFile(
-            f"{newest} was trained on another corpus than {text.folder}; bring that one back, or start anew"
+            f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
         )
     optim.load_state_tensors(optimizers, model, tensors)
-    log.info("resumed from %s", newest)
+    log.info("resumed from %s", checkpoint)
     return State(facts["step"], facts["tokens"])
 
 

@@ -21,7 +21,8 @@ def settle(recipe: Recipe, explicit: Set[str]) -> Recipe:
 
 def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with its schedule's horizon and lengths said in steps."""
-    return replaced(recipe, {"optim.schedule": recipe.optim.schedule.over(steps).model_dump()})
+    schedule = recipe.optim.schedule.over(steps)
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"schedule": schedule})})
 
 
 def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:

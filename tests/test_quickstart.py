@@ -1,0 +1,45 @@
+"""The quickstart, with a model that takes a second: what it says is what happened."""
+
+import json
+
+from conftest import NANO
+
+from smolforge import cli
+from smolforge.checkpoint import state
+from smolforge.cli import life
+from smolforge.cli.terminal import Display
+from smolforge.runs import read_records
+
+
+def test_the_whole_life(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(NANO | {"model": NANO["model"] | {"vocab_size": 400}}))
+    monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
+    out = tmp_path / "out"
+    with Display(quiet=True) as show:
+        summary = life.live(out, 1, show, str(path))
+    assert summary["steps"] == 50
+    assert summary["resume"] == {**summary["resume"], "from": "step-00000025", "to": "step-00000050", "equal": True}
+    starts = json.loads((out / "environment.json").read_text())
+    assert [start["step"] for start in starts] == [0, 25]
+    assert [record["step"] for record in read_records(out / "metrics.jsonl")] == list(range(1, 51))
+    assert "stopped by SIGINT after step 25" in (out / "run.log").read_text()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["xz_primed_bits_per_byte"] < summary["xz_bits_per_byte"] < 3 < summary["bits_per_byte"] < 6
+    lines = life.score_lines(summary)
+    assert lines.count("not beaten") == 2
+    assert life.score_lines(summary | {"bits_per_byte": 1.0}).count("(beaten)") == 2
+
+    again = life.live(out, 1, show, str(path))
+    assert again["resume"]["sha256"] == summary["resume"]["sha256"]
+    assert len(json.loads((out / "environment.json").read_text())) == 3
+
+
+def test_a_resume_that_is_not_exact_is_said(tmp_path, monkeypatch, capsys):
+    proof = {"from": "a", "to": "b", "sha256": {"model.safetensors": "00"}, "equal": False}
+    assert "NOT equal" in life.proof_lines(proof)
+    monkeypatch.setattr(life, "live", lambda *_: {"resume": proof})
+    assert cli.run(["quickstart", "--out", str(tmp_path), "--json"]) == 1
+    assert state.all_of(tmp_path) == []
+    assert json.loads(capsys.readouterr().out)["resume"]["equal"] is False
