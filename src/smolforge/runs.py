@@ -113,7 +113,8 @@ class RunFolder:
             log.info("%s", stop)
             raise
         except BaseException:
-            handler.stream.write(traceback.format_exc())  # for the file alone: people get one sentence
+            record = logging.LogRecord("smolforge", logging.ERROR, "", 0, traceback.format_exc(), None, None)
+            handler.handle(record)  # for the file alone: people get one sentence
             raise
         finally:
             log.removeHandler(handler)

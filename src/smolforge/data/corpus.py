@@ -136,7 +136,7 @@ def prepare(
         tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(temporary / "tokenizer")
     facts = _write(temporary, _split(plans, data), tokenizer, max_tokens, report)
-    described = {"format_version": FORMAT_VERSION, "request": request}
+    described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
     if PYTHON_DOCS in data.sources:
         described["python"] = platform.python_version()
     (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
