@@ -104,7 +104,7 @@ def race(names: list[str], config: dict[str, Any], rows: int, length: int, round
                 seconds[name].append(taken)
     for name in names:
         worst = max(abs(a - b) / b for a, b in zip(losses[name], losses[names[0]], strict=True))
-        assert worst < 1e-3, f"{name} does another training: its loss is {worst:.1e} off"
+        assert worst < 1e-4, f"{name} does another training: its loss is {worst:.1e} off"
     table = []
     for name in names:
         pipes[name].send(False)

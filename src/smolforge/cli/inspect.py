@@ -29,9 +29,7 @@ def inspect(
     if json_:
         print(json.dumps(facts))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(_table(facts), soft_wrap=True)
+    print("\n".join(_lines(facts)))
 
 
 def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -143,14 +141,11 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _table(facts: dict[str, Any]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in _flat(facts):
-        table.add_row(key, Text(_said(key, value)))
-    return table
+def _lines(facts: dict[str, Any]) -> list[str]:
+    """One fact a line, the values below each other."""
+    rows = _flat(facts)
+    width = max(len(key) for key, _ in rows) + 2
+    return [f"{key:<{width}}{_said(key, value)}" for key, value in rows]
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -172,6 +167,6 @@ def _said(key: str, value: Any) -> str:
         from smolforge.cli.terminal import duration
 
         return f"about {duration(value)}"
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and key != "seed" else str(value)
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4g}"
+    return f"{int(value):,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +11,20 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
-from smolforge.config import Recipe
+from smolforge.config import Optim, Recipe
 from smolforge.recipe.plan import Plan
 from smolforge.training import State
 
-PLAIN_SECONDS, PLAIN_WIDTH = 10, 120
+PLAIN_SECONDS = 10
 
 
 class Display:
     """An observer of runs that shows them on standard error."""
 
     def __init__(self, quiet: bool = False) -> None:
-        width = None if sys.stderr.isatty() else PLAIN_WIDTH
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, width=width, soft_wrap=width is not None)
+        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
@@ -54,7 +51,8 @@ class Display:
         self.console.print(text, markup=False)
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
-        self.console.print(plan_table(recipe, plan, start))
+        for line in plan_lines(recipe, plan, start):
+            self.say(line)
         for warning in plan.warnings():
             self.console.print(f"warning: {warning}", style="yellow", markup=False)
         self.steps, self.first, self.begun = recipe.train.steps, start.step, time.perf_counter()
@@ -86,7 +84,7 @@ class Display:
         elif measured or time.perf_counter() - self.told > PLAIN_SECONDS or metrics["step"] == self.steps:
             self.told = time.perf_counter()
             self.say(f"step {metrics['step']:,}/{self.steps:,}  {line}")
-            if self.news:
+            if self.news and self.sample.strip():
                 self.say(f"  sample: {' '.join(self.sample.split())[:200]}")
                 self.news = False
 
@@ -110,22 +108,35 @@ def corpus_line(counts: dict[str, int]) -> str:
     return f"tokenised {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB, {counts['tokens']:,} tokens"
 
 
-def plan_table(recipe: Recipe, plan: Plan, start: State) -> Table:
+def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
     """What a run opens with."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    total = sum(plan.parameters.values())
     shape = ", ".join(f"{name} {count:,}" for name, count in sorted(plan.parameters.items()))
-    table.add_row("parameters", f"{total:,} ({shape})")
     rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows)
     micro = math.ceil(recipe.train.rows / rows)
     batch = f"{recipe.train.rows} x {recipe.train.sequence_length} tokens"
     steps = f"{start.step:,} to {recipe.train.steps:,}" if start.step else f"{recipe.train.steps:,}"
-    table.add_row("steps", f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""))
-    table.add_row("tokens", f"{plan.tokens:,}")
-    table.add_row("time", f"about {duration(plan.seconds)} on this {plan.device}, by its matrix speed")
-    table.add_row("memory", f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}")
-    table.add_row("disk", f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints")
-    return table
+    said = {
+        "parameters": f"{sum(plan.parameters.values()):,} ({shape})",
+        "steps": f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""),
+        "schedule": schedule_line(recipe.optim),
+        "tokens": f"{plan.tokens:,}",
+        "time": f"about {duration(plan.seconds)} on this {plan.device}, by its matrix speed",
+        "memory": f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}",
+        "disk": f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints",
+    }
+    return [f"{name:<12}{value}" for name, value in said.items()]
+
+
+def schedule_line(optim: Optim) -> str:
+    """The learning rate over a run, in words."""
+    schedule = optim.schedule
+    parts = [f"{optim.name}, learning rate {optim.learning_rate:g}"]
+    if schedule.warmup_steps:
+        parts.append(f"warm-up over {schedule.warmup_steps:,} steps")
+    if schedule.decay:
+        over = f"the last {schedule.decay_steps:,}" if schedule.decay_steps else "all after the warm-up"
+        parts.append(f"{schedule.decay} decay over {over} of {schedule.steps:,} to {schedule.final_learning_rate:g}")
+    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
