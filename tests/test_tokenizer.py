@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from smolforge import tokenizer as tokenizer_module
 from smolforge.errors import InvalidFile, SettingError
@@ -120,3 +122,32 @@ def test_ours_has_the_real_pipeline(shared):
     real = Tokenizer.load(shared / "smollm2-tokenizer").backend
     text = "It's 2024:\tdef f(x):\n\n    return 'naïve' + 12\r\n"
     assert TINY.backend.pre_tokenizer.pre_tokenize_str(text) == real.pre_tokenizer.pre_tokenize_str(text)
+
+
+def llama_style() -> Tokenizer:
+    """A tokenizer of another family: words begin with a metaspace, unknown characters become bytes."""
+    pieces = ["<unk>", "<|endoftext|>", "▁", *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefgh", "▁a", "▁b"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            {piece: place for place, piece in enumerate(pieces)},
+            [("▁", "a"), ("▁", "b")],
+            unk_token="<unk>",
+            byte_fallback=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<|endoftext|>"])
+    return Tokenizer(backend)
+
+
+@settings(deadline=None)
+@given(st.text("abcdé👩 ", max_size=12))
+def test_other_families_decode_in_pieces_too(text):
+    other = llama_style()
+    decoder, ids = IncrementalDecoder(other), other.encode(text)
+    pieces = [decoder.push(token) for token in ids]
+    assert "".join(pieces) + decoder.finish() == other.decode(ids) == text
+    assert "\ufffd" not in "".join(pieces)
