@@ -1,13 +1,16 @@
 """The quickstart, with a model that takes a second: what it says is what happened."""
 
 import json
+import signal
 
+import pytest
 from conftest import NANO
 
 from smolforge import cli
 from smolforge.checkpoint import state
 from smolforge.cli import life
 from smolforge.cli.terminal import Display
+from smolforge.errors import Stopped
 from smolforge.runs import read_records
 
 
@@ -43,3 +46,12 @@ def test_a_resume_that_is_not_exact_is_said(tmp_path, monkeypatch, capsys):
     assert cli.run(["quickstart", "--out", str(tmp_path), "--json"]) == 1
     assert state.all_of(tmp_path) == []
     assert json.loads(capsys.readouterr().out)["resume"]["equal"] is False
+
+
+def test_a_persons_own_interrupt_ends_it(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(NANO | {"model": NANO["model"] | {"vocab_size": 400}}))
+    monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
+    with Display(quiet=True) as show, pytest.raises(Stopped, match="after step 3"):
+        show.listeners.append(lambda metrics: signal.raise_signal(signal.SIGINT) if metrics["step"] == 3 else None)
+        life.live(tmp_path / "out", 1, show, str(path))

@@ -268,12 +268,12 @@ def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, caplog):
+    """And made again, sound, when its step comes again."""
     train(recipe_file, tmp_path / "once")
     shutil.copytree(tmp_path / "once", tmp_path / "run")
     flip_bit(state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
-    shutil.move(state.folder_of(tmp_path / "run", 8), tmp_path / "run" / "checkpoints" / "step-00000007")
     train(recipe_file, tmp_path / "run")
-    assert "step-00000007 is skipped" in caplog.text
+    assert "step-00000008 is skipped" in caplog.text
     assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
     assert losses(tmp_path / "run") == losses(tmp_path / "once")
 
@@ -466,3 +466,10 @@ def test_the_log_keeps_the_traceback(tmp_path, recipe_file):
     log = (tmp_path / "run" / "run.log").read_text()
     assert "Traceback" in log
     assert "nope.txt" in log
+
+
+def test_a_damaged_old_checkpoint_does_not_stop_training(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    shutil.copytree(state.folder_of(tmp_path / "run", 4), state.folder_of(tmp_path / "run", 1))
+    (state.folder_of(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
+    assert train(recipe_file, tmp_path / "run", steps=8).metrics["step"] == 8

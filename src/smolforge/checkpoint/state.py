@@ -34,7 +34,11 @@ def folder_of(run: Path, step: int) -> Path:
 def all_of(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first, sound or not."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
+    return sorted((path for path in found if path.name[5:].isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save(
@@ -100,11 +104,26 @@ def retain(run: Path, keep_last: int, keep_best: bool) -> None:
     """Delete all but the newest checkpoints and, if wanted, the one with the lowest validation loss."""
     folders = all_of(run)
     kept: set[Path] = set(folders[-keep_last:])
-    scored = [(loss, folder) for folder in folders if (loss := read_facts(folder).get("validation_loss")) is not None]
+    scored = [(loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None]
     if keep_best and scored:
         kept.add(min(scored)[1])
     for folder in folders:
         if folder not in kept:
+            commit.remove(folder)
+
+
+def validation_loss(folder: Path) -> float | None:
+    """What a checkpoint's model lost on held-out text, where that was measured and can be read."""
+    try:
+        return read_facts(folder).get("validation_loss")
+    except InvalidFile:
+        return None
+
+
+def remove_after(run: Path, sound: Path) -> None:
+    """Delete the damaged checkpoints newer than the one a run resumes from: their steps come again."""
+    for folder in all_of(run):
+        if step_of(folder) > step_of(sound):
             commit.remove(folder)
 
 

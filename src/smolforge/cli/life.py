@@ -83,26 +83,30 @@ def train_with_interruption(recipe: str, out: Path, overrides: dict[str, Any], s
     """Stop half-way by a real signal, as Ctrl-C sends it, then go on."""
     half = overrides["train.steps"] // 2
     if not state.all_of(out):
-        try:
-            with interrupting(show, half):
+        with interrupting(show, half) as sent:
+            try:
                 return resume_or_start(recipe, out, overrides, observer=show)
-        except Stopped as stopped:
-            show.stop()
-            show.say(f"\n2. Ctrl-C, sent by the quickstart itself: {stopped}.")
+            except Stopped as stopped:
+                if not sent:  # a person's own Ctrl-C
+                    raise
+                show.stop()
+                show.say(f"\n2. Ctrl-C, sent by the quickstart itself: {stopped}.")
     return resume_or_start(recipe, out, overrides, observer=show)
 
 
 @contextmanager
-def interrupting(show: Display, step: int) -> Iterator[None]:
-    """Raise SIGINT once the display has shown this step."""
+def interrupting(show: Display, step: int) -> Iterator[list[int]]:
+    """Raise SIGINT once the display is shown this step; the list says whether that was done."""
+    sent: list[int] = []
 
     def told(metrics: dict[str, Any]) -> None:
         if metrics["step"] == step:
+            sent.append(step)
             signal.raise_signal(signal.SIGINT)
 
     show.listeners.append(told)
     try:
-        yield
+        yield sent
     finally:
         show.listeners.remove(told)
 

@@ -180,6 +180,7 @@ def restore(
             f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
         )
     optim.load_state_tensors(optimizers, model, tensors)
+    state.remove_after(checkpoint.parents[1], checkpoint)
     log.info("resumed from %s", checkpoint)
     return State(facts["step"], facts["tokens"])
 
