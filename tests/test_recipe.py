@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from smolforge.checkpoint import commit, state
 from smolforge.config import Recipe, replaced
-from smolforge.data.corpus import prepare
+from smolforge.data.corpus import Corpus, prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.recipe import resume_or_start, train
 from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_budget
@@ -473,3 +473,13 @@ def test_a_damaged_old_checkpoint_does_not_stop_training(tmp_path, recipe_file):
     shutil.copytree(state.folder_of(tmp_path / "run", 4), state.folder_of(tmp_path / "run", 1))
     (state.folder_of(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
     assert train(recipe_file, tmp_path / "run", steps=8).metrics["step"] == 8
+
+
+def test_what_never_began_can_be_begun_otherwise(tmp_path, recipe_file, text_file):
+    """A first try that failed leaves nothing to be held to, least of all its text."""
+    (tmp_path / "short.txt").write_text("a few words\n" * 5)
+    with pytest.raises(InvalidFile, match="less than one window"):
+        train(recipe_file, tmp_path / "run", data=str(tmp_path / "short.txt"))
+    run = train(recipe_file, tmp_path / "run", **{"optim.learning_rate": 1e-3})
+    assert run.recipe.data.sources == (str(text_file),)
+    assert Corpus.open(tmp_path / "run" / "corpus").text("train") in text_file.read_text()

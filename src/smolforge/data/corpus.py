@@ -108,13 +108,15 @@ def prepare(
     vocab_size: int = 4096,
     max_tokens: int | None = None,
     report: Report = lambda _: None,
+    replace: bool = False,
 ) -> Corpus:
     """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
 
     Without a tokenizer one of `vocab_size` is trained on the training part. Stops after the document
     that reaches `max_tokens`. `report` is told documents, tokens and bytes so far.
 
-    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else.
+    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else;
+    `replace` puts the new one in the place of a corpus made with other settings.
     """
     request = {
         "data": data.model_dump(mode="json", exclude={"num_workers"}),
@@ -123,9 +125,11 @@ def prepare(
     }
     if (folder / "corpus.json").is_file():
         corpus = Corpus.open(folder)
-        if corpus.facts["request"] != request:
+        if corpus.facts["request"] == request:
+            return corpus
+        if not replace:
             raise SettingError(f"{folder} holds a corpus made with other settings; give another folder, or delete it")
-        return corpus
+        shutil.rmtree(folder)
     if folder.exists() and any(folder.iterdir()):
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
     temporary = folder.with_name(f".tmp-{folder.name}")

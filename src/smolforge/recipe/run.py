@@ -85,19 +85,19 @@ def run(
             )
         recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
         device = pick_device(recipe.train.device)
-        text = open_corpus(recipe, folder, observer)
+        text = open_corpus(recipe, folder, stored is not None, observer)
         state.seed_all(recipe.seed)
         newest = newest_checkpoint(folder)
         model = initial_model(recipe, text, newest is not None).to(device)
         optimizers = optim.optimizers(model, recipe.optim)
         start = restore(newest, model, optimizers, text) if newest else State()
         check_going_on(recipe, start.step)
+        windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
         observer.planned(recipe, plan(recipe, start.step), start)
         check_disk(recipe, folder)
         files.write(RECIPE, write_recipe(recipe))
         files.rewind(start.step)
         files.record_environment(start.step, describe(device))
-        windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
         source = batches.stream(windows, start.step, recipe.train.rows, recipe.data.num_workers)
         shop = Workshop(recipe, files, model, optimizers, text, observer)
         log.info("training from step %d to %d", start.step, recipe.train.steps)
@@ -110,9 +110,9 @@ def run(
     return Run(folder, model.eval(), recipe, last_metrics(folder))
 
 
-def open_corpus(recipe: Recipe, folder: Path, observer: Observer) -> corpus.Corpus:
-    """The prepared corpus the recipe names, or one made in the run folder from its sources, once."""
-    if (folder / "corpus" / "corpus.json").is_file():
+def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
+    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
+    if begun and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
     sources = recipe.data.sources
     for source in sources:
@@ -129,7 +129,15 @@ def open_corpus(recipe: Recipe, folder: Path, observer: Observer) -> corpus.Corp
     tokenizer = Tokenizer.load(given) if given is not None else None
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    return corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
+    # What an earlier attempt left, which never came to its first step, gives way.
+    return corpus.prepare(
+        recipe.data,
+        folder / "corpus",
+        tokenizer,
+        recipe.model.vocab_size,
+        report=observer.preparing,
+        replace=True,
+    )
 
 
 def check_same_tokenizer(prepared: corpus.Corpus, recipe: Recipe) -> None:

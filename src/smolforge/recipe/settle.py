@@ -46,8 +46,9 @@ def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:
     changes.pop("budget", None)
     changes.pop("init_from", None)
     if fixed:
+        more = f" and {len(fixed) - 5} more" if len(fixed) > 5 else ""
         raise SettingError(
-            f"this run was begun with other settings that must not change: {', '.join(fixed)}; "
+            f"this run was begun with other settings that must not change: {', '.join(fixed[:5])}{more}; "
             "resume it as it was, or start another --run with --init-from this one"
         )
     return replaced(stored, changes)
