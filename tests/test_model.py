@@ -124,6 +124,15 @@ def test_initial_loss_is_what_the_rule_predicts(tied, std):
     assert loss.item() == pytest.approx(math.log(8192) + 576 * std**2 / 2, abs=0.08)
 
 
+def test_smollm2_135m_begins_where_it_should():
+    """11.26 was measured on wikitext for this scheme, and the rule gives ln 49152 + 1/2 = 11.30."""
+    model = build(ModelConfig())
+    ids = torch.randint(49152, (1, 257))
+    with torch.no_grad():
+        loss = loss_sum(model, model.hidden(ids[:, :-1]), ids[:, 1:]) / 256
+    assert loss.item() == pytest.approx(11.30, abs=0.08)
+
+
 def test_initialisation_is_nanotrons():
     model = build(tiny_config(hidden_size=256, num_attention_heads=8, num_hidden_layers=8, initializer_range=0.04))
     residual = 0.04 / math.sqrt(16)

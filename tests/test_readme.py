@@ -1,5 +1,6 @@
 """The README does what it says: its commands and its Python run, shortened; its map and links are there."""
 
+import json
 import os
 import re
 import shlex
@@ -35,15 +36,26 @@ SHORT = {
 }
 
 
-def test_commands(home, capsys):
+@pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_commands(home, capsys, shortened):
     (commands,) = blocks("bash")
     lines = commands.strip().splitlines()
     assert len(lines) == 2
     for line in lines:
-        program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens"))
+        program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens") if shortened else line)
         assert program == "smolforge"
-        assert cli.run([verb, *words, *SHORT[verb]]) == 0
+        assert cli.run([verb, *words, *(SHORT[verb] if shortened else [])]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+@pytest.mark.long
+def test_quickstart_as_it_is(home, capsys):
+    assert cli.run(["quickstart"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    for part in ("stopped by SIGINT", "xz -9 alone", "equal to the bit", "loss.png"):
+        assert part in said
+    summary = json.loads((home / "quickstart" / "summary.json").read_text())
+    assert summary["bits_per_byte"] < summary["xz_bits_per_byte"]
 
 
 def test_python(home, capsys):
