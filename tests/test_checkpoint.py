@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -273,3 +274,28 @@ def test_generate_does_not_read_the_optimizer(tmp_path):
     flip_bit(tmp_path / "alone" / "model.safetensors", 99_000)
     with pytest.raises(InvalidFile, match="damaged"):
         resolve.load(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("message", ["Error while serializing: I/O error: No space left on device (os error 28)"])
+def test_rust_libraries_meet_a_full_disk_too(tmp_path, message):
+    def fill(temporary: Path) -> None:
+        (temporary / "half").write_text("x")
+        raise SafetensorError(message)
+
+    with pytest.raises(MissingResource, match="the disk is full.*are free"):
+        commit.write_whole(tmp_path / "step-1", fill, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_config_leaves_out_is_llamas_default(folder):
+    content = json.loads((folder / "config.json").read_text())
+    for key in ("rope_theta", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings"):
+        del content[key]
+    names = {key: content[key] for key in weights.NEEDED}
+    theirs, ours = LlamaConfig(**names), weights.from_hugging_face(content)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    with pytest.raises(InvalidFile, match="does not say hidden_size"):
+        weights.from_hugging_face({key: value for key, value in content.items() if key != "hidden_size"})

@@ -146,7 +146,10 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
         ("prepare nope.txt --out c", 3, "'nope.txt'"),
         ("prepare --out c --tokens lots", 2, "'lots' is not a count"),
         ("prepare --out c --vocab-size 10", 2, "at least 259, not 10"),
-        ("inspect nowhere", 2, "nowhere"),
+        ("inspect nowhere", 2, "'nowhere' is no model, corpus or run, and there is no recipe 'nowhere'"),
+        ("inspect smollm2-135m --train.steps 5", 2, "settings are for recipes; smollm2-135m is none"),
+        ("inspect nano --train.stpes 5", 2, "Did you mean --train.steps?"),
+        ("generate smollm2-135m --random --dtype int3", 2, "dtype is 'int3'"),
     ],
 )
 def test_mistakes_get_one_sentence_and_their_code(capsys, tmp_path, monkeypatch, words, code, said):
@@ -182,7 +185,7 @@ def test_flags():
         "optim.betas": ["0.9", "0.99"],
     }
     assert parse(["--data.sources", '["a,b", "c"]']) == {"data.sources": ["a,b", "c"]}
-    assert parse(["--model", "smollm2-nano"]) == {"model": "smollm2-nano"}
+    assert parse(["--model", "smollm2-nano"]) == {"model.preset": "smollm2-nano"}
     with pytest.raises(SettingError, match="is not a TOML list"):
         parse(["--data.sources", "[a"])
 
@@ -249,3 +252,23 @@ def test_the_long_text_of_a_prompt_is_said(capsys, finished):
     code, _, err = call(capsys, "generate", finished, "--prompt", sentences(30))
     assert code == 2
     assert "this model takes 128 with its answer" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory: you tried"), 4, "micro-batch-size"),
+        (OSError(28, "No space left on device", "x.bin"), 4, "x.bin: No space left on device"),
+        (ZeroDivisionError("division by zero"), 1, "this should not have happened: ZeroDivisionError"),
+    ],
+)
+def test_errors_of_the_machine_and_our_own_are_one_line_too(capsys, monkeypatch, error, code, said):
+    from smolforge.cli import inspect
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(inspect, "_facts", fail)
+    found, out, err = call(capsys, "inspect", "machine")
+    assert (found, out, err.count("\n")) == (code, "", 1)
+    assert said in err

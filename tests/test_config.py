@@ -36,6 +36,9 @@ def refuse(tree):
         ({"optim": {"schedule": {"warmup_steps": 900, "decay_steps": 200}}}, "together are more than the 1000 steps"),
         ({"optim": {"schedule": {"final_learning_rate": 1}}}, "is above optim.learning_rate (0.003)"),
         ({"train": 5}, "train is 5"),
+        ({"optim": {"schedule": {"warmup_steps": "many"}}}, "optim.schedule.warmup_steps is 'many'; it should be"),
+        ({"optim": {"betas": [0.9]}}, "optim.betas has too few values"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; it should be less than 9223372036854775808"),
     ],
 )
 def test_refusals_are_sentences(tree, said):

@@ -59,6 +59,7 @@ def test_kinds_of_sources(tmp_path):
         ("x.jsonl", b'{"text": "\\ud800"}\n', "line 1 has half of a surrogate pair"),
         ("x.jsonl", b"[1]\n", "line 1 has no text under the key 'text'"),
         ("x.txt", b"", "is empty"),
+        ("x.txt", b" \n \n", "nothing but white space"),
     ],
 )
 def test_broken_sources_are_named(tmp_path, tokenizer, name, content, said):
@@ -122,6 +123,30 @@ def test_a_single_file_holds_out_its_tail(tmp_path, tokenizer, text_file):
     assert train + held == text_file.read_text()
     assert train.endswith("\n")
     assert len(held) / len(train + held) == pytest.approx(0.05, abs=0.005)
+
+
+@pytest.mark.parametrize("text", ["Title\n" + "x" * 50_000, "字" * 10_000, "one word " * 5000])
+def test_the_tail_is_a_tail_whatever_the_lines(tmp_path, tokenizer, text):
+    (tmp_path / "x.txt").write_text(text)
+    corpus = made(tmp_path, tokenizer, [tmp_path / "x.txt"])
+    assert len(corpus.text(HELD_OUT)) / len(text) == pytest.approx(0.05, abs=0.03)
+    assert corpus.text(TRAIN) + corpus.text(HELD_OUT) == text
+
+
+@pytest.mark.parametrize("limit", [50, 1000, 2500])
+def test_a_limit_of_tokens_is_kept_by_both_parts(tmp_path, tokenizer, text_file, limit):
+    corpus = prepare(Data(sources=(str(text_file),), held_out=0.1), tmp_path / "corpus", tokenizer, max_tokens=limit)
+    assert corpus.size(TRAIN)["tokens"] == limit * 9 // 10
+    assert corpus.size(HELD_OUT)["tokens"] in (limit // 10, limit // 10 - 1, 0) or limit // 10 > 100
+    for split in (TRAIN, HELD_OUT):
+        assert corpus.size(split)["bytes"] == sum(len(text.encode()) for text in texts_of(corpus, split))
+
+
+def test_changed_files_are_noticed(tmp_path, tokenizer, text_file):
+    made(tmp_path, tokenizer, [text_file])
+    text_file.write_text(sentences(310))
+    with pytest.raises(SettingError, match="from files that changed since"):
+        made(tmp_path, tokenizer, [text_file])
 
 
 def test_nothing_held_out_when_asked(tmp_path, tokenizer, text_file):

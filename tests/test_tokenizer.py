@@ -57,12 +57,26 @@ def test_training_is_repeatable():
     assert tiny_tokenizer().fingerprint == TINY.fingerprint
 
 
-@pytest.mark.parametrize("text", [sentences(50), "a\n\nb\n  c\n\n\n d" * 30, "no line end " * 40, "\n" * 200])
+NASTY = ["a\n\nb\n  c\n\n\n d\ne\r\nf" * 30, "no line end " * 40, "\n" * 200, "x\n\u00a0y\u2028z\n1\n'll" * 20]
+
+
+@pytest.mark.parametrize("text", [sentences(50), *NASTY])
 def test_cutting_long_texts_changes_no_token(text, monkeypatch):
-    whole = TINY.encode(text)
+    """With merges across newlines, as the real tokenizer has them."""
+    other = Tokenizer.train([*NASTY, sentences(50)], 500)
+    assert other.byte_level
+    whole = other.encode(text)
     monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
     assert "".join(split_at_lines(text)) == text
-    assert TINY.encode(text) == whole
+    assert other.encode(text) == whole
+
+
+def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
+    real = Tokenizer.load(shared / "smollm2-tokenizer")
+    texts = [*NASTY, (shared / "wikitext2" / "wiki.test.raw").read_bytes()[:200_000].decode("utf-8", "ignore")]
+    whole = [real.encode(text) for text in texts]
+    monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
+    assert [real.encode(text) for text in texts] == whole
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
@@ -147,6 +161,7 @@ def llama_style() -> Tokenizer:
 @given(st.text("abcdé👩 ", max_size=12))
 def test_other_families_decode_in_pieces_too(text):
     other = llama_style()
+    assert not other.byte_level
     decoder, ids = IncrementalDecoder(other), other.encode(text)
     pieces = [decoder.push(token) for token in ids]
     assert "".join(pieces) + decoder.finish() == other.decode(ids) == text

@@ -23,6 +23,7 @@ from pydantic import (
 from smolforge.errors import SettingError, did_you_mean
 
 FREE = "may change on resume"
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 S = TypeVar("S", bound="Settings")
@@ -166,7 +167,7 @@ class Train(Settings):
     """Tokens per optimizer step, over all ranks."""
     micro_batch_size: Annotated[PositiveInt | None, FREE] = None
     """Rows in one forward pass; by default all of them. Gradient accumulation follows from it."""
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], FREE] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
@@ -218,14 +219,14 @@ class Generation(Settings):
     """Above 1, tokens already seen become less likely."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], FREE] = ()
     """Strings that end the text and are no part of it."""
-    seed: Annotated[NonNegativeInt | None, FREE] = None
+    seed: Annotated[Seed | None, FREE] = None
     """Makes a draw repeatable; none draws anew each time."""
 
 
 class Recipe(Settings):
     """Everything that defines a run."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Fixes the initial weights, the order of the data and every sample."""
     tokenizer: str | None = None
     """A folder or tokenizer.json; none trains one of model.vocab_size on the corpus."""
@@ -241,7 +242,7 @@ class Recipe(Settings):
     """The optimizer and its schedule."""
     train: Train = Train()
     """The loop."""
-    sample: Generation = Generation(max_new_tokens=64)
+    sample: Generation = Generation()
     """How text samples are drawn while training; without a seed of its own, from the run's."""
 
     @model_validator(mode="after")
@@ -313,11 +314,16 @@ def validated(group: type[S], tree: Mapping[str, Any], where: str = "") -> S:
         return group.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    dotted = ".".join(str(part) for part in first["loc"])
+    known = {name for name, _ in fields(group)} | set(group.model_fields)
+    parts = [str(part) for part in first["loc"]]
+    while len(parts) > 1 and first["type"] != "extra_forbidden" and ".".join(parts) not in known:
+        parts.pop()  # pydantic adds the place in a list, or the branch of a union
+    dotted = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        known = {name for name, _ in fields(group)} | set(group.model_fields)
         raise SettingError(f"{where}there is no setting {dotted!r}.{did_you_mean(dotted, known)}")
     rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if first["type"] == "value_error":
         raise SettingError(f"{where}{dotted + ': ' if dotted else ''}{rule}")
+    if first["type"] == "missing":
+        raise SettingError(f"{where}{dotted} has too few values")
     raise SettingError(f"{where}{dotted} is {first['input']!r}; it should be {rule}")

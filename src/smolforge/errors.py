@@ -20,6 +20,10 @@ class InvalidFile(ValueError):
     exit_code: ClassVar[int] = 3
 
 
+class LaterFormat(InvalidFile):
+    """Written by a later version: whole, perhaps, but not for this one to judge."""
+
+
 class MissingResource(RuntimeError):
     """The machine lacks something: disk space, memory, a package, a network."""
 

@@ -19,7 +19,8 @@ from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import InvalidFile
 from smolforge.model import IGNORED, LanguageModel
 
-ROWS = 8
+TOKENS = 2048
+"""Tokens whose logits exist at the same time."""
 
 
 def measure_corpus(
@@ -58,7 +59,8 @@ def measure(
     model.eval()
     loss, right, counted = 0.0, 0, 0
     inputs, labels = windows(ids, eos_id, sequence_length, stride or sequence_length)
-    for rows, targets in zip(inputs.split(ROWS), labels.split(ROWS), strict=True):
+    at_once = max(1, TOKENS // sequence_length)
+    for rows, targets in zip(inputs.split(at_once), labels.split(at_once), strict=True):
         targets = targets.to(device)
         with precision or nullcontext():
             logits = model(rows.to(device)).flatten(0, 1)

@@ -146,7 +146,7 @@ def load_state_tensors(chosen: Sequence[Optimizer], model: nn.Module, tensors: d
         what, _, name = key.partition(".")
         if name not in weights or tensor.shape not in (weights[name].shape, torch.Size([])):
             raise InvalidFile(f"the optimizer state has {key!r}, which does not fit this model")
-        owner[weights[name]].state[weights[name]][what] = tensor
+        owner[weights[name]].state[weights[name]][what] = tensor.to(weights[name].device)
     forgotten = [name for name, weight in weights.items() if tensors and not owner[weight].state[weight]]
     if forgotten:
         raise InvalidFile(f"the optimizer state lacks {forgotten[0]!r}")

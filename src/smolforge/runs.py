@@ -2,7 +2,7 @@
 
 recipe.toml       the resolved recipe             environment.json  the machine of each start
 metrics.jsonl     one object a step               samples.jsonl     text samples
-run.log           everything said, tracebacks too checkpoints/      see checkpoint
+run.log           starts, saves, warnings, errors checkpoints/      see checkpoint
 """
 
 import fcntl
@@ -146,5 +146,8 @@ def commit() -> str | None:
     here = Path(__file__).parent
     if not (here.parents[1] / ".git").exists():
         return None
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # git itself is not here
+        return None
     return found.stdout.strip() or None

@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PART_CHARACTERS = 1 << 20
-_LINE_START = re.compile(r"\n(?=\S)")
+_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Tokenizer:
@@ -38,6 +38,9 @@ class Tokenizer:
                 "name the right one as eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = eos_id
+        pipeline = json.loads(backend.to_str())
+        pattern = json.dumps(pipeline["pre_tokenizer"])
+        self.byte_level = pipeline["normalizer"] is None and '"ByteLevel"' in pattern and '"Split"' not in pattern
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -47,7 +50,7 @@ class Tokenizer:
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise InvalidFile(f"there is no tokenizer.json at {path}; name a folder or file that has one")
+            raise InvalidFile(f"there is no tokenizer.json at {path}; name a local folder or file that has one")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for every kind of bad file
@@ -104,8 +107,10 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
-    def chat_template(self) -> str | None:
-        return self.settings.get("chat_template")
+    def bos_id(self) -> int | None:
+        """The id a text may begin with. Nothing is added by `encode`."""
+        token = self._named("bos_token")
+        return None if token is None else self.backend.token_to_id(token)
 
     @property
     def fingerprint(self) -> str:
@@ -117,7 +122,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, using all cores."""
-        parts = [list(split_at_lines(text)) for text in texts]
+        parts = [list(split_at_lines(text)) if self.byte_level else [text] for text in texts]
         flat = iter(self.backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False))
         return [[token for _ in text for token in next(flat).ids] for text in parts]
 
@@ -142,12 +147,12 @@ class Tokenizer:
 def split_at_lines(text: str) -> Iterator[str]:
     """Parts of about a million characters, so that one long file uses all cores and little memory.
 
-    GPT-2's word pattern never crosses from a newline to a visible character, so a cut there changes
-    no token.
+    GPT-2's word pattern takes a single newline between visible characters by itself, so a cut behind it
+    changes no token. (Behind one of several newlines it would.)
     """
     start = 0
     while len(text) - start > PART_CHARACTERS:
-        cut = _LINE_START.search(text, start + PART_CHARACTERS)
+        cut = _LINE_END.search(text, start + PART_CHARACTERS)
         if cut is None:
             break
         yield text[start : cut.end()]

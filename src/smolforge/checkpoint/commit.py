@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.errors import InvalidFile, LaterFormat, MissingResource
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -44,17 +44,23 @@ def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any
             _sync(directory)
         temporary.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a failed write
         needed = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno not in _NO_ROOM:
-            raise MissingResource(f"{folder} could not be written: {error.strerror}") from error
+        if not _no_room(error):
+            raise MissingResource(f"{folder} could not be written: {error}") from error
         free = shutil.disk_usage(folder.parent).free
         raise MissingResource(
             f"the disk is full: {folder} could not be written after {needed:,} bytes, {free:,} are free; "
             "what was saved before is intact"
         ) from error
     return manifest
+
+
+def _no_room(error: Exception) -> bool:
+    """Whether a write failed for want of space; Rust libraries say so in their message alone."""
+    said = str(error)
+    return any(f"Errno {number}]" in said or f"os error {number})" in said for number in _NO_ROOM)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InvalidFile(f"{path} is damaged: {error!r}") from None
     if version > FORMAT_VERSION:
-        raise InvalidFile(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}")
+        raise LaterFormat(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}")
     if recorded != _self_hash(manifest):
         raise InvalidFile(f"{path} is damaged: its own hash does not match")
     return manifest

@@ -59,7 +59,7 @@ def find(model: str | Path) -> Path:
     if path.exists():
         raise InvalidFile(f"{path} is not a model folder")
     raise SettingError(
-        f"there is no model {str(model)!r}: it is no folder, run or preset ({', '.join(presets.names())})."
+        f"there is no model {str(model)!r}: it is no local folder, run or preset ({', '.join(presets.names())})."
         + did_you_mean(str(model), presets.names())
     )
 

@@ -8,6 +8,7 @@ state.json              step, tokens, corpus, validation loss
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smolforge.checkpoint import commit, weights
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFile, LaterFormat
 from smolforge.model import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
@@ -84,15 +85,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InvalidFile(f"{path} cannot be read: {error}") from None
     if facts["format_version"] > FORMAT_VERSION:
-        raise InvalidFile(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
+        raise LaterFormat(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
     return facts
 
 
 def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None) -> Path | None:
-    """The newest checkpoint whose files (or `only` some) are as its manifest says; `warn` hears why others are not."""
+    """The newest checkpoint whose files (or `only` some) are as its manifest says.
+
+    `warn` hears why others are not. Raises LaterFormat rather than pass over what a later version wrote.
+    """
     for folder in reversed(all_of(run)):
         try:
             commit.check(folder, only)
+        except LaterFormat:
+            raise
         except InvalidFile as error:
             warn(f"{folder.name} is skipped: {error}")
         else:
@@ -120,11 +126,15 @@ def validation_loss(folder: Path) -> float | None:
         return None
 
 
-def remove_after(run: Path, sound: Path) -> None:
-    """Delete the damaged checkpoints newer than the one a run resumes from: their steps come again."""
+def tidy(run: Path, resumed_from: Path | None) -> None:
+    """Delete what killed processes left half-written, and set aside damaged checkpoints whose steps come again."""
+    for left in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
     for folder in all_of(run):
-        if step_of(folder) > step_of(sound):
-            commit.remove(folder)
+        if resumed_from is not None and step_of(folder) > step_of(resumed_from):
+            aside = folder.with_name(f".damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
 
 
 def random_tensors() -> dict[str, Tensor]:

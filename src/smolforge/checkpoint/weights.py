@@ -30,6 +30,17 @@ FIXED: dict[str, Any] = {
 }
 """Settings of Llama that this model has at one value only; another is refused by name."""
 
+LLAMA: dict[str, Any] = {
+    "rope_theta": 10_000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+}
+"""What a config.json that leaves these out means: the defaults of Transformers' LlamaConfig."""
+
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 INERT = frozenset(
     {
         "_name_or_path",
@@ -108,9 +119,11 @@ def check_tie(path: Path, head: torch.Tensor, embedding: torch.Tensor) -> None:
 def save(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a folder that Transformers, and `load`, read."""
     folder.mkdir(parents=True, exist_ok=True)
-    eos_id = tokenizer.eos_id if tokenizer else None
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    special = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    special = {
+        "bos_token_id": tokenizer.bos_id if tokenizer else None,
+        "eos_token_id": tokenizer.eos_id if tokenizer else None,
+    }
     _write_json(folder / CONFIG, to_hugging_face(model.config) | special | {"torch_dtype": dtype})
     _write_json(folder / GENERATION, special)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
@@ -140,7 +153,10 @@ def from_hugging_face(content: dict[str, Any], path: str = CONFIG) -> ModelConfi
         raise InvalidFile(f"{path}: rope_parameters {rope} is a kind of rotary scaling that is not implemented")
     if "rope_theta" in rope:
         content["rope_theta"] = rope["rope_theta"]
-    settings = {}
+    lacking = [key for key in NEEDED if key not in content]
+    if lacking:
+        raise InvalidFile(f"{path} does not say {lacking[0]}")
+    settings = dict(LLAMA)
     for key, value in content.items():
         if key in FIXED:
             if value != FIXED[key]:

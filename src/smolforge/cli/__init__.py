@@ -56,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
         known = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _say(OSError(known), MissingResource.exit_code, debug)
     except Exception as error:
+        if "allocate memory" in str(error) or "out of memory" in str(error).lower():
+            short = "there is not enough memory; a smaller --train.micro-batch-size or model needs less"
+            return _say(MissingResource(short), MissingResource.exit_code, debug)
         unknown = f"this should not have happened: {type(error).__name__}: {error} (--debug shows where)"
         return _say(RuntimeError(unknown), UNEXPECTED, debug)
     return code or 0

@@ -8,16 +8,14 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-from smolforge.config import Recipe, fields
+from smolforge.config import fields
 from smolforge.errors import SettingError, did_you_mean
-
-GROUPS = tuple(name for name, field in Recipe.model_fields.items() if "." not in name)
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """Dotted name to value, for what is left of a command line. Raises SettingError for what is no flag."""
     known = dict(fields())
-    known |= dict.fromkeys(("model", "model.preset"))
+    known |= {"model": None, "model.preset": None}
     given: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -34,6 +32,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
                 raise SettingError(f"--{flag} needs a value")
             value = rest.pop(0)
         field = known[name]
+        name = "model.preset" if name == "model" else name
         if field is not None and _is_list(field.annotation):
             given[name] = [*given.get(name, []), *_items(value)]
         else:

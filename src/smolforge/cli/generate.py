@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smolforge.config import Generation, validated
+from smolforge.errors import InvalidFile
 
 DEFAULTS = Generation()
 
@@ -105,11 +106,19 @@ def generate(
     if prompt is not None:
         answer(prompt)
     elif not sys.stdin.isatty():
-        answer(sys.stdin.read())
+        answer(_piped())
     else:
         print("Type the beginning of a text; the model goes on. Ctrl-D ends.", file=sys.stderr)
         while line := _line():
             answer(line)
+
+
+def _piped() -> str:
+    """All of standard input."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidFile(f"standard input is not UTF-8 text: {error}") from None
 
 
 def _line() -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from smolforge.cli.flags import parse
+from smolforge.errors import SettingError
 
 
 def inspect(
@@ -37,18 +38,25 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
     from smolforge import presets
     from smolforge.checkpoint.resolve import read_config
     from smolforge.recipe.read import find, read_recipe
+    from smolforge.recipe.settle import settle
     from smolforge.runs import RECIPE
 
     path = Path(what)
+    if overrides and (path.is_dir() or what in ("machine", *presets.names())):
+        raise SettingError(f"settings are for recipes; {what} is none")
     if what == "machine":
         return _machine()
     if (path / "corpus.json").is_file():
         return _corpus(path)
     if (path / RECIPE).is_file():
         return _run(path)
-    if path.suffix in (".toml", ".yaml", ".yml", ".json") or (not path.exists() and what not in presets.names()):
-        return _recipe(read_recipe(find(what), overrides))
-    return _model(read_config(what))
+    if path.is_dir() or what in presets.names():
+        return _model(read_config(what))
+    try:
+        recipe = find(what)
+    except SettingError as error:
+        raise SettingError(f"{what!r} is no model, corpus or run, and {error}") from None
+    return _recipe(settle(read_recipe(recipe, overrides), overrides.keys()))
 
 
 def _model(config: Any) -> dict[str, Any]:

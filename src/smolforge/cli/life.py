@@ -24,9 +24,9 @@ from smolforge.model import LanguageModel
 from smolforge.recipe import Run, resume_or_start
 from smolforge.recipe.plan import tokens_per_second
 from smolforge.recipe.read import read_recipe
-from smolforge.runs import RECIPE
+from smolforge.runs import ENVIRONMENT, RECIPE
 
-CHECKPOINT_EVERY = 25
+CHECKPOINT_EVERY, FEWEST_REPEATED = 25, 20
 PROMPTS = ("The", "Return the")
 
 
@@ -53,7 +53,7 @@ def live(out: Path, seconds: int, show: Display, recipe: str = "nano") -> dict[s
         out,
         out / "loss.png",
         f"{steps} steps on the documentation of Python {python}",
-        {steps // 2: "stopped, resumed"},
+        {step: "stopped, resumed" for step in resumes(out) if step < steps},
     )
     summary["seconds"] = time.perf_counter() - begun
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
@@ -111,6 +111,11 @@ def interrupting(show: Display, step: int) -> Iterator[list[int]]:
         show.listeners.remove(told)
 
 
+def resumes(out: Path) -> list[int]:
+    """The steps at which the run was started again."""
+    return [start["step"] for start in json.loads((out / ENVIRONMENT).read_text("utf-8"))[1:]]
+
+
 def score(run: Run, text: corpus.Corpus) -> dict[str, Any]:
     """Held-out bits per byte of the model, of xz on that text alone, and of xz that has read what the model read."""
     window = run.recipe.train.sequence_length
@@ -146,7 +151,9 @@ def samples(model: LanguageModel) -> list[str]:
 
 def prove_resume(out: Path) -> dict[str, Any]:
     """Copy the checkpoint before the last, let a fresh process go on from it to the end, compare hashes."""
-    earlier, last = state.all_of(out)[-2:]
+    *before, last = state.all_of(out)
+    far = [folder for folder in before if state.step_of(folder) <= state.step_of(last) - FEWEST_REPEATED]
+    earlier = (far or before)[-1]
     copy = out / "resumed"
     shutil.rmtree(copy, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)

@@ -25,6 +25,7 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.loud = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
@@ -32,7 +33,7 @@ class Display:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.sample, self.news = "", False
         self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
-        self.handler = RichHandler(logging.WARNING, self.console, show_time=False, show_path=False)
+        self.handler = RichHandler(logging.WARNING, self.loud, show_time=False, show_path=False)
 
     def __enter__(self) -> "Display":
         logging.getLogger("smolforge").addHandler(self.handler)
@@ -53,8 +54,6 @@ class Display:
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
         for line in plan_lines(recipe, plan, start):
             self.say(line)
-        for warning in plan.warnings():
-            self.console.print(f"warning: {warning}", style="yellow", markup=False)
         self.steps, self.first, self.begun = recipe.train.steps, start.step, time.perf_counter()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)

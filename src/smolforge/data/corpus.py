@@ -10,6 +10,7 @@ temporary folder that is then renamed, so a corpus is whole or is not there.
 import hashlib
 import itertools
 import json
+import math
 import platform
 import shutil
 from collections import defaultdict
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smolforge.config import Data
-from smolforge.data.documents import PYTHON_DOCS, Document, documents
+from smolforge.data.documents import PYTHON_DOCS, Document, documents, files
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ FORMAT_VERSION = 1
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
 FEWEST_GROUPS = 20
+BORDER_CHARACTERS = 1000
 BATCH_BYTES = 4 << 20
 SHARD_TOKENS = 1 << 28
 
@@ -108,28 +110,28 @@ def prepare(
     vocab_size: int = 4096,
     max_tokens: int | None = None,
     report: Report = lambda _: None,
-    replace: bool = False,
 ) -> Corpus:
     """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
 
-    Without a tokenizer one of `vocab_size` is trained on the training part. Stops after the document
-    that reaches `max_tokens`. `report` is told documents, tokens and bytes so far.
+    Without a tokenizer one of `vocab_size` is trained on the training part. `max_tokens` is an upper
+    limit of both parts together, each in its share. `report` is told documents, tokens and bytes so far.
 
-    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else;
-    `replace` puts the new one in the place of a corpus made with other settings.
+    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else.
     """
     request = {
         "data": data.model_dump(mode="json", exclude={"num_workers"}),
         "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
         "max_tokens": max_tokens,
+        "files": {source: stamp(source) for source in data.sources},
     }
     if (folder / "corpus.json").is_file():
         corpus = Corpus.open(folder)
         if corpus.facts["request"] == request:
             return corpus
-        if not replace:
-            raise SettingError(f"{folder} holds a corpus made with other settings; give another folder, or delete it")
-        shutil.rmtree(folder)
+        raise SettingError(
+            f"{folder} holds a corpus made with other settings, or from files that changed since; "
+            "give another folder, or delete it"
+        )
     if folder.exists() and any(folder.iterdir()):
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
     temporary = folder.with_name(f".tmp-{folder.name}")
@@ -139,7 +141,11 @@ def prepare(
         texts = (document.text for split, document in _split(plans, data) if split == TRAIN)
         tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(temporary / "tokenizer")
-    facts = _write(temporary, _split(plans, data), tokenizer, max_tokens, report)
+    room = dict.fromkeys(SPLITS, math.inf)
+    if max_tokens is not None:
+        held_out = int(max_tokens * data.held_out)
+        room = {TRAIN: float(max_tokens - held_out), HELD_OUT: float(held_out)}
+    facts = _write(temporary, _split(plans, data), tokenizer, room, report)
     described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
     if PYTHON_DOCS in data.sources:
         described["python"] = platform.python_version()
@@ -179,10 +185,18 @@ class Plan:
             yield TRAIN, document
         else:
             cut = max(0, int(self.train_characters) - start)
-            cut = max(text.rfind("\n", 0, cut), text.rfind(" ", 0, cut) if "\n" not in text[:cut] else -1) + 1
+            near = max(0, cut - BORDER_CHARACTERS)
+            border = text.rfind("\n" if "\n" in text[near:cut] else " ", near, cut)
+            cut = border + 1 if border >= 0 else cut
             if cut:
                 yield TRAIN, Document(document.group, text[:cut])
             yield HELD_OUT, Document(document.group, text[cut:])
+
+
+def stamp(source: str) -> list[int]:
+    """Number, bytes and latest change of a source's files: what tells whether they are still the same."""
+    found = [path.stat() for path in files(source)] if source != PYTHON_DOCS else []
+    return [len(found), sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
 
 
 def survey(source: str, data: Data) -> Plan:
@@ -216,21 +230,26 @@ def _write(
     folder: Path,
     pieces: Iterable[tuple[str, Document]],
     tokenizer: Tokenizer,
-    max_tokens: int | None,
+    room: dict[str, float],
     report: Report,
 ) -> dict[str, Any]:
     """Tokenise and write all pieces; returns what corpus.json says of them."""
     token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
     writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
-    for batch in _batches(pieces):
+    wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
+    for batch in _batches(wanted):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
-            if max_tokens is None or sum(writer.size["tokens"] for writer in writers.values()) < max_tokens:
-                writers[split].add([*ids, tokenizer.eos_id], len(document.text.encode()))
-        total = {key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")}
-        report(total)
-        if max_tokens is not None and total["tokens"] >= max_tokens:
-            break
+            left = room[split] - writers[split].size["tokens"]
+            text_bytes = len(document.text.encode())
+            if len(ids) >= left:  # the limit falls into this document
+                ids = ids[: max(0, int(left) - 1)]
+                text_bytes = len(tokenizer.decode(ids).encode())
+            if ids:
+                writers[split].add([*ids, tokenizer.eos_id], text_bytes)
+        report({key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")})
+    if not any(writer.size["tokens"] for writer in writers.values()):
+        raise InvalidFile("the data sources hold nothing but white space")
     for writer in writers.values():
         writer.close()
     fingerprint = hashlib.sha256("".join(writer.digest.hexdigest() for writer in writers.values()).encode())

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smolforge.errors import SettingError
 from smolforge.recipe.read import read_recipe
-from smolforge.recipe.run import Run
-from smolforge.recipe.run import run as _run
+from smolforge.recipe.run import Observer, Run, run_settled
+from smolforge.recipe.settle import resumed, settle
+from smolforge.runs import RECIPE
 
 
 def train(
@@ -33,7 +35,18 @@ def train(
 
 
 def resume_or_start(
-    recipe: str | Path, run: str | Path, overrides: Mapping[str, Any], fresh: bool = False, observer: Any = None
+    recipe: str | Path,
+    run: str | Path,
+    overrides: Mapping[str, Any],
+    fresh: bool = False,
+    observer: Observer | None = None,
 ) -> Run:
     """`train` with its overrides in one mapping, and somebody watching."""
-    return _run(read_recipe(recipe, overrides), Path(run), overrides.keys(), fresh, observer)
+    stored = Path(run) / RECIPE
+    if stored.is_file():
+        if fresh:
+            raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
+        settled = resumed(read_recipe(stored), read_recipe(recipe), overrides)
+    else:
+        settled = settle(read_recipe(recipe, overrides), overrides.keys())
+    return run_settled(settled, Path(run), observer)

@@ -3,6 +3,7 @@
 import re
 import statistics
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ EFFICIENCY = 0.45
 PROCESS_BYTES = 450 << 20
 """A process with torch imported and nothing in it."""
 FEWEST_STEPS = 200
-PROBE_SECONDS = 4
+PROBE_SECONDS, PROBE_FLOPS = 4, 1e12
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -128,14 +129,18 @@ def parse_count(count: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", count)
     if not found:
         raise SettingError(f"{count!r} is not a count; it should be like 50000, 10M or 2B")
-    return int(float(found[1]) * _COUNTS[found[2]])
+    number = int(float(found[1]) * _COUNTS[found[2]])
+    if number < 1:
+        raise SettingError(f"{count!r} is not a count above 0")
+    return number
 
 
-def within_budget(recipe: Recipe) -> Recipe:
+def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     """The recipe with steps, batch, warm-up and decay cut to its budget on this machine.
 
-    The batch halves until there are FEWEST_STEPS steps or a single row; warm-up and decay keep their
-    share of the schedule, the warm-up at least a hundredth and at most a tenth of it.
+    The batch, unless it is among the `explicit` settings, halves until there are FEWEST_STEPS steps or a
+    single row; warm-up and decay keep their share of the schedule, the warm-up at least a hundredth and
+    at most a tenth of it.
     """
     assert recipe.budget is not None
     seconds, tokens = parse_budget(recipe.budget)
@@ -144,7 +149,7 @@ def within_budget(recipe: Recipe) -> Recipe:
         tokens = int(0.9 * seconds * tokens_per_second(recipe))  # the rest measures, samples and saves
     train, schedule = recipe.train, recipe.optim.schedule.over(recipe.train.steps)
     rows = train.rows
-    while rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
+    while "train.batch_tokens" not in explicit and rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
         rows //= 2
     steps = max(1, tokens // (rows * train.sequence_length))
     horizon = schedule.steps or train.steps
@@ -163,10 +168,12 @@ def within_budget(recipe: Recipe) -> Recipe:
 
 
 def tokens_per_second(recipe: Recipe) -> float:
-    """Measured: whole steps of a throw-away model, a few seconds in all."""
+    """Measured: a few whole steps of a throw-away model, with fewer rows where one step would take long."""
     device = pick_device(recipe.train.device)
     model = build(recipe.model).to(device)
-    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows)
+    row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
+    most = max(1, int(PROBE_FLOPS / row_flops))
+    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows, most)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length), device=device)
     chosen, precision = optimizers(model, recipe.optim), autocast(recipe.train.dtype, device)
     taken: list[float] = []

@@ -7,7 +7,6 @@ recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop +
 
 import logging
 import shutil
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -24,8 +23,8 @@ from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.model import LanguageModel, allocate, build
 from smolforge.recipe.plan import Plan, disk_bytes, plan
-from smolforge.recipe.read import read_recipe, write_recipe
-from smolforge.recipe.settle import check_going_on, resumed, settle
+from smolforge.recipe.read import write_recipe
+from smolforge.recipe.settle import check_going_on
 from smolforge.recipe.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.runs import METRICS, RECIPE, SAMPLES, RunFolder, read_records
 from smolforge.tokenizer import Tokenizer
@@ -64,40 +63,29 @@ class Run:
     """Of the last step; validation values are in it where text was held out."""
 
 
-def run(
-    recipe: Recipe,
-    folder: Path,
-    explicit: Set[str] = frozenset(),
-    fresh: bool = False,
-    observer: Observer | None = None,
-) -> Run:
-    """Train, or go on exactly where the folder's run stands.
+def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None) -> Run:
+    """Train what a settled recipe says, or go on exactly where the folder's run stands.
 
-    `explicit` names the settings a person gave by hand for this call, which count even where a budget
-    derived the recipe's own. Raises Stopped when a signal ended it with everything saved.
+    Raises Stopped when a signal ended it with everything saved.
     """
     observer = observer or Silent()
     with RunFolder.open(folder) as files:
-        stored = files.stored_recipe()
-        if stored is not None and fresh:
-            raise SettingError(
-                f"{folder} holds a run already, and --fresh refuses to resume it; give --run another name"
-            )
-        recipe = settle(recipe, explicit) if stored is None else resumed(read_recipe(stored), recipe, explicit)
         device = pick_device(recipe.train.device)
-        text = open_corpus(recipe, folder, stored is not None, observer)
+        text = open_corpus(recipe, folder, files.stored_recipe() is not None, observer)
         state.seed_all(recipe.seed)
         newest = newest_checkpoint(folder)
         model = initial_model(recipe, text, newest is not None).to(device)
         optimizers = optim.optimizers(model, recipe.optim)
         start = restore(newest, model, optimizers, text) if newest else State()
         check_going_on(recipe, start.step)
+        check_prompts(recipe, model)
         windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
-        observer.planned(recipe, plan(recipe, start.step), start)
+        announce(recipe, start, observer)
         check_disk(recipe, folder)
         files.write(RECIPE, write_recipe(recipe))
         files.rewind(start.step)
-        files.record_environment(start.step, describe(device))
+        state.tidy(folder, newest)
+        files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
         source = batches.stream(windows, start.step, recipe.train.rows, recipe.data.num_workers)
         shop = Workshop(recipe, files, model, optimizers, text, observer)
         log.info("training from step %d to %d", start.step, recipe.train.steps)
@@ -107,13 +95,31 @@ def run(
                 shop.save(end, {})
                 raise stopped(stop, end, folder)
         log.info("finished at step %d", end.step)
-    return Run(folder, model.eval(), recipe, last_metrics(folder))
+    return Run(folder, model.eval(), recipe, {"step": end.step} | last_metrics(folder))
+
+
+def announce(recipe: Recipe, start: State, observer: Observer) -> None:
+    """Say what is to be expected, and what a person should know before waiting for it."""
+    expected = plan(recipe, start.step)
+    observer.planned(recipe, expected, start)
+    for warning in expected.warnings():
+        log.warning(warning)
+
+
+def check_prompts(recipe: Recipe, model: LanguageModel) -> None:
+    """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
+    limit = model.config.max_position_embeddings
+    for prompt in recipe.train.sample_prompts if recipe.train.sample_every else ():
+        if len(model.tokenizer.encode(prompt)) >= limit:
+            raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
 
 
 def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
     """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
     if begun and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
+    if not begun:  # what a try that never came to its first step left, perhaps of other text
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
     sources = recipe.data.sources
     for source in sources:
         if (Path(source) / "corpus.json").is_file():
@@ -123,30 +129,28 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
             check_same_tokenizer(prepared, recipe)
             check_vocabulary(len(prepared.tokenizer()), recipe)
             return prepared
-    given = recipe.tokenizer
-    if given is None and recipe.init_from is not None:
-        given = str(resolve.find(recipe.init_from))
-    tokenizer = Tokenizer.load(given) if given is not None else None
+    tokenizer = next(iter(named_tokenizers(recipe).values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    # What an earlier attempt left, which never came to its first step, gives way.
-    return corpus.prepare(
-        recipe.data,
-        folder / "corpus",
-        tokenizer,
-        recipe.model.vocab_size,
-        report=observer.preparing,
-        replace=True,
-    )
+    made = corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
+    check_same_tokenizer(made, recipe)
+    return made
 
 
-def check_same_tokenizer(prepared: corpus.Corpus, recipe: Recipe) -> None:
-    """A prepared corpus brings its tokenizer; another one named by the recipe is a mistake."""
-    if recipe.tokenizer and Tokenizer.load(recipe.tokenizer).fingerprint != prepared.facts["tokenizer"]:
-        raise SettingError(
-            f"the corpus {prepared.folder} was made with another tokenizer than {recipe.tokenizer}; "
-            "leave --tokenizer out, or prepare the corpus again"
-        )
+def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
+    """The tokenizers a recipe brings: its own, and that of the model it starts from."""
+    named = {"--tokenizer": recipe.tokenizer}
+    if recipe.init_from is not None:
+        folder = resolve.find(recipe.init_from)
+        named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
+    return {flag: Tokenizer.load(path) for flag, path in named.items() if path is not None}
+
+
+def check_same_tokenizer(text: corpus.Corpus, recipe: Recipe) -> None:
+    """All must number the words alike, or a model would learn from words that are not there."""
+    for flag, tokenizer in named_tokenizers(recipe).items():
+        if tokenizer.fingerprint != text.facts["tokenizer"]:
+            raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
 
 
 def check_vocabulary(ids: int, recipe: Recipe) -> None:
@@ -188,7 +192,6 @@ def restore(
             f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
         )
     optim.load_state_tensors(optimizers, model, tensors)
-    state.remove_after(checkpoint.parents[1], checkpoint)
     log.info("resumed from %s", checkpoint)
     return State(facts["step"], facts["tokens"])
 

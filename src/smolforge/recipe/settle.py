@@ -1,21 +1,36 @@
 """What a run's settings are: decided at its first start, held to ever after."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from typing import Any
 
 from smolforge.checkpoint import resolve
-from smolforge.config import FREE, Recipe, fields, leaves, replaced
+from smolforge.config import FREE, Recipe, fields, leaves, place, replaced
 from smolforge.errors import SettingError
 from smolforge.recipe.plan import BUDGETED, within_budget
+from smolforge.recipe.read import to_recipe
+
+NOT_AGAIN = ("budget", "init_from")
+"""What only the first start applies."""
 
 
-def settle(recipe: Recipe, explicit: Set[str]) -> Recipe:
-    """Decide what a first start leaves open: the budget's run, the schedule's horizon."""
+def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
+    """Decide what a first start leaves open: the shape to start from, the budget's run, the schedule's horizon.
+
+    `explicit` names what was given by hand, which counts before what a budget derives.
+    """
     if recipe.init_from is not None:
         shape = resolve.read_config(recipe.init_from)
+        given = leaves(recipe)
+        for name, value in leaves(replaced(recipe, {"model": shape.model_dump()})).items():
+            if name in explicit and name.startswith("model.") and value != given[name]:
+                raise SettingError(f"{name} is {given[name]!r}, but the model of --init-from has {value!r}")
         recipe = replaced(recipe, {"model": shape.model_dump()})
     if recipe.budget is not None:
         given = leaves(recipe)
-        recipe = replaced(within_budget(recipe), {name: given[name] for name in BUDGETED if name in explicit})
+        kept = {name: given[name] for name in BUDGETED if name in explicit}
+        if "train.steps" in kept:
+            kept.setdefault("optim.schedule.steps", None)
+        recipe = replaced(within_budget(recipe, explicit), kept)
     return with_schedule_over(recipe, recipe.train.steps)
 
 
@@ -25,33 +40,38 @@ def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"schedule": schedule})})
 
 
-def resumed(stored: Recipe, asked: Recipe, explicit: Set[str]) -> Recipe:
-    """The stored recipe with what may change taken from the one asked for.
+def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """The stored recipe of a run, with what was given by hand for this start and may change.
 
-    What was left open (none) or derived by a budget is as stored, unless given by hand. Raises
-    SettingError naming every fixed setting that differs.
+    The recipe as `written` in its file changes nothing any more, but must be the run's: what it leaves
+    open (none) or a budget derived is as stored. Raises SettingError naming every fixed setting that
+    differs.
     """
-    assert stored.optim.schedule.steps is not None
-    before, now = leaves(stored), leaves(with_schedule_over(asked, stored.optim.schedule.steps))
-    changes, fixed = {}, []
+    horizon = stored.optim.schedule.steps
+    assert horizon is not None
+    tree = stored.model_dump()
+    for dotted, value in overrides.items():
+        place(tree, dotted, value)
+    now = with_schedule_over(to_recipe(tree), horizon)
+    before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
+    fixed = []
     for name, field in fields():
-        derived = stored.budget is not None and name in BUDGETED and name not in explicit
-        chosen_model = stored.init_from is not None and name.startswith("model.") and name not in explicit
-        if before[name] == now[name] or (now[name] is None and name not in explicit) or derived or chosen_model:
-            continue
         if FREE in field.metadata:
-            changes[name] = now[name]
-        else:
-            fixed.append(f"{name} ({before[name]!r}, now {now[name]!r})")
-    changes.pop("budget", None)
-    changes.pop("init_from", None)
+            continue
+        derived = (stored.budget is not None and name in BUDGETED) or (
+            stored.init_from is not None and name.startswith("model.")
+        )
+        differs = file[name] not in (None, before[name]) and not derived and name not in overrides
+        if asked[name] != before[name] or differs:
+            other = asked[name] if asked[name] != before[name] else file[name]
+            fixed.append(f"{name} ({before[name]!r}, now {other!r})")
     if fixed:
         more = f" and {len(fixed) - 5} more" if len(fixed) > 5 else ""
         raise SettingError(
             f"this run was begun with other settings that must not change: {', '.join(fixed[:5])}{more}; "
             "resume it as it was, or start another --run with --init-from this one"
         )
-    return replaced(stored, changes)
+    return now.model_copy(update={name: before[name] for name in NOT_AGAIN})
 
 
 def check_going_on(recipe: Recipe, step: int) -> None:
