@@ -84,5 +84,6 @@ def test_links_resolve():
 def test_the_first_command_is_a_target():
     assert "\nquickstart:" in (ROOT / "Makefile").read_text()
     assert "make quickstart" in README
+    assert not re.search(r"\b(REPOSITORY|QUICKSTART|TBD)\b", README)
     assert sys.version_info >= (3, 11)
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

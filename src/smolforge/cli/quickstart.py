@@ -10,7 +10,7 @@ from cyclopts import Parameter
 def quickstart(
     out: Path = Path("quickstart"),
     *,
-    seconds: int = 140,
+    seconds: int = 130,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """The whole life of a small model on this machine, offline, in about three minutes.
