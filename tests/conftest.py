@@ -5,24 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolforge.testing import sentences, tiny_tokenizer
+from smolforge.testing import sentences, tiny_config, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 NANO = {
     "seed": 3,
-    "model": {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rope_theta": 10_000.0,
-        "initializer_range": 0.1,
-    },
+    "model": tiny_config().model_dump(),
     "optim": {
         "learning_rate": 3e-3,
         "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4},
