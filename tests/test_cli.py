@@ -259,6 +259,7 @@ def test_the_long_text_of_a_prompt_is_said(capsys, finished):
     [
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory: you tried"), 4, "micro-batch-size"),
         (OSError(28, "No space left on device", "x.bin"), 4, "x.bin: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
         (ZeroDivisionError("division by zero"), 1, "this should not have happened: ZeroDivisionError"),
     ],
 )

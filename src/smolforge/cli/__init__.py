@@ -38,6 +38,7 @@ def run(argv: Sequence[str]) -> int:
         version=__version__,
         help_format="plaintext",
         result_action="return_value",
+        suppress_keyboard_interrupt=False,  # it would leave without a word
     )
     for name, help_text in COMMANDS.items():
         app.command(f"smolforge.cli.{name}:{name}", name=name, help=help_text)
