@@ -13,17 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smolforge import model as model_module
 from smolforge import presets
 from smolforge.config import ModelConfig
+from smolforge.memory import Cache
 from smolforge.model import (
     IGNORED,
-    Cache,
     allocate,
     build,
-    component,
-    flops_per_token,
     initialize,
     loss_sum,
-    parameter_counts,
 )
+from smolforge.sizes import component, flops_per_token, parameter_counts
 from smolforge.testing import tiny_config, tiny_model
 
 PUBLISHED = {
@@ -190,7 +188,7 @@ def test_order_matters():
 def test_cached_equals_uncached(chunks):
     model = tiny_model()
     ids = torch.randint(320, (3, 40))
-    cache, start, states = Cache(model, rows=3, capacity=64), 0, []
+    cache, start, states = Cache(model.config, 3, 64, model.head), 0, []
     with torch.no_grad():
         for length in chunks:
             positions = torch.arange(start, start + length).expand(3, -1)
@@ -203,7 +201,7 @@ def test_a_cache_keeps_the_rows_it_is_told_to():
     model = tiny_model()
     ids = torch.randint(320, (3, 10))
     positions = torch.arange(10).expand(3, -1)
-    cache = Cache(model, rows=3, capacity=16)
+    cache = Cache(model.config, 3, 16, model.head)
     with torch.no_grad():
         model.hidden(ids, positions, cache.at(positions))
         cache.keep([2])

@@ -6,13 +6,11 @@ Parameters have Hugging Face's names, so a checkpoint loads strictly and without
 attended to is a value: `hidden(ids, positions, memory)` hands every layer's queries, keys and values to
 `memory.attend`, and plain causal attention, a cache or packed documents differ only there.
 
-Axes: b batch, t new tokens, s tokens attended to, h query heads, k key heads, d head width,
-c hidden, v vocabulary.
+Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c hidden, v vocabulary.
 """
 
 import math
-from collections import Counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
+from smolforge.memory import Causal, Memory
 
 Hidden = Float[Tensor, "b t c"]
-Heads = Float[Tensor, "b h t d"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
 
 IGNORED = -100
@@ -30,77 +28,6 @@ IGNORED = -100
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at the same time while training."""
 CHUNKED = "linear_cross_entropy" in F.__dict__
-
-
-@runtime_checkable
-class Memory(Protocol):
-    """What queries may look at: the only difference between training, decoding and packing."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Heads,
-        k: Float[Tensor, "b k t d"],
-        v: Float[Tensor, "b k t d"],
-    ) -> Heads: ...
-
-
-class Causal:
-    """Every token attends to itself and all before it in its row; nothing is kept."""
-
-    def attend(
-        self,
-        layer: int,
-        q: Heads,
-        k: Float[Tensor, "b k t d"],
-        v: Float[Tensor, "b k t d"],
-    ) -> Heads:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-class Cache:
-    """Keys and values of tokens already seen, one row a sequence, each filled from the left.
-
-    `at(positions)` says where the next tokens go. A token attends to the positions up to its own, so
-    whatever lies beyond, padding included, is never seen and is overwritten when its turn comes.
-    """
-
-    def __init__(self, model: "LanguageModel", rows: int, capacity: int) -> None:
-        config, like = model.config, model.model.embed_tokens.weight
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_size)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-
-    def at(self, positions: Int[Tensor, "b t"]) -> "CacheWindow":
-        return CacheWindow(self, positions)
-
-    def keep(self, rows: list[int]) -> None:
-        """Forget all other rows."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-
-
-class CacheWindow:
-    """A cache about to take the tokens of these positions."""
-
-    def __init__(self, cache: Cache, positions: Int[Tensor, "b t"]) -> None:
-        self.cache = cache
-        self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.positions = positions
-        self.end = int(positions.max()) + 1
-        seen = torch.arange(self.end, device=positions.device)
-        self.mask = (seen <= positions[..., None])[:, None]  # b 1 t s
-
-    def attend(
-        self,
-        layer: int,
-        q: Heads,
-        k: Float[Tensor, "b k t d"],
-        v: Float[Tensor, "b k t d"],
-    ) -> Heads:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, :, self.positions] = k.transpose(1, 2)
-        values[self.rows, :, self.positions] = v.transpose(1, 2)
-        seen_keys, seen_values = keys[:, :, : self.end], values[:, :, : self.end]
-        return F.scaled_dot_product_attention(q, seen_keys, seen_values, self.mask, enable_gqa=True)
 
 
 def rotary(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
@@ -285,35 +212,3 @@ def loss_sum(model: LanguageModel, hidden: Hidden, labels: Int[Tensor, "b t"]) -
     logits = model.logits(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
-
-
-def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by component, as a person who studies the model counts them."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    counts: Counter[str] = Counter()
-    for name, weight in model.named_parameters():
-        counts[component(name)] += weight.numel()
-    return dict(counts)
-
-
-def component(name: str) -> str:
-    """Which part of the model a parameter belongs to."""
-    for part in ("embed_tokens", "lm_head", "self_attn", "mlp"):
-        if part in name:
-            return {"embed_tokens": "embedding", "self_attn": "attention"}.get(part, part)
-    return "norms"
-
-
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Matrix FLOPs of one training token, forward and backward, causal attention counted as half.
-
-    6 per matrix weight (2 forward, 4 backward), plus 6 layers x width x t for queries against the
-    t/2 keys before them and the weighted sum of values: PaLM, https://arxiv.org/abs/2204.02311,
-    appendix B, whose full-attention convention is 12 instead of that 6.
-    """
-    counts = parameter_counts(config)
-    embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
-    matrices = sum(counts.values()) - counts["norms"] - embedding_only
-    width = config.num_attention_heads * config.head_size
-    return 6 * matrices + 6 * config.num_hidden_layers * width * sequence_length

@@ -60,7 +60,7 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: Any) -> dict[str, Any]:
-    from smolforge.model import flops_per_token, parameter_counts
+    from smolforge.sizes import flops_per_token, parameter_counts
 
     counts = parameter_counts(config)
     total = sum(counts.values())

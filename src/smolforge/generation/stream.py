@@ -16,7 +16,8 @@ import torch
 from smolforge.config import Generation, validated
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.samplers import Sampling, sampling
-from smolforge.model import Cache, LanguageModel
+from smolforge.memory import Cache
+from smolforge.model import LanguageModel
 from smolforge.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -72,7 +73,7 @@ def tokens(
     generators = [torch.Generator().manual_seed(seed) for _ in prompts]
     seen = [list(prompt) for prompt in prompts]
     active = list(range(len(prompts)))
-    cache = Cache(model, len(prompts), min(limit, longest + max_new_tokens))
+    cache = Cache(model.config, len(prompts), min(limit, longest + max_new_tokens), model.head)
     padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in seen], device=device)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
     hidden = model.hidden(padded, positions, cache.at(positions))

@@ -13,8 +13,9 @@ from smolforge.config import Recipe, replaced
 from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype, synchronize
 from smolforge.errors import SettingError
-from smolforge.model import CHUNK_TOKENS, build, flops_per_token, parameter_counts
+from smolforge.model import CHUNK_TOKENS, build
 from smolforge.optim import optimizers
+from smolforge.sizes import flops_per_token, parameter_counts
 from smolforge.training import autocast, backward
 
 EFFICIENCY = 0.45

@@ -1,0 +1,40 @@
+"""What a model is made of and what it costs, from its shape alone: parameters, FLOPs, bytes of cache."""
+
+from collections import Counter
+
+import torch
+
+from smolforge.config import ModelConfig
+from smolforge.model import LanguageModel
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by component, as a person who studies the model counts them."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    counts: Counter[str] = Counter()
+    for name, weight in model.named_parameters():
+        counts[component(name)] += weight.numel()
+    return dict(counts)
+
+
+def component(name: str) -> str:
+    """Which part of the model a parameter belongs to."""
+    for part in ("embed_tokens", "lm_head", "self_attn", "mlp"):
+        if part in name:
+            return {"embed_tokens": "embedding", "self_attn": "attention"}.get(part, part)
+    return "norms"
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Matrix FLOPs of one training token, forward and backward, causal attention counted as half.
+
+    6 per matrix weight (2 forward, 4 backward), plus 6 layers x width x t for queries against the
+    t/2 keys before them and the weighted sum of values: PaLM, https://arxiv.org/abs/2204.02311,
+    appendix B, whose full-attention convention is 12 instead of that 6.
+    """
+    counts = parameter_counts(config)
+    embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
+    matrices = sum(counts.values()) - counts["norms"] - embedding_only
+    width = config.num_attention_heads * config.head_size
+    return 6 * matrices + 6 * config.num_hidden_layers * width * sequence_length
