@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from smolforge import presets
-from smolforge.config import FREE, Recipe, fields, leaves
+from smolforge.config import Recipe
+from smolforge.settings import FREE, fields, leaves
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
@@ -42,7 +43,7 @@ def default(value: Any) -> str:
 
 def page() -> str:
     values, group, lines = leaves(Recipe()), None, [HEAD]
-    for name, field in fields():
+    for name, field in fields(Recipe):
         section = name.rpartition(".")[0] or "(top level)"
         if section != group:
             group = section

@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from smolforge.config import FREE, ModelConfig, Recipe, fields, leaves, replaced, validated
+from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
+from smolforge.settings import FREE, fields, leaves, replaced, validated
 
 
 def refuse(tree):
@@ -56,14 +57,14 @@ def test_settings_are_frozen():
 
 
 def test_every_setting_says_what_it_is():
-    for name, field in fields():
+    for name, field in fields(Recipe):
         assert field.description, name
         assert field.description.endswith("."), name
 
 
 def test_what_may_change_on_resume_is_the_published_list():
-    free = {name for name, field in fields() if FREE in field.metadata}
-    fixed = {name for name, _ in fields()} - free
+    free = {name for name, field in fields(Recipe) if FREE in field.metadata}
+    fixed = {name for name, _ in fields(Recipe)} - free
     assert {"train.steps", "train.micro_batch_size", "train.device", "data.num_workers"} <= free
     assert {"seed", "tokenizer", "data.sources", "train.sequence_length", "train.batch_tokens"} <= fixed
     assert all(name in fixed for name in leaves(Recipe()) if name.startswith(("model.", "optim.")))

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from smolforge.checkpoint import commit, state
-from smolforge.config import replaced
 from smolforge.data.corpus import Corpus, prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.recipe import resume_or_start, train
@@ -24,6 +23,7 @@ from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_bud
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
 from smolforge.runs import RunFolder, read_records
+from smolforge.settings import replaced
 from smolforge.testing import Crash, failing_writes, flip_bit, in_child, sentences
 from smolforge.tokenizer import Tokenizer
 

@@ -10,13 +10,14 @@ from conftest import NANO
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smolforge.config import Optim, replaced
+from smolforge.config import Optim
 from smolforge.data.batches import Batch, Windows, stream
 from smolforge.data.corpus import Tokens
 from smolforge.generation.stream import generate
 from smolforge.model import IGNORED, build, loss_sum
 from smolforge.optim import optimizers
 from smolforge.recipe.read import to_recipe
+from smolforge.settings import replaced
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.training import Action, State, autocast, backward, train
 
@@ -82,9 +83,9 @@ def test_accumulation_gives_the_step_of_the_large_batch(rows):
     plain.backward()
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
-    loss, counted = backward(model, Batch(ids, labels), rows, autocast("float32", torch.device("cpu")))
+    losses, counted = backward(model, Batch(ids, labels), rows, autocast("float32", torch.device("cpu")))
     assert counted == 83
-    torch.testing.assert_close(loss, plain.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses["loss"], plain.detach(), rtol=1e-6, atol=0)
     for weight, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
 

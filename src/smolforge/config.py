@@ -5,65 +5,65 @@ name is its key and its flag, the text below it is its help. Fields marked FREE 
 is resumed; all others are part of what the run is.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.settings import FREE, Settings
 
-FREE = "may change on resume"
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+Count = Annotated[int, Field(gt=0, le=2**12)]
+# The limits on shapes are far beyond any model; a file that asks for more is refused before anything is built.
 
-S = TypeVar("S", bound="Settings")
-
-
-class Settings(BaseModel):
-    """What all groups of settings share: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+OF_ONE_FAMILY = {
+    "rms_norm_eps": ("llama", "qwen3", "mixtral"),
+    "norm_epsilon": ("starcoder2",),
+    "num_local_experts": ("mixtral",),
+    "num_experts_per_tok": ("mixtral",),
+    "router_aux_loss_coef": ("mixtral",),
+}
+"""Settings of a shape that not every family has."""
 
 
 class ModelConfig(Settings):
     """The shape of a decoder, in the names of Hugging Face's config.json; the defaults are SmolLM2-135M."""
 
-    model_type: Literal["llama"] = "llama"
-    """Family of the architecture."""
-    vocab_size: PositiveInt = 49152
+    model_type: Literal["llama", "qwen3", "mixtral", "starcoder2"] = "llama"
+    """Family: qwen3 norms queries and keys, mixtral has experts, starcoder2 has LayerNorm and a two-matrix GELU."""
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)] = 49152
     """Number of token ids."""
-    hidden_size: PositiveInt = 576
+    hidden_size: Width = 576
     """Width of the residual stream."""
-    intermediate_size: PositiveInt = 1536
-    """Width inside each feed-forward."""
-    num_hidden_layers: PositiveInt = 30
+    intermediate_size: Width = 1536
+    """Width inside each feed-forward, or inside each expert."""
+    num_hidden_layers: Count = 30
     """Number of decoder layers."""
-    num_attention_heads: PositiveInt = 9
+    num_attention_heads: Count = 9
     """Number of query heads."""
-    num_key_value_heads: PositiveInt = 3
+    num_key_value_heads: Count = 3
     """Number of key and value heads; each is shared by a group of query heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: Width | None = None
     """Width of one head; by default hidden_size / num_attention_heads."""
-    max_position_embeddings: PositiveInt = 8192
+    max_position_embeddings: Annotated[int, Field(gt=0, le=2**30)] = 8192
     """Longest sequence the model is meant for, in tokens."""
     rope_theta: PositiveFloat = 100_000.0
     """Base of the rotary wavelengths."""
     rms_norm_eps: PositiveFloat = 1e-5
     """Added to the mean square before the root."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """starcoder2 only: added to the variance before the root."""
     tie_word_embeddings: bool = True
     """Read the output logits off the token embedding."""
-    hidden_act: Literal["silu"] = "silu"
-    """Activation inside the feed-forward."""
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] | None = None
+    """Activation inside the feed-forward; by default the family's."""
+    num_local_experts: Count = 8
+    """mixtral only: experts in each layer."""
+    num_experts_per_tok: Count = 2
+    """mixtral only: experts that each token goes to."""
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+    """mixtral only: weight of the loss that keeps the experts equally busy."""
     initializer_range: PositiveFloat = 1 / 24
     """Standard deviation of the initial weights (residual outputs: divided by sqrt(2 layers))."""
 
@@ -84,6 +84,27 @@ class ModelConfig(Settings):
         if self.head_size % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotation pairs its two halves")
         return self
+
+    @model_validator(mode="after")
+    def _family_fits(self) -> "ModelConfig":
+        activation = "gelu_pytorch_tanh" if self.model_type == "starcoder2" else "silu"
+        if self.hidden_act not in (None, activation):
+            raise ValueError(f"hidden_act of a {self.model_type} model is {activation}, not {self.hidden_act}")
+        object.__setattr__(self, "hidden_act", activation)
+        for name in OF_ONE_FAMILY:
+            given, default = self.__dict__[name], type(self).model_fields[name].default
+            if given != default and name not in self.own_fields():
+                raise ValueError(f"{name} means nothing to a {self.model_type} model")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than "
+                f"num_local_experts ({self.num_local_experts})"
+            )
+        return self
+
+    def own_fields(self) -> list[str]:
+        """Names of the settings that mean something to this model's family."""
+        return [name for name in type(self).model_fields if self.model_type in OF_ONE_FAMILY.get(name, self.model_type)]
 
     @property
     def head_size(self) -> int:
@@ -264,66 +285,3 @@ class Recipe(Settings):
                 f"optim.learning_rate ({self.optim.learning_rate})"
             )
         return self
-
-
-def fields(group: type[Settings] = Recipe, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, pydantic field) of every single setting below a group."""
-    for name, field in group.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
-            yield from fields(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
-
-
-def leaves(settings: Settings) -> dict[str, Any]:
-    """Dotted name to value, for every single setting of a tree."""
-    values = {}
-    for dotted, _ in fields(type(settings)):
-        value: Any = settings
-        for part in dotted.split("."):
-            value = value.__dict__[part]
-        values[dotted] = value
-    return values
-
-
-def replaced(settings: S, changes: dict[str, Any]) -> S:
-    """A copy with some settings changed, given by dotted name, and validated again."""
-    tree = settings.model_dump()
-    for dotted, value in changes.items():
-        place(tree, dotted, value)
-    return validated(type(settings), tree)
-
-
-def place(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Put a value into nested dictionaries under its dotted name."""
-    *path, last = dotted.split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise SettingError(f"{dotted} cannot be set: {part} is a single value here, not a table")
-    tree[last] = value
-
-
-def validated(group: type[S], tree: Mapping[str, Any], where: str = "") -> S:
-    """A tree of plain values as settings.
-
-    Raises SettingError with one sentence that names the key, the value, the rule and, if given, the file.
-    """
-    try:
-        return group.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    known = {name for name, _ in fields(group)} | set(group.model_fields)
-    parts = [str(part) for part in first["loc"]]
-    while len(parts) > 1 and first["type"] != "extra_forbidden" and ".".join(parts) not in known:
-        parts.pop()  # pydantic adds the place in a list, or the branch of a union
-    dotted = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        raise SettingError(f"{where}there is no setting {dotted!r}.{did_you_mean(dotted, known)}")
-    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if first["type"] == "value_error":
-        raise SettingError(f"{where}{dotted + ': ' if dotted else ''}{rule}")
-    if first["type"] == "missing":
-        raise SettingError(f"{where}{dotted} has too few values")
-    raise SettingError(f"{where}{dotted} is {first['input']!r}; it should be {rule}")

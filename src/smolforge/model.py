@@ -2,6 +2,9 @@
 
     embed -> [ norm -> attention -> + -> norm -> mlp -> + ] x layers -> norm -> logits
 
+Four families share it: Llama, Qwen3 (norms on queries and keys), Mixtral (a mixture of experts for the
+mlp) and Starcoder2 (LayerNorm and a two-matrix GELU mlp).
+
 Parameters have Hugging Face's names, so a checkpoint loads strictly and without renaming. What is
 attended to is a value: `hidden(ids, positions, memory)` hands every layer's queries, keys and values to
 `memory.attend`, and plain causal attention, a cache or packed documents differ only there.
@@ -10,7 +13,7 @@ Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c 
 """
 
 import math
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smolforge.config import ModelConfig
+from smolforge.experts import Balance, Experts
 from smolforge.memory import Causal, Memory
 
 Hidden = Float[Tensor, "b t c"]
@@ -78,9 +82,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        normed = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> Hidden:
         q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
         out = memory.attend(self.layer, rotate(q, angles), rotate(k, angles), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -97,21 +105,54 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Hidden) -> Hidden:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Hidden) -> tuple[Hidden, float]:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
+
+
+class PlainMLP(nn.Module):
+    """GPT-2's two matrices around a GELU (its tanh form)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Hidden) -> tuple[Hidden, float]:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.0
+
+
+def norm(config: ModelConfig) -> nn.Module:
+    """The family's norm over the residual stream."""
+    if config.model_type == "starcoder2":
+        return nn.LayerNorm(config.hidden_size, config.norm_epsilon)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def feed_forward(config: ModelConfig) -> nn.Module:
+    """The family's feed-forward. All return their output and a balance loss, which only experts have."""
+    match config.model_type:
+        case "llama" | "qwen3":
+            return MLP(config)
+        case "mixtral":
+            return Experts(config)
+        case "starcoder2":
+            return PlainMLP(config)
+        case _:
+            assert_never(config.model_type)
 
 
 class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = norm(config)
+        self.mlp = feed_forward(config)
 
-    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> Hidden:
+    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> tuple[Hidden, Balance | float]:
         x = x + self.self_attn(self.input_layernorm(x), angles, memory)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        added, balance = self.mlp(self.post_attention_layernorm(x))
+        return x + added, balance
 
 
 class Decoder(nn.Module):
@@ -119,7 +160,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config)
 
 
 class LanguageModel(nn.Module):
@@ -143,13 +184,23 @@ class LanguageModel(nn.Module):
         memory: Memory | None = None,
     ) -> Hidden:
         """Final states of each token. Positions count from 0 and memory is `Causal()` unless given."""
+        return self.hidden_and_balance(ids, positions, memory)[0]
+
+    def hidden_and_balance(
+        self,
+        ids: Int[Tensor, "b t"],
+        positions: Int[Tensor, "#b t"] | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Hidden, Balance | float]:
+        """The same, and the balance loss of the experts, mean over layers; 0.0 for a dense model."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
-        angles = rotary(self.config, positions, x.dtype)
+        angles, balance = rotary(self.config, positions, x.dtype), 0.0
         for layer in self.model.layers:
-            x = layer(x, angles, memory or Causal())
-        return self.model.norm(x)
+            x, of_layer = layer(x, angles, memory or Causal())
+            balance = balance + of_layer
+        return self.model.norm(x), balance / len(self.model.layers)
 
     @property
     def head(self) -> Float[Tensor, "v c"]:
@@ -178,7 +229,7 @@ def allocate(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Languag
 @torch.no_grad()
 def initialize(model: LanguageModel, seed: int) -> None:
     """nanotron's scheme (scaling/parametrization.py): N(0, s) for embedding, head and inputs of a block,
-    N(0, s / sqrt(2 layers)) for what a block adds to the residual stream, 1 for norms.
+    N(0, s / sqrt(2 layers)) for what a block adds to the residual stream, 1 for norms, 0 for their biases.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -186,12 +237,16 @@ def initialize(model: LanguageModel, seed: int) -> None:
     for name, weight in model.named_parameters():
         # Drawn in fp32 whatever the dtype, so that a float64 model starts at the same numbers.
         noise = torch.empty(weight.shape)
-        match name.split(".")[-2]:
-            case "input_layernorm" | "post_attention_layernorm" | "norm":
+        match name.removesuffix(".weight").split(".")[-1]:
+            case "bias":
+                weight.zero_()
+            case "input_layernorm" | "post_attention_layernorm" | "norm" | "q_norm" | "k_norm":
                 weight.fill_(1.0)
-            case "o_proj" | "down_proj":
+            case "o_proj" | "down_proj" | "c_proj":
                 weight.copy_(noise.normal_(0.0, residual_std, generator=generator))
-            case "embed_tokens" | "lm_head" | "q_proj" | "k_proj" | "v_proj" | "gate_proj" | "up_proj":
+            case "embed_tokens" | "lm_head" | "q_proj" | "k_proj" | "v_proj":
+                weight.copy_(noise.normal_(0.0, std, generator=generator))
+            case "gate_proj" | "up_proj" | "c_fc" | "gate":
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
             case _:
                 raise AssertionError(f"no rule to initialise {name}")

@@ -72,13 +72,18 @@ class Muon(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonal(weight.grad.lerp(average, group["momentum"]))
-                stretch = math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
+                stretch = math.sqrt(max(1, weight.shape[-2] / weight.shape[-1]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * stretch)
 
 
-def orthogonal(matrix: Float[Tensor, "r c"], rounds: int = 5) -> Float[Tensor, "r c"]:
-    """Singular values driven towards 1 by a quintic Newton-Schulz iteration (the coefficients are Muon's)."""
+def orthogonal(matrix: Float[Tensor, "*e r c"], rounds: int = 5) -> Float[Tensor, "*e r c"]:
+    """Singular values driven towards 1 by a quintic Newton-Schulz iteration (the coefficients are Muon's).
+
+    The matrices of several experts are so many matrices.
+    """
+    if matrix.ndim > 2:
+        return torch.stack([orthogonal(each, rounds) for each in matrix])
     a, b, c = NEWTON_SCHULZ
     x = matrix.bfloat16() if matrix.is_cuda else matrix
     tall = x.shape[0] > x.shape[1]

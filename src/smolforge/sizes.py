@@ -20,10 +20,18 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 def component(name: str) -> str:
     """Which part of the model a parameter belongs to."""
-    for part in ("embed_tokens", "lm_head", "self_attn", "mlp"):
-        if part in name:
-            return {"embed_tokens": "embedding", "self_attn": "attention"}.get(part, part)
-    return "norms"
+    parts = name.split(".")
+    if any(part.endswith("norm") for part in parts):
+        return "norms"
+    kinds = {"embed_tokens": "embedding", "self_attn": "attention", "experts": "experts", "gate": "router"}
+    return next((kind for part, kind in kinds.items() if part in parts), "mlp" if "mlp" in parts else "lm_head")
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token meets: all, but of the experts only those it goes to."""
+    counts = parameter_counts(config)
+    idle = config.num_local_experts - config.num_experts_per_tok
+    return sum(counts.values()) - counts.get("experts", 0) * idle // config.num_local_experts
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
@@ -35,6 +43,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """
     counts = parameter_counts(config)
     embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
-    matrices = sum(counts.values()) - counts["norms"] - embedding_only
+    matrices = active_parameters(config) - counts["norms"] - embedding_only
     width = config.num_attention_heads * config.head_size
     return 6 * matrices + 6 * config.num_hidden_layers * width * sequence_length

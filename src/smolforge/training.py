@@ -60,7 +60,7 @@ def train(
         started = time.perf_counter()
         rate = learning_rate(state.step, recipe.optim.learning_rate, recipe.optim.schedule)
         scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
-        loss, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
+        losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
         for optimizer in optimizers:
             optimizer.step()
@@ -70,7 +70,7 @@ def train(
         metrics = {
             "step": state.step,
             "tokens": state.tokens,
-            "loss": loss.item(),
+            **{name: value.item() for name, value in losses.items()},
             "learning_rate": rate,
             "grad_norm": norm.item(),
             "tokens_per_second": batch.ids.numel() / (time.perf_counter() - started),
@@ -86,19 +86,25 @@ def train(
 
 def backward(
     model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager
-) -> tuple[torch.Tensor, int]:
+) -> tuple[dict[str, torch.Tensor], int]:
     """Add the gradient of the mean loss over all labels of the batch, `rows` rows at a time.
 
-    Each micro-batch is weighted by its own number of labels, so the split changes nothing but memory.
+    Each micro-batch is weighted by its own number of labels, so the split changes nothing but memory. The
+    balance loss of experts, where a model has them, is of each micro-batch alone and is reported beside the loss.
     """
     counted = int((batch.labels != IGNORED).sum())
-    total = torch.zeros((), device=batch.ids.device)
+    totals: dict[str, torch.Tensor] = {}
     for part in batch.split(rows):
         with precision:
-            loss = loss_sum(model, model.hidden(part.ids), part.labels) / counted
-        loss.backward()
-        total = total + loss.detach()
-    return total, counted
+            hidden, balance = model.hidden_and_balance(part.ids)
+            losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
+            if isinstance(balance, torch.Tensor):
+                losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)
+        whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
+        whole.backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+    return totals, counted
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:

@@ -69,10 +69,8 @@ def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[st
     The folder must have passed `commit.check`.
     """
     facts = read_facts(folder)
-    restored = load_file(folder / weights.WEIGHTS)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(restored[name])
+    with weights.Tensors(folder) as tensors:
+        weights.fill(model, tensors)
     set_random_tensors(load_file(folder / TRAINING / RANDOM))
     return load_file(folder / TRAINING / OPTIMIZER), facts
 

@@ -1,71 +1,31 @@
 """A Hugging Face model folder <-> a model.
 
 Loading is strict: every setting in config.json is understood or known to change nothing, every tensor of
-the file is used, every parameter is filled.
+the files is used, every parameter is filled. Weights stand in model.safetensors, or in several shards that
+model.safetensors.index.json lists.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile
 from smolforge.model import LanguageModel, allocate
 from smolforge.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
-
-FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "rope_scaling": None,
-    "rope_interleaved": False,
-    "pretraining_tp": 1,
-}
-"""Settings of Llama that this model has at one value only; another is refused by name."""
-
-LLAMA: dict[str, Any] = {
-    "rope_theta": 10_000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-}
-"""What a config.json that leaves these out means: the defaults of Transformers' LlamaConfig."""
-
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-INERT = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "use_cache",
-    }
-)
-"""Keys that say nothing about what the model computes."""
+INDEX = "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Shape = tuple[int, ...]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -74,111 +34,165 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     Raises InvalidFile, naming file and key, for anything missing, unknown or of another shape.
     """
     config = read_config(folder / CONFIG)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InvalidFile(f"{folder} has no {WEIGHTS}")
-    try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            check_names(path, found, config)
-            model = allocate(config, dtype)
-            with torch.no_grad():
-                for name, weight in model.named_parameters():
-                    weight.copy_(file.get_tensor(name))
-            if config.tie_word_embeddings and "lm_head.weight" in found:
-                check_tie(path, file.get_tensor("lm_head.weight"), file.get_tensor("model.embed_tokens.weight"))
-    except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
+    with Tensors(folder) as tensors:
+        check_names(tensors, config)
+        model = allocate(config, dtype)
+        fill(model, tensors)
     return model
 
 
-def check_names(path: Path, found: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """Hold the tensors of a file to those of the model, before anything is allocated."""
-    with torch.device("meta"):
-        wanted = {name: tuple(weight.shape) for name, weight in LanguageModel(config).named_parameters()}
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+class Tensors:
+    """The tensors of a folder's safetensors files, read one at a time. Raises InvalidFile where they are broken."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.stack, self.source = folder, ExitStack(), folder / WEIGHTS
+        self.open: dict[str, Any] = {}
+
+    def __enter__(self) -> "Tensors":
+        for path in files(self.folder):
+            try:
+                file = self.stack.enter_context(safe_open(path, "pt"))
+                self.open |= dict.fromkeys(file.keys(), file)
+            except (SafetensorError, OSError) as error:
+                self.stack.close()
+                raise InvalidFile(f"{path} cannot be read: {error}") from None
+            self.source = path
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def shapes(self) -> dict[str, Shape]:
+        """Name to shape, from the headers alone."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.open.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.open[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InvalidFile(f"{self.source} cannot be read: {error}") from None
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises InvalidFile where there are none, or the index names what is no file of this folder.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise InvalidFile(f"{folder} has no {WEIGHTS}")
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise InvalidFile(f"{folder / INDEX} has no weight_map of tensor names to files")
+    names = sorted(set(listed.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InvalidFile(f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder")
+        if not (folder / name).is_file():
+            raise InvalidFile(f"{folder} lacks {name}, which its {INDEX} names")
+    return [folder / name for name in names]
+
+
+def check_names(tensors: Tensors, config: ModelConfig) -> None:
+    """Hold the tensors of the files to those of the model, before anything is allocated."""
+    found, where = tensors.shapes(), tensors.source
+    if config.num_hidden_layers > len(found):
+        raise InvalidFile(f"{where} has {len(found)} tensors, too few for {config.num_hidden_layers} layers")
+    wanted = dict(wanted_shapes(config))
+    optional = {HEAD} if config.tie_word_embeddings else set()
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - optional)
     if missing:
-        raise InvalidFile(f"{path} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}")
+        raise InvalidFile(f"{where} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}")
     if unknown:
-        raise InvalidFile(f"{path} has {len(unknown)} tensors this model has no place for, the first {unknown[0]}")
+        raise InvalidFile(f"{where} has {len(unknown)} tensors this model has no place for, the first {unknown[0]}")
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise InvalidFile(f"{path}: {name} has shape {found[name]} where config.json makes it {shape}")
-
-
-def check_tie(path: Path, head: torch.Tensor, embedding: torch.Tensor) -> None:
-    """A file may repeat a tied head, but not contradict it."""
-    if not torch.equal(head, embedding):
+            raise InvalidFile(f"{where}: {name} has shape {found[name]} where config.json makes it {shape}")
+    if optional & found.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         raise InvalidFile(
-            f"{path} has an lm_head.weight that differs from the embedding, but config.json ties them; "
+            f"{where} has an lm_head.weight that differs from the embedding, but config.json ties them; "
             "set tie_word_embeddings to false there if the head is its own"
         )
 
 
-def save(model: LanguageModel, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write a folder that Transformers, and `load`, read."""
+def wanted_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """(name on disk, shape) of every tensor of a model."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    for name, weight in model.named_parameters():
+        disk = names_on_disk(name, config)
+        yield from ((each, tuple(weight.shape[weight.ndim - 2 :] if len(disk) > 1 else weight.shape)) for each in disk)
+
+
+@torch.no_grad()
+def fill(model: LanguageModel, tensors: Tensors) -> None:
+    """Copy the files' values into the model's parameters, whatever the dtypes."""
+    for name, weight in model.named_parameters():
+        disk = names_on_disk(name, model.config)
+        for place, each in zip(weight if len(disk) > 1 else [weight], disk, strict=True):
+            place.copy_(tensors[each])
+
+
+def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Every tensor of a model file, by its name on disk."""
+    found = {}
+    for name, weight in model.named_parameters():
+        disk = names_on_disk(name, model.config)
+        for place, each in zip(weight if len(disk) > 1 else [weight], disk, strict=True):
+            found[each] = place.detach().to(dtype or place.dtype).cpu().contiguous()
+    return found
+
+
+def save(
+    model: LanguageModel,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """Write a folder that Transformers, and `load`, read.
+
+    `dtype` is by default the model's; files are cut at `max_shard_bytes`; `generation` joins
+    generation_config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    tensors = disk_tensors(model, dtype)
+    said = str(dtype or model.head.dtype).removeprefix("torch.")
     special = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": tokenizer.eos_id if tokenizer else None,
     }
-    _write_json(folder / CONFIG, to_hugging_face(model.config) | special | {"torch_dtype": dtype})
-    _write_json(folder / GENERATION, special)
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, to_hugging_face(model.config) | special | {"torch_dtype": said})
+    _write_json(folder / GENERATION, special | (generation or {}))
+    shards = cut(tensors, max_shard_bytes)
+    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        listed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
     if tokenizer:
         tokenizer.save(folder)
 
 
-def read_config(path: Path) -> ModelConfig:
-    """Raises InvalidFile where config.json is missing, broken, or asks for what is not implemented."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InvalidFile(f"{path.parent} is not a model folder: it has no {path.name}") from None
-    except (ValueError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InvalidFile(f"{path} is not a JSON object")
-    return from_hugging_face(content, str(path))
+def cut(tensors: dict[str, Tensor], max_shard_bytes: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in order, in parts of at most so many bytes where a single tensor allows it."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if max_shard_bytes is not None and shards[-1] and size > max_shard_bytes:
+            shards.append({})
+            size = tensor.nbytes
+        shards[-1][name] = tensor
+    return shards
 
 
-def from_hugging_face(content: dict[str, Any], path: str = CONFIG) -> ModelConfig:
-    """The shape a config.json describes; `rope_theta` is read in its old and its new place."""
-    content = dict(content)
-    rope = content.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or rope.keys() - {"rope_type", "rope_theta"}:
-        raise InvalidFile(f"{path}: rope_parameters {rope} is a kind of rotary scaling that is not implemented")
-    if "rope_theta" in rope:
-        content["rope_theta"] = rope["rope_theta"]
-    lacking = [key for key in NEEDED if key not in content]
-    if lacking:
-        raise InvalidFile(f"{path} does not say {lacking[0]}")
-    settings = dict(LLAMA)
-    for key, value in content.items():
-        if key in FIXED:
-            if value != FIXED[key]:
-                raise InvalidFile(f"{path}: {key} is {value!r}, which is not implemented; only {FIXED[key]!r} is")
-        elif key in ModelConfig.model_fields:
-            settings[key] = value
-        elif key not in INERT:
-            raise InvalidFile(f"{path} has a setting {key!r} that is not known here, so the model might differ")
-    if settings.get("num_key_value_heads") is None:  # older Llama configs: every head has its own
-        settings["num_key_value_heads"] = settings.get("num_attention_heads")
-    try:
-        return ModelConfig.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InvalidFile(f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
-
-
-def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
-    """config.json as Transformers 4 and 5 read it."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return {"architectures": ["LlamaForCausalLM"]} | config.model_dump() | FIXED | {"rope_parameters": rope}
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

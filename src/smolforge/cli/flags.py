@@ -8,13 +8,14 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin
 
-from smolforge.config import fields
+from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
+from smolforge.settings import fields
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
     """Dotted name to value, for what is left of a command line. Raises SettingError for what is no flag."""
-    known = dict(fields())
+    known = dict(fields(Recipe))
     known |= {"model": None, "model.preset": None}
     given: dict[str, Any] = {}
     rest = list(words)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.config import Generation, validated
+from smolforge.config import Generation
 from smolforge.errors import InvalidFile
+from smolforge.settings import validated
 
 DEFAULTS = Generation()
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.config import Data, validated
+from smolforge.config import Data
+from smolforge.settings import validated
 
 
 def prepare(
     *sources: str,
     out: Path,
-    tokenizer: Path | None = None,
+    tokenizer: str | None = None,
     vocab_size: int = 4096,
     tokens: str | None = None,
     text_key: str = "text",
@@ -30,7 +31,7 @@ def prepare(
     out
         Folder of the corpus. It appears whole or not at all; the same command again finds it done.
     tokenizer
-        A folder with a tokenizer.json; by default one is trained on these sources.
+        A folder with a tokenizer.json, or a Hub id; by default one is trained on these sources.
     vocab_size
         Size of the tokenizer that is trained.
     tokens
@@ -44,10 +45,10 @@ def prepare(
     json_
         Print documents, tokens, bytes and tokens_per_second as one JSON object.
     """
+    from smolforge.checkpoint import resolve
     from smolforge.cli.terminal import corpus_line
     from smolforge.data import corpus
     from smolforge.recipe.plan import parse_count
-    from smolforge.tokenizer import Tokenizer
 
     chosen = {"sources": sources} if sources else {}
     data = validated(Data, {**chosen, "text_key": text_key, "group_key": group_key, "held_out": held_out})
@@ -55,7 +56,7 @@ def prepare(
     made = corpus.prepare(
         data,
         out,
-        Tokenizer.load(tokenizer) if tokenizer else None,
+        resolve.tokenizer(tokenizer) if tokenizer else None,
         vocab_size,
         parse_count(tokens) if tokens else None,
         report=lambda counts: None if json_ else print(corpus_line(counts), flush=True),

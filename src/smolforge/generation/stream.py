@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from smolforge.config import Generation, validated
+from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.samplers import Sampling, sampling
 from smolforge.memory import Cache
 from smolforge.model import LanguageModel
+from smolforge.settings import validated
 from smolforge.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from smolforge.config import Recipe, replaced
+from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype, synchronize
 from smolforge.errors import SettingError
 from smolforge.model import CHUNK_TOKENS, build
 from smolforge.optim import optimizers
+from smolforge.settings import replaced
 from smolforge.sizes import flops_per_token, parameter_counts
 from smolforge.training import autocast, backward
 
@@ -91,13 +92,18 @@ def training_bytes(recipe: Recipe) -> int:
     """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
 
     Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
-    and its merged output, keys and values, and four arrays of the feed-forward's width.
+    and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
+    theirs, and their inputs and outputs, once for each expert a token goes to.
     """
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
     rows = min(train.micro_batch_size or train.rows, train.rows)
     queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
-    kept = 4 * model.hidden_size + 3 * queries + 2 * keys + 4 * model.intermediate_size
+    kept = 4 * model.hidden_size + 3 * queries + 2 * keys
+    if model.model_type == "mixtral":
+        kept += model.num_experts_per_tok * (4 * model.intermediate_size + 3 * model.hidden_size)
+    else:
+        kept += 4 * model.intermediate_size
     tokens = rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
     head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size

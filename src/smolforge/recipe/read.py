@@ -14,8 +14,9 @@ import tomli_w
 import yaml
 
 from smolforge import presets
-from smolforge.config import Recipe, place, validated
+from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
+from smolforge.settings import place, validated
 
 NONE = "none"
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from smolforge.checkpoint import resolve
-from smolforge.config import FREE, Recipe, fields, leaves, place, replaced
+from smolforge.config import Recipe
 from smolforge.errors import SettingError
 from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
+from smolforge.settings import FREE, fields, leaves, place, replaced
 
 NOT_AGAIN = ("budget", "init_from")
 """What only the first start applies."""
@@ -55,7 +56,7 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     now = with_schedule_over(to_recipe(tree), horizon)
     before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
     fixed = []
-    for name, field in fields():
+    for name, field in fields(Recipe):
         if FREE in field.metadata:
             continue
         derived = (stored.budget is not None and name in BUDGETED) or (

@@ -1,0 +1,190 @@
+"""config.json <-> ModelConfig, and the names of tensors on disk, for each of Transformers' classes we build.
+
+Reading is strict: every key is a setting of ours, or has the one value we implement, or is known to change
+nothing. Whatever else a file asks for is refused by name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from smolforge.config import ModelConfig
+from smolforge.errors import InvalidFile
+
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+INERT = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "label2id",
+        "max_window_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers.js_config",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys that say nothing about what the model computes."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one class of Transformers writes its config.json."""
+
+    architecture: str
+    defaults: dict[str, Any]
+    """What a file that leaves these out means: the class's own defaults."""
+    fixed: dict[str, Any]
+    """Settings implemented at one value only."""
+
+
+_COMMON = {"attention_dropout": 0.0, "rope_scaling": None}
+_UNLESS_SAID = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+FAMILIES = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _UNLESS_SAID | {"max_position_embeddings": 2048},
+        _COMMON | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1},
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _UNLESS_SAID | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        _COMMON | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _UNLESS_SAID
+        | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072},
+        _COMMON | {"sliding_window": None, "router_jitter_noise": 0.0},
+    ),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM",
+        {name: value for name, value in _UNLESS_SAID.items() if name != "rms_norm_eps"}
+        | {
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.018042,
+            "tie_word_embeddings": True,
+        },
+        _COMMON | {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": False},
+    ),
+}
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Raises InvalidFile where config.json is missing, broken, or asks for what is not implemented."""
+    return from_hugging_face(read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder. Raises InvalidFile where it is missing or none."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InvalidFile(f"{path.parent} is not a model folder: it has no {path.name}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InvalidFile(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InvalidFile(f"{path} is not a JSON object")
+    return content
+
+
+def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> ModelConfig:
+    """The shape a config.json describes; `rope_theta` is read in its old and its new place."""
+    content = dict(content)
+    if "auto_map" in content:
+        raise InvalidFile(f"{path} asks for code of its own (auto_map), which is never run; only {_known()} load")
+    family = FAMILIES.get(str(content.get("model_type", "llama")))
+    if family is None:
+        raise InvalidFile(f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_known()} are")
+    _take_rope_theta(content, path)
+    _check_attention_kinds(content, path)
+    lacking = [key for key in NEEDED if key not in content]
+    if lacking:
+        raise InvalidFile(f"{path} does not say {lacking[0]}")
+    settings = dict(family.defaults)
+    for key, value in content.items():
+        if key in family.fixed:
+            if value != family.fixed[key]:
+                raise InvalidFile(
+                    f"{path}: {key} is {value!r}, which is not implemented; only {family.fixed[key]!r} is"
+                )
+        elif key in ModelConfig.model_fields:
+            settings[key] = value
+        elif key not in INERT:
+            raise InvalidFile(f"{path} has a setting {key!r} that is not known here, so the model might differ")
+    if settings["num_key_value_heads"] is None:  # every head has its own
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    try:
+        return ModelConfig.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InvalidFile(f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _known() -> str:
+    return ", ".join(FAMILIES)
+
+
+def _take_rope_theta(content: dict[str, Any], path: str) -> None:
+    rope = content.pop("rope_parameters", None)
+    if rope is None:
+        return
+    plain = isinstance(rope, dict) and not rope.keys() - {"rope_type", "rope_theta"}
+    if not plain or rope.get("rope_type", "default") != "default":
+        raise InvalidFile(f"{path}: rope_parameters {rope} is a kind of rotary scaling that is not implemented")
+    content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+
+
+def _check_attention_kinds(content: dict[str, Any], path: str) -> None:
+    """Qwen3 names the attention of every layer, and a window that counts only where it is switched on."""
+    kinds = content.pop("layer_types", None)
+    if kinds is not None and set(kinds) != {"full_attention"}:
+        raise InvalidFile(f"{path}: layer_types has other than full_attention, which is all that is implemented")
+    if content.get("use_sliding_window") is False:
+        content.pop("sliding_window", None)
+
+
+def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """config.json as Transformers 4 and 5 read it."""
+    family = FAMILIES[config.model_type]
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    shape = {name: config.__dict__[name] for name in config.own_fields()}
+    return {"architectures": [family.architecture], **shape, **family.fixed, "rope_parameters": rope}
+
+
+def names_on_disk(name: str, config: ModelConfig) -> list[str]:
+    """Where a parameter is in the file: under its own name, or in one tensor for each expert, as Mixtral has them."""
+    if config.model_type != "mixtral" or ".mlp." not in name:
+        return [name]
+    layer, _, rest = name.partition(".mlp.")
+    if rest == "gate.weight":
+        return [f"{layer}.block_sparse_moe.gate.weight"]
+    matrix = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[rest.removeprefix("experts.")]
+    return [f"{layer}.block_sparse_moe.experts.{e}.{matrix}.weight" for e in range(config.num_local_experts)]
