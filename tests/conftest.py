@@ -1,12 +1,24 @@
-"""What several tests start from. Nothing here touches a network."""
+"""What several tests start from. Nothing here touches a network: the Hub is a mirror on this machine."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from smolforge.testing import sentences, tiny_config, tiny_tokenizer
+from smolforge.testing import HubMirror, sentences, tiny_config, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+
+# huggingface_hub reads these when it is first imported, which must be after this.
+SCRATCH = Path(tempfile.mkdtemp(prefix="smolforge-hub-"))
+(SCRATCH / "mirror").mkdir()
+MIRROR = HubMirror(SCRATCH / "mirror").__enter__()
+os.environ |= {"HF_ENDPOINT": MIRROR.url, "HF_HOME": str(SCRATCH / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(name, None)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -27,6 +39,25 @@ NANO = {
     },
 }
 """A recipe that runs in a fraction of a second; give it data.sources."""
+
+
+def pytest_unconfigure() -> None:
+    MIRROR.__exit__()
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubMirror]:
+    """An empty Hub and an empty cache."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    assert MIRROR.url == constants.ENDPOINT
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    MIRROR.clear()
+    yield MIRROR
+    MIRROR.clear()
+    close_session()
 
 
 @pytest.fixture(autouse=True)

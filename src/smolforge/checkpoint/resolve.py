@@ -1,4 +1,4 @@
-"""MODEL, the same everywhere: a model folder, a run or one of its steps, or the name of a preset."""
+"""MODEL, the same everywhere: a model folder, a run or one of its steps, a preset, or org/name on the Hub."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from smolforge import presets
-from smolforge.checkpoint import commit, state, weights
+from smolforge.checkpoint import commit, hub, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 from smolforge.model import LanguageModel, build
@@ -22,7 +22,7 @@ def load(
     """Any MODEL, with its tokenizer as `.tokenizer` (None where its folder has none).
 
     A preset has random weights, so it is refused unless `random` says that is meant. Raises SettingError
-    for a name that is nothing, InvalidFile for a model that is broken.
+    for a name that is nothing, InvalidFile for a model that is broken, MissingResource where the Hub is out of reach.
     """
     dtype = torch_dtype(dtype)
     if not Path(model).exists() and str(model) in presets.names():
@@ -44,9 +44,12 @@ def load(
 def find(model: str | Path) -> Path:
     """The folder with config.json that a MODEL means; of a run, its newest sound checkpoint.
 
-    Where there is a manifest, the files a reader of the model needs are held to it, and no others.
+    What exists here comes before a preset, and that before the Hub, whose files are downloaded. Where there is
+    a manifest, the files a reader of the model needs are held to it, and no others.
     """
     path = Path(model)
+    if path.is_file() and path.name in (weights.WEIGHTS, weights.INDEX):
+        path = path.parent
     if (path / "checkpoints").is_dir():
         newest = state.newest_sound(path, log.warning, READ)
         if newest is None:
@@ -55,12 +58,15 @@ def find(model: str | Path) -> Path:
     if path.is_dir():
         if (path / commit.MANIFEST).is_file():
             commit.check(path, READ)
+        hub.refuse_pickled(str(path), [file.name for file in path.iterdir()])
         return path
     if path.exists():
         raise InvalidFile(f"{path} is not a model folder")
+    if _on_hub(model):
+        return hub.fetch(str(model))
     raise SettingError(
-        f"there is no model {str(model)!r}: it is no local folder, run or preset ({', '.join(presets.names())})."
-        + did_you_mean(str(model), presets.names())
+        f"there is no model {str(model)!r}: it is no local folder, run or preset ({', '.join(presets.names())}), "
+        f"and a model on the Hub is named org/name or org/name@revision.{did_you_mean(str(model), presets.names())}"
     )
 
 
@@ -68,7 +74,19 @@ def read_config(model: str | Path) -> ModelConfig:
     """The shape of any MODEL, without its weights."""
     if not Path(model).exists() and str(model) in presets.names():
         return ModelConfig.model_validate(presets.shape(str(model)))
-    return weights.read_config(find(model) / weights.CONFIG)
+    folder = hub.fetch(str(model), [weights.CONFIG]) if _on_hub(model) else find(model)
+    return weights.read_config(folder / weights.CONFIG)
+
+
+def tokenizer(name: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, a tokenizer.json, a run or a model on the Hub. Raises InvalidFile for none."""
+    if _on_hub(name):
+        return Tokenizer.load(hub.fetch(str(name), FILES))
+    return Tokenizer.load(find(name) if (Path(name) / "checkpoints").is_dir() else name)
+
+
+def _on_hub(model: str | Path) -> bool:
+    return not Path(model).exists() and str(model) not in presets.names() and hub.is_id(str(model))
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

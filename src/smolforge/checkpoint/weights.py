@@ -6,6 +6,7 @@ model.safetensors.index.json lists.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -74,24 +75,28 @@ class Tensors:
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises InvalidFile where there are none, or the index names what is no file of this folder.
-    """
+    """The safetensors files of a model folder. Raises InvalidFile where one is missing, or there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise InvalidFile(f"{folder} has no {WEIGHTS}")
-    listed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise InvalidFile(f"{folder / INDEX} has no weight_map of tensor names to files")
-    names = sorted(set(listed.values()))
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InvalidFile(f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder")
-        if not (folder / name).is_file():
-            raise InvalidFile(f"{folder} lacks {name}, which its {INDEX} names")
+    names = shard_names(folder / INDEX)
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise InvalidFile(f"{folder} lacks {absent[0]}, which its {INDEX} names")
     return [folder / name for name in names]
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names. Raises InvalidFile for a name that is no safetensors file beside it."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InvalidFile(f"{index} has no weight_map of tensor names to files")
+    for name in listed.values():
+        plain = isinstance(name, str) and not re.search(r"[/\\]|\.\.", name) and name.endswith(".safetensors")
+        if not plain:
+            raise InvalidFile(f"{index} names {name!r}, which is no .safetensors file beside it; it is not followed")
+    return sorted(set(listed.values()))
 
 
 def check_names(tensors: Tensors, config: ModelConfig) -> None:

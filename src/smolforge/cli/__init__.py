@@ -4,9 +4,11 @@ Nothing heavy is imported before a command is known, so `--help` answers at once
 cause ends as one line and an exit code; `--debug` shows where it came from.
 """
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from smolforge import __version__
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
@@ -17,6 +19,7 @@ COMMANDS = {
     "prepare": "Text to token shards that train reads.",
     "train": "Train a recipe, or resume exactly what is in its run folder.",
     "generate": "Continue a text, streaming.",
+    "verify": "Prove that a model is what it says: Transformers, published references, itself.",
     "inspect": "What a model, recipe, corpus or run is, and what it will need.",
 }
 
@@ -28,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
+    with _telling():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     from cyclopts import App, CycloptsError
 
     words = [word for word in argv if word != "--debug"]
@@ -63,6 +71,29 @@ def run(argv: Sequence[str]) -> int:
         unknown = f"this should not have happened: {type(error).__name__}: {error} (--debug shows where)"
         return _say(RuntimeError(unknown), UNEXPECTED, debug)
     return code or 0
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Let people hear of downloads, and of warnings where no live display says them."""
+    log, downloads = logging.getLogger("smolforge"), logging.getLogger("smolforge.hub")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("smolforge: %(message)s"))
+
+    def wanted(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return record.name == downloads.name
+        return all(other is handler or isinstance(other, logging.FileHandler) for other in log.handlers)
+
+    handler.addFilter(wanted)
+    level = downloads.level
+    log.addHandler(handler)
+    downloads.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        downloads.setLevel(level)
 
 
 def _say(error: BaseException, code: int, debug: bool) -> int:

@@ -20,8 +20,8 @@ def inspect(
     Parameters
     ----------
     what
-        A model folder, preset, recipe, prepared corpus, run folder, or the word machine. A recipe takes the same dotted
-        flags as train.
+        A model folder, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe takes the
+        same dotted flags as train.
     json_
         Print it as one JSON object.
     """
@@ -36,7 +36,9 @@ def inspect(
 def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """What is known of it, by the kind of thing it is."""
     from smolforge import presets
+    from smolforge.checkpoint.hub import is_id
     from smolforge.checkpoint.resolve import read_config
+    from smolforge.checkpoint.weights import INDEX, WEIGHTS
     from smolforge.recipe.read import find, read_recipe
     from smolforge.recipe.settle import settle
     from smolforge.runs import RECIPE
@@ -50,11 +52,13 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
         return _corpus(path)
     if (path / RECIPE).is_file():
         return _run(path)
-    if path.is_dir() or what in presets.names():
+    if path.is_dir() or path.name in (WEIGHTS, INDEX) or what in presets.names():
         return _model(read_config(what))
     try:
         recipe = find(what)
     except SettingError as error:
+        if is_id(what) and not overrides:
+            return _model(read_config(what))
         raise SettingError(f"{what!r} is no model, corpus or run, and {error}") from None
     return _recipe(settle(read_recipe(recipe, overrides), overrides.keys()))
 

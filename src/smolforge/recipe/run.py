@@ -143,7 +143,7 @@ def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
     if recipe.init_from is not None:
         folder = resolve.find(recipe.init_from)
         named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
-    return {flag: Tokenizer.load(path) for flag, path in named.items() if path is not None}
+    return {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
 
 
 def check_same_tokenizer(text: corpus.Corpus, recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from smolforge.config import ModelConfig
 from smolforge.model import LanguageModel, build
+from smolforge.testing.hub import HubMirror as HubMirror
 from smolforge.tokenizer import Tokenizer
 
 WORDS = [

@@ -1,0 +1,57 @@
+"""`smolforge verify`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smolforge.errors import MissingResource
+
+
+def verify(
+    model: str,
+    *,
+    against: list[str] | None = None,
+    max_length: int | None = None,
+    out: Path = Path("verify.json"),
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Prove that a model is what it says: counts, logits and text against Transformers, published references.
+
+    Exits with 1, and the likeliest cause, when something does not hold.
+
+    Parameters
+    ----------
+    model
+        A Hub id, a model folder, a run folder (whose checkpoints are checked too) or one of its checkpoints.
+    against
+        transformers (its implementation on the same files) or golden (what is known of released models); by
+        default both.
+    max_length
+        Longest row to compare, in tokens; by default the model's whole context.
+    out
+        Where the whole report goes, as JSON.
+    json_
+        Print the report as one JSON object instead of lines.
+    """
+    from smolforge.verification import ORACLES, verify
+    from smolforge.verification.report import Check
+
+    def line(check: Check) -> None:
+        if not json_:
+            print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{check.said}", flush=True)
+
+    report = verify(model, tuple(against or ORACLES), max_length, tell=line)
+    content = report.as_json()
+    try:
+        out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise MissingResource(f"{out} could not be written: {error.strerror}") from None
+    if json_:
+        print(json.dumps(content))
+    elif report.holds:
+        print(f"all holds; {out} has the figures")
+    else:
+        print(f"something does not hold; the likeliest cause: {report.cause}; {out} has the figures")
+    return 0 if report.holds else 1

@@ -1,0 +1,259 @@
+"""A Hub of one's own: files in, the Hub's protocol out, faults on demand.
+
+    add(id, files)  ->  repositories: revision -> commit -> files  ->  /api/..., /ID/resolve/REVISION/FILE
+                        fail(...) makes the next requests go wrong; `requests` says what was asked
+
+The real huggingface_hub and datasets download from it when HF_ENDPOINT is its `url`.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+TOKEN = "hf_a_token_that_opens_gated_repositories"
+_LARGE = (".safetensors", ".bin")
+_API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?)?(?:/(.+))?")
+_FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked."""
+
+    method: str
+    path: str
+    range: str | None
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next requests whose path contains a text."""
+
+    times: int
+    status: int | None
+    cut_after: int | None
+    delay: float | None
+    path_contains: str
+    method: str | None
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a commit. A large one is kept with Git LFS, so the Hub names its sha256."""
+
+    path: Path
+    size: int
+    oid: str
+    sha256: str | None
+
+
+@dataclass
+class Repository:
+    """Revisions are names of commits; a commit is its files."""
+
+    gated: bool = False
+    revisions: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
+
+
+class HubMirror:
+    """A Hub on this machine, as a context manager."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.repositories: dict[tuple[str, str], Repository] = {}
+        self.requests: list[Request] = []
+        self.faults: list[Fault] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> "HubMirror":
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(
+        self,
+        name: str,
+        files: Mapping[str, bytes | Path] | Path,
+        revision: str = "main",
+        kind: str = "model",
+        gated: bool = False,
+    ) -> str:
+        """Make a revision of a repository consist of these files, or of a folder's; returns its commit."""
+        if isinstance(files, Path):
+            files = {path.relative_to(files).as_posix(): path for path in files.rglob("*") if path.is_file()}
+        stored = {path: self._store(path, content) for path, content in sorted(files.items())}
+        commit = hashlib.sha1("".join(f"{path} {file.oid}\n" for path, file in stored.items()).encode()).hexdigest()
+        repository = self.repositories.setdefault((kind, name), Repository())
+        repository.gated = gated
+        repository.commits[commit] = stored
+        repository.revisions[revision] = commit
+        return commit
+
+    def fail(
+        self,
+        times: int = 1,
+        status: int | None = None,
+        cut_after: int | None = None,
+        delay: float | None = None,
+        path_contains: str = "",
+        method: str | None = None,
+    ) -> None:
+        """Let the next requests be answered with a status, cut after some bytes of the file, or kept waiting."""
+        self.faults.append(
+            Fault(times, status, cut_after, delay, path_contains, "GET" if cut_after is not None else method)
+        )
+
+    def clear(self) -> None:
+        """Forget repositories, faults and what was asked."""
+        self.repositories.clear()
+        self.faults.clear()
+        self.requests.clear()
+
+    def next_fault(self, request: Request) -> Fault | None:
+        """The fault that meets a request, one time less of it left."""
+        for fault in self.faults:
+            if fault.times > 0 and fault.path_contains in request.path and fault.method in (None, request.method):
+                fault.times -= 1
+                return fault
+        return None
+
+    def _store(self, name: str, content: bytes | Path) -> StoredFile:
+        """Keep a copy, so that the source may change later."""
+        copy = self.root / hashlib.sha256(f"{len(list(self.root.iterdir()))} {name}".encode()).hexdigest()
+        if isinstance(content, Path):
+            shutil.copyfile(content, copy)
+        else:
+            copy.write_bytes(content)
+        data = copy.read_bytes()
+        sha256 = hashlib.sha256(data).hexdigest() if name.endswith(_LARGE) else None
+        return StoredFile(copy, len(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), sha256)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers for one mirror; every connection serves one request (HTTP/1.0)."""
+
+    def __init__(self, mirror: HubMirror, *connection: Any) -> None:
+        self.mirror = mirror
+        self.fault: Fault | None = None
+        super().__init__(*connection)  # which serves the request
+
+    def do_GET(self) -> None:
+        request = Request(self.command, unquote(self.path), self.headers["Range"])
+        self.mirror.requests.append(request)
+        self.fault = self.mirror.next_fault(request)
+        if self.fault and self.fault.delay:
+            time.sleep(self.fault.delay)
+        with suppress(ConnectionError):  # a client that waits no longer
+            self.answer()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *_: object) -> None:  # noqa: A002
+        pass
+
+    def answer(self) -> None:
+        """Find what the path means: a listing of a repository, or one of its files."""
+        path = urlsplit(self.path).path
+        if self.fault and self.fault.status:
+            self.reply(self.fault.status)
+        elif match := _API.fullmatch(path):
+            self.answer_about(match[1], match[2], match[3], unquote(match[4] or "main"), unquote(match[5] or ""))
+        elif match := _FILE.fullmatch(path):
+            kind = "dataset" if match[1] else "model"
+            self.answer_about(kind, match[2], "resolve", unquote(match[3]), unquote(match[4]))
+        else:
+            self.reply(404)
+
+    def answer_about(self, kind: str, name: str, verb: str | None, revision: str, path: str) -> None:
+        """One repository: its branches, a file, a folder, some paths, or all there is to know."""
+        repository = self.mirror.repositories.get((kind, name))
+        if repository is None:
+            return self.refuse(404, "RepoNotFound")
+        if verb == "refs":
+            named = [(each, at) for each, at in repository.revisions.items() if "/" not in each]
+            branches = [{"name": each, "ref": f"refs/heads/{each}", "targetCommit": at} for each, at in named]
+            return self.json({"branches": branches, "tags": [], "converts": []})
+        commit = repository.revisions.get(revision, revision)
+        if commit not in repository.commits:
+            return self.refuse(404, "RevisionNotFound")
+        files = repository.commits[commit]
+        if verb == "resolve":
+            closed = repository.gated and self.headers["Authorization"] != f"Bearer {TOKEN}"
+            return self.send_file(commit, files.get(path), closed)
+        entries = _tree(files)
+        if verb == "tree":
+            deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
+            return self.json([each for each in entries if _within(each["path"], path, deep)])
+        if verb == "paths-info":
+            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            return self.json([each for each in entries if each["path"] in asked])
+        siblings = [{"rfilename": each["path"]} | each for each in entries if each["type"] == "file"]
+        return self.json({"id": name, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+
+    def send_file(self, commit: str, file: StoredFile | None, closed: bool) -> None:
+        """A file or the part of it that is asked for, with what the client builds its cache on."""
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if closed:
+            return self.refuse(403 if self.headers["Authorization"] else 401, "GatedRepo")
+        if file is None:
+            return self.refuse(404, "EntryNotFound", headers)
+        headers["ETag"] = f'"{file.sha256 or file.oid}"'
+        if file.sha256:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
+        data = file.path.read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if asked is None:
+            return self.reply(200, data, headers)
+        first, last = int(asked[1]), min(int(asked[2] or file.size), file.size - 1)
+        if first > last:
+            return self.reply(416, b"", {"Content-Range": f"bytes */{file.size}"})
+        return self.reply(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{file.size}"})
+
+    def refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
+        self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
+
+    def json(self, content: Any) -> None:
+        self.reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def reply(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: self.fault.cut_after] if self.fault else body)
+
+
+def _tree(files: Mapping[str, StoredFile]) -> list[dict[str, Any]]:
+    """Every folder on the way to a file, and every file, as the Hub's listings have them."""
+    folders = {parent.as_posix() for path in files for parent in Path(path).parents} - {"."}
+    entries: list[dict[str, Any]] = [
+        {"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders
+    ]
+    for path, file in files.items():
+        entry = {"type": "file", "path": path, "oid": file.oid, "blobId": file.oid, "size": file.size}
+        lfs = {"oid": file.sha256, "sha256": file.sha256, "size": file.size, "pointerSize": 134}
+        entries.append(entry | ({"lfs": lfs} if file.sha256 else {}))
+    return entries
+
+
+def _within(path: str, folder: str, deep: bool) -> bool:
+    rest = path.removeprefix(f"{folder}/") if folder else path
+    return (not folder or rest != path) and (deep or "/" not in rest)

@@ -1,0 +1,149 @@
+"""This model against its oracles: Transformers on the same files, the published references, and itself.
+
+files -> strict load -> counts, logits, greedy text, cache -> identity, golden -> tie
+                                  |
+                                  where one does not hold: every known mistake is tried (causes.py)
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+
+from smolforge.checkpoint import resolve, state, weights
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.model import LanguageModel
+from smolforge.verification import causes, checks
+from smolforge.verification.oracle import Oracle
+from smolforge.verification.releases import Release, identify, published, sha256
+from smolforge.verification.report import Check, Report
+
+ORACLES = ("transformers", "golden")
+LENGTHS = (1, 16, 128, 1024)
+SHORT = 128
+PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Naïve 12345 \u6f22 \U0001f44b\n\n- ")
+
+
+def verify(
+    model: str | Path,
+    against: Sequence[str] = ORACLES,
+    max_length: int | None = None,
+    releases: Sequence[Release] | None = None,
+    tell: Callable[[Check], None] = lambda check: None,
+) -> Report:
+    """All checks of a MODEL; `tell` hears each as it is done.
+
+    `max_length` limits the rows that are compared, by default the model's whole context. Raises
+    SettingError for a name that is nothing and MissingResource where Transformers is not installed; a
+    model that cannot be loaded is a check that does not hold.
+    """
+    unknown = [name for name in against if name not in ORACLES]
+    if unknown:
+        raise SettingError(f"against is {unknown[0]!r}; it should be {' or '.join(ORACLES)}")
+    report = Report(str(model))
+
+    def done(check: Check) -> Check:
+        report.checks.append(check)
+        tell(check)
+        return check
+
+    try:
+        if (Path(model) / "checkpoints").is_dir():
+            done(checkpoints(Path(model)))
+        folder = resolve.find(model)
+        loaded = resolve.load(folder)
+    except InvalidFile as error:
+        done(Check("files", False, str(error)))
+        report.cause = f"the files: {error}"
+        return report
+    hashes = {path.name: sha256(path) for path in weights.files(folder)}
+    done(checks.parameters(loaded, folder))
+    if "transformers" in against:
+        report.cause = against_transformers(loaded, folder, max_length or loaded.config.max_position_embeddings, done)
+    release = identify(str(model), folder, hashes, published() if releases is None else releases)
+    if release is not None and "golden" in against:
+        report.release = release.id
+        report.cause = against_release(loaded, folder, release, hashes, done) or report.cause
+    done(checks.tied(loaded))
+    return report
+
+
+def against_transformers(
+    model: LanguageModel, folder: Path, longest: int, done: Callable[[Check], Check]
+) -> str | None:
+    """Logits, greedy text and cache; returns the likeliest cause where one does not hold."""
+    limit = min(longest, model.config.max_position_embeddings)
+    text = rows(model, limit)
+    short = [row for row in text if len(row) <= SHORT]
+    oracle = Oracle(folder, torch.float32)
+    same = done(checks.logits(model, oracle, text)).holds
+    said = done(checks.greedy(model, oracle, prompts(model))).holds
+    kept = done(checks.cached(model, short[-1])).holds
+    with torch.inference_mode():
+        exact = [oracle.logits(oracle.hidden(row)) for row in short]
+    del oracle
+    narrow = resolve.load(folder, torch.bfloat16)
+    half = done(checks.logits_bfloat16(narrow, Oracle(folder, torch.bfloat16), short, exact)).holds
+    if not same or not said:
+        with torch.inference_mode():
+            ours = model(torch.tensor([short[-1]]))[0]
+        return causes.of_code(model.state_dict(), model.config, short[-1], ours)
+    if not kept:
+        return "the cache: what is kept or looked at is not what the whole row gives"
+    return None if half else "bfloat16: something that should be in fp32 (rotation, norms) is not"
+
+
+def against_release(
+    model: LanguageModel,
+    folder: Path,
+    release: Release,
+    hashes: dict[str, str],
+    done: Callable[[Check], Check],
+) -> str | None:
+    """Identity and golden texts; returns the likeliest cause where they do not hold."""
+    same, cause = checks.identity(folder, model.config, release, hashes)
+    done(same)
+    certain = [entry for entry in release.golden if entry.confidence == "high"]
+    if not certain or done(checks.golden(model, release)).holds:
+        return cause
+    if cause and "sha256" not in cause:
+        return cause
+    return causes.of_files(model.state_dict(), model.config, certain)
+
+
+def checkpoints(run: Path) -> Check:
+    """Which checkpoints of a run are as their manifests say."""
+    reasons: list[str] = []
+    newest = state.newest_sound(run, reasons.append)
+    found = state.all_of(run)
+    said = f"{len(found) - len(reasons)} sound" if not reasons else "; ".join(reasons)
+    return Check("checkpoints", newest is not None and not reasons, f"{len(found)} there, {said}")
+
+
+def rows(model: LanguageModel, limit: int) -> list[list[int]]:
+    """Text of every length up to the limit, shortest first, and one row of any ids at all."""
+    lengths = sorted({length for length in (*LENGTHS, limit) if length <= limit})
+    text = text_ids(model, limit)
+    found = [text[:length] for length in lengths if length <= len(text)]
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(model.config.vocab_size, (min(SHORT, limit),), generator=generator).tolist()
+    return sorted([*found, anything], key=len)
+
+
+def text_ids(model: LanguageModel, count: int) -> list[int]:
+    """The documentation of Python's own language as ids; any ids, where the model has no tokenizer that fits."""
+    if model.tokenizer is not None and len(model.tokenizer) <= model.config.vocab_size:
+        text = "\n\n".join(topics.values())
+        return model.tokenizer.encode(text[: count * 16])[:count]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+
+
+def prompts(model: LanguageModel) -> list[list[int]]:
+    """A few beginnings of text."""
+    if model.tokenizer is not None and len(model.tokenizer) <= model.config.vocab_size:
+        found = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    else:
+        found = [text_ids(model, 24)[start : start + 8] for start in (0, 8, 16)]
+    return [ids[: max(1, model.config.max_position_embeddings // 2)] for ids in found]

@@ -1,0 +1,444 @@
+"""Models by their Hub id, downloaded by the real client from a mirror on this machine."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import NANO
+from huggingface_hub import constants
+
+from smolforge import cli
+from smolforge.checkpoint import download, resolve, weights
+from smolforge.checkpoint.hub import fetch, is_id, split_id
+from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.testing import HubMirror, tiny_model, tiny_tokenizer
+from smolforge.testing.hub import TOKEN
+
+NAME = "someone/tiny"
+CONFIG = b'{"no": "model"}'
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "tiny"
+    model = tiny_model()
+    weights.save(model, path, model.tokenizer)
+    (path / "README.md").write_text("# a model")
+    (path / "modeling_tiny.py").write_text("raise SystemExit")
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return path
+
+
+@pytest.fixture
+def tiny(hub: HubMirror, folder):
+    """The mirror with one model, and its commit."""
+    return hub.add(NAME, folder)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0))
+    for module in ("file_download", "utils._http"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+def asked(hub, method="GET", part="/resolve/"):
+    """The names of files asked for."""
+    return [each.path.rsplit("/", 1)[1] for each in hub.requests if each.method == method and part in each.path]
+
+
+def refused(kind, match, name=NAME, capsys=None):
+    """What loading says, in Python and at the command line."""
+    with pytest.raises(kind, match=match) as caught:
+        resolve.load(name)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert cli.run(["generate", name, "--prompt", "a"]) == kind.exit_code
+    if capsys:
+        said = capsys.readouterr().err.splitlines()
+        assert re.search(match, said[-1])
+        assert "Traceback" not in "".join(said)
+
+
+def weights_equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    {
+        "HuggingFaceTB/SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", "main"),
+        "a/b@main": ("a/b", "main"),
+        "a/b@refs/pr/1": ("a/b", "refs/pr/1"),
+        "a/b@step-240000": ("a/b", "step-240000"),
+        "a/b@v1.0": ("a/b", "v1.0"),
+        "a/b@" + "0" * 40: ("a/b", "0" * 40),
+    }.items(),
+)
+def test_ids(name, parts):
+    assert is_id(name)
+    assert split_id(name) == parts
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a", "a/b/c", "./a", "../a/b", "/a/b", "a/b@", "a/b@../c", "a/-b", "a/b--c", "a/b..c", "~/a", "a b/c", ""),
+        *("a/b@x y", "a/b.git", "a/" + "b" * 97, "é/b", "x/model.safetensors", "recipes/nano.toml"),
+    ],
+)
+def test_no_ids(name):
+    assert not is_id(name)
+    with pytest.raises(SettingError, match="is no Hub id; one has the form org/name or org/name@revision"):
+        split_id(name)
+
+
+def test_loads_by_id_only_what_it_needs_and_only_once(hub, tiny, caplog):
+    caplog.set_level(logging.INFO, "smolforge.hub")
+    loaded = resolve.load(NAME)
+    assert weights_equal(loaded, tiny_model())
+    assert loaded.tokenizer.encode("the model") == tiny_tokenizer().encode("the model")
+    needed = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert sorted(asked(hub)) == sorted(needed)
+    assert {path.name for path in fetch(NAME).iterdir()} == needed
+    assert re.search(rf"{NAME}: downloading \d+ kB in 5 files", caplog.text)
+    hub.requests.clear()
+    caplog.clear()
+    resolve.load(NAME)
+    assert [each.path for each in hub.requests] == [f"/api/models/{NAME}/revision/main?blobs=true"]
+    assert caplog.text == ""
+
+
+def test_every_download_is_of_one_commit(hub, tiny):
+    fetch(NAME)
+    assert all(f"/resolve/{tiny}/" in each.path for each in hub.requests if "/resolve/" in each.path)
+
+
+def test_revisions(hub, tiny, folder, tmp_path):
+    other = tmp_path / "other"
+    weights.save(tiny_model(seed=1), other, tiny_tokenizer())
+    for revision in ("step-240000", "v1.0", "refs/pr/1"):
+        commit = hub.add(NAME, other, revision)
+    assert commit != tiny
+    for revision in ("step-240000", "v1.0", "refs/pr/1", commit):
+        assert weights_equal(resolve.load(f"{NAME}@{revision}"), tiny_model(seed=1))
+    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert weights_equal(resolve.load(f"{NAME}@{tiny}"), tiny_model())
+
+
+def test_a_branch_that_moved_is_followed(hub, tiny, tmp_path):
+    resolve.load(NAME)
+    weights.save(tiny_model(seed=1), tmp_path / "other")
+    hub.add(NAME, tmp_path / "other")
+    assert weights_equal(resolve.load(NAME), tiny_model(seed=1))
+
+
+def test_what_exists_here_comes_first(hub, tiny, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / NAME)
+    resolve.load(NAME)
+    resolve.read_config(NAME)
+    assert resolve.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    assert hub.requests == []
+
+
+def test_config_alone_and_tokenizer_alone(hub, tiny):
+    assert resolve.read_config(NAME) == tiny_model().config
+    assert asked(hub) == ["config.json"]
+    hub.requests.clear()
+    assert resolve.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    assert asked(hub) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_inspect_and_prepare_by_id(hub, tiny, tmp_path, text_file, capsys):
+    assert cli.run(["inspect", NAME, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
+    assert re.fullmatch(rf"smolforge: {NAME}: downloading 1 kB in 1 file\n", err)
+    assert cli.run(["prepare", str(text_file), "--out", str(tmp_path / "corpus"), "--tokenizer", NAME]) == 0
+    assert resolve.tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
+    assert cli.run(["inspect", NAME, "--train.steps", "3"]) == 2
+
+
+def test_train_from_the_hub(hub, tiny, tmp_path, text_file, capsys):
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
+    words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--train.steps", "2"]
+    assert cli.run([*words, "--init-from", NAME, "--tokenizer", NAME]) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "downloading" in line] == [
+        f"smolforge: {NAME}: downloading 1 kB in 1 file",
+        f"smolforge: {NAME}: downloading 114 kB in 4 files",
+    ]
+    assert "downloading 114 kB" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_a_warning_is_said_once(hub, tiny, capsys):
+    fetch(NAME)
+    hub.fail(times=3, status=503, path_contains="/api/")
+    assert cli.run(["generate", NAME, "--prompt", "a", "--max-new-tokens", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["token_ids"]
+    assert err == f"smolforge: {NAME} comes from the cache as it is: {hub.url} answers with status 503\n"
+
+
+def test_a_file_of_a_model_folder_means_the_folder(folder, tmp_path, capsys):
+    assert resolve.find(folder / "model.safetensors") == folder
+    assert cli.run(["inspect", str(folder / "model.safetensors")]) == 0
+    assert cli.run(["inspect", str(folder / "config.json")]) == 2
+
+
+@pytest.fixture
+def sharded(hub, tmp_path, folder):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).save_pretrained(
+        tmp_path / "sharded", max_shard_size="30KB"
+    )
+    hub.add("someone/sharded", tmp_path / "sharded")
+    return tmp_path / "sharded"
+
+
+def test_shards(hub, sharded):
+    parts = {path.name for path in sharded.glob("model-*.safetensors")}
+    assert len(parts) > 1
+    assert {path.name for path in fetch("someone/sharded").glob("*.safetensors")} == parts
+    assert weights_equal(resolve.load("someone/sharded"), tiny_model())
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", 3])
+def test_shards_elsewhere_are_not_followed(hub, name, capsys):
+    index = json.dumps({"weight_map": {"a": name}}).encode()
+    hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": index})
+    refused(InvalidFile, "names .* which is no .safetensors file beside it; it is not followed", capsys=capsys)
+    assert set(asked(hub)) == {"model.safetensors.index.json"}
+
+
+def test_shards_that_are_not_there(hub, capsys):
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
+    hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": index})
+    refused(InvalidFile, "has no model-1.safetensors, which its model.safetensors.index.json names", capsys=capsys)
+    hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": b"[]"})
+    refused(InvalidFile, "is not a JSON object", capsys=capsys)
+
+
+def test_pickled_weights_are_refused(hub, tmp_path, capsys):
+    hub.add(NAME, {"config.json": CONFIG, "pytorch_model.bin": b"\x80\x04."})
+    match = "only pickled weights .pytorch_model.bin., which can run code .*/spaces/safetensors/convert"
+    refused(InvalidFile, f"{NAME} has {match}", capsys=capsys)
+    assert asked(hub) == []
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80\x04.")
+    refused(InvalidFile, "has only pickled weights .pytorch_model-00001", str(tmp_path / "old"), capsys)
+
+
+def test_repositories_that_are_no_models(hub, folder, capsys):
+    hub.add(NAME, {"README.md": b"#", "model.safetensors": b"x"})
+    refused(InvalidFile, f"{NAME} has no config.json, so it is nothing that smolforge reads", capsys=capsys)
+    hub.add(NAME, {"config.json": CONFIG})
+    refused(InvalidFile, f"{NAME} has no model.safetensors, so it is no model", capsys=capsys)
+    with pytest.raises(InvalidFile, match="has no tokenizer.json"):
+        resolve.tokenizer(NAME)
+
+
+def test_a_repository_that_is_not_there(hub, capsys):
+    match = "there is no model 'someone/nothing': neither a folder here nor a repository on the Hub that you may see"
+    refused(SettingError, match, "someone/nothing", capsys)
+    with pytest.raises(SettingError, match="a model on the Hub is named org/name or org/name@revision"):
+        resolve.load("nothing")
+
+
+def test_a_revision_that_is_not_there(hub, tiny, folder, capsys):
+    hub.add(NAME, folder, "step-100")
+    refused(SettingError, f"{NAME} has no revision 'step-1'; it has main, step-100", f"{NAME}@step-1", capsys)
+
+
+def test_gated(hub, folder, monkeypatch, capsys):
+    hub.add(NAME, folder, gated=True)
+    match = f"{NAME} is gated: accept its terms at {hub.url}/{NAME}, then run `hf auth login` or set HF_TOKEN"
+    refused(MissingResource, match, capsys=capsys)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    refused(MissingResource, match)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    resolve.load(NAME)
+
+
+def test_a_token_that_is_refused(hub, tiny, capsys):
+    hub.fail(times=9, status=401)
+    refused(MissingResource, f"the Hub refuses the token for {NAME}", capsys=capsys)
+
+
+@pytest.mark.parametrize("part", ["/api/", "model.safetensors", "config.json"])
+def test_a_server_error_is_waited_out(hub, tiny, part):
+    hub.fail(times=2, status=500, path_contains=part)
+    assert weights_equal(resolve.load(NAME), tiny_model())
+
+
+def test_a_server_that_stays_broken(hub, tiny, capsys):
+    hub.fail(times=6, status=503, path_contains="/api/")
+    match = (
+        f"{NAME} is no folder here, and as a model on the Hub it cannot be downloaded: {hub.url} answers with status"
+    )
+    refused(MissingResource, match, capsys=capsys)
+    hub.fail(times=6, status=500, path_contains="model.safetensors")
+    refused(MissingResource, match, capsys=capsys)
+    resolve.load(NAME)
+
+
+def test_a_server_that_hangs(hub, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    hub.fail(times=2, delay=0.5, path_contains="/api/")
+    refused(MissingResource, "cannot be downloaded: .* cannot be reached .*timed out", capsys=capsys)
+
+
+def test_a_cut_connection_is_resumed(hub, tiny, folder, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.fail(times=2, cut_after=5000, path_contains="model.safetensors")
+    assert weights_equal(resolve.load(NAME), tiny_model())
+    ranges = [each.range for each in hub.requests if "model.safetensors" in each.path and each.method == "GET"]
+    assert ranges == [None, "bytes=5000-", "bytes=10000-"]
+
+
+def test_a_stopped_download_goes_on_in_the_next_process(hub, tiny, folder, monkeypatch, caplog):
+    def impatient(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    with monkeypatch.context() as stopping:
+        stopping.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=impatient))
+        hub.fail(cut_after=30_000, path_contains="model.safetensors")
+        assert cli.run(["generate", NAME, "--prompt", "a"]) == 130
+    hub.requests.clear()
+    caplog.set_level(logging.INFO, "smolforge.hub")
+    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert [each.range for each in hub.requests if each.method == "GET" and "model.safetensors" in each.path] == [
+        "bytes=30000-"
+    ]
+    size = sum((folder / name).stat().st_size for name in asked(hub)) - 30_000
+    assert f"downloading {size / 1e3:.0f} kB in 4 files" in caplog.text  # config.json was there already
+    assert not list((Path(constants.HF_HUB_CACHE)).rglob("*.partial"))
+
+
+def test_damage_on_the_way_is_noticed_and_removed(hub, tiny, capsys):
+    stored = hub.repositories["model", NAME].commits[tiny]["model.safetensors"]
+    sound = stored.path.read_bytes()
+    stored.path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    refused(InvalidFile, f"model.safetensors of {NAME} came damaged: its sha256 is .* was removed", capsys=capsys)
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.partial"))
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("model.safetensors"))
+    stored.path.write_bytes(sound)
+    resolve.load(NAME)
+
+
+def test_a_file_that_is_too_short(hub, tiny, capsys):
+    stored = hub.repositories["model", NAME].commits[tiny]["model.safetensors"]
+    stored.path.write_bytes(stored.path.read_bytes()[:-100])
+    refused(MissingResource, f"{NAME} cannot be downloaded: Consistency check failed", capsys=capsys)
+
+
+def test_no_room(hub, tiny, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    refused(MissingResource, rf"{NAME} needs [\d,]+ more bytes and .* has 1,000 free; make room", capsys=capsys)
+    assert asked(hub) == []
+
+
+@pytest.fixture
+def unplugged(hub, monkeypatch):
+    """A network without a Hub."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.constants, "ENDPOINT", url)
+    return url
+
+
+def test_no_network(unplugged, capsys):
+    match = (
+        f"{NAME} is no folder here, and as a model on the Hub it cannot be downloaded: {unplugged} cannot be reached"
+    )
+    refused(MissingResource, match, capsys=capsys)
+
+
+def test_no_network_but_a_cache(hub, tiny, request, caplog, capsys):
+    resolve.load(NAME)
+    url = request.getfixturevalue("unplugged")
+    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert len(caplog.records) == 1
+    assert f"{NAME} comes from the cache as it is: {url} cannot be reached" in caplog.text
+    assert cli.run(["inspect", NAME, "--json"]) == 0
+    assert capsys.readouterr().err.count("comes from the cache") == 1
+    with pytest.raises(MissingResource):
+        resolve.load(f"{NAME}@step-1")
+
+
+def test_offline(hub, tiny, monkeypatch, caplog, capsys):
+    fetch(NAME, ["config.json"])
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    resolve.read_config(NAME)
+    match = f"{NAME} is no folder here, and as a model on the Hub it is not wholly in the cache .* HF_HUB_OFFLINE"
+    refused(MissingResource, match, capsys=capsys)
+    with pytest.raises(MissingResource):
+        resolve.tokenizer(NAME)
+    assert hub.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetch(NAME)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in (NAME, f"{NAME}@{tiny}"):
+        assert weights_equal(resolve.load(name), tiny_model())
+    assert hub.requests == []
+    assert caplog.text == ""
+
+
+def test_offline_in_a_process_of_its_own(hub, tiny, tmp_path):
+    def inspect(cache):
+        environment = os.environ | {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "smolforge", "inspect", NAME, "--json"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    fetch(NAME, ["config.json"])
+    hub.requests.clear()
+    done = inspect(constants.HF_HUB_CACHE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["parameters"]["total"]
+    done = inspect(str(tmp_path / "empty"))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (4, "", 1)
+    assert "HF_HUB_OFFLINE" in done.stderr
+    assert hub.requests == []
+
+
+def test_others_find_what_was_downloaded(hub, tiny, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    fetch(NAME)
+    hub.requests.clear()
+    AutoModelForCausalLM.from_pretrained(NAME, local_files_only=True, cache_dir=constants.HF_HUB_CACHE)
+    assert asked(hub) == []
+
+
+def test_the_mirror_serves_data_sets_too(hub, tmp_path):
+    hub.add("someone/texts", {"data/a.jsonl": b'{"text": "one"}\n', "README.md": b"#"}, kind="dataset")
+    path = huggingface_hub.hf_hub_download("someone/texts", "data/a.jsonl", repo_type="dataset")
+    assert Path(path).read_text() == '{"text": "one"}\n'
+    api = huggingface_hub.HfApi()
+    deep = {each.path for each in api.list_repo_tree("someone/texts", repo_type="dataset", recursive=True)}
+    assert deep == {"data", "data/a.jsonl", "README.md"}
+    assert {each.path for each in api.list_repo_tree("someone/texts", repo_type="dataset")} == {"data", "README.md"}
+    (found,) = api.get_paths_info("someone/texts", ["data/a.jsonl"], repo_type="dataset")
+    assert found.size == 16
+    with huggingface_hub.HfFileSystem().open("datasets/someone/texts/data/a.jsonl", "rb") as file:
+        file.seek(10)
+        assert file.read(4) == b'one"'

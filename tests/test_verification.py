@@ -1,0 +1,432 @@
+"""`verify` says yes to what is right, and no, with the cause, to every mistake people make."""
+
+import json
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_families import FAMILIES, oracle, random_config
+
+from smolforge import cli, verification
+from smolforge.checkpoint import resolve, weights
+from smolforge.errors import SettingError
+from smolforge.memory import Causal
+from smolforge.model import Attention, RMSNorm, build, rotary
+from smolforge.testing import tiny_config, tiny_model
+from smolforge.verification import definition
+from smolforge.verification.oracle import compared
+from smolforge.verification.releases import Golden, Release, published, sha256
+
+SHAPE = tiny_config(num_hidden_layers=3, rope_theta=1e5)
+PROMPT = [5, 9, 77, 3, 12, 200]
+
+
+@pytest.fixture(autouse=True)
+def _compiling_without_the_hook():
+    """torch.compile and beartype's wrappers do not go together."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A model that Transformers made and spoke, and what is known of it: a release like the real ones."""
+    folder = tmp_path_factory.mktemp("released") / "Tiny-1M"
+    torch.manual_seed(7)
+    theirs = oracle(SHAPE)
+    theirs.save_pretrained(folder)
+    with torch.no_grad():
+        out = theirs.generate(
+            torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    first = out.logits[0][0].topk(5)
+    golden = Golden(
+        PROMPT, out.sequences[0, len(PROMPT) :].tolist(), top_ids=first.indices.tolist(),
+        top_logits=first.values.tolist(),
+    )  # fmt: skip
+    count = sum(weight.numel() for weight in theirs.parameters())
+    hashes = {"model.safetensors": sha256(folder / "model.safetensors")}
+    return folder, Release("someone/Tiny-1M", SHAPE.model_dump(), count, sha256=hashes, golden=[golden])
+
+
+@pytest.fixture
+def copy(release, tmp_path):
+    """The released folder, to be damaged; its name still says what it is."""
+    import shutil
+
+    return shutil.copytree(release[0], tmp_path / "Tiny-1M")
+
+
+def edit(folder, change=lambda tensors: None, **config):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def failing(report) -> set[str]:
+    return {check.name for check in report.checks if not check.holds}
+
+
+def test_the_release_itself_holds(release):
+    folder, known = release
+    report = verification.verify(folder, releases=[known])
+    assert report.holds, failing(report)
+    assert report.release == known.id
+    assert {check.name for check in report.checks} == {
+        "parameters", "logits float32", "greedy", "cached", "logits bfloat16", "identity", "golden", "tied head"
+    }  # fmt: skip
+    content = report.as_json()
+    assert content["parameters"]["total"] == known.parameters
+    assert content["max_abs_logit_diff"] < 1e-5
+    assert content["greedy_match"] is True
+    lengths = [row["tokens"] for row in content["checks"][1]["figures"]["rows"]]
+    assert max(lengths) == SHAPE.max_position_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_holds(tmp_path, family):
+    theirs = oracle(random_config(family, 5))
+    theirs.save_pretrained(tmp_path)
+    report = verification.verify(tmp_path, releases=[])
+    assert report.holds, [check for check in report.checks if not check.holds]
+
+
+# The definition, which the causes are tried on
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_definition_is_the_model(family, seed):
+    config = random_config(family, seed)
+    theirs = oracle(config)
+    ours, ids = build(config, seed), torch.randint(config.vocab_size, (30,))
+    with torch.no_grad():
+        for weight in ours.parameters():
+            weight.add_(torch.randn_like(weight) * 0.05)
+        expected = ours(ids[None])[0]
+        assert (definition.logits(ours.state_dict(), config, ids) - expected).abs().max() < 2e-5
+        if family != "mixtral":  # whose names in memory are Transformers' own
+            state = theirs.state_dict()
+            assert (definition.logits(state, config, ids) - theirs(ids[None]).logits[0]).abs().max() < 2e-5
+
+
+def test_every_mistake_changes_what_is_said():
+    """A mistake that changed nothing could be named for any difference."""
+    config = tiny_config(num_hidden_layers=2, rope_theta=3e4)
+    model, ids = tiny_model(num_hidden_layers=2, rope_theta=3e4), torch.randint(320, (30,))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layernorm" in name:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    right = definition.logits(model.state_dict(), config, ids)
+    for name, reading in definition.mistakes(config).items():
+        try:
+            wrong = definition.logits(model.state_dict(), config, ids, reading)
+        except (KeyError, RuntimeError):
+            continue
+        assert (wrong - right).abs().max() > 1e-5, name
+
+
+# Mistakes in the code
+
+
+def with_interleaved_rotation(monkeypatch):
+    def rotate(x, angles):
+        cos, sin = (each[..., : each.shape[-1] // 2].repeat_interleave(2, -1) for each in angles)
+        first, second = x[..., ::2], x[..., 1::2]
+        return x * cos + torch.stack([-second, first], -1).flatten(-2) * sin
+
+    monkeypatch.setattr("smolforge.model.rotate", rotate)
+
+
+def with_rotation_along_heads(monkeypatch):
+    from smolforge.model import rotate
+
+    def along_heads(x, angles):
+        turned = rotary(SHAPE, torch.arange(x.shape[1])[None], x.dtype)
+        return rotate(x.transpose(1, 2), turned).transpose(1, 2)
+
+    monkeypatch.setattr("smolforge.model.rotate", along_heads)
+
+
+def without_causal_mask(monkeypatch):
+    monkeypatch.setattr(
+        Causal, "attend", lambda self, layer, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    )
+
+
+def with_another_eps(monkeypatch):
+    right = RMSNorm.__init__
+    monkeypatch.setattr(RMSNorm, "__init__", lambda self, width, eps: right(self, width, 1e-6))
+
+
+def with_keys_as_values(monkeypatch):
+    right = Attention.forward
+
+    def forward(self, x, angles, memory):
+        self.k_proj, self.v_proj = self.v_proj, self.k_proj
+        try:
+            return right(self, x, angles, memory)
+        finally:
+            self.k_proj, self.v_proj = self.v_proj, self.k_proj
+
+    monkeypatch.setattr(Attention, "forward", forward)
+
+
+def with_wrong_grouping(monkeypatch):
+    def attend(self, layer, q, k, v):
+        times = q.shape[1] // k.shape[1]
+        return F.scaled_dot_product_attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), is_causal=True)
+
+    monkeypatch.setattr(Causal, "attend", attend)
+
+
+def with_scaled_embedding(monkeypatch):
+    right = resolve.load
+
+    def load(*args, **named):
+        model = right(*args, **named)
+        model.model.embed_tokens.register_forward_hook(lambda _, __, out: out * SHAPE.hidden_size**0.5)
+        return model
+
+    monkeypatch.setattr(resolve, "load", load)
+
+
+def with_another_theta(monkeypatch):
+    wrong = SHAPE.model_copy(update={"rope_theta": 1e4})
+    monkeypatch.setattr("smolforge.model.rotary", lambda config, positions, dtype: rotary(wrong, positions, dtype))
+
+
+CODE_FAULTS = {
+    with_interleaved_rotation: "interleaved rotation",
+    with_rotation_along_heads: "rotation along the heads",
+    without_causal_mask: "no causal mask",
+    with_another_eps: "wrong eps: 1e-06",
+    with_keys_as_values: "k_proj and v_proj swapped",
+    with_wrong_grouping: "wrong head grouping",
+    with_scaled_embedding: "embedding multiplied by the root of hidden_size",
+    with_another_theta: "wrong theta: it uses 10000",
+}
+
+
+@pytest.mark.parametrize("fault", CODE_FAULTS, ids=lambda fault: fault.__name__)
+def test_mistakes_in_the_code_are_caught_and_named(release, fault, monkeypatch):
+    folder, known = release
+    fault(monkeypatch)
+    report = verification.verify(folder, ["transformers"], releases=[known])
+    assert "logits float32" in failing(report)
+    assert report.cause is not None
+    assert CODE_FAULTS[fault] in report.cause
+
+
+def test_a_cache_that_forgets_is_caught(release, monkeypatch):
+    from smolforge.memory import CacheWindow
+
+    right = CacheWindow.__init__
+
+    def one_short(self, cache, positions):
+        right(self, cache, positions)
+        self.mask = self.mask & (torch.arange(self.end) != 1)
+
+    monkeypatch.setattr(CacheWindow, "__init__", one_short)
+    report = verification.verify(release[0], ["transformers"], releases=[])
+    assert "cached" in failing(report)
+    assert "logits float32" not in failing(report)
+
+
+def test_rotation_in_bfloat16_is_caught(release, monkeypatch):
+    """As before in fp32, and less exact in bfloat16 than it should be."""
+
+    def coarse(config, positions, dtype):
+        return rotary(config, positions * 1.02 if dtype == torch.bfloat16 else positions, dtype)
+
+    monkeypatch.setattr("smolforge.model.rotary", coarse)
+    report = verification.verify(release[0], ["transformers"], releases=[])
+    assert failing(report) == {"logits bfloat16"}
+    assert report.cause is not None
+    assert "bfloat16" in report.cause
+
+
+# Mistakes in the files of a named release
+
+
+def test_a_changed_theta_is_caught_and_named(release, copy):
+    """Transformers reads the same wrong file, so only what is published can tell."""
+    edit(copy, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    report = verification.verify(copy, releases=[release[1]])
+    assert failing(report) == {"identity", "golden"}
+    assert report.cause == "wrong theta: rope_theta is 10000.0, the release has 100000.0"
+
+
+def test_a_missing_tensor_is_caught_and_named(release, copy):
+    edit(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    report = verification.verify(copy, releases=[release[1]])
+    assert failing(report) == {"files"}
+    assert report.cause is not None
+    assert "the first model.layers.1.self_attn.k_proj.weight" in report.cause
+
+
+def exchange(one: str, other: str):
+    def change(tensors):
+        for name in [name for name in tensors if one in name]:
+            tensors[name], tensors[name.replace(one, other)] = tensors[name.replace(one, other)], tensors[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("layers.0.", "layers.2.", "swapped tensors, layers 0 and 2 are in each other's place"),
+        ("layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj", "swapped tensors, k_proj and v_proj of layer 1"),
+        ("gate_proj", "up_proj", "gate_proj and up_proj swapped"),
+    ],
+)
+def test_exchanged_tensors_are_caught_and_named(release, copy, one, other, said):
+    edit(copy, exchange(one, other))
+    report = verification.verify(copy, releases=[release[1]])
+    assert failing(report) == {"identity", "golden"}
+    assert report.cause is not None
+    assert said in report.cause
+
+
+def test_interleaved_weights_are_caught_and_named(release, copy):
+    """As nanotron's interleaved checkpoints have them, when nobody permuted them on conversion."""
+
+    def interleave(tensors):
+        for name in tensors:
+            if "q_proj" in name or "k_proj" in name:
+                heads = tensors[name].unflatten(0, (-1, 2, SHAPE.head_size // 2))
+                tensors[name] = heads.transpose(1, 2).flatten(0, 2).contiguous()
+
+    edit(copy, interleave)
+    report = verification.verify(copy, releases=[release[1]])
+    assert report.cause is not None
+    assert "interleaved rotation" in report.cause
+
+
+def test_an_untied_head_is_caught_and_named(release, copy):
+    def untie(tensors):
+        tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+
+    edit(copy, untie, tie_word_embeddings=False)
+    report = verification.verify(copy, releases=[release[1]])
+    assert failing(report) == {"identity", "golden"}
+    assert report.cause is not None
+    assert report.cause.startswith("untied head: tie_word_embeddings is False")
+
+
+def test_noise_is_caught_though_it_has_no_name(release, copy):
+    def disturb(tensors):
+        tensors["model.norm.weight"] += torch.randn(SHAPE.hidden_size)
+
+    edit(copy, disturb)
+    report = verification.verify(copy, releases=[release[1]])
+    assert failing(report) == {"identity", "golden"}
+    assert report.cause is not None
+    assert "none of the known mistakes explains it" in report.cause
+
+
+def test_renamed_files_are_known_by_their_hash(release, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(release[0], tmp_path / "mine")
+    assert verification.verify(folder, ["golden"], releases=[release[1]]).release == "someone/Tiny-1M"
+    edit(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    assert verification.verify(folder, ["golden"], releases=[release[1]]).release is None
+
+
+# What is published
+
+
+def test_the_published_releases():
+    known = {each.id: each for each in published()}
+    base = known["HuggingFaceTB/SmolLM2-135M"]
+    assert base.config == weights.LanguageModel(base.config).config
+    assert base.parameters == 134_515_008
+    assert sum(entry.confidence == "high" for entry in base.golden) == 2
+    assert known["HuggingFaceTB/SmolLM2-135M-Instruct"].eos_token_id == 2
+    for each in known.values():
+        from smolforge.sizes import parameter_counts
+
+        assert sum(parameter_counts(each.config).values()) == each.parameters
+        for entry in each.golden:
+            assert max([*entry.prompt_ids, *entry.greedy_ids]) < each.config.vocab_size
+
+
+def test_the_golden_texts_are_the_facts(shared):
+    facts = json.loads((shared / "reference" / "golden.json").read_text())["entries"]
+    ours = [(each.id, entry) for each in published() for entry in each.golden]
+    assert len(ours) == len(facts)
+    for fact in facts:
+        (entry,) = (
+            entry
+            for name, entry in ours
+            if name == fact["model"] and list(entry.prompt_ids) == fact["prompt_ids"]
+            and list(entry.greedy_ids) == fact["greedy_ids"]
+        )  # fmt: skip
+        assert entry.confidence == fact["confidence"]
+        assert list(entry.top_logits) == fact.get("step0_top5", {}).get("logits", [])
+
+
+# Measuring
+
+
+def test_a_difference_by_hand():
+    theirs, ours = torch.randn(700, 50), torch.randn(700, 50)
+    found = compared(ours, torch.Tensor.float, theirs, torch.Tensor.float)
+    assert found.max_abs_diff == pytest.approx((ours - theirs).abs().max().item())
+    p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert found.top1_agreement == pytest.approx((theirs.argmax(-1) == ours.argmax(-1)).float().mean().item())
+    assert not found.holds
+    assert compared(theirs, torch.Tensor.float, theirs, torch.Tensor.float).holds
+
+
+# The command
+
+
+def test_the_command(release, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["verify", str(release[0])]) == 0
+    said = capsys.readouterr().out
+    assert "holds  logits float32" in said
+    assert "all holds; verify.json has the figures" in said
+    assert json.loads((tmp_path / "verify.json").read_text())["holds"] is True
+
+
+def test_the_command_exits_1_with_the_cause(release, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with_interleaved_rotation(monkeypatch)
+    assert cli.run(["verify", str(release[0]), "--json"]) == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["holds"] is False
+    assert "interleaved rotation" in content["cause"]
+
+
+def test_a_run_is_verified_with_its_checkpoints(tmp_path):
+    from smolforge.checkpoint import state
+    from smolforge.testing import flip_bit
+
+    model = tiny_model()
+    for step in (1, 2):
+        state.save(state.folder_of(tmp_path, step), model, model.tokenizer, {}, {"step": step})
+    assert verification.verify(tmp_path, ["golden"], releases=[]).holds
+    flip_bit(state.folder_of(tmp_path, 2) / "model.safetensors", 40_000)
+    report = verification.verify(tmp_path, ["golden"], releases=[])
+    assert failing(report) == {"checkpoints"}
+    assert "step-00000002 is skipped" in report.checks[0].said
+
+
+def test_what_cannot_be_verified(tmp_path, capsys):
+    with pytest.raises(SettingError, match="against is 'torch'; it should be transformers or golden"):
+        verification.verify(tmp_path, ["torch"])
+    assert cli.run(["verify", str(tmp_path), "--out", str(tmp_path / "v.json")]) == 1
+    assert "is not a model folder" in capsys.readouterr().out
+    assert cli.run(["verify", str(tmp_path / "nothing")]) == 2
