@@ -23,27 +23,27 @@ FORMAT_VERSION = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any]) -> dict[str, Any]:
-    """Let `fill` write into a temporary folder, then make it `folder`. Returns the manifest.
+def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Let `fill` write into a temporary folder, then make it `folder`. Returns the manifest, which has `facts`.
 
-    Raises MissingResource when the disk is full; what was there before is untouched in any case.
+    Without facts there is no manifest: the folder is for others. Raises MissingResource when the disk is
+    full, and what `fill` raises of ours; what was there before is untouched in any case.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        files = {name: describe(temporary / name) for name in _files(temporary)}
-        manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
-        manifest["sha256"] = _self_hash(manifest)
-        with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=2) + "\n")
+        manifest = _write_manifest(temporary, facts) if facts is not None else {}
         for path in [temporary / name for name in _files(temporary)]:
             _sync(path)
         for directory in {path.parent for path in temporary.rglob("*")}:
             _sync(directory)
         temporary.rename(folder)
         _sync(folder.parent)
+    except (InvalidFile, MissingResource, KeyboardInterrupt):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except Exception as error:  # safetensors and tokenizers have errors of their own for a failed write
         needed = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,6 +54,15 @@ def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any
             f"the disk is full: {folder} could not be written after {needed:,} bytes, {free:,} are free; "
             "what was saved before is intact"
         ) from error
+    return manifest
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    files = {name: describe(folder / name) for name in _files(folder)}
+    manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
+    manifest["sha256"] = _self_hash(manifest)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

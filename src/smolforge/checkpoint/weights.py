@@ -155,12 +155,13 @@ def save(
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
+    special: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
 ) -> None:
     """Write a folder that Transformers, and `load`, read.
 
-    `dtype` is by default the model's; files are cut at `max_shard_bytes`; `generation` joins
-    generation_config.json.
+    `dtype` is by default the model's; files are cut at `max_shard_bytes`. `special` (ids of special tokens)
+    and `generation` join what the tokenizer says in config.json and generation_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_tensors(model, dtype)
@@ -168,6 +169,7 @@ def save(
     special = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": tokenizer.eos_id if tokenizer else None,
+        **(special or {}),
     }
     _write_json(folder / CONFIG, to_hugging_face(model.config) | special | {"torch_dtype": said})
     _write_json(folder / GENERATION, special | (generation or {}))

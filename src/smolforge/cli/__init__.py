@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train a recipe, or resume exactly what is in its run folder.",
     "generate": "Continue a text, streaming.",
     "verify": "Prove that a model is what it says: Transformers, published references, itself.",
+    "export": "Hand a model on, checked by a round trip.",
     "inspect": "What a model, recipe, corpus or run is, and what it will need.",
 }
 

@@ -1,0 +1,93 @@
+"""A model -> a clean folder that Transformers loads, proven by loading it there before the folder appears."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolforge.checkpoint import commit, families, resolve, weights
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.model import LanguageModel
+from smolforge.verification import checks, prompts, rows
+from smolforge.verification.oracle import Oracle, difference
+
+CHECKED_TOKENS = 512
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compares."""
+
+    files: dict[str, int]
+    """Name to bytes."""
+    dtype: str
+    max_abs_logit_diff: float
+    """Transformers on the new folder against this code on it, in fp32."""
+    rounding_logit_diff: float
+    """The same model before and after the change of dtype; 0 where nothing was rounded."""
+    greedy_match: bool
+
+
+def to_transformers(
+    model: str | Path, out: Path, dtype: str | None = None, max_shard_bytes: int | None = None
+) -> Exported:
+    """Write `out` in a dtype (by default the files' own), in shards where they would be larger than so many bytes.
+
+    The folder appears only if AutoModelForCausalLM loads it with equal logits and equal greedy text. Raises
+    SettingError where `out` has something in it, InvalidFile where the check does not hold, MissingResource
+    where Transformers is not installed or the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out} is there already; name a new folder, or delete it first")
+    source = resolve.find(model)
+    loaded = resolve.load(source)
+    target = resolve.torch_dtype(dtype) if dtype else stored_dtype(source)
+    checked: list[Any] = []
+
+    def fill(folder: Path) -> None:
+        weights.save(loaded, folder, loaded.tokenizer, target, max_shard_bytes, **_settings(source))
+        checked.append(_check(loaded, folder))
+
+    if out.is_dir():
+        out.rmdir()
+    commit.write_whole(out, fill)
+    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    return Exported(files, str(target).removeprefix("torch."), *checked[0])
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a folder's embedding."""
+    with weights.Tensors(folder) as tensors:
+        return tensors[weights.EMBEDDING].dtype
+
+
+def _settings(source: Path) -> dict[str, dict[str, Any]]:
+    """What the source says about special tokens and generation, to be said again."""
+    config = families.read_json(source / weights.CONFIG)
+    path = source / weights.GENERATION
+    generation = families.read_json(path) if path.is_file() else {}
+    dropped = ("_from_model_config", "transformers_version")
+    return {
+        "special": {name: config[name] for name in SPECIAL if name in config},
+        "generation": {name: value for name, value in generation.items() if name not in dropped},
+    }
+
+
+def _check(before: LanguageModel, folder: Path) -> tuple[float, float, bool]:
+    """Compare Transformers on the new folder with this code on it, and this code before and after."""
+    after = resolve.load(folder)
+    oracle = Oracle(folder, torch.float32)
+    row = rows(after, min(CHECKED_TOKENS, after.config.max_position_embeddings))[-1]
+    found = difference(after, oracle, row)
+    with torch.inference_mode():
+        ids = torch.tensor([row])
+        rounding = (after.logits(after.hidden(ids)) - before.logits(before.hidden(ids))).abs().max().item()
+    text = checks.greedy(after, oracle, prompts(after))
+    if not found.holds or not text.holds:
+        raise InvalidFile(
+            f"what was written does not say the same in Transformers: logits differ by {found.max_abs_diff:.1e} "
+            f"(allowed {found.allowed:.1e}), {text.said}; nothing was kept"
+        )
+    return found.max_abs_diff, rounding, text.holds
