@@ -110,7 +110,12 @@ def test_inspect_a_model(capsys):
     assert untied["non_embedding"] == 106_203_456
     code, out, _ = call(capsys, "inspect", "smollm2-135m")
     assert code == 0
-    assert "134,515,008" in out
+    assert "layers.N.self_attn.k_proj          attention          192 x 576     30      3,317,760    2.47%" in out
+    assert "Counted twice, or untied, it would be 162,826,560: 162.8M instead of 134.5M." in out
+    assert "Tied to the embedding it would be 134,515,008" in call(capsys, "inspect", "smollm2-135m-untied")[1]
+    experts = json.loads(call(capsys, "inspect", "moe-160m", "--json")[1])
+    assert experts["parameters"]["active"] == 81_569_088
+    assert sum(row["parameters"] for row in experts["table"]) == experts["parameters"]["total"] == 161_195_328
 
 
 def test_inspect_recipes_and_the_machine(capsys, recipe_file):

@@ -1,17 +1,20 @@
 """Text to ids and back: the round trip, the pipeline, and characters that arrive in pieces."""
 
 import json
+import random
+import shutil
+import time
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers
 
 from smolforge import tokenizer as tokenizer_module
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.testing import sentences, tiny_tokenizer
-from smolforge.tokenizer import IncrementalDecoder, Tokenizer, split_at_lines
+from smolforge.tokenizer import IncrementalDecoder, Tokenizer, byte_symbols, split_at_lines
 
 TINY = tiny_tokenizer()
 anything = st.text(max_size=60) | st.sampled_from(["<|endoftext|>", "👩‍👩‍👧 naïve\r\n\t", "١٢٣ 12345", "\x00\x04\x16"])
@@ -166,3 +169,226 @@ def test_other_families_decode_in_pieces_too(text):
     pieces = [decoder.push(token) for token in ids]
     assert "".join(pieces) + decoder.finish() == other.decode(ids) == text
     assert "\ufffd" not in "".join(pieces)
+
+
+STRANGE = [
+    *("", " ", "\n", "\r\n", "\r", "\t\t", " " * 200, "\n" * 90, "x  12", "²  ²", "a  1\n\n2", "١٢٣ ١٢", "१२३", "Ⅻ½"),
+    *(
+        "👩‍👩‍👧‍👦🏳️‍🌈",
+        "e\u0301\u0301 é",
+        "\u200b\u200d\ufeff",
+        "\u2028x\u2029 \u3000y\u00a0z",
+        "\x00\x01\x04\x06\x13\x14\x16\x1d\x7f\x85",
+    ),
+    *(
+        "\U00040000\U000bffff",
+        "\U0010ffff\ufffe\uffff",
+        "\uff26\uff35\uff2c\uff2c <|im_end|> \uff1c|im_end|\uff1e",
+        "<|endoftext|><|im_start|>",
+        "<|im_<|im_end|>end|>",
+    ),
+    *(
+        "مرحبا بالعالم",
+        "汉字かな交じり文",
+        "it's 'll 'LL we'Re",
+        "0x1F 1e-9 3.14",
+        "def f(x):\n    return x\n",
+        "<repo_name><file_sep>",
+    ),
+]
+
+
+def strange_texts(count: int) -> list[str]:
+    dice = random.Random(3)
+    return STRANGE + ["".join(dice.choices([*STRANGE[1:], *"ab 1\n"], k=5)) for _ in range(count)]
+
+
+def saved(tokenizer: Tokenizer, folder):
+    """What two others read from the folder we save: the tokenizers library, and Transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save(folder)
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.encode_special_tokens = True
+    return plain, AutoTokenizer.from_pretrained(folder)
+
+
+def same_ids(ours: Tokenizer, folder) -> None:
+    plain, theirs = saved(ours, folder)
+    for text in strange_texts(300):
+        ids = ours.encode(text)
+        assert ids == plain.encode(text, add_special_tokens=False).ids
+        assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        trusted = ours.encode_with_special_tokens(text)
+        assert trusted == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == plain.decode(ids, skip_special_tokens=False)
+
+
+def test_same_ids_as_others(tmp_path):
+    same_ids(TINY, tmp_path)
+
+
+def test_same_ids_as_others_of_the_real_tokenizer(shared, tmp_path):
+    """Saved by us: of the published folder Transformers 5 makes a GPT2Tokenizer, in which digits do not stand alone."""
+    same_ids(Tokenizer.load(shared / "smollm2-tokenizer"), tmp_path)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=40))
+def test_same_ids_as_the_library(text):
+    plain = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
+    plain.encode_special_tokens = True
+    assert TINY.encode(text) == plain.encode(text, add_special_tokens=False).ids
+
+
+def test_a_file_may_not_cut_texts(tmp_path):
+    TINY.save(tmp_path)
+    cutting = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    cutting.enable_truncation(2)
+    cutting.enable_padding(length=50)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode(sentences(3)) == TINY.encode(sentences(3))
+
+
+def bytes_of(tokenizer: Tokenizer, ids: list[int]) -> bytes:
+    """The tokens' own bytes, without the decoder."""
+    back = {symbol: byte for byte, symbol in byte_symbols().items()}
+    return bytes(back[symbol] for token in ids for symbol in tokenizer.backend.id_to_token(token))
+
+
+def loses_exactly(tokenizer: Tokenizer, text: str) -> None:
+    kept, lost = bytes_of(tokenizer, tokenizer.encode(text)), tokenizer.lost_bytes(text)
+    missing = set(tokenizer.missing_bytes)
+    assert kept == bytes(byte for byte in text.encode() if byte not in missing)
+    assert lost == bytes(byte for byte in text.encode() if byte in missing)
+    assert tokenizer.decode(tokenizer.encode(text)) == kept.decode("utf-8", "replace")
+
+
+def without_bytes(missing: str) -> Tokenizer:
+    """The tiny tokenizer, without the symbols of some bytes."""
+    pipeline = json.loads(TINY.backend.to_str())
+    vocabulary = pipeline["model"]["vocab"]
+    for byte in bytes.fromhex(missing):
+        del vocabulary[byte_symbols()[byte]]
+    pipeline["model"]["vocab"] = {token: place for place, token in enumerate(vocabulary)}
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(pipeline)), TINY.settings)
+
+
+MISSING = "04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff"
+
+
+def test_lost_bytes():
+    poor = without_bytes(MISSING)
+    assert poor.missing_bytes == bytes.fromhex(MISSING)
+    assert poor.lost_bytes("a\x04b\x16\U00040000") == b"\x04\x16\xf1"
+    for text in strange_texts(100):
+        loses_exactly(poor, text)
+        loses_exactly(TINY, text)
+        assert TINY.lost_bytes(text) == b""
+    assert llama_style().missing_bytes == llama_style().lost_bytes("\x04") == b""
+
+
+def test_lost_bytes_of_the_real_tokenizer(shared):
+    real = Tokenizer.load(shared / "smollm2-tokenizer")
+    assert real.missing_bytes == bytes.fromhex(MISSING)
+    for text in strange_texts(100):
+        loses_exactly(real, text)
+
+
+def adds_special_tokens(tokenizer: Tokenizer, folder) -> None:
+    before = (len(tokenizer), tokenizer.fingerprint)
+    more = tokenizer.with_special_tokens(["<|tool|>", "<|im_end|>", "<|think|>", "<|tool|>"])
+    assert (len(tokenizer), tokenizer.fingerprint) == before
+    text = "a<|think|> b<|tool|><|im_end|>"
+    ids = more.encode_with_special_tokens(text)
+    start = len(tokenizer)
+    assert (len(more), [token for token in ids if token >= start]) == (start + 2, [start + 1, start])
+    assert max(more.encode(text)) < start
+    assert more.encode("the model") == tokenizer.encode("the model")
+    _, theirs = saved(more, folder)
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+    assert theirs.convert_tokens_to_ids(["<|tool|>", "<|think|>"]) == [start, start + 1]
+    assert theirs.decode(ids, skip_special_tokens=True) == "a b"
+    again = Tokenizer.load(folder)
+    assert (again.fingerprint, again.encode_with_special_tokens(text)) == (more.fingerprint, ids)
+    assert len(again.with_special_tokens(["<|last|>"])) == start + 3
+
+
+def test_more_special_tokens(tmp_path):
+    adds_special_tokens(TINY, tmp_path)
+
+
+def test_more_special_tokens_for_the_real_tokenizer(shared, tmp_path):
+    adds_special_tokens(Tokenizer.load(shared / "smollm2-tokenizer"), tmp_path)
+
+
+def test_ordinary_tokens_do_not_become_special():
+    plain = tiny_tokenizer()
+    plain.backend.add_tokens([AddedToken("<think>", special=False)])
+    for token in ("a", "<think>", "", " "):
+        with pytest.raises(SettingError, match="cannot become a special token: it is empty, or a token of ordinary"):
+            Tokenizer(plain.backend, plain.settings).with_special_tokens([token])
+
+
+def test_the_template_survives_saving(tmp_path):
+    plain = tiny_tokenizer()
+    talking = Tokenizer(plain.backend, {**plain.settings, "chat_template": "{{ messages }}\n"})
+    talking.save(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}\n"
+    assert Tokenizer.load(tmp_path).settings["chat_template"] == "{{ messages }}\n"
+    plain.save(tmp_path)
+    assert Tokenizer.load(tmp_path).template is None
+
+
+BROKEN = {
+    "tokenizer.json": [
+        "",
+        "[]",
+        "null",
+        "[" * 10**6,
+        '{"a":' * 10**5,
+        "\x00" * 1000,
+        '{"version": "1.0"}',
+        "1" * 10**7,
+    ],
+    "tokenizer_config.json": [
+        *("[]", "1", "[" * 10**6, '{"a":' * 10**5, "{", "1" * 10**6, '{"eos_token": "\\ud800"}'),
+        *('{"eos_token": 5}', '{"eos_token": {"text": "x"}}', '{"bos_token": ["x"]}', '{"pad_token": {"content": 1}}'),
+        *('{"chat_template": 5}', '{"chat_template": ["x"]}', '{"chat_template": [{"name": 1}]}'),
+        '{"added_tokens_decoder": []}',
+    ],
+    "chat_template.jinja": ["x" * (2 << 20)],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_in_a_sentence(name, tmp_path):
+    TINY.save(tmp_path / "good")
+    for content in BROKEN[name]:
+        folder = tmp_path / "bad"
+        shutil.copytree(tmp_path / "good", folder)
+        (folder / name).write_text(content)
+        start = time.monotonic()
+        with pytest.raises(InvalidFile) as caught:
+            Tokenizer.load(folder)
+        assert time.monotonic() - start < 2
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(folder))
+        shutil.rmtree(folder)
+
+
+def test_files_that_are_no_text_or_make_the_library_panic(tmp_path, capfd):
+    TINY.save(tmp_path)
+    pipeline = json.loads((tmp_path / "tokenizer.json").read_text())
+    pipeline["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(pipeline))
+    with pytest.raises(InvalidFile, match="is not a tokenizer: Precompiled"):
+        Tokenizer.load(tmp_path)
+    capfd.readouterr()  # the library says it on stderr, too
+    TINY.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        Tokenizer.load(tmp_path)
+    with (tmp_path / "tokenizer.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InvalidFile, match=r"has 1,099,511,627,776 bytes, more than the 268,435,456 of any real one"):
+        Tokenizer.load(tmp_path)

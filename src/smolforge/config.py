@@ -250,7 +250,9 @@ class Recipe(Settings):
     seed: Seed = 0
     """Fixes the initial weights, the order of the data and every sample."""
     tokenizer: str | None = None
-    """A folder or tokenizer.json; none trains one of model.vocab_size on the corpus."""
+    """A folder, a tokenizer.json or a Hub id; none trains one of model.vocab_size on the corpus."""
+    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Special tokens to add to a tokenizer that was named; a model to start from grows to hold them."""
     init_from: Annotated[str | None, FREE] = None
     """Start from the weights of this MODEL, with a fresh optimizer and schedule."""
     budget: Annotated[str | None, FREE] = None

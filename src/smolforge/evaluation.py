@@ -74,6 +74,24 @@ def measure(
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / counted, "tokens": counted}
 
 
+@torch.inference_mode()
+def loss_by_position(model: LanguageModel, ids: np.ndarray, eos_id: int, length: int) -> np.ndarray:
+    """Loss in nats (n, length) of every whole window of a text, token by token.
+
+    Its mean over windows says how well the model predicts with so many tokens before it, also beyond
+    the length it was trained on.
+    """
+    device, losses = model.head.device, []
+    inputs, labels = windows(ids, eos_id, length, length)
+    whole = len(ids) // length
+    for row, targets in zip(inputs[:whole], labels[:whole], strict=True):
+        logits = model(row[None].to(device))[0].float()
+        losses.append(F.cross_entropy(logits, targets.to(device), reduction="none").cpu())
+    if not losses:
+        raise InvalidFile(f"the text has {len(ids):,} tokens, less than one window of {length:,}")
+    return torch.stack(losses).numpy()
+
+
 def windows(ids: np.ndarray, eos_id: int, sequence_length: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels (n, t) in which each id is the label that counts exactly once."""
     text = torch.from_numpy(np.concatenate([[eos_id], ids]).astype(np.int64))

@@ -252,6 +252,25 @@ def initialize(model: LanguageModel, seed: int) -> None:
                 raise AssertionError(f"no rule to initialise {name}")
 
 
+@torch.no_grad()
+def adapted(model: LanguageModel, config: ModelConfig) -> LanguageModel:
+    """The same weights in a model of another context, theta, or a larger vocabulary.
+
+    What is said about the old tokens is unchanged; each new token begins as the mean of the old ones, which
+    bounds how much it can take from them: Hewitt 2021,
+    https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+    """
+    made = allocate(config, model.head.dtype)
+    old = dict(model.named_parameters())
+    for name, weight in made.named_parameters():
+        known = old[name]
+        weight[: len(known)] = known
+        if len(weight) > len(known):
+            weight[len(known) :] = known.float().mean(0)
+    made.tokenizer = model.tokenizer
+    return made.to(model.head.device).train(model.training)
+
+
 def loss_sum(model: LanguageModel, hidden: Hidden, labels: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
     """Cross-entropy in nats, summed over all labels but IGNORED ones.
 

@@ -1,6 +1,9 @@
 """What a model is made of and what it costs, from its shape alone: parameters, FLOPs, bytes of cache."""
 
+import math
+import re
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
@@ -10,12 +13,34 @@ from smolforge.model import LanguageModel
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by component, as a person who studies the model counts them."""
+    counts: Counter[str] = Counter()
+    for row in table(config):
+        counts[row.component] += row.parameters
+    return dict(counts)
+
+
+class Row(NamedTuple):
+    """One line of the parameter table: a tensor that every layer, or the model, has."""
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    times: int
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape) * self.times
+
+
+def table(config: ModelConfig) -> list[Row]:
+    """Every tensor of the model in its order, the layers' told once with how often they are there."""
     with torch.device("meta"):
         model = LanguageModel(config)
-    counts: Counter[str] = Counter()
+    times: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
     for name, weight in model.named_parameters():
-        counts[component(name)] += weight.numel()
-    return dict(counts)
+        short = re.sub(r"^model\.(layers\.\d+)?", lambda found: "layers.N" if found[1] else "", name)
+        times[short.removesuffix(".weight"), component(name), tuple(weight.shape)] += 1
+    return [Row(*key, count) for key, count in times.items()]
 
 
 def component(name: str) -> str:

@@ -36,10 +36,10 @@ def generate(
     Parameters
     ----------
     model
-        A model folder, a run folder or one of its checkpoints.
+        A Hub id, a model folder, a run folder or one of its checkpoints.
     prompt
-        The text to continue; special tokens in it are read as plain text. Without one, standard input is
-        read, line by line on a terminal.
+        The text to continue; special tokens in it (<|im_end|>) are not parsed but read as plain text. Without
+        one, standard input is read, line by line on a terminal.
     max_new_tokens
         Longest answer, in tokens.
     temperature
@@ -87,6 +87,8 @@ def generate(
 
     def answer(text: str) -> None:
         """Print the continuation of one text as it comes."""
+        if lost := loaded.tokenizer.lost_bytes(text):
+            print(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})", file=sys.stderr)
         begun, pieces = time.perf_counter(), []
         if not json_:
             print(text, end="", flush=True)

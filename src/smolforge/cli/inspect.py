@@ -53,7 +53,7 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
     if (path / RECIPE).is_file():
         return _run(path)
     if path.is_dir() or path.name in (WEIGHTS, INDEX) or what in presets.names():
-        return _model(read_config(what))
+        return _model(read_config(what)) | _tokenizer(path)
     try:
         recipe = find(what)
     except SettingError as error:
@@ -64,19 +64,20 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: Any) -> dict[str, Any]:
-    from smolforge.sizes import flops_per_token, parameter_counts
+    from smolforge.sizes import active_parameters, flops_per_token, parameter_counts, table
 
     counts = parameter_counts(config)
     total = sum(counts.values())
-    untied = 0 if config.tie_word_embeddings else counts["lm_head"]
+    untied = counts.get("lm_head", 0)
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * 4
     return {
-        "config": config.model_dump(),
+        "config": {name: config.__dict__[name] for name in config.own_fields()},
+        "table": [row._asdict() | {"parameters": row.parameters} for row in table(config)],
         "parameters": {
             "total": total,
             "embedding": counts["embedding"],
             "non_embedding": total - counts["embedding"] - untied,
-            "active": total,
+            "active": active_parameters(config),
             **{name: count for name, count in counts.items() if name != "embedding"},
         },
         "flops_per_token": flops_per_token(config, config.max_position_embeddings),
@@ -85,11 +86,31 @@ def _model(config: Any) -> dict[str, Any]:
     }
 
 
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """What there is to know of a model's tokenizer, the bytes it silently drops above all."""
+    from smolforge.tokenizer import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return {}
+    tokenizer = Tokenizer.load(folder)
+    missing = tokenizer.missing_bytes.hex(" ")
+    return {
+        "tokenizer": {
+            "ids": len(tokenizer),
+            "special": list(tokenizer.special.known),
+            "eos": tokenizer.eos_token,
+            "bytes_without_a_symbol": f"{missing} (they vanish from a text)" if missing else None,
+            "chat_template": tokenizer.template is not None,
+        }
+    }
+
+
 def _recipe(recipe: Any) -> dict[str, Any]:
     from smolforge.recipe.plan import plan
 
     expected = plan(recipe)
-    return _model(recipe.model) | {
+    shape = {key: value for key, value in _model(recipe.model).items() if key != "table"}
+    return shape | {
         "settings": recipe.model_dump(mode="json", exclude={"model"}),
         "tokens": expected.tokens,
         "flops_per_token": expected.flops_per_token,
@@ -111,6 +132,7 @@ def _corpus(path: Path) -> dict[str, Any]:
         **sizes,
         "bytes_per_token": text_bytes / tokens,
         "fingerprint": corpus.fingerprint,
+        "lost_bytes": corpus.facts.get("lost_bytes", {}) or None,
         "sources": corpus.facts["request"]["data"]["sources"],
         "beginning": corpus.tokenizer().decode(corpus.tokens(TRAIN)[:64].tolist()),
     }
@@ -154,10 +176,44 @@ def _machine() -> dict[str, Any]:
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    """One fact a line, the values below each other."""
-    rows = _flat(facts)
+    """The parameter table, where there is one, and then one fact a line, the values below each other."""
+    table = facts.get("table", [])
+    rows = _flat({key: value for key, value in facts.items() if key != "table"})
     width = max(len(key) for key, _ in rows) + 2
-    return [f"{key:<{width}}{_said(key, value)}" for key, value in rows]
+    told = [*_table(table), *_about_the_head(facts), ""] if table else []
+    return [*told, *(f"{key:<{width}}{_said(key, value)}" for key, value in rows)]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Every tensor of the model, what it holds in all layers, and its share."""
+    total = sum(row["parameters"] for row in rows)
+    shapes = [" x ".join(f"{side:,}" for side in row["shape"]) for row in rows]
+    wide = max(len(row["name"]) for row in rows)
+    lines = [f"{'tensor':<{wide}}  {'component':<10}{'shape':>18}{'times':>7}{'parameters':>15}{'share':>9}"]
+    lines += [
+        f"{row['name']:<{wide}}  {row['component']:<10}{shape:>18}{row['times']:>7}{row['parameters']:>15,}"
+        f"{row['parameters'] / total:>9.2%}"
+        for row, shape in zip(rows, shapes, strict=True)
+    ]
+    return [*lines, f"{'total':<{wide}}{total:>52,}"]
+
+
+def _about_the_head(facts: dict[str, Any]) -> list[str]:
+    """Why the same model is quoted with two sizes."""
+    config, parameters = facts["config"], facts["parameters"]
+    matrix, total = config["vocab_size"] * config["hidden_size"], parameters["total"]
+    size = f"{config['vocab_size']:,} x {config['hidden_size']:,} = {matrix:,}"
+    if config["tie_word_embeddings"]:
+        return [
+            f"The output head is the embedding (tie_word_embeddings), so its {size} numbers are counted once.",
+            f"Counted twice, or untied, it would be {total + matrix:,}: {(total + matrix) / 1e6:.1f}M instead of "
+            f"{total / 1e6:.1f}M.",
+        ]
+    return [
+        f"The output head is a matrix of its own, {size} numbers.",
+        f"Tied to the embedding it would be {total - matrix:,}: {(total - matrix) / 1e6:.1f}M instead of "
+        f"{total / 1e6:.1f}M.",
+    ]
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

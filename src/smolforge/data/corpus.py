@@ -10,10 +10,11 @@ temporary folder that is then renamed, so a corpus is whole or is not there.
 import hashlib
 import itertools
 import json
+import logging
 import math
 import platform
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from smolforge.data.documents import PYTHON_DOCS, Document, documents, files
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
 
+log = logging.getLogger("smolforge")
 FORMAT_VERSION = 1
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
@@ -236,9 +238,11 @@ def _write(
     """Tokenise and write all pieces; returns what corpus.json says of them."""
     token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
     writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
+    lost: Counter[int] = Counter()
     wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
     for batch in _batches(wanted):
         encoded = tokenizer.encode_batch([document.text for _, document in batch])
+        lost.update(byte for _, document in batch for byte in tokenizer.lost_bytes(document.text))
         for (split, document), ids in zip(batch, encoded, strict=True):
             left = room[split] - writers[split].size["tokens"]
             text_bytes = len(document.text.encode())
@@ -252,12 +256,16 @@ def _write(
         raise InvalidFile("the data sources hold nothing but white space")
     for writer in writers.values():
         writer.close()
+    if lost:
+        named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
+        log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
     fingerprint = hashlib.sha256("".join(writer.digest.hexdigest() for writer in writers.values()).encode())
     return {
         "fingerprint": fingerprint.hexdigest(),
         "token_bytes": token_bytes,
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
+        "lost_bytes": {f"{byte:02x}": count for byte, count in sorted(lost.items())},
         "splits": {split: writer.size for split, writer in writers.items()},
     }
 

@@ -21,7 +21,7 @@ from smolforge.device import describe, pick_device
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
-from smolforge.model import LanguageModel, allocate, build
+from smolforge.model import LanguageModel, adapted, allocate, build
 from smolforge.recipe.plan import Plan, disk_bytes, plan
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.settle import check_going_on
@@ -132,18 +132,22 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
     tokenizer = next(iter(named_tokenizers(recipe).values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
+    elif recipe.special_tokens:
+        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
     made = corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
     check_same_tokenizer(made, recipe)
     return made
 
 
 def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
-    """The tokenizers a recipe brings: its own, and that of the model it starts from."""
+    """The tokenizers a recipe brings, its own and that of the model it starts from, with the tokens it adds."""
     named = {"--tokenizer": recipe.tokenizer}
     if recipe.init_from is not None:
         folder = resolve.find(recipe.init_from)
         named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
-    return {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
+    found = {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
+    added = recipe.special_tokens
+    return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
 
 
 def check_same_tokenizer(text: corpus.Corpus, recipe: Recipe) -> None:
@@ -167,7 +171,7 @@ def initial_model(recipe: Recipe, text: corpus.Corpus, resuming: bool) -> Langua
     if resuming:
         model = allocate(recipe.model, dtype)
     elif recipe.init_from is not None:
-        model = weights.load(resolve.find(recipe.init_from), dtype)
+        model = adapted(weights.load(resolve.find(recipe.init_from), dtype), recipe.model)
     else:
         model = build(recipe.model, recipe.seed, dtype)
     model.tokenizer = text.tokenizer()

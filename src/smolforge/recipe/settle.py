@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from smolforge.checkpoint import resolve
-from smolforge.config import Recipe
+from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
 from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
@@ -12,6 +12,8 @@ from smolforge.settings import FREE, fields, leaves, place, replaced
 
 NOT_AGAIN = ("budget", "init_from")
 """What only the first start applies."""
+ADAPTABLE = ("rope_theta", "max_position_embeddings")
+"""What a model may change when it is the start of another."""
 
 
 def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
@@ -20,12 +22,7 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     `explicit` names what was given by hand, which counts before what a budget derives.
     """
     if recipe.init_from is not None:
-        shape = resolve.read_config(recipe.init_from)
-        given = leaves(recipe)
-        for name, value in leaves(replaced(recipe, {"model": shape.model_dump()})).items():
-            if name in explicit and name.startswith("model.") and value != given[name]:
-                raise SettingError(f"{name} is {given[name]!r}, but the model of --init-from has {value!r}")
-        recipe = replaced(recipe, {"model": shape.model_dump()})
+        recipe = replaced(recipe, {"model": shape_to_start_from(recipe, explicit).model_dump()})
     if recipe.budget is not None:
         given = leaves(recipe)
         kept = {name: given[name] for name in BUDGETED if name in explicit}
@@ -33,6 +30,25 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
             kept.setdefault("optim.schedule.steps", None)
         recipe = replaced(within_budget(recipe, explicit), kept)
     return with_schedule_over(recipe, recipe.train.steps)
+
+
+def shape_to_start_from(recipe: Recipe, explicit: Set[str]) -> ModelConfig:
+    """The shape of --init-from, with what was given by hand and needs no other weights.
+
+    Special tokens that the recipe adds make its vocabulary as large as they need.
+    """
+    assert recipe.init_from is not None
+    given = recipe.model
+    shape = resolve.read_config(recipe.init_from)
+    changes = {name: given.__dict__[name] for name in ADAPTABLE if f"model.{name}" in explicit}
+    if recipe.special_tokens:
+        tokenizer = resolve.tokenizer(recipe.tokenizer or recipe.init_from)
+        changes["vocab_size"] = max(shape.vocab_size, len(tokenizer.with_special_tokens(recipe.special_tokens)))
+    shape = shape.model_copy(update=changes)
+    for name, value in shape.model_dump().items():
+        if f"model.{name}" in explicit and value != given.__dict__[name]:
+            raise SettingError(f"model.{name} is {given.__dict__[name]!r}, but the model of --init-from has {value!r}")
+    return shape
 
 
 def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:

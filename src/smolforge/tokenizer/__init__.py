@@ -4,6 +4,7 @@ A tokenizer is Hugging Face's `tokenizer.json`, run by the tokenizers library. U
 special token: `<|endoftext|>` inside a document is encoded as the characters it is made of.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -14,11 +15,15 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from smolforge.chat import ChatTemplate
+from smolforge.chat.special import SpecialTokens
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.tokenizer.files import FILES, NAMED_TOKENS, check_size, checked, described, read_settings, read_text
+
+__all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "IncrementalDecoder", "Tokenizer", "split_at_lines"]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 PART_CHARACTERS = 1 << 20
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
@@ -29,7 +34,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any] | None = None) -> None:
         self.backend = backend
         self.backend.encode_special_tokens = True
-        self.settings = settings or {}
+        self.backend.no_truncation()  # a file may ask for both, and lose text
+        self.backend.no_padding()
+        self.settings = checked(settings or {})
         self.eos_token = self._named("eos_token") or END_OF_TEXT
         eos_id = backend.token_to_id(self.eos_token)
         if eos_id is None:
@@ -38,9 +45,13 @@ class Tokenizer:
                 "name the right one as eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = eos_id
+        self.special = SpecialTokens(backend.get_added_tokens_decoder())
         pipeline = json.loads(backend.to_str())
         pattern = json.dumps(pipeline["pre_tokenizer"])
-        self.byte_level = pipeline["normalizer"] is None and '"ByteLevel"' in pattern and '"Split"' not in pattern
+        self._bytes_have_symbols = '"ByteLevel"' in pattern
+        self._marks_beginning = '"prepend_scheme": "first"' in pattern
+        self.byte_level = pipeline["normalizer"] is None and self._bytes_have_symbols and '"Split"' not in pattern
+        self.template = self._chat_template()
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -51,18 +62,17 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InvalidFile(f"there is no tokenizer.json at {path}; name a local folder or file that has one")
+        check_size(file)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for every kind of bad file
-            raise InvalidFile(f"{file} is not a tokenizer: {error}") from None
-        beside = file.with_name("tokenizer_config.json")
-        try:
-            settings = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
-        except ValueError as error:
-            raise InvalidFile(f"{beside} is not JSON: {error}") from None
+        except BaseException as error:  # the library raises bare Exception for a bad file, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InvalidFile(f"{file} is not a tokenizer: {str(error)[:200]}") from None
+        settings = read_settings(file.with_name("tokenizer_config.json"))
         template = file.with_name("chat_template.jinja")
         if template.is_file():
-            settings = {**settings, "chat_template": template.read_text("utf-8")}
+            settings = {**settings, "chat_template": read_text(template)}
         return cls(backend, settings)
 
     @classmethod
@@ -117,6 +127,21 @@ class Tokenizer:
         """sha256 of what decides the ids of a text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
+    @functools.cached_property
+    def missing_bytes(self) -> bytes:
+        """The bytes this vocabulary has no symbol for: they vanish from a text without a word."""
+        if not self._bytes_have_symbols:
+            return b""
+        symbols = sorted(byte_symbols().items())
+        return bytes(byte for byte, symbol in symbols if self.backend.token_to_id(symbol) is None)
+
+    def lost_bytes(self, text: str) -> bytes:
+        """What `encode` would lose of a text, in order; nothing, of most texts."""
+        if not self.missing_bytes:
+            return b""
+        kept = bytes(set(range(256)) - set(self.missing_bytes))
+        return text.encode("utf-8", "surrogatepass").translate(None, kept)
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
@@ -126,22 +151,103 @@ class Tokenizer:
         flat = iter(self.backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False))
         return [[token for _ in text for token in next(flat).ids] for text in parts]
 
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Token ids of a text whose special tokens are meant: never of one that a user wrote."""
+        return self._encode_trusted(text, {})
+
+    def chat(self, messages: Any, add_generation_prompt: bool = True, **extra: Any) -> list[int]:
+        """Token ids of a conversation, a list of {"role", "content"}; every special token is the template's own.
+
+        `add_generation_prompt` opens the assistant's turn; `extra` are more variables for the template.
+        """
+        return self._encode_trusted(*self._has_template().render_hidden(messages, add_generation_prompt, **extra))
+
+    def render_chat(self, messages: Any, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The conversation as the model is shown it, as text."""
+        return self._has_template().render(messages, add_generation_prompt, **extra)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are spelled out."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
+    def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
+        """A tokenizer that has these special tokens too, at the next ids. This one stays as it is."""
+        backend, new = tokenizers.Tokenizer.from_str(self.backend.to_str()), []
+        for token in dict.fromkeys(tokens):
+            if not token.strip() or (token not in self.special.known and backend.token_to_id(token) is not None):
+                raise SettingError(
+                    f"{token!r} cannot become a special token: it is empty, or a token of ordinary text; choose another"
+                )
+            if token not in self.special.known:
+                new.append(tokenizers.AddedToken(token, special=True, normalized=False))
+        backend.add_special_tokens(new)
+        settings = dict(self.settings)
+        if "added_tokens_decoder" in settings:  # where Transformers looks first
+            added = {str(backend.token_to_id(token.content)): described(token) for token in new}
+            settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], **added}
+        return Tokenizer(backend, settings)
+
     def save(self, folder: Path) -> None:
-        """Write the files Transformers reads."""
+        """Write the files Transformers reads, 4 and 5.
+
+        The chat template has a file of its own, as now usual, and stays in the settings for readers of before.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
-        settings = {"eos_token": self.eos_token, **self.settings}
+        # The class that runs tokenizer.json as it is; as GPT2Tokenizer, Transformers 5 forgets that digits stand alone.
+        settings = {"eos_token": self.eos_token, **self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / "tokenizer_config.json").write_text(
             json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8"
         )
+        template = folder / "chat_template.jinja"
+        template.unlink(missing_ok=True)  # of what was here before
+        if isinstance(self.settings.get("chat_template"), str):
+            template.write_text(self.settings["chat_template"], "utf-8")
+
+    def _encode_trusted(self, text: str, back: dict[int, str]) -> list[int]:
+        """Ids of a text and its special tokens; `back` is applied to what is between them."""
+        pieces = self.special.split(text)
+        texts = [piece.translate(back) for piece in pieces if isinstance(piece, str)]
+        rows = iter(self.encode_batch(texts[:1]) + self._continued.encode_batch(texts[1:]))
+        return [token for piece in pieces for token in ([piece] if isinstance(piece, int) else next(rows))]
+
+    @functools.cached_property
+    def _continued(self) -> "Tokenizer":
+        """For text behind a special token: one that does not mark a beginning, where this one does."""
+        if not self._marks_beginning:
+            return self
+        pipeline = self.backend.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+        return Tokenizer(tokenizers.Tokenizer.from_str(pipeline), self.settings)
+
+    def _chat_template(self) -> ChatTemplate | None:
+        """The settings' template, of several the one called default."""
+        given = self.settings.get("chat_template")
+        if isinstance(given, list):
+            given = {entry["name"]: entry["template"] for entry in given}.get("default")
+        if not given:
+            return None
+        named = {key: token for key in NAMED_TOKENS if (token := self._named(key)) is not None}
+        return ChatTemplate(given, list(self.special.known), {"eos_token": self.eos_token, **named})
+
+    def _has_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise SettingError(
+                "this tokenizer has no chat template, so its model is a base model that was not taught to chat; "
+                "use an instruct model such as HuggingFaceTB/SmolLM2-135M-Instruct, or set chat_template in its "
+                "tokenizer_config.json"
+            )
+        return self.template
 
     def _named(self, key: str) -> str | None:
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
+
+
+def byte_symbols() -> dict[int, str]:
+    """The visible character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(others)}
 
 
 def split_at_lines(text: str) -> Iterator[str]:

@@ -1,0 +1,104 @@
+"""Messages in, the text a chat model was taught to read out: the model's own template, run in a process of its own.
+
+What people wrote is told apart from what the template wrote, so that nobody's words become a special token.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smolforge.chat.hiding import Hiding, strings
+from smolforge.chat.process import CHARACTERS, SECONDS, WORKER
+from smolforge.errors import SettingError
+
+__all__ = ["ChatTemplate"]
+
+_READS_PARTS = re.compile(r"""\.text\b|['"]text['"]""")
+
+
+class ChatTemplate:
+    """One Jinja template, the special tokens of its tokenizer, and those it may ask for by name (bos_token, ...)."""
+
+    def __init__(
+        self, source: str, special: Sequence[str] = (), named: Mapping[str, str] | None = None, seconds: float = SECONDS
+    ) -> None:
+        self.source = source
+        self.named = dict(named or {})
+        self.seconds = seconds
+        self.hiding = Hiding(special)
+
+    def render(self, messages: Any, add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The conversation as one text, as a person would see it."""
+        text, back = self.render_hidden(messages, add_generation_prompt, **extra)
+        return text.translate(back)
+
+    def render_hidden(
+        self, messages: Any, add_generation_prompt: bool = True, **extra: Any
+    ) -> tuple[str, dict[int, str]]:
+        """The same, in which every special token is the template's own, and the table that makes it readable.
+
+        `extra` are more variables for the template (tools, documents, enable_thinking, ...), plain JSON values.
+        Raises SettingError for messages that are none, or that the template refuses; InvalidFile where the
+        template is broken, breaks out, or takes more than its share of time, memory or text.
+        """
+        said = {"messages": checked(messages, bool(_READS_PARTS.search(self.source))), **as_json(extra)}
+        length = sum(map(len, strings(said)))
+        if length > CHARACTERS:
+            raise SettingError(f"the messages have {length:,} characters; a chat may have {CHARACTERS:,}")
+        hidden, back = self.hiding.hide(said, self.source)
+        variables = {"tools": None, "documents": None, **self.named, **hidden}
+        variables["add_generation_prompt"] = add_generation_prompt
+        return WORKER.render(self.source, variables, self.seconds), back
+
+
+def checked(messages: Any, parts: bool = True) -> list[dict[str, Any]]:
+    """The messages as plain JSON. Without `parts`, a content in parts becomes one text, a part a line.
+
+    A key without a value is left out, as Transformers does.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise SettingError(
+            f"messages should be a list of {{'role': ..., 'content': ...}} with at least one, not {_short(messages)}"
+        )
+    plain = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise SettingError(f"message {number} should be {{'role': ..., 'content': ...}}, not {_short(message)}")
+        given = {key: value for key, value in message.items() if value is not None}
+        content = given.get("content", "")
+        if isinstance(content, list | tuple):
+            texts = [_part(number, part) for part in content]
+            given["content"] = content if parts else "\n".join(texts)
+        elif not isinstance(content, str):
+            raise SettingError(
+                f"the content of message {number} should be a text, or a list of "
+                f"{{'type': 'text', 'text': ...}}, not {_short(content)}"
+            )
+        plain.append(given)
+    return as_json(plain)
+
+
+def as_json(value: Any) -> Any:
+    """A deep copy of plain values. Raises SettingError for anything that JSON and UTF-8 cannot hold."""
+    try:
+        copy = json.loads(json.dumps(value))
+        for text in strings(copy):
+            text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingError(f"messages and what goes with them should be plain JSON values: {error}") from None
+    return copy
+
+
+def _part(number: int, part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise SettingError(
+        f"a part of message {number} should be {{'type': 'text', 'text': ...}}, not {_short(part)}; "
+        "this model reads text only"
+    )
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:80] + "..."

@@ -1,0 +1,162 @@
+"""A template and its variables in, text out: the parent's side of the process that templates run in.
+
+One child serves all templates of this process, a render at a time. It is started when first needed, killed when
+it is late, started again when it is gone, and never shared with a fork.
+"""
+
+import atexit
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from smolforge.errors import InvalidFile, MissingResource, SettingError
+
+SECONDS = 1.0
+"""For one render. The official template takes a thousandth of it."""
+CHARACTERS = 1 << 20
+MEMORY_BYTES = 128 << 20
+START_SECONDS = 30.0
+"""For Python and Jinja to start: a tenth of a second, but more on a machine that is busy."""
+
+SENTENCES = {
+    "syntax": "the chat template is not valid Jinja ({})",
+    "forbidden": "the chat template tried what no template may ({})",
+    "undefined": "the chat template wants something that is not there ({})",
+    "large": "the chat template needs more memory or depth than it may have ({})",
+    "long": "the chat template wrote more than the {characters:,} characters it may",
+    "late": "the chat template took more than the {seconds:g} s it may",
+    "gone": "the chat template ended the process it ran in",
+    "failed": "the chat template does not work with these messages ({})",
+}
+WAY_OUT = "; use a model whose template you trust, or correct its chat_template.jinja"
+
+
+class Late(Exception):
+    """No answer in time."""
+
+
+class Worker:
+    """The child and its two pipes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def render(self, source: str, variables: dict[str, Any], seconds: float = SECONDS) -> str:
+        """The template's text. Raises SettingError in the template's own words, InvalidFile for a bad template."""
+        request = {"source": source, "variables": variables, "seconds": seconds, "characters": CHARACTERS}
+        line = json.dumps(request).encode() + b"\n"
+        with self.lock:
+            said = self._ask(line, seconds)
+        if "text" in said:
+            return said["text"]
+        kind, why = said["error"], said["says"]
+        if kind == "refused":
+            raise SettingError(f"the chat template says: {why}")
+        short = why if len(why) <= 200 else why[:200] + "..."
+        raise InvalidFile(SENTENCES[kind].format(short, characters=CHARACTERS, seconds=seconds) + WAY_OUT)
+
+    def close(self) -> None:
+        """End the child, if there is one. The next render starts another."""
+        if self.child is None:
+            return
+        child, self.child = self.child, None
+        child.kill()
+        child.wait()
+        _close_pipes(child)
+
+    def forget(self) -> None:
+        """In a fork: the child is the parent's, and so is a lock that was held."""
+        self.lock = threading.Lock()
+        if self.child is not None:
+            self.child.returncode = 0  # not ours to wait for
+            _close_pipes(self.child)
+            self.child = None
+
+    def _ask(self, line: bytes, seconds: float) -> dict[str, str]:
+        """One request and its answer; a second try where the child was gone before it could begin."""
+        for fresh in (self.child is None, True):
+            child = self.child if self.child and self.child.poll() is None else self._start()
+            try:
+                answer = _exchange(child, line, seconds)
+            except Late:
+                self.close()
+                return {"error": "late", "says": ""}
+            except BaseException:  # Ctrl-C between question and answer: the next question must not read this answer
+                self.close()
+                raise
+            if answer:
+                return json.loads(answer)
+            self.close()
+            if fresh:
+                break
+        return {"error": "gone", "says": ""}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.close()
+        # A session of its own, so that Ctrl-C in the terminal is not its business.
+        self.child = subprocess.Popen(
+            [sys.executable, "-I", str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
+        try:
+            ready = _exchange(self.child, json.dumps({"memory_bytes": MEMORY_BYTES}).encode() + b"\n", START_SECONDS)
+        except Late:
+            ready = b""
+        if not ready:
+            self.close()
+            raise MissingResource(
+                "the process that chat templates run in does not start; it needs Jinja: pip install 'jinja2>=3.1.6'"
+            )
+        return self.child
+
+
+def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
+    """Write a line, read a line; nothing where the child ends instead. Raises Late."""
+    assert child.stdin and child.stdout
+    to_child, from_child = child.stdin.fileno(), child.stdout.fileno()
+    os.set_blocking(to_child, False)
+    deadline, answer, rest = time.monotonic() + seconds, bytearray(), memoryview(line)
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(from_child, selectors.EVENT_READ)
+        waiting.register(to_child, selectors.EVENT_WRITE)
+        while not answer.endswith(b"\n"):
+            # What is there is read even when it is late: this process may have been the one that slept.
+            ready = {key.fd for key, _ in waiting.select(max(0.0, deadline - time.monotonic()))}
+            if not ready and time.monotonic() >= deadline:
+                raise Late
+            if to_child in ready:
+                try:
+                    rest = rest[os.write(to_child, rest) :]
+                except BrokenPipeError:
+                    return b""
+                if not rest:
+                    waiting.unregister(to_child)
+            if from_child in ready:
+                piece = os.read(from_child, 1 << 20)
+                if not piece:
+                    return b""
+                answer += piece
+    return bytes(answer)
+
+
+def _close_pipes(child: subprocess.Popen[bytes]) -> None:
+    for pipe in (child.stdin, child.stdout):
+        if pipe:
+            pipe.close()
+
+
+WORKER = Worker()
+atexit.register(WORKER.close)
+if os.name == "posix":
+    os.register_at_fork(after_in_child=WORKER.forget)

@@ -1,0 +1,187 @@
+"""The process a chat template runs in, alone: requests come in on stdin, answers go out on stdout, one JSON a line.
+
+A template comes with a model, from anyone. Jinja's sandbox keeps it from Python's insides, but not from
+`'a' * 10**9` or a loop without end, so this process is small, limited, and its parent kills it when it is late.
+Run as a script; it imports nothing of smolforge, so that it starts in a tenth of a second.
+"""
+
+import html  # noqa: F401  (this and what is marked alike: a filter would import it when no file can be opened any more)
+import json
+import os
+import pprint  # noqa: F401
+import random  # noqa: F401
+import signal
+import sys
+import textwrap  # noqa: F401
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.constants
+import jinja2.debug
+import jinja2.ext
+import jinja2.sandbox
+import jinja2.utils
+
+CACHED = 8
+
+
+class Refused(Exception):
+    """The template itself said no, with raise_exception."""
+
+
+class TooLong(Exception):
+    """The template wrote more than it may."""
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's words for training; the text is the same without."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Set up as Transformers does, but a forbidden attribute is an error at once, not an empty text."""
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+        raise jinja2.exceptions.SecurityError(f"{attribute!r} of a {type(obj).__name__} is not for templates")
+
+
+class Namespace(jinja2.utils.Namespace):
+    """Jinja's, which can be assigned to, without names that Python gives a meaning."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # a template may call a value `self`
+        for name in dict(*args[1:], **values):
+            check_name(name)
+        jinja2.utils.Namespace.__init__(*args, **values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        check_name(name)
+        super().__setitem__(name, value)
+
+
+class Dictionary:
+    """`dict` in a template makes one; the class itself has too much to offer."""
+
+    def __call__(self, *pairs: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*pairs, **values)
+
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
+
+
+def check_name(name: object) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+
+
+def refuse(message: object = "") -> NoReturn:
+    raise Refused(str(message))
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own escapes HTML, which no model was trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    sandbox.filters["tojson"] = to_json
+    ours: dict[str, Any] = {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": Dictionary(),
+        "namespace": Namespace,
+    }
+    sandbox.globals.update(ours)
+    return sandbox.from_string(source)
+
+
+def render(template: jinja2.Template, variables: dict[str, Any], characters: int) -> str:
+    pieces, written = [], 0
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        written += len(piece)
+        if written > characters:
+            raise TooLong
+    return "".join(pieces)
+
+
+def answer(request: dict[str, Any], cache: dict[str, jinja2.Template]) -> dict[str, str]:
+    """{"text": ...}, or {"error": kind, "says": why}. The kinds are put into sentences by the parent."""
+    try:
+        if request["source"] not in cache:
+            if len(cache) >= CACHED:
+                cache.clear()
+            cache[request["source"]] = compile_template(request["source"])
+        return {"text": render(cache[request["source"]], request["variables"], request["characters"])}
+    except Refused as error:
+        return {"error": "refused", "says": str(error)}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": "syntax", "says": f"line {error.lineno}: {error.message}"}
+    except SyntaxError as error:  # Python's own, of the code that Jinja made of it
+        return {"error": "syntax", "says": str(error.msg)}
+    except (jinja2.exceptions.SecurityError, OSError, ImportError) as error:
+        return {"error": "forbidden", "says": str(error)}
+    except jinja2.UndefinedError as error:
+        return {"error": "undefined", "says": str(error.message)}
+    except TooLong:
+        return {"error": "long", "says": ""}
+    except (MemoryError, RecursionError, OverflowError) as error:
+        return {"error": "large", "says": type(error).__name__}
+    except Exception as error:  # whatever a template's arithmetic can raise
+        return {"error": "failed", "says": f"{type(error).__name__}: {error}"}
+
+
+def limit(memory_bytes: int) -> None:
+    """No file, no process and little memory from here on; what is open stays open."""
+    try:
+        import resource
+    except ImportError:  # Windows has none of these; the time limit holds there too
+        return
+    status = Path("/proc/self/statm")
+    pages = int(status.read_text().split()[0]) if status.exists() else 0
+    wanted = {
+        resource.RLIMIT_AS: pages * resource.getpagesize() + memory_bytes,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_NOFILE: 0,
+    }
+    for kind, most in wanted.items():
+        try:
+            resource.setrlimit(kind, (most, most))
+        except (ValueError, OSError):  # macOS refuses some
+            continue
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    cache: dict[str, jinja2.Template] = {}
+    first = json.loads(sys.stdin.buffer.readline())
+    # Once through everything that is imported or opened at first use.
+    answer({"source": "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}", "variables": {}, "characters": 99}, {})
+    limit(first["memory_bytes"])
+    sys.stdout.buffer.write(b"{}\n")
+    sys.stdout.buffer.flush()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        # Should the parent be gone, nobody else ends a loop without end.
+        signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
+        said = answer(request, cache)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        if said.get("error") == "large":
+            os._exit(0)  # memory that ran out once is not trusted again
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The files beside a tokenizer.json in; settings that are what they should be out, or one sentence why not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from smolforge.errors import InvalidFile
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+LARGEST_FILES = {"tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20, "chat_template.jinja": 1 << 20}
+"""In bytes. The largest vocabularies there are take 35 MB."""
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The content of a tokenizer_config.json; none where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(read_text(file))
+        json.dumps(settings, ensure_ascii=False).encode()  # half a character can be written in JSON, and nowhere else
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidFile):
+            raise
+        raise InvalidFile(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise InvalidFile(f"{file} is not a JSON object")
+    return settings
+
+
+def read_text(file: Path) -> str:
+    check_size(file)
+    try:
+        return file.read_text("utf-8")
+    except (ValueError, OSError) as error:
+        raise InvalidFile(f"{file} cannot be read: {error}") from None
+
+
+def check_size(file: Path) -> None:
+    """A file far larger than any real one is refused before it is read."""
+    size, most = file.stat().st_size, LARGEST_FILES.get(file.name, LARGEST_FILES["tokenizer.json"])
+    if size > most:
+        raise InvalidFile(f"{file} has {size:,} bytes, more than the {most:,} of any real one")
+
+
+def checked(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a tokenizer_config.json, those that are read here being what they should be."""
+    for key in NAMED_TOKENS:
+        token = settings.get(key)
+        if not isinstance(token["content"] if isinstance(token, dict) and "content" in token else token, str | None):
+            raise InvalidFile(f"the tokenizer_config.json has {str(token)[:80]} as {key}, which should be a text")
+    template, added = settings.get("chat_template"), settings.get("added_tokens_decoder")
+    one = [] if template is None else [{"name": "default", "template": template}]
+    entries = template if isinstance(template, list) else one
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
+            raise InvalidFile(
+                "the chat_template of the tokenizer_config.json should be a text, or a list of such by name"
+            )
+    if not isinstance(added, dict | None):
+        raise InvalidFile("the added_tokens_decoder of the tokenizer_config.json should be a JSON object")
+    return settings
+
+
+def described(token: tokenizers.AddedToken) -> dict[str, Any]:
+    """As tokenizer_config.json has it."""
+    return {
+        "content": token.content,
+        "lstrip": token.lstrip,
+        "normalized": token.normalized,
+        "rstrip": token.rstrip,
+        "single_word": token.single_word,
+        "special": token.special,
+    }
