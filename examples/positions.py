@@ -1,6 +1,6 @@
 """Loss by position: what a model trained on short rows makes of long ones, and what repairs it.
 
-    python examples/positions.py [--minutes 3] [--out docs]
+    python examples/positions.py [--steps 400] [--out docs]
 
 1. Trains the nano model on rows of 256 tokens. 2. Measures its loss at every position of rows of 1024 held-out
 tokens, with its theta and with a raised one. 3. Goes on from it for a tenth of its steps on rows of 1024, with the
@@ -9,6 +9,7 @@ Writes positions.svg and positions.md.
 """
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from smolforge import train
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.evaluation import loss_by_position
 from smolforge.model import LanguageModel, adapted
-import itertools
 
 SHORT, LONG, THETA, RAISED = 256, 1024, 1e4, 1e5
 EDGES = (0, 16, 64, 128, SHORT, 384, 512, 768, LONG)
@@ -34,28 +34,25 @@ STYLES = {
 }
 
 
-def models(folder: Path, minutes: float, overrides: dict[str, Any]) -> tuple[dict[str, LanguageModel], Corpus, int]:
-    """Every contestant by its name, the corpus, and the steps of the first training."""
+def models(folder: Path, steps: int, overrides: dict[str, Any]) -> tuple[dict[str, LanguageModel], Corpus]:
+    """Every contestant by its name, and the corpus."""
     common = {"model.max_position_embeddings": LONG, "data.held_out": 0.15, "train.sample_every": None} | overrides
-    budget = {"budget": f"{minutes * 60:.0f}s"} if "train.steps" not in overrides else {}
-    first = train("nano", folder / "short", **common, **budget)
+    first = train("nano", folder / "short", steps=steps, **common)
     corpus = Corpus.open(folder / "short" / "corpus")
     raised = first.recipe.model.model_copy(update={"rope_theta": RAISED})
     found = {"trained on 256": first.model, "theta raised, not trained": adapted(first.model, raised)}
-    further = max(2, first.recipe.train.steps // 10)
     for name, length, theta in zip(list(STYLES)[2:], (SHORT, LONG, LONG), (THETA, THETA, RAISED), strict=True):
         changes = {
             "init_from": str(first.folder),
             "model.rope_theta": theta,
             "train.sequence_length": length,
-            "train.batch_tokens": first.recipe.train.batch_tokens,
-            "train.steps": further,
+            "train.steps": steps // 10,
             "optim.learning_rate": first.recipe.optim.learning_rate / 3,
             "optim.matrix_learning_rate": first.recipe.optim.matrix_learning_rate / 3,
             "data.sources": [str(corpus.folder)],
         }
         found[name] = train("nano", folder / f"{length}-{theta:g}", **common | changes).model
-    return found, corpus, first.recipe.train.steps
+    return found, corpus
 
 
 def bins(losses: np.ndarray) -> list[tuple[float, float]]:
@@ -88,10 +85,10 @@ def table(found: dict[str, list[tuple[float, float]]]) -> str:
     return "\n".join([f"| positions | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
 
 
-def main(minutes: float = 3, out: Path = Path("docs"), overrides: dict[str, Any] | None = None) -> str:
+def main(steps: int = 400, out: Path = Path("docs"), overrides: dict[str, Any] | None = None) -> str:
     """Run the study; returns the page it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        contestants, corpus, steps = models(Path(folder), minutes, overrides or {})
+        contestants, corpus = models(Path(folder), steps, overrides or {})
         ids, eos_id = corpus.tokens(HELD_OUT)[:], corpus.facts["eos_id"]
         found = {name: bins(loss_by_position(model, ids, eos_id, LONG)) for name, model in contestants.items()}
         trained = corpus.size(TRAIN)["tokens"]
@@ -99,7 +96,7 @@ def main(minutes: float = 3, out: Path = Path("docs"), overrides: dict[str, Any]
     out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "positions.svg")
     page = (
-        f"{steps} steps on rows of {SHORT} tokens, then {max(2, steps // 10)} more from there (fresh Muon, a third of "
+        f"{steps} steps on rows of {SHORT} tokens, then {steps // 10} more from there (fresh Muon, a third of "
         f"the learning rate);\n{trained:,} tokens of Python's documentation to train on, {len(ids) // LONG} windows "
         f"of {LONG} held-out tokens.\nOne seed. Standard error over windows: at most {widest:.3f}; the models read "
         f"the same windows, so differences are surer.\n\n{table(found)}\n"
@@ -110,7 +107,7 @@ def main(minutes: float = 3, out: Path = Path("docs"), overrides: dict[str, Any]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     asked = parser.parse_args()
-    print(main(asked.minutes, asked.out))
+    print(main(asked.steps, asked.out))

@@ -6,6 +6,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,8 @@ from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens, prepare
 from smolforge.data.documents import documents, python_docs
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import IGNORED
-from smolforge.testing import sentences
+from smolforge.testing import sentences, tiny_tokenizer
+from smolforge.tokenizer import Tokenizer, byte_symbols
 
 
 def made(tmp_path, tokenizer, sources, **settings):
@@ -250,3 +252,19 @@ def test_workers_and_restarts_change_nothing(workers):
 def test_a_corpus_below_one_window_is_refused():
     with pytest.raises(InvalidFile, match="the corpus has 16 training tokens, which is less than one window"):
         Windows(Tokens([np.arange(16)]), 16, 0)
+
+
+def test_bytes_that_vanish_are_counted_and_named(tmp_path, caplog):
+    """With a vocabulary like the published one, which has no symbol for some control characters."""
+    pipeline = json.loads(tiny_tokenizer().backend.to_str())
+    symbol = byte_symbols()[0x04]
+    pipeline["model"]["vocab"] = {
+        token: number for token, number in pipeline["model"]["vocab"].items() if token != symbol
+    }
+    poorer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(pipeline)))
+    assert poorer.missing_bytes == b"\x04"
+    source = tmp_path / "text.txt"
+    source.write_text(sentences(30) + "\x04 and \x04\n")
+    made = prepare(Data(sources=(str(source),), held_out=0), tmp_path / "corpus", poorer)
+    assert made.facts["lost_bytes"] == {"04": 2}
+    assert "2 bytes of the text (04) have no symbol in this tokenizer and are left out" in caplog.text

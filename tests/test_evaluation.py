@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smolforge.config import Data
 from smolforge.data.corpus import HELD_OUT, prepare
 from smolforge.errors import InvalidFile
-from smolforge.evaluation import measure, measure_corpus, windows
+from smolforge.evaluation import loss_by_position, measure, measure_corpus, windows
 from smolforge.model import IGNORED
 from smolforge.testing import tiny_model
 
@@ -69,3 +69,18 @@ def test_nothing_held_out_is_said(tmp_path, tokenizer, text_file):
     corpus = prepare(Data(sources=(str(text_file),), held_out=0.0), tmp_path / "corpus", tokenizer)
     with pytest.raises(InvalidFile, match="no held-out text"):
         measure_corpus(tiny_model(), corpus, 32)
+
+
+def test_loss_by_position_is_the_loss_of_each_token():
+    model = tiny_model()
+    ids = np.arange(100, dtype=np.uint16) * 7 % 320
+    found = loss_by_position(model, ids, 0, 32)
+    assert found.shape == (3, 32)
+    row = torch.tensor([[0, *ids[:31]]], dtype=torch.int64)
+    with torch.no_grad():
+        expected = F.cross_entropy(model(row)[0], torch.tensor(ids[:32].astype(np.int64)), reduction="none")
+    np.testing.assert_allclose(found[0], expected.numpy(), rtol=1e-5)
+    whole = measure(model, ids[:96], 0, 32)["loss"]
+    assert found.mean() == pytest.approx(whole, rel=1e-5)
+    with pytest.raises(InvalidFile, match="less than one window of 200"):
+        loss_by_position(model, ids, 0, 200)

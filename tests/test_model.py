@@ -15,6 +15,7 @@ from smolforge.config import ModelConfig
 from smolforge.memory import Cache
 from smolforge.model import (
     IGNORED,
+    adapted,
     allocate,
     build,
     loss_sum,
@@ -198,6 +199,26 @@ def test_a_tied_head_is_the_embedding_after_every_move():
     for moved in (model.to(torch.float64), model.to(torch.bfloat16), allocate(tiny_config())):
         assert moved.head is moved.model.embed_tokens.weight
         assert "lm_head.weight" not in moved.state_dict()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_larger_vocabulary_changes_nothing_that_was(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    larger = adapted(model, tiny_config(tie_word_embeddings=tied, vocab_size=330))
+    ids = torch.randint(320, (1, 20))
+    with torch.no_grad():
+        assert torch.equal(larger(ids)[..., :320], model(ids))
+        torch.testing.assert_close(larger(ids)[0, :, 325], model(ids)[0].mean(-1), atol=1e-5, rtol=0)
+    assert larger.head.shape == (330, 32)
+    assert larger.tokenizer is model.tokenizer
+
+
+def test_the_compact_shape_is_gpt2s_vocabulary_and_one_more():
+    config = ModelConfig.model_validate(presets.shape("compact-124m"))
+    smaller = config.model_copy(update={"vocab_size": 50_257, "num_hidden_layers": 1})
+    grown = adapted(build(smaller), smaller.model_copy(update={"vocab_size": 50_258}))
+    assert grown.head.shape == (50_258, 768)
+    assert 50_258 * 768 == 38_598_144 == parameter_counts(config)["embedding"]
 
 
 def test_bfloat16_stays_near():

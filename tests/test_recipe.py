@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge.checkpoint import commit, state
-from smolforge.data.corpus import Corpus, prepare
+from smolforge.checkpoint import commit, resolve, state
+from smolforge.data.batches import Windows
+from smolforge.data.corpus import TRAIN, Corpus, prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.model import IGNORED
 from smolforge.recipe import resume_or_start, train
 from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_budget
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
@@ -321,6 +323,64 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
     assert run.recipe.model == read_recipe(tmp_path / "first" / "recipe.toml").model
     shutil.rmtree(first)  # what a run started from may be gone when it goes on
     train(recipe_file, tmp_path / "second", steps=3, init_from=str(tmp_path / "first"))
+
+
+def test_the_first_loss_after_init_from_is_the_models_own(tmp_path, recipe_file):
+    """As Transformers computes it on the same batch, and so does this code afterwards."""
+    from transformers import AutoModelForCausalLM
+
+    train(recipe_file, tmp_path / "first")
+    run = train(recipe_file, tmp_path / "second", steps=2, init_from=str(tmp_path / "first"))
+    text = Corpus.open(run.folder / "corpus")
+    windows = Windows(text.tokens(TRAIN), run.recipe.train.sequence_length, run.recipe.seed)
+    batch = windows.batch(0, run.recipe.train.rows)
+    theirs = AutoModelForCausalLM.from_pretrained(state.folder_of(tmp_path / "first", 8), dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(batch.ids).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED)
+    assert losses(run.folder)[0][1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_init_from_may_change_theta_and_context_and_nothing_else(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "first")
+    changes = {"model.rope_theta": 5e4, "model.max_position_embeddings": 512, "train.sequence_length": 64}
+    given = {"init_from": str(tmp_path / "first"), "train.batch_tokens": 128, **changes}
+    run = train(recipe_file, tmp_path / "second", steps=2, **given)
+    saved = resolve.load(tmp_path / "second").config
+    assert (saved.rope_theta, saved.max_position_embeddings) == (5e4, 512)
+    assert run.recipe.model.num_hidden_layers == 2
+    assert train(recipe_file, tmp_path / "second", steps=3, **given).metrics["step"] == 3
+    with pytest.raises(SettingError, match=r"model\.vocab_size is 400, but the model of --init-from has 320"):
+        train(recipe_file, tmp_path / "third", init_from=str(tmp_path / "first"), **{"model.vocab_size": 400})
+
+
+def test_special_tokens_grow_the_model_they_are_added_to(tmp_path, recipe_file, tokenizer):
+    count = len(tokenizer)
+    tokenizer.save(tmp_path / "tokenizer")
+    own = {"tokenizer": str(tmp_path / "tokenizer"), "model.vocab_size": count}
+    train(recipe_file, tmp_path / "first", **own)
+    given = {"init_from": str(tmp_path / "first"), "special_tokens": ["<|think|>", "<|done|>"]}
+    run = train(recipe_file, tmp_path / "second", steps=2, **given)
+    assert run.recipe.model.vocab_size == count + 2
+    again = resolve.load(tmp_path / "second")
+    assert again.head.shape[0] == len(again.tokenizer) == count + 2
+    assert again.tokenizer.encode_with_special_tokens("<|done|>") == [count + 1]
+    assert count + 1 not in again.tokenizer.encode("<|done|>")
+    assert train(recipe_file, tmp_path / "second", steps=3, **given).metrics["step"] == 3
+    with pytest.raises(SettingError, match="special_tokens are added to a tokenizer that was named"):
+        train(recipe_file, tmp_path / "third", special_tokens=["<|think|>"])
+
+
+def test_a_mixture_of_experts_trains_and_resumes_exactly(tmp_path, recipe_file):
+    """Its balance loss is in the metrics; Muon has its stacked matrices; the shards have Mixtral's names."""
+    shape = {"model.model_type": "mixtral", "model.num_local_experts": 4, "optim.name": "muon"}
+    train(recipe_file, tmp_path / "once", **shape)
+    train(recipe_file, tmp_path / "twice", steps=4, **shape, **{"optim.schedule.steps": 8})
+    train(recipe_file, tmp_path / "twice", steps=8, **shape, **{"optim.schedule.steps": 8})
+    assert hashes(tmp_path / "once", 8) == hashes(tmp_path / "twice", 8)
+    records = read_records(tmp_path / "once" / "metrics.jsonl")
+    assert all(record["balance_loss"] > 1.9 for record in records)
+    assert records[-1]["loss"] < records[0]["loss"]
 
 
 def test_prepared_corpora_train(tmp_path, recipe_file, text_file, tokenizer):
