@@ -47,8 +47,8 @@ def models(folder: Path, steps: int, overrides: dict[str, Any]) -> tuple[dict[st
             "model.rope_theta": theta,
             "train.sequence_length": length,
             "train.steps": steps // 10,
-            "optim.learning_rate": first.recipe.optim.learning_rate / 3,
-            "optim.matrix_learning_rate": first.recipe.optim.matrix_learning_rate / 3,
+            "optim.learning_rate": first.recipe.optim.learning_rate / 10,
+            "optim.matrix_learning_rate": first.recipe.optim.matrix_learning_rate / 10,
             "data.sources": [str(corpus.folder)],
         }
         found[name] = train("nano", folder / f"{length}-{theta:g}", **common | changes).model
@@ -96,7 +96,7 @@ def main(steps: int = 400, out: Path = Path("docs"), overrides: dict[str, Any] |
     out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "positions.svg")
     page = (
-        f"{steps} steps on rows of {SHORT} tokens, then {steps // 10} more from there (fresh Muon, a third of "
+        f"{steps} steps on rows of {SHORT} tokens, then {steps // 10} more from there (fresh Muon, a tenth of "
         f"the learning rate);\n{trained:,} tokens of Python's documentation to train on, {len(ids) // LONG} windows "
         f"of {LONG} held-out tokens.\nOne seed. Standard error over windows: at most {widest:.3f}; the models read "
         f"the same windows, so differences are surer.\n\n{table(found)}\n"

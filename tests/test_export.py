@@ -22,7 +22,11 @@ def folder(tmp_path):
 
 
 def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
-    generation = json.loads((folder / "generation_config.json").read_text()) | {"temperature": 0.2, "do_sample": True}
+    generation = json.loads((folder / "generation_config.json").read_text()) | {
+        "temperature": 0.2,
+        "do_sample": True,
+        "num_beams": 9,
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation))
     made = to_transformers(folder, tmp_path / "out")
     assert made.dtype == "float32"
@@ -36,6 +40,7 @@ def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
         assert "lm_head.weight" not in tensors.shapes()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert theirs.generation_config.temperature == 0.2
+    assert theirs.generation_config.num_beams != 9
     text = "the model reads a token"
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
@@ -75,6 +80,35 @@ def test_what_does_not_say_the_same_is_not_kept(folder, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+def test_what_was_written_is_the_model_to_the_bit(folder, tmp_path, monkeypatch):
+    right = weights.disk_tensors
+    monkeypatch.setattr(weights, "disk_tensors", lambda *given: {n: t * 1.5 for n, t in right(*given).items()})
+    with pytest.raises(AssertionError, match="was not written as it is"):
+        to_transformers(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1e5, "has values that torch.float16 cannot hold"), (float("nan"), "holds NaN or infinity")]
+)
+def test_what_a_dtype_cannot_hold_is_not_handed_on(tmp_path, value, said):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = value
+    weights.save(model, tmp_path / "model", model.tokenizer)
+    with pytest.raises(InvalidFile, match=said):
+        to_transformers(tmp_path / "model", tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_may_wait_for_it_and_is_kept_when_it_fails(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with failing_writes(tmp_path, after=1), pytest.raises(MissingResource):
+        to_transformers(folder, tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+    assert to_transformers(folder, tmp_path / "out").greedy_match
+
+
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
     with failing_writes(tmp_path, after=1), pytest.raises(MissingResource, match="the disk is full"):
         to_transformers(folder, tmp_path / "out")
@@ -101,6 +135,8 @@ def test_the_command(folder, tmp_path, capsys):
     [
         (["--dtype", "int8"], "dtype is 'int8'; it should be one of float32, bfloat16"),
         (["--max-shard-size", "many"], "max-shard-size is 'many'; it should be a size such as 500MB"),
+        (["--max-shard-size", "0.1"], "max-shard-size is '0.1'"),
+        (["--max-shard-size", "9" * 400 + "GB"], "it should be a size such as 500MB"),
     ],
 )
 def test_wrong_words(folder, tmp_path, capsys, words, said):

@@ -78,14 +78,15 @@ def test_the_release_itself_holds(release):
     report = verification.verify(folder, releases=[known])
     assert report.holds, failing(report)
     assert report.release == known.id
-    assert {check.name for check in report.checks} == {
-        "parameters", "logits float32", "greedy", "cached", "logits bfloat16", "identity", "golden", "tied head"
-    }  # fmt: skip
+    assert [check.name for check in report.checks] == [
+        "parameters", "finite", "logits float32", "greedy", "cached", "logits bfloat16", "golden", "identity",
+        "tied head",
+    ]  # fmt: skip
     content = report.as_json()
     assert content["parameters"]["total"] == known.parameters
     assert content["max_abs_logit_diff"] < 1e-5
     assert content["greedy_match"] is True
-    lengths = [row["tokens"] for row in content["checks"][1]["figures"]["rows"]]
+    lengths = [row["tokens"] for row in content["checks"][2]["figures"]["rows"]]
     assert max(lengths) == SHAPE.max_position_embeddings
 
 
@@ -342,6 +343,94 @@ def test_renamed_files_are_known_by_their_hash(release, tmp_path):
     assert verification.verify(folder, ["golden"], releases=[release[1]]).release is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_do_not_hold(copy, value):
+    edit(copy, lambda tensors: tensors["model.embed_tokens.weight"][300].fill_(value))
+    report = verification.verify(copy, releases=[])
+    assert failing(report) == {"finite"}
+    assert report.cause == "1 tensors hold NaN or infinity, the first model.embed_tokens.weight"
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_logits_that_are_no_numbers_do_not_hold(release, monkeypatch):
+    """In one long row only, where no short one shows it."""
+
+    def broken(config, positions, dtype):
+        cos, sin = rotary(config, positions, dtype)
+        return (cos * float("nan"), sin) if positions.shape[1] > 100 else (cos, sin)
+
+    monkeypatch.setattr("smolforge.model.rotary", broken)
+    report = verification.verify(release[0], ["transformers"], releases=[])
+    assert "logits float32" in failing(report)
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_what_the_file_says_of_sampling_changes_nothing(copy):
+    hostile = {"num_beams": 3, "no_repeat_ngram_size": 2, "guidance_scale": 1.5, "forced_eos_token_id": 0}
+    (copy / "generation_config.json").write_text(json.dumps(hostile | {"stop_strings": ["a"], "penalty_alpha": 0.6}))
+    assert verification.verify(copy, ["transformers"], releases=[]).holds
+
+
+def test_another_file_of_the_same_release_is_the_release(release, tmp_path):
+    """In fp32 and in shards its hash is another, and what it says the same."""
+    folder = tmp_path / "Tiny-1M"
+    weights.save(resolve.load(release[0]), folder, max_shard_bytes=20_000)
+    report = verification.verify(folder, ["golden"], releases=[release[1]])
+    assert report.holds, failing(report)
+    assert "the files are not, byte for byte" in next(each.said for each in report.checks if each.name == "identity")
+
+
+def test_the_telling_cause_comes_before_a_harmless_difference(release, copy):
+    edit(copy, exchange("layers.0.", "layers.2."), initializer_range=0.02)
+    cause = verification.verify(copy, ["golden"], releases=[release[1]]).cause
+    assert cause is not None
+    assert "layers 0 and 2" in cause
+
+
+def test_golden_alone_proves_nothing_of_an_unknown_model(release):
+    report = verification.verify(release[0], ["golden"], releases=[])
+    assert failing(report) == {"golden"}
+    assert report.cause is not None
+    assert "no published reference" in report.cause
+
+
+def test_a_model_that_says_nothing_is_not_golden(release):
+    model = resolve.load(release[0])
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    assert not verification.checks.golden(model, release[1]).holds
+
+
+def test_greedy_text_is_held_to_the_oracles_own_logits(release, monkeypatch):
+    """Logits of zero are all near ties to themselves."""
+    monkeypatch.setattr("smolforge.model.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.head) * 0)
+    report = verification.verify(release[0], ["transformers"], releases=[])
+    assert {"logits float32", "greedy"} <= failing(report)
+
+
+def test_an_untied_storage_is_seen(release, monkeypatch):
+    monkeypatch.setattr(
+        "smolforge.model.LanguageModel.head", property(lambda self: self.model.embed_tokens.weight.clone())
+    )
+    report = verification.verify(release[0], ["transformers"], releases=[])
+    assert failing(report) == {"tied head"}
+
+
+def test_a_count_that_is_not_the_files_is_seen(release, monkeypatch):
+    monkeypatch.setattr(verification.checks, "parameter_counts", lambda config: {"embedding": 1})
+    check = verification.checks.parameters(resolve.load(release[0]), release[0])
+    assert not check.holds
+
+
+def test_without_transformers_there_is_a_sentence(release, monkeypatch, tmp_path, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert cli.run(["verify", str(release[0]), "--out", str(tmp_path / "v.json")]) == 4
+    assert "pip install 'smolforge[verify]'" in capsys.readouterr().err
+    assert cli.run(["verify", str(release[0]), "--max-length", "0", "--against", "golden"]) == 2
+
+
 # What is published
 
 
@@ -417,11 +506,14 @@ def test_a_run_is_verified_with_its_checkpoints(tmp_path):
     model = tiny_model()
     for step in (1, 2):
         state.save(state.folder_of(tmp_path, step), model, model.tokenizer, {}, {"step": step})
-    assert verification.verify(tmp_path, ["golden"], releases=[]).holds
-    flip_bit(state.folder_of(tmp_path, 2) / "model.safetensors", 40_000)
-    report = verification.verify(tmp_path, ["golden"], releases=[])
+    assert verification.verify(tmp_path, ["transformers"], releases=[]).holds
+    flip_bit(state.folder_of(tmp_path, 1) / "training" / "random.safetensors", 4000)
+    report = verification.verify(tmp_path, ["transformers"], releases=[])
     assert failing(report) == {"checkpoints"}
-    assert "step-00000002 is skipped" in report.checks[0].said
+    assert "step-00000001/training/random.safetensors is damaged" in report.checks[0].said
+    assert report.cause == report.checks[0].said
+    report = verification.verify(state.folder_of(tmp_path, 1), ["transformers"], releases=[])
+    assert failing(report) == {"files"}
 
 
 def test_what_cannot_be_verified(tmp_path, capsys):

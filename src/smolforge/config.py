@@ -48,7 +48,7 @@ class ModelConfig(Settings):
     """Width of one head; by default hidden_size / num_attention_heads."""
     max_position_embeddings: Annotated[int, Field(gt=0, le=2**30)] = 8192
     """Longest sequence the model is meant for, in tokens."""
-    rope_theta: PositiveFloat = 100_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 100_000.0
     """Base of the rotary wavelengths."""
     rms_norm_eps: PositiveFloat = 1e-5
     """Added to the mean square before the root."""
@@ -187,7 +187,7 @@ class Train(Settings):
     batch_tokens: PositiveInt = 1_048_576
     """Tokens per optimizer step, over all ranks."""
     micro_batch_size: Annotated[PositiveInt | None, FREE] = None
-    """Rows in one forward pass; by default all of them. Gradient accumulation follows from it."""
+    """Rows in one forward pass; by default all of them. Gradient accumulation follows from it. Fixed for experts."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
     device: Annotated[str, FREE] = "auto"
@@ -236,7 +236,7 @@ class Generation(Settings):
     """Sample among the likeliest tokens that together hold this much probability."""
     min_p: Annotated[Annotated[float, Field(ge=0, le=1)] | None, FREE] = None
     """Sample among tokens at least this many times as likely as the likeliest."""
-    repetition_penalty: Annotated[PositiveFloat, FREE] = 1.0
+    repetition_penalty: Annotated[Annotated[float, Field(ge=0.01, le=100)], FREE] = 1.0
     """Above 1, tokens already seen become less likely."""
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], FREE] = ()
     """Strings that end the text and are no part of it."""

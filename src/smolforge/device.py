@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResource, SettingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -18,6 +18,8 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the fastest device present. Raises MissingResource for one that is not."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise SettingError(f"device is {name!r}; it should be auto, cpu, cuda or mps")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -32,7 +32,8 @@ class Experts(nn.Module):
     def forward(self, x: Float[Tensor, "b t c"]) -> tuple[Float[Tensor, "b t c"], Balance]:
         """What is added to the residual stream, and the balance loss of this layer."""
         tokens, each = x.flatten(0, 1), self.num_experts_per_tok
-        probabilities = self.gate(tokens).float().softmax(-1)
+        scores = self.gate(tokens)
+        probabilities = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
         weights, chosen = probabilities.topk(each, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)

@@ -12,6 +12,7 @@ attended to is a value: `hidden(ids, positions, memory)` hands every layer's que
 Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c hidden, v vocabulary.
 """
 
+import copy
 import math
 from typing import Any, assert_never
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smolforge.config import ModelConfig
 from smolforge.experts import Balance, Experts
@@ -221,9 +223,28 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 def allocate(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model whose weights are yet to be filled: no time is spent on numbers about to be replaced."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    return model.to(dtype).to_empty(device="cpu")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with Unfilled():
+            return LanguageModel(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def outline(config: ModelConfig) -> LanguageModel:
+    """A model without memory, for its names and shapes."""
+    with torch.device("meta"), Unfilled():
+        return LanguageModel(config)
+
+
+class Unfilled(TorchFunctionMode):
+    """Modules made under this leave their weights as the memory was."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (nn.init.kaiming_uniform_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -256,12 +277,15 @@ def initialize(model: LanguageModel, seed: int) -> None:
 def adapted(model: LanguageModel, config: ModelConfig) -> LanguageModel:
     """The same weights in a model of another context, theta, or a larger vocabulary.
 
-    What is said about the old tokens is unchanged; each new token begins as the mean of the old ones, which
-    bounds how much it can take from them: Hewitt 2021,
-    https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+    What is said about the old tokens is unchanged. Each new token begins as the mean of the old ones, which
+    bounds how much it can take from them: Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+    The weights are shared with the model given unless its vocabulary grows.
     """
-    made = allocate(config, model.head.dtype)
-    old = dict(model.named_parameters())
+    if config.vocab_size == model.config.vocab_size:
+        made = copy.copy(model)  # with the very same modules
+        made.config = config
+        return made
+    made, old = allocate(config, model.head.dtype), dict(model.named_parameters())
     for name, weight in made.named_parameters():
         known = old[name]
         weight[: len(known)] = known

@@ -129,10 +129,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             if line:
-                records.append(json.loads(line))
-        except ValueError:
+                records.append({**json.loads(line)})
+        except (ValueError, TypeError):
             if number < len(lines):
-                raise InvalidFile(f"{path}, line {number} is not JSON") from None
+                raise InvalidFile(f"{path}, line {number} is not a JSON object") from None
     return records
 
 

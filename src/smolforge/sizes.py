@@ -5,10 +5,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-import torch
-
 from smolforge.config import ModelConfig
-from smolforge.model import LanguageModel
+from smolforge.model import outline
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -34,12 +32,12 @@ class Row(NamedTuple):
 
 def table(config: ModelConfig) -> list[Row]:
     """Every tensor of the model in its order, the layers' told once with how often they are there."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    one = outline(config.model_copy(update={"num_hidden_layers": 1}))
     times: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-    for name, weight in model.named_parameters():
+    for name, weight in one.named_parameters():
         short = re.sub(r"^model\.(layers\.\d+)?", lambda found: "layers.N" if found[1] else "", name)
-        times[short.removesuffix(".weight"), component(name), tuple(weight.shape)] += 1
+        count = config.num_hidden_layers if ".layers." in name else 1
+        times[short.removesuffix(".weight"), component(name), tuple(weight.shape)] += count
     return [Row(*key, count) for key, count in times.items()]
 
 

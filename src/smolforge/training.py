@@ -89,8 +89,8 @@ def backward(
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Add the gradient of the mean loss over all labels of the batch, `rows` rows at a time.
 
-    Each micro-batch is weighted by its own number of labels, so the split changes nothing but memory. The
-    balance loss of experts, where a model has them, is of each micro-batch alone and is reported beside the loss.
+    Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
+    memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
     """
     counted = int((batch.labels != IGNORED).sum())
     totals: dict[str, torch.Tensor] = {}

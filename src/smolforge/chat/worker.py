@@ -144,7 +144,7 @@ def limit(memory_bytes: int) -> None:
     """No file, no process and little memory from here on; what is open stays open."""
     try:
         import resource
-    except ImportError:  # Windows has none of these; the time limit holds there too
+    except ImportError:  # not a POSIX system; smolforge's templates run on none of those
         return
     status = Path("/proc/self/statm")
     pages = int(status.read_text().split()[0]) if status.exists() else 0

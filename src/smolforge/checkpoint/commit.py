@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFile, LaterFormat, MissingResource
+from smolforge.errors import InvalidFile, LaterFormat, MissingResource, SettingError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -41,7 +41,7 @@ def write_whole(folder: Path, fill: Callable[[Path], None], facts: dict[str, Any
             _sync(directory)
         temporary.rename(folder)
         _sync(folder.parent)
-    except (InvalidFile, MissingResource, KeyboardInterrupt):
+    except (SettingError, InvalidFile, MissingResource, AssertionError, KeyboardInterrupt):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     except Exception as error:  # safetensors and tokenizers have errors of their own for a failed write
@@ -84,6 +84,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         recorded, version = manifest["sha256"], manifest["format_version"]
+        if not isinstance(version, int) or not isinstance(manifest["files"], dict):
+            raise ValueError("it is no manifest")
     except FileNotFoundError:
         raise InvalidFile(f"{folder} has no {MANIFEST}: it was never finished") from None
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -17,33 +17,24 @@ from smolforge.errors import InvalidFile
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 INERT = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "is_llama_config",
-        "label2id",
-        "max_window_layers",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers.js_config",
-        "transformers_version",
-        "use_cache",
-    }
+    """
+    _attn_implementation_autoset _name_or_path add_cross_attention architectures begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id finetuning_task
+    gradient_checkpointing id2label is_decoder is_llama_config label2id max_window_layers output_attentions
+    output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict
+    sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+
+    bad_words_ids diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()  # noqa: SIM905
 )
-"""Keys that say nothing about what the model computes."""
+"""Keys that say nothing about what the model computes; the second group is of how text is drawn from it."""
+
+LARGEST_JSON = 4 << 20
+"""Bytes; the largest config.json and index there are take a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,8 @@ class Family:
     """Settings implemented at one value only."""
 
 
-_COMMON = {"attention_dropout": 0.0, "rope_scaling": None}
+_COMMON = {"attention_dropout": 0.0}
+_NEVER_WRITTEN = {"is_encoder_decoder": False, "partial_rotary_factor": 1.0}
 _UNLESS_SAID = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,
@@ -69,7 +61,7 @@ FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
         _UNLESS_SAID | {"max_position_embeddings": 2048},
-        _COMMON | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False, "pretraining_tp": 1},
+        _COMMON | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -104,6 +96,11 @@ def read_config(path: Path) -> ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder. Raises InvalidFile where it is missing or none."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise InvalidFile(f"{path} is no regular file")
+        size = path.stat().st_size
+        if size > LARGEST_JSON:
+            raise InvalidFile(f"{path} has {size:,} bytes, more than the {LARGEST_JSON:,} of any real one")
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InvalidFile(f"{path.parent} is not a model folder: it has no {path.name}") from None
@@ -136,12 +133,12 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
                 )
         elif key in ModelConfig.model_fields:
             settings[key] = value
-        elif key not in INERT:
+        elif key not in INERT and value is not None:
             raise InvalidFile(f"{path} has a setting {key!r} that is not known here, so the model might differ")
     if settings["num_key_value_heads"] is None:  # every head has its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     try:
-        return ModelConfig.model_validate(settings)
+        return ModelConfig.model_validate(settings, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -153,21 +150,24 @@ def _known() -> str:
 
 
 def _take_rope_theta(content: dict[str, Any], path: str) -> None:
-    rope = content.pop("rope_parameters", None)
-    if rope is None:
-        return
-    plain = isinstance(rope, dict) and not rope.keys() - {"rope_type", "rope_theta"}
-    if not plain or rope.get("rope_type", "default") != "default":
-        raise InvalidFile(f"{path}: rope_parameters {rope} is a kind of rotary scaling that is not implemented")
-    content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    """Both places that may ask for another rotation, of which the plain one is taken."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = content.pop(key, None)
+        if rope is None:
+            continue
+        known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        plain = isinstance(rope, dict) and all(rope[name] == known.get(name) for name in rope if name != "rope_theta")
+        if not plain:
+            raise InvalidFile(f"{path}: {key} {rope} is a kind of rotary scaling that is not implemented")
+        content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
 def _check_attention_kinds(content: dict[str, Any], path: str) -> None:
     """Qwen3 names the attention of every layer, and a window that counts only where it is switched on."""
     kinds = content.pop("layer_types", None)
-    if kinds is not None and set(kinds) != {"full_attention"}:
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise InvalidFile(f"{path}: layer_types has other than full_attention, which is all that is implemented")
-    if content.get("use_sliding_window") is False:
+    if content.get("model_type") == "qwen3" and not content.get("use_sliding_window", False):
         content.pop("sliding_window", None)
 
 

@@ -127,7 +127,8 @@ def _download(model_id: str, listing: download.Listing, wanted: Sequence[str] | 
         download.announce(model_id, listing, missing)
     for name in missing:
         download.bring(model_id, listing, name)
-    download.remember(listing, split_id(model_id)[1])
+    if wanted is None:  # a part of it is nothing to go on without a network
+        download.remember(listing, split_id(model_id)[1])
     return folder
 
 

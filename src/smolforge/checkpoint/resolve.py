@@ -1,6 +1,7 @@
 """MODEL, the same everywhere: a model folder, a run or one of its steps, a preset, or org/name on the Hub."""
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -27,17 +28,18 @@ def load(
     dtype = torch_dtype(dtype)
     if not Path(model).exists() and str(model) in presets.names():
         if not random:
-            published = presets.hub_id(str(model))
-            instead = f"its published weights are {published}" if published else "train it first"
-            raise SettingError(
-                f"{model} is a shape with random weights and has nothing to say; {instead} (--random insists)"
-            )
+            raise SettingError(f"{_about_preset(str(model))} (--random insists)")
         loaded = build(ModelConfig.model_validate(presets.shape(str(model))), dtype=dtype)
         return loaded.to(device).eval()
     folder = find(model)
     loaded = weights.load(folder, dtype)
     if (folder / "tokenizer.json").is_file():
         loaded.tokenizer = Tokenizer.load(folder)
+        if loaded.tokenizer.largest_id >= loaded.config.vocab_size:
+            raise InvalidFile(
+                f"the tokenizer of {folder} has ids up to {loaded.tokenizer.largest_id:,}, the model only "
+                f"{loaded.config.vocab_size:,} of them; they do not belong together"
+            )
     return loaded.to(device).eval()
 
 
@@ -64,6 +66,10 @@ def find(model: str | Path) -> Path:
         raise InvalidFile(f"{path} is not a model folder")
     if _on_hub(model):
         return hub.fetch(str(model))
+    if path.is_symlink():
+        raise InvalidFile(f"{path} is a link to nothing")
+    if str(model) in presets.names():
+        raise SettingError(_about_preset(str(model)))
     raise SettingError(
         f"there is no model {str(model)!r}: it is no local folder, run or preset ({', '.join(presets.names())}), "
         f"and a model on the Hub is named org/name or org/name@revision.{did_you_mean(str(model), presets.names())}"
@@ -78,6 +84,13 @@ def read_config(model: str | Path) -> ModelConfig:
     return weights.read_config(folder / weights.CONFIG)
 
 
+def pinned(model: str) -> str:
+    """The name of a MODEL that means the same for ever: of one on the Hub, with the commit it has now."""
+    if not _on_hub(model):
+        return model
+    return f"{hub.split_id(model)[0]}@{hub.fetch(model, [weights.CONFIG]).name}"
+
+
 def tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a folder, a tokenizer.json, a run or a model on the Hub. Raises InvalidFile for none."""
     if _on_hub(name):
@@ -85,8 +98,14 @@ def tokenizer(name: str | Path) -> Tokenizer:
     return Tokenizer.load(find(name) if (Path(name) / "checkpoints").is_dir() else name)
 
 
+def _about_preset(name: str) -> str:
+    published = presets.hub_id(name)
+    instead = f"its published weights are {published}" if published else "train it first"
+    return f"{name} is a shape with random weights and has nothing to say; {instead}"
+
+
 def _on_hub(model: str | Path) -> bool:
-    return not Path(model).exists() and str(model) not in presets.names() and hub.is_id(str(model))
+    return not os.path.lexists(model) and str(model) not in presets.names() and hub.is_id(str(model))
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:

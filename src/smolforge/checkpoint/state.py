@@ -8,6 +8,7 @@ state.json              step, tokens, corpus, validation loss
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,7 +36,7 @@ def folder_of(run: Path, step: int) -> Path:
 def all_of(run: Path) -> list[Path]:
     """Checkpoints of a run, oldest first, sound or not."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if path.name[5:].isdigit()), key=step_of)
+    return sorted((path for path in found if re.fullmatch(r"step-[0-9]{1,18}", path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -70,6 +71,7 @@ def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[st
     """
     facts = read_facts(folder)
     with weights.Tensors(folder) as tensors:
+        weights.check_names(tensors, model.config)
         weights.fill(model, tensors)
     set_random_tensors(load_file(folder / TRAINING / RANDOM))
     return load_file(folder / TRAINING / OPTIMIZER), facts

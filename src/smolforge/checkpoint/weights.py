@@ -20,12 +20,13 @@ from torch import Tensor
 from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile
-from smolforge.model import LanguageModel, allocate
+from smolforge.model import LanguageModel, allocate, outline
 from smolforge.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Shape = tuple[int, ...]
 
 
@@ -52,13 +53,29 @@ class Tensors:
     def __enter__(self) -> "Tensors":
         for path in files(self.folder):
             try:
+                path.open("rb").close()  # safetensors says of every file it may not read that there is none
                 file = self.stack.enter_context(safe_open(path, "pt"))
-                self.open |= dict.fromkeys(file.keys(), file)
+                names = list(file.keys())
             except (SafetensorError, OSError) as error:
                 self.stack.close()
                 raise InvalidFile(f"{path} cannot be read: {error}") from None
+            repeated = self.open.keys() & set(names)
+            if repeated:
+                self.stack.close()
+                raise InvalidFile(f"{path} holds {min(repeated)}, which another file of {self.folder} holds too")
+            self.open |= dict.fromkeys(names, file)
             self.source = path
+            self._hold_to_index(path, names)
         return self
+
+    def _hold_to_index(self, path: Path, names: list[str]) -> None:
+        """Where an index says which file holds what, that is what it must hold."""
+        if path.name == WEIGHTS:
+            return
+        listed = {name for name, file in read_index(self.folder / INDEX).items() if file == path.name}
+        if listed != set(names):
+            self.stack.close()
+            raise InvalidFile(f"{path} does not hold what {INDEX} says, such as {min(listed ^ set(names))}")
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
@@ -69,9 +86,13 @@ class Tensors:
 
     def __getitem__(self, name: str) -> Tensor:
         try:
-            return self.open[name].get_tensor(name)
+            found = self.open[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InvalidFile(f"{self.source} cannot be read: {error}") from None
+        if found.dtype not in DTYPES:
+            kind = str(found.dtype).removeprefix("torch.")
+            raise InvalidFile(f"{self.source}: {name} holds {kind}; quantised weights are not read here")
+        return found
 
 
 def files(folder: Path) -> list[Path]:
@@ -88,22 +109,28 @@ def files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index names. Raises InvalidFile for a name that is no safetensors file beside it."""
+    """The files that an index names."""
+    return sorted(set(read_index(index).values()))
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor to file, as an index has it. Raises InvalidFile for a file that is no safetensors file beside it."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise InvalidFile(f"{index} has no weight_map of tensor names to files")
     for name in listed.values():
-        plain = isinstance(name, str) and not re.search(r"[/\\]|\.\.", name) and name.endswith(".safetensors")
+        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) and ".." not in name
         if not plain:
             raise InvalidFile(f"{index} names {name!r}, which is no .safetensors file beside it; it is not followed")
-    return sorted(set(listed.values()))
+    return listed
 
 
 def check_names(tensors: Tensors, config: ModelConfig) -> None:
     """Hold the tensors of the files to those of the model, before anything is allocated."""
     found, where = tensors.shapes(), tensors.source
-    if config.num_hidden_layers > len(found):
-        raise InvalidFile(f"{where} has {len(found)} tensors, too few for {config.num_hidden_layers} layers")
+    count = tensor_count(config)
+    if count > 2 * len(found) + 64:  # before so many names are made
+        raise InvalidFile(f"{where} has {len(found):,} tensors where config.json makes it {count:,}")
     wanted = dict(wanted_shapes(config))
     optional = {HEAD} if config.tie_word_embeddings else set()
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - optional)
@@ -121,13 +148,20 @@ def check_names(tensors: Tensors, config: ModelConfig) -> None:
         )
 
 
+def tensor_count(config: ModelConfig) -> int:
+    """How many tensors the files of a model hold, without naming them."""
+    count = 0
+    for name, _ in outline(config.model_copy(update={"num_hidden_layers": 1})).named_parameters():
+        one = config.num_local_experts if ".experts." in name else 1
+        count += one * (config.num_hidden_layers if ".layers." in name else 1)
+    return count
+
+
 def wanted_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """(name on disk, shape) of every tensor of a model."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
-    for name, weight in model.named_parameters():
-        disk = names_on_disk(name, config)
-        yield from ((each, tuple(weight.shape[weight.ndim - 2 :] if len(disk) > 1 else weight.shape)) for each in disk)
+    for name, weight in outline(config).named_parameters():
+        stacked = weight.ndim == 3
+        yield from ((each, tuple(weight.shape[stacked:])) for each in names_on_disk(name, config))
 
 
 @torch.no_grad()
@@ -135,8 +169,13 @@ def fill(model: LanguageModel, tensors: Tensors) -> None:
     """Copy the files' values into the model's parameters, whatever the dtypes."""
     for name, weight in model.named_parameters():
         disk = names_on_disk(name, model.config)
-        for place, each in zip(weight if len(disk) > 1 else [weight], disk, strict=True):
+        for place, each in zip(parts(weight), disk, strict=True):
             place.copy_(tensors[each])
+
+
+def parts(weight: Tensor) -> list[Tensor]:
+    """A parameter as the tensors it is on disk: the experts' stacked matrices one by one, any other whole."""
+    return list(weight) if weight.ndim == 3 else [weight]
 
 
 def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -144,7 +183,7 @@ def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict
     found = {}
     for name, weight in model.named_parameters():
         disk = names_on_disk(name, model.config)
-        for place, each in zip(weight if len(disk) > 1 else [weight], disk, strict=True):
+        for place, each in zip(parts(weight), disk, strict=True):
             found[each] = place.detach().to(dtype or place.dtype).cpu().contiguous()
     return found
 

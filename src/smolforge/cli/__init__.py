@@ -4,9 +4,13 @@ Nothing heavy is imported before a command is known, so `--help` answers at once
 cause ends as one line and an exit code; `--debug` shows where it came from.
 """
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +18,7 @@ from smolforge import __version__
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
+LONGEST_LINE = 1200
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",
@@ -27,12 +32,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and leave with its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
-    with _telling():
+    with _telling(), _terminated_as_interrupted():
         return _run(argv)
 
 
@@ -63,6 +71,8 @@ def _run(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _say(SettingError("that name is longer than any file's"), USAGE, debug)
         known = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return _say(OSError(known), MissingResource.exit_code, debug)
     except Exception as error:
@@ -72,6 +82,23 @@ def _run(argv: Sequence[str]) -> int:
         unknown = f"this should not have happened: {type(error).__name__}: {error} (--debug shows where)"
         return _say(RuntimeError(unknown), UNEXPECTED, debug)
     return code or 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends what is under way as Ctrl-C does, so that nothing half-written is left. (train has its own way.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -90,6 +117,7 @@ def _telling() -> Iterator[None]:
     level = downloads.level
     log.addHandler(handler)
     downloads.setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it has to say comes as our sentence
     try:
         yield
     finally:
@@ -102,5 +130,11 @@ def _say(error: BaseException, code: int, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"smolforge: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"smolforge: {one_line(str(error))}", file=sys.stderr)
     return code
+
+
+def one_line(text: str) -> str:
+    """What a terminal may be shown of a text that may come from a file: one line, no control characters, an end."""
+    plain = "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
+    return plain if len(plain) <= LONGEST_LINE else f"{plain[:LONGEST_LINE]} ..."

@@ -56,7 +56,7 @@ def export(
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]B|)", size.upper())
-    if found is None or float(found[1]) <= 0:
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?)([KMG]B|)", size.upper())
+    if found is None or float(found[1]) * _UNITS[found[2]] < 1:
         raise SettingError(f"max-shard-size is {size!r}; it should be a size such as 500MB or 2GB")
     return int(float(found[1]) * _UNITS[found[2]])

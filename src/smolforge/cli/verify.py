@@ -19,7 +19,7 @@ def verify(
 ) -> int:
     """Prove that a model is what it says: counts, logits and text against Transformers, published references.
 
-    Exits with 1, and the likeliest cause, when something does not hold.
+    Exits with 1, and the likeliest cause, when something does not hold, a model that cannot be read included.
 
     Parameters
     ----------
@@ -35,12 +35,13 @@ def verify(
     json_
         Print the report as one JSON object instead of lines.
     """
+    from smolforge.cli import one_line
     from smolforge.verification import ORACLES, verify
     from smolforge.verification.report import Check
 
     def line(check: Check) -> None:
         if not json_:
-            print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{check.said}", flush=True)
+            print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{one_line(check.said)}", flush=True)
 
     report = verify(model, tuple(against or ORACLES), max_length, tell=line)
     content = report.as_json()
@@ -53,5 +54,5 @@ def verify(
     elif report.holds:
         print(f"all holds; {out} has the figures")
     else:
-        print(f"something does not hold; the likeliest cause: {report.cause}; {out} has the figures")
+        print(f"something does not hold; the likeliest cause: {one_line(report.cause or '')}")
     return 0 if report.holds else 1

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 
 from smolforge.checkpoint import commit, families, resolve, weights
+from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
 from smolforge.verification import checks, prompts, rows
-from smolforge.verification.oracle import Oracle, difference
+from smolforge.verification.oracle import Oracle, difference, require
 
 CHECKED_TOKENS = 512
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+CARRIED = (*SPECIAL, *Generation.model_fields, "do_sample")
+"""What is said again of a source's generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,10 @@ def to_transformers(
     SettingError where `out` has something in it, InvalidFile where the check does not hold, MissingResource
     where Transformers is not installed or the disk is full.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"{out} is there already; name a new folder, or delete it first")
+    require()
     source = resolve.find(model)
     loaded = resolve.load(source)
     target = resolve.torch_dtype(dtype) if dtype else stored_dtype(source)
@@ -48,10 +53,8 @@ def to_transformers(
 
     def fill(folder: Path) -> None:
         weights.save(loaded, folder, loaded.tokenizer, target, max_shard_bytes, **_settings(source))
-        checked.append(_check(loaded, folder))
+        checked.append(_check(loaded, folder, target))
 
-    if out.is_dir():
-        out.rmdir()
     commit.write_whole(out, fill)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     return Exported(files, str(target).removeprefix("torch."), *checked[0])
@@ -68,16 +71,23 @@ def _settings(source: Path) -> dict[str, dict[str, Any]]:
     config = families.read_json(source / weights.CONFIG)
     path = source / weights.GENERATION
     generation = families.read_json(path) if path.is_file() else {}
-    dropped = ("_from_model_config", "transformers_version")
     return {
         "special": {name: config[name] for name in SPECIAL if name in config},
-        "generation": {name: value for name, value in generation.items() if name not in dropped},
+        "generation": {name: value for name, value in generation.items() if name in CARRIED},
     }
 
 
-def _check(before: LanguageModel, folder: Path) -> tuple[float, float, bool]:
-    """Compare Transformers on the new folder with this code on it, and this code before and after."""
+def _check(before: LanguageModel, folder: Path, dtype: torch.dtype) -> tuple[float, float, bool]:
+    """Compare the weights before and after, and Transformers on the new folder with this code on it."""
     after = resolve.load(folder)
+    written = dict(after.named_parameters())
+    for name, weight in before.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InvalidFile(f"{name} holds NaN or infinity; this model is nothing to hand on")
+        wanted = weight.to(dtype)
+        if not bool(wanted.isfinite().all()):
+            raise InvalidFile(f"{name} has values that {dtype} cannot hold; --dtype bfloat16 or float32 can")
+        assert torch.equal(wanted.float(), written[name]), f"{name} was not written as it is"
     oracle = Oracle(folder, torch.float32)
     row = rows(after, min(CHECKED_TOKENS, after.config.max_position_embeddings))[-1]
     found = difference(after, oracle, row)

@@ -15,9 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smolforge.config import Generation
+from smolforge.errors import InvalidFile
 
 Logits = Float[Tensor, " v"]
 EXCLUDED = float("-inf")
+COLD = 1e-5
+"""Below this temperature the likeliest token has all the probability that fp32 can express."""
 
 
 @runtime_checkable
@@ -90,6 +93,8 @@ class Sampling:
 
     def __call__(self, logits: Logits, seen: Sequence[int], generator: torch.Generator) -> int:
         scores = logits.float()
+        if not bool(scores.isfinite().all()):
+            raise InvalidFile("the model gives logits that are no numbers; its weights are damaged")
         history = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
         for sampler in self.samplers:
             scores = sampler(scores, history)
@@ -103,7 +108,7 @@ def sampling(options: Generation) -> Sampling:
     chain: list[Sampler] = []
     if options.repetition_penalty != 1:
         chain.append(RepetitionPenalty(options.repetition_penalty))
-    if options.temperature == 0:
+    if options.temperature < COLD:
         return Sampling(tuple(chain), greedy=True)
     if options.temperature != 1:
         chain.append(Temperature(options.temperature))

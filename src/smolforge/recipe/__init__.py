@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.errors import SettingError
-from smolforge.recipe.read import read_recipe
+from smolforge.recipe.read import model_settings, read_recipe
 from smolforge.recipe.run import Observer, Run, run_settled
 from smolforge.recipe.settle import resumed, settle
 from smolforge.runs import RECIPE
@@ -48,5 +48,5 @@ def resume_or_start(
             raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
         settled = resumed(read_recipe(stored), read_recipe(recipe), overrides)
     else:
-        settled = settle(read_recipe(recipe, overrides), overrides.keys())
+        settled = settle(read_recipe(recipe, overrides), overrides.keys(), model_settings(recipe))
     return run_settled(settled, Path(run), observer)

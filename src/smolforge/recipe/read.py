@@ -14,7 +14,7 @@ import tomli_w
 import yaml
 
 from smolforge import presets
-from smolforge.config import Recipe
+from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.settings import place, validated
 
@@ -31,6 +31,12 @@ def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     for dotted, value in (overrides or {}).items():
         place(tree, dotted, value)
     return to_recipe(tree, f"{path}: " if not overrides else "")
+
+
+def model_settings(source: str | Path) -> set[str]:
+    """Dotted names of the model's settings that a recipe file says itself, rather than by a preset's name."""
+    model = _load(find(source)).get("model", {})
+    return {f"model.{name}" for name in model if name in ModelConfig.model_fields} if isinstance(model, dict) else set()
 
 
 def to_recipe(tree: dict[str, Any], where: str = "") -> Recipe:

@@ -121,21 +121,22 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
     if not begun:  # what a try that never came to its first step left, perhaps of other text
         shutil.rmtree(folder / "corpus", ignore_errors=True)
     sources = recipe.data.sources
+    named = {} if begun else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
+    if recipe.special_tokens and not named and not begun:
+        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
     for source in sources:
         if (Path(source) / "corpus.json").is_file():
             if len(sources) > 1:
                 raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
             prepared = corpus.Corpus.open(Path(source))
-            check_same_tokenizer(prepared, recipe)
+            check_same_tokenizer(prepared, named)
             check_vocabulary(len(prepared.tokenizer()), recipe)
             return prepared
-    tokenizer = next(iter(named_tokenizers(recipe).values()), None)
+    tokenizer = next(iter(named.values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    elif recipe.special_tokens:
-        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
     made = corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
-    check_same_tokenizer(made, recipe)
+    check_same_tokenizer(made, named)
     return made
 
 
@@ -150,9 +151,9 @@ def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
     return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
 
 
-def check_same_tokenizer(text: corpus.Corpus, recipe: Recipe) -> None:
+def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> None:
     """All must number the words alike, or a model would learn from words that are not there."""
-    for flag, tokenizer in named_tokenizers(recipe).items():
+    for flag, tokenizer in named.items():
         if tokenizer.fingerprint != text.facts["tokenizer"]:
             raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
 

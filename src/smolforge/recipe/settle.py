@@ -1,5 +1,6 @@
 """What a run's settings are: decided at its first start, held to ever after."""
 
+import logging
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -10,19 +11,22 @@ from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import FREE, fields, leaves, place, replaced
 
+log = logging.getLogger("smolforge")
 NOT_AGAIN = ("budget", "init_from")
 """What only the first start applies."""
 ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
 
-def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
+def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset()) -> Recipe:
     """Decide what a first start leaves open: the shape to start from, the budget's run, the schedule's horizon.
 
-    `explicit` names what was given by hand, which counts before what a budget derives.
+    `explicit` names what was given by hand, which counts before what a budget derives; `written` the settings
+    of the model that stand in the recipe's file.
     """
     if recipe.init_from is not None:
-        recipe = replaced(recipe, {"model": shape_to_start_from(recipe, explicit).model_dump()})
+        shape = shape_to_start_from(recipe, explicit, written)
+        recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": resolve.pinned(recipe.init_from)})
     if recipe.budget is not None:
         given = leaves(recipe)
         kept = {name: given[name] for name in BUDGETED if name in explicit}
@@ -32,15 +36,21 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     return with_schedule_over(recipe, recipe.train.steps)
 
 
-def shape_to_start_from(recipe: Recipe, explicit: Set[str]) -> ModelConfig:
-    """The shape of --init-from, with what was given by hand and needs no other weights.
+def shape_to_start_from(recipe: Recipe, explicit: Set[str], written: Set[str]) -> ModelConfig:
+    """The shape of --init-from, with what the recipe changes in it and needs no other weights.
 
-    Special tokens that the recipe adds make its vocabulary as large as they need.
+    Special tokens that the recipe adds make its vocabulary as large as they need. What its file says of another
+    shape is passed over with a warning; given by hand, it is refused.
     """
     assert recipe.init_from is not None
     given = recipe.model
     shape = resolve.read_config(recipe.init_from)
-    changes = {name: given.__dict__[name] for name in ADAPTABLE if f"model.{name}" in explicit}
+    changes = {name: given.__dict__[name] for name in ADAPTABLE if f"model.{name}" in explicit | written}
+    for name in sorted(written - explicit):
+        there, here = shape.__dict__[name.removeprefix("model.")], given.__dict__[name.removeprefix("model.")]
+        if there != here:
+            used = here if name.removeprefix("model.") in changes else there
+            log.warning("%s is %r in the recipe and %r in --init-from; %r is used", name, here, there, used)
     if recipe.special_tokens:
         tokenizer = resolve.tokenizer(recipe.tokenizer or recipe.init_from)
         changes["vocab_size"] = max(shape.vocab_size, len(tokenizer.with_special_tokens(recipe.special_tokens)))
@@ -72,8 +82,10 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     now = with_schedule_over(to_recipe(tree), horizon)
     before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
     fixed = []
+    balanced = stored.model.model_type == "mixtral" and stored.model.router_aux_loss_coef > 0
     for name, field in fields(Recipe):
-        if FREE in field.metadata:
+        # The balance of experts is taken over a micro-batch, so there its size is part of the training.
+        if FREE in field.metadata and not (balanced and name == "train.micro_batch_size"):
             continue
         derived = (stored.budget is not None and name in BUDGETED) or (
             stored.init_from is not None and name.startswith("model.")

@@ -18,7 +18,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from smolforge.chat import ChatTemplate
 from smolforge.chat.special import SpecialTokens
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.tokenizer.files import FILES, NAMED_TOKENS, check_size, checked, described, read_settings, read_text
+from smolforge.tokenizer.files import (
+    FILES,
+    NAMED_TOKENS,
+    check_growth,
+    check_size,
+    checked,
+    described,
+    read_settings,
+    read_text,
+)
 
 __all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "IncrementalDecoder", "Tokenizer", "split_at_lines"]
 
@@ -47,8 +56,9 @@ class Tokenizer:
         self.eos_id: int = eos_id
         self.special = SpecialTokens(backend.get_added_tokens_decoder())
         pipeline = json.loads(backend.to_str())
+        check_growth(pipeline["normalizer"])
         pattern = json.dumps(pipeline["pre_tokenizer"])
-        self._bytes_have_symbols = '"ByteLevel"' in pattern
+        self._bytes_have_symbols = '"ByteLevel"' in pattern and pipeline["model"]["type"] == "BPE"
         self._marks_beginning = '"prepend_scheme": "first"' in pattern
         self.byte_level = pipeline["normalizer"] is None and self._bytes_have_symbols and '"Split"' not in pattern
         self.template = self._chat_template()
@@ -69,7 +79,7 @@ class Tokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InvalidFile(f"{file} is not a tokenizer: {str(error)[:200]}") from None
-        settings = read_settings(file.with_name("tokenizer_config.json"))
+        settings = read_settings(file.parent)
         template = file.with_name("chat_template.jinja")
         if template.is_file():
             settings = {**settings, "chat_template": read_text(template)}
@@ -116,6 +126,11 @@ class Tokenizer:
         """Number of ids, special ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """What a model's vocabulary must reach beyond."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values())
+
     @property
     def bos_id(self) -> int | None:
         """The id a text may begin with. Nothing is added by `encode`."""
@@ -148,7 +163,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, using all cores."""
         parts = [list(split_at_lines(text)) if self.byte_level else [text] for text in texts]
-        flat = iter(self.backend.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False))
+        whole = [part for text in parts for part in text]
+        try:
+            flat = iter(self.backend.encode_batch_fast(whole, add_special_tokens=False))
+        except Exception as error:  # the library raises bare Exception
+            raise InvalidFile(f"this tokenizer cannot encode the text: {' '.join(str(error).split())}") from None
         return [[token for _ in text for token in next(flat).ids] for text in parts]
 
     def encode_with_special_tokens(self, text: str) -> list[int]:

@@ -10,12 +10,19 @@ from smolforge.errors import InvalidFile
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-LARGEST_FILES = {"tokenizer.json": 256 << 20, "tokenizer_config.json": 16 << 20, "chat_template.jinja": 1 << 20}
+MOST_GROWTH = 64
+LARGEST_FILES = {"tokenizer.json": 64 << 20, "tokenizer_config.json": 4 << 20, "chat_template.jinja": 1 << 20}
 """In bytes. The largest vocabularies there are take 35 MB."""
 
 
-def read_settings(file: Path) -> dict[str, Any]:
-    """The content of a tokenizer_config.json; none where there is no file."""
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, and special_tokens_map.json of tokens that are not named there."""
+    settings, named = (_read_object(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    return {key: named[key] for key in NAMED_TOKENS if key in named} | settings
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -62,6 +69,17 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(added, dict | None):
         raise InvalidFile("the added_tokens_decoder of the tokenizer_config.json should be a JSON object")
     return settings
+
+
+def check_growth(normalizer: Any) -> None:
+    """Refuse a normalizer whose replacements, one after the other, could make a text many times longer."""
+    growth, steps = 1, [normalizer]
+    for step in steps:
+        if isinstance(step, dict):
+            steps += step.get("normalizers", [])
+            growth *= max(1, len(str(step.get("content", ""))))
+    if growth > MOST_GROWTH:
+        raise InvalidFile(f"the normalizer of the tokenizer may make a text {growth:,} times longer; none needs that")
 
 
 def described(token: tokenizers.AddedToken) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from pydoc_data.topics import topics
 
 import torch
 
-from smolforge.checkpoint import resolve, state, weights
+from smolforge.checkpoint import commit, resolve, state, weights
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
 from smolforge.verification import causes, checks
-from smolforge.verification.oracle import Oracle
+from smolforge.verification.oracle import Oracle, require
 from smolforge.verification.releases import Release, identify, published, sha256
 from smolforge.verification.report import Check, Report
 
@@ -41,6 +41,10 @@ def verify(
     unknown = [name for name in against if name not in ORACLES]
     if unknown:
         raise SettingError(f"against is {unknown[0]!r}; it should be {' or '.join(ORACLES)}")
+    if max_length is not None and max_length < 1:
+        raise SettingError(f"max_length is {max_length}; it should be at least 1")
+    if "transformers" in against:
+        require()
     report = Report(str(model))
 
     def done(check: Check) -> Check:
@@ -49,31 +53,50 @@ def verify(
         return check
 
     try:
-        if (Path(model) / "checkpoints").is_dir():
-            done(checkpoints(Path(model)))
-        folder = resolve.find(model)
-        loaded = resolve.load(folder)
+        report.cause = _verify(report, model, against, max_length, published() if releases is None else releases, done)
     except InvalidFile as error:
-        done(Check("files", False, str(error)))
-        report.cause = f"the files: {error}"
-        return report
-    hashes = {path.name: sha256(path) for path in weights.files(folder)}
-    done(checks.parameters(loaded, folder))
-    if "transformers" in against:
-        report.cause = against_transformers(loaded, folder, max_length or loaded.config.max_position_embeddings, done)
-    release = identify(str(model), folder, hashes, published() if releases is None else releases)
-    if release is not None and "golden" in against:
-        report.release = release.id
-        report.cause = against_release(loaded, folder, release, hashes, done) or report.cause
-    done(checks.tied(loaded))
+        report.cause = done(Check("files", False, str(error))).said
+    if not report.holds and report.cause is None:
+        report.cause = next(check.said for check in report.checks if not check.holds)
     return report
 
 
-def against_transformers(
-    model: LanguageModel, folder: Path, longest: int, done: Callable[[Check], Check]
+def _verify(
+    report: Report,
+    model: str | Path,
+    against: Sequence[str],
+    max_length: int | None,
+    releases: Sequence[Release],
+    done: Callable[[Check], Check],
 ) -> str | None:
+    """Go through the checks; returns the likeliest cause where one does not hold and has a name."""
+    if (Path(model) / "checkpoints").is_dir():
+        done(checkpoints(Path(model)))
+    folder = resolve.find(model)
+    if (folder / commit.MANIFEST).is_file():
+        commit.check(folder)
+    loaded = resolve.load(folder)
+    hashes = {path.name: sha256(path) for path in weights.files(folder)}
+    done(checks.parameters(loaded, folder))
+    if not done(checks.finite(loaded)).holds:
+        return None
+    cause = None
+    if "transformers" in against:
+        limit = loaded.config.max_position_embeddings
+        cause = against_transformers(loaded, folder, min(max_length or limit, limit), done)
+    if "golden" in against:
+        release = identify(str(model), folder, hashes, releases)
+        if release is not None:
+            report.release = release.id
+            cause = against_release(loaded, folder, release, hashes, done) or cause
+        elif "transformers" not in against:
+            done(Check("golden", False, "no published reference is known for it; --against transformers compares"))
+    done(checks.tied(loaded))
+    return cause
+
+
+def against_transformers(model: LanguageModel, folder: Path, limit: int, done: Callable[[Check], Check]) -> str | None:
     """Logits, greedy text and cache; returns the likeliest cause where one does not hold."""
-    limit = min(longest, model.config.max_position_embeddings)
     text = rows(model, limit)
     short = [row for row in text if len(row) <= SHORT]
     oracle = Oracle(folder, torch.float32)
@@ -95,30 +118,28 @@ def against_transformers(
 
 
 def against_release(
-    model: LanguageModel,
-    folder: Path,
-    release: Release,
-    hashes: dict[str, str],
-    done: Callable[[Check], Check],
+    model: LanguageModel, folder: Path, release: Release, hashes: dict[str, str], done: Callable[[Check], Check]
 ) -> str | None:
-    """Identity and golden texts; returns the likeliest cause where they do not hold."""
-    same, cause = checks.identity(folder, model.config, release, hashes)
-    done(same)
+    """Golden texts and identity; returns the likeliest cause where they do not hold."""
     certain = [entry for entry in release.golden if entry.confidence == "high"]
-    if not certain or done(checks.golden(model, release)).holds:
-        return cause
-    if cause and "sha256" not in cause:
+    said_right = bool(certain) and done(checks.golden(model, release)).holds
+    same, cause = checks.identity(folder, model.config, release, hashes, said_right)
+    done(same)
+    if cause is not None or said_right or not certain:
         return cause
     return causes.of_files(model.state_dict(), model.config, certain)
 
 
 def checkpoints(run: Path) -> Check:
-    """Which checkpoints of a run are as their manifests say."""
-    reasons: list[str] = []
-    newest = state.newest_sound(run, reasons.append)
-    found = state.all_of(run)
-    said = f"{len(found) - len(reasons)} sound" if not reasons else "; ".join(reasons)
-    return Check("checkpoints", newest is not None and not reasons, f"{len(found)} there, {said}")
+    """Which checkpoints of a run are as their manifests say, file by file."""
+    found, damaged = state.all_of(run), []
+    for folder in found:
+        try:
+            commit.check(folder)
+        except InvalidFile as error:
+            damaged.append(str(error))
+    said = f"{len(found)} there, " + ("; ".join(damaged) if damaged else "all sound")
+    return Check("checkpoints", bool(found) and not damaged, said)
 
 
 def rows(model: LanguageModel, limit: int) -> list[list[int]]:
@@ -132,8 +153,8 @@ def rows(model: LanguageModel, limit: int) -> list[list[int]]:
 
 
 def text_ids(model: LanguageModel, count: int) -> list[int]:
-    """The documentation of Python's own language as ids; any ids, where the model has no tokenizer that fits."""
-    if model.tokenizer is not None and len(model.tokenizer) <= model.config.vocab_size:
+    """The documentation of Python's own language as ids; any ids, where the model has no tokenizer."""
+    if model.tokenizer is not None:
         text = "\n\n".join(topics.values())
         return model.tokenizer.encode(text[: count * 16])[:count]
     generator = torch.Generator().manual_seed(1)
@@ -142,7 +163,7 @@ def text_ids(model: LanguageModel, count: int) -> list[int]:
 
 def prompts(model: LanguageModel) -> list[list[int]]:
     """A few beginnings of text."""
-    if model.tokenizer is not None and len(model.tokenizer) <= model.config.vocab_size:
+    if model.tokenizer is not None:
         found = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
     else:
         found = [text_ids(model, 24)[start : start + 8] for start in (0, 8, 16)]

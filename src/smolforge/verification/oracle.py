@@ -3,8 +3,8 @@
 Axes: t tokens, c hidden, v vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from smolforge.errors import MissingResource
+from smolforge.errors import InvalidFile, MissingResource
 from smolforge.model import LanguageModel
 
 CHUNK = 512
@@ -34,36 +34,40 @@ class Difference:
     top1_agreement: float
     unexplained: int
     """Tokens where the likeliest differ though the top two of theirs are apart by more than twice the difference."""
+    finite: bool
+    """Whether every logit of both is a number; the figures are of the tokens before the first that is not."""
 
     @property
     def allowed(self) -> float:
-        """Bound of the difference in fp32: 1e-4, and more only where logits are large."""
-        return 1e-4 * max(1.0, self.max_abs_logit / 4)
+        return tolerance(self.max_abs_logit)
 
     @property
     def holds(self) -> bool:
-        return self.max_abs_diff <= self.allowed and not self.unexplained
+        return self.finite and self.max_abs_diff <= self.allowed and not self.unexplained
+
+
+def tolerance(max_abs_logit: float) -> float:
+    """How far fp32 logits may be apart: 1e-4, and more only where logits are large."""
+    return 1e-4 * max(1.0, max_abs_logit / 4)
 
 
 class Oracle:
     """Transformers' model of a folder. Raises MissingResource where Transformers is not installed."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        try:
-            import transformers
-        except ImportError:
-            raise MissingResource(
-                "verify compares with Transformers, which is not installed; pip install 'smolforge[verify]', "
-                "or --against golden for the published references alone"
-            ) from None
+        transformers = require()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-        ).eval()
+        with refusals():
+            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+            ).eval()
+        # What a file says of sampling is no part of what the model computes.
+        self.model.generation_config = transformers.GenerationConfig()
 
     def hidden(self, ids: Sequence[int]) -> Float[Tensor, "t c"]:
-        return self.model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0]
+        with refusals():
+            return self.model.model(torch.tensor([list(ids)]), use_cache=False, return_dict=True).last_hidden_state[0]
 
     def logits(self, hidden: Float[Tensor, "t c"]) -> Float[Tensor, "t v"]:
         return self.model.lm_head(hidden)
@@ -71,17 +75,39 @@ class Oracle:
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The likeliest continuation, end-of-text tokens taken like any other."""
         ids = torch.tensor([list(prompt)])
-        out = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            repetition_penalty=1.0,
-        )
+        with refusals():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
         return out[0, len(prompt) :].tolist()
+
+
+def require() -> Any:
+    """Transformers, or MissingResource with the way to it."""
+    try:
+        import transformers
+        from transformers import AutoModelForCausalLM  # noqa: F401
+    except Exception as error:  # it may be there and broken
+        raise MissingResource(
+            f"this compares with Transformers, which cannot be imported ({' '.join(str(error).split())[:200]}); "
+            "pip install 'smolforge[verify]'"
+        ) from None
+    return transformers
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn whatever Transformers raises into one sentence: a model it does not take does not hold."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise InvalidFile(f"Transformers does not take this model: {type(error).__name__}: {said[:300]}") from error
 
 
 @torch.inference_mode()
@@ -97,7 +123,11 @@ def compared(
     """The difference of two heads over two hidden states of the same tokens; `yours` is the reference."""
     largest = worst = kl = 0.0
     agreed = unexplained = 0
+    finite = True
     for a, b in chunks(my_logits, mine, your_logits, yours):
+        finite = bool(a.isfinite().all() and b.isfinite().all())
+        if not finite:
+            break
         apart = (a - b).abs().amax(-1)
         largest, worst = max(largest, b.abs().max().item()), max(worst, apart.max().item())
         kl += F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum").item()
@@ -105,10 +135,8 @@ def compared(
         first, second = b.topk(min(2, b.shape[-1])).values.unbind(-1)
         agreed += int(same.sum())
         unexplained += int((~same & (first - second > 2 * apart.clamp(max=1e-3))).sum())
-        if not math.isfinite(worst):
-            break
     count = len(mine)
-    return Difference(count, largest, worst, kl / count, agreed / count, unexplained)
+    return Difference(count, largest, worst, kl / count, agreed / count, unexplained, finite)
 
 
 def chunks(

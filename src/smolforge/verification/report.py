@@ -1,5 +1,6 @@
 """What a verification found, for people and for scripts."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,13 +32,24 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The whole report as plain values; the figures scripts ask for most stand at the top."""
         figures = {check.name: check.figures for check in self.checks}
-        return {
-            "model": self.model,
-            "holds": self.holds,
-            "cause": self.cause,
-            "release": self.release,
-            "parameters": figures.get("parameters", {}),
-            "max_abs_logit_diff": figures.get("logits float32", {}).get("max_abs_diff"),
-            "greedy_match": figures.get("greedy", {}).get("match"),
-            "checks": [check.__dict__ for check in self.checks],
-        }
+        return _json_has_no_nan(
+            {
+                "model": self.model,
+                "holds": self.holds,
+                "cause": self.cause,
+                "release": self.release,
+                "parameters": figures.get("parameters", {}),
+                "max_abs_logit_diff": figures.get("logits float32", {}).get("max_abs_diff"),
+                "greedy_match": figures.get("greedy", {}).get("match"),
+                "checks": [check.__dict__ for check in self.checks],
+            }
+        )
+
+
+def _json_has_no_nan(value: Any) -> Any:
+    """The same with None for every number that is none."""
+    if isinstance(value, dict):
+        return {key: _json_has_no_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_json_has_no_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
