@@ -5,7 +5,7 @@
 1. Trains the nano model on rows of 256 tokens. 2. Measures its loss at every position of rows of 1024 held-out
 tokens, with its theta and with a raised one. 3. Goes on from it for a tenth of its steps on rows of 1024, with the
 old theta and the raised one, and, for comparison, on rows of 256. SmolLM2 went from 2048 to 8192 tokens so.
-Writes positions.svg and positions.md.
+Writes positions.svg, and the table into positions.md, between its two marks.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from smolforge.model import LanguageModel, adapted
 
 SHORT, LONG, THETA, RAISED = 256, 1024, 1e4, 1e5
 EDGES = (0, 16, 64, 128, SHORT, 384, 512, 768, LONG)
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STYLES = {
     "trained on 256": ("#000000", "-"),
     "theta raised, not trained": ("#888888", "--"),
@@ -55,33 +56,39 @@ def models(folder: Path, steps: int, overrides: dict[str, Any]) -> tuple[dict[st
     return found, corpus
 
 
-def bins(losses: np.ndarray) -> list[tuple[float, float]]:
-    """Mean loss and its standard error (over windows) of each stretch of positions."""
-    stretches = [losses[:, start:end].mean(1) for start, end in itertools.pairwise(EDGES)]
-    return [(each.mean(), each.std(ddof=1) / len(each) ** 0.5) for each in stretches]
+def bins(losses: np.ndarray) -> np.ndarray:
+    """Mean loss of each stretch of positions, window by window."""
+    return np.stack([losses[:, start:end].mean(1) for start, end in itertools.pairwise(EDGES)], 1)
 
 
-def draw(found: dict[str, list[tuple[float, float]]], out: Path) -> None:
+def draw(found: dict[str, np.ndarray], out: Path) -> None:
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     middle = [(start + end) / 2 for start, end in itertools.pairwise(EDGES)]
-    for name, points in found.items():
+    for name, losses in found.items():
         color, line = STYLES[name]
-        axes.errorbar(middle, *zip(*points, strict=True), color=color, linestyle=line, marker="o", ms=3, label=name)
+        axes.plot(middle, losses.mean(0), color=color, linestyle=line, marker="o", ms=3, label=name)
     axes.axvline(SHORT, color="#888888", linewidth=0.8)
-    axes.text(SHORT, 0.98, " trained length", transform=axes.get_xaxis_transform(), va="top", color="#555555")
+    axes.text(SHORT, 0.02, " trained length", transform=axes.get_xaxis_transform(), color="#555555")
     axes.set(xlabel="position in the row (tokens before it)", ylabel="held-out loss (nats a token)")
     axes.set_title("Loss by position, before and after a long-context step")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.3, 1))
     figure.savefig(out, metadata={"Date": None})
 
 
-def table(found: dict[str, list[tuple[float, float]]]) -> str:
+def table(found: dict[str, np.ndarray]) -> str:
+    """The loss of the first model, and of every other its difference to it, with the standard error of that."""
     heads = [f"{start} to {end}" for start, end in itertools.pairwise(EDGES)]
-    rows = [f"| {name} | " + " | ".join(f"{mean:.3f}" for mean, _ in points) + " |" for name, points in found.items()]
+    (first, base), *others = found.items()
+    rows = [f"| {first}: loss | " + " | ".join(f"{mean:.3f}" for mean in base.mean(0)) + " |"]
+    for name, losses in others:
+        apart = losses - base
+        errors = apart.std(0, ddof=1) / len(apart) ** 0.5
+        cells = [f"{mean:+.3f} ± {error:.3f}" for mean, error in zip(apart.mean(0), errors, strict=True)]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([f"| positions | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *rows])
 
 
@@ -92,16 +99,17 @@ def main(steps: int = 400, out: Path = Path("docs"), overrides: dict[str, Any] |
         ids, eos_id = corpus.tokens(HELD_OUT)[:], corpus.facts["eos_id"]
         found = {name: bins(loss_by_position(model, ids, eos_id, LONG)) for name, model in contestants.items()}
         trained = corpus.size(TRAIN)["tokens"]
-    widest = max(error for points in found.values() for _, error in points)
     out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "positions.svg")
     page = (
         f"{steps} steps on rows of {SHORT} tokens, then {steps // 10} more from there (fresh Muon, a tenth of "
         f"the learning rate);\n{trained:,} tokens of Python's documentation to train on, {len(ids) // LONG} windows "
-        f"of {LONG} held-out tokens.\nOne seed. Standard error over windows: at most {widest:.3f}; the models read "
-        f"the same windows, so differences are surer.\n\n{table(found)}\n"
+        f"of {LONG} held-out tokens, one seed.\nBelow the first line: difference to it, and its standard error over "
+        f"the windows, which all models read alike.\n\n{table(found)}\n"
     )
-    (out / "positions.table.md").write_text(page)
+    written = out / "positions.md"
+    before, _, after = (written.read_text("utf-8") if written.is_file() else f"{BEGIN}{END}").partition(BEGIN)
+    written.write_text(f"{before}{BEGIN}\n{page}{END}{after.partition(END)[2]}", "utf-8")
     return page
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from smolforge import cli
-from smolforge.testing import sentences
+from smolforge import cli, verification
+from smolforge.checkpoint import weights
+from smolforge.config import ModelConfig
+from smolforge.sizes import parameter_counts
+from smolforge.testing import sentences, tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,14 +41,37 @@ SHORT = {
 
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_commands(home, capsys, shortened):
-    (commands,) = blocks("bash")
-    lines = commands.strip().splitlines()
+    lines = blocks("bash")[0].strip().splitlines()
     assert len(lines) == 2
     for line in lines:
         program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens") if shortened else line)
         assert program == "smolforge"
         assert cli.run([verb, *words, *(SHORT[verb] if shortened else [])]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time")
+
+
+def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
+    """On a Hub of our own, where the name stands for a small model; what is published of the real one is put aside."""
+    model = tiny_model(max_position_embeddings=2048)
+    weights.save(model, home / "small", model.tokenizer)
+    hub.add("HuggingFaceTB/SmolLM2-135M", home / "small")
+    monkeypatch.setattr(verification, "published", list)
+    for line in blocks("bash")[1].strip().splitlines():
+        program, verb, *words = shlex.split(line.replace("--budget 10m", "--train.batch-tokens 2048 --train.steps 2"))
+        assert program == "smolforge"
+        short = ["--optim.schedule.warmup-steps", "0", "--optim.schedule.decay-steps", "1"] if verb == "train" else []
+        assert cli.run([verb, *words, *short, *(["--max-length", "128"] if verb == "verify" else [])]) == 0, line
+    assert "all holds" in capsys.readouterr().out
+    assert (home / "tuned" / "model.safetensors").is_file()
+
+
+def test_verify_prints_what_the_readme_shows():
+    """The figures of a run on the full shape; here, that they are spelled as `verify` spells them."""
+    (shown,) = (block for block in blocks("") if block.startswith("holds  parameters"))
+    counts = parameter_counts(ModelConfig())
+    said = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    assert f"holds  parameters       {sum(counts.values()):,} in 272 tensors ({said})" in shown
+    assert weights.tensor_count(ModelConfig()) == 272
 
 
 @pytest.mark.long

@@ -2,7 +2,6 @@
 
 import json
 
-import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,16 +18,9 @@ from smolforge.verification import definition
 from smolforge.verification.oracle import compared
 from smolforge.verification.releases import Golden, Release, published, sha256
 
+pytestmark = pytest.mark.usefixtures("compiling")
 SHAPE = tiny_config(num_hidden_layers=3, rope_theta=1e5)
 PROMPT = [5, 9, 77, 3, 12, 200]
-
-
-@pytest.fixture(autouse=True)
-def _compiling_without_the_hook():
-    """torch.compile and beartype's wrappers do not go together."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from smolforge.model import LanguageModel
 
 CHUNK = 512
 """Tokens whose logits exist at the same time."""
-LogitsOf = Callable[[Float[Tensor, "t c"]], Float[Tensor, "t v"]]
+States = Float[Tensor, "t _"]
+LogitsOf = Callable[[States], Float[Tensor, "t v"]]
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,8 @@ def difference(ours: LanguageModel, theirs: Oracle, ids: Sequence[int]) -> Diffe
     return compared(mine, ours.logits, theirs.hidden(ids), theirs.logits)
 
 
-def compared(
-    mine: Float[Tensor, "t c"], my_logits: LogitsOf, yours: Float[Tensor, "t c"], your_logits: LogitsOf
-) -> Difference:
-    """The difference of two heads over two hidden states of the same tokens; `yours` is the reference."""
+def compared(mine: States, my_logits: LogitsOf, yours: States, your_logits: LogitsOf) -> Difference:
+    """The difference of two heads over two states of the same tokens; `yours` is the reference."""
     largest = worst = kl = 0.0
     agreed = unexplained = 0
     finite = True
