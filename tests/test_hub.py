@@ -364,6 +364,17 @@ def unplugged(hub, monkeypatch):
     return url
 
 
+def test_a_part_of_a_model_is_no_model_to_go_on_with(hub, tiny, folder, tmp_path, monkeypatch, capsys):
+    """The branch moved and only its config was looked at: without a network, the whole one from before serves."""
+    resolve.load(NAME)
+    copy = shutil.copytree(folder, tmp_path / "later")
+    (copy / "generation_config.json").write_text("{}")
+    hub.add(NAME, copy)
+    assert cli.run(["inspect", NAME]) == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve.load(NAME).tokenizer is not None
+
+
 def test_no_network(unplugged, capsys):
     match = (
         f"{NAME} is no folder here, and as a model on the Hub it cannot be downloaded: {unplugged} cannot be reached"

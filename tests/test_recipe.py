@@ -354,6 +354,51 @@ def test_init_from_may_change_theta_and_context_and_nothing_else(tmp_path, recip
         train(recipe_file, tmp_path / "third", init_from=str(tmp_path / "first"), **{"model.vocab_size": 400})
 
 
+def test_a_recipe_file_may_say_so_too_and_is_heard(tmp_path, recipe_file, caplog):
+    """The long-context step as a file; what it says of another shape is passed over aloud."""
+    train(recipe_file, tmp_path / "first")
+    content = json.loads(recipe_file.read_text())
+    content["model"] |= {"rope_theta": 50000.0, "intermediate_size": 64}
+    (tmp_path / "long.json").write_text(json.dumps(content))
+    run = train(tmp_path / "long.json", tmp_path / "second", steps=3, init_from=str(tmp_path / "first"))
+    assert run.recipe.model.rope_theta == 5e4
+    assert run.recipe.model.intermediate_size == 48
+    assert "model.rope_theta is 50000.0 in the recipe and 10000.0 in --init-from; 50000.0 is used" in caplog.text
+    assert "model.intermediate_size is 64 in the recipe and 48 in --init-from; 48 is used" in caplog.text
+
+
+def test_a_run_that_goes_on_needs_nothing_it_began_from(tmp_path, recipe_file, text_file, tokenizer):
+    """Also where its corpus was prepared: the model it started from may be gone."""
+    train(recipe_file, tmp_path / "first")
+    own = Corpus.open(tmp_path / "first" / "corpus").tokenizer()
+    prepare(replaced(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", own)
+    given = {"init_from": str(tmp_path / "first"), "data.sources": [str(tmp_path / "corpus")]}
+    train(recipe_file, tmp_path / "second", steps=3, **given)
+    shutil.rmtree(tmp_path / "first")
+    assert train(recipe_file, tmp_path / "second", steps=4, **given).metrics["step"] == 4
+
+
+def test_a_model_from_the_hub_is_written_down_with_its_commit(tmp_path, recipe_file, hub):
+    train(recipe_file, tmp_path / "first")
+    commit = hub.add("someone/first", state.folder_of(tmp_path / "first", 8))
+    given = {"init_from": "someone/first"}
+    run = train(recipe_file, tmp_path / "second", steps=3, **given)
+    assert run.recipe.init_from == f"someone/first@{commit}"
+    hub.clear()
+    assert train(recipe_file, tmp_path / "second", steps=4, **given).metrics["step"] == 4
+    assert hub.requests == []
+
+
+def test_the_micro_batch_of_experts_is_fixed(tmp_path, recipe_file):
+    shape = {"model.model_type": "mixtral", "train.micro_batch_size": 2}
+    train(recipe_file, tmp_path / "run", steps=3, **shape)
+    with pytest.raises(SettingError, match=r"train\.micro_batch_size \(2, now 1\)"):
+        train(recipe_file, tmp_path / "run", steps=4, **shape | {"train.micro_batch_size": 1})
+    unbalanced = shape | {"model.router_aux_loss_coef": 0.0}
+    train(recipe_file, tmp_path / "free", steps=3, **unbalanced)
+    train(recipe_file, tmp_path / "free", steps=4, **unbalanced | {"train.micro_batch_size": 1})
+
+
 def test_special_tokens_grow_the_model_they_are_added_to(tmp_path, recipe_file, tokenizer):
     count = len(tokenizer)
     tokenizer.save(tmp_path / "tokenizer")
