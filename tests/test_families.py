@@ -272,6 +272,9 @@ def test_settings_of_another_family_are_refused(shape, said):
         ("llama", {"model_type": ["llama"]}, "which is not implemented"),
         ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ("llama", {"rope_parameters": [1]}, "a kind of rotary scaling"),
+        ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a kind of rotary scaling"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(family, change, said):
@@ -281,14 +284,49 @@ def test_what_is_not_implemented_is_refused_by_name(family, change, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "default"}, "sliding_window": None, "quantization_config": None}),
+        (
+            "llama",
+            {"partial_rotary_factor": 1.0, "is_encoder_decoder": False, "pretraining_tp": 2, "torchscript": False},
+        ),
+        ("llama", {"unsloth_fixed": True, "max_length": 20, "temperature": 0.7, "tokenizer_class": "LlamaTokenizer"}),
+        ("qwen3", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}),
+        ("qwen3", {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]}),
+    ],
+)
+def test_what_changes_nothing_is_no_reason_to_refuse(family, change):
+    config = random_config(family, 0)
+    content = families.to_hugging_face(config)
+    content.pop("use_sliding_window", None)
+    assert families.from_hugging_face(content | change) == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_expert_is_one_too(tmp_path, family):
+    """Its matrices are stacked like any other number's; dense families have none."""
+    own = {"num_local_experts": 1, "num_experts_per_tok": 1} if family == "mixtral" else {}
+    theirs = oracle(tiny_config(model_type=family, **own))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = weights.load(tmp_path / "theirs")
+    weights.save(ours, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    ids = torch.randint(320, (1, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, ours(ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_file_leaves_out_is_the_classs_default(family):
-    content = dict.fromkeys(families.NEEDED, 64) | {"model_type": family, "num_attention_heads": 8}
-    content["num_key_value_heads"] = 8
+    content = dict.fromkeys(families.NEEDED, 64) | {"model_type": family, "num_attention_heads": 32}
     names = {name: value for name, value in content.items() if name != "model_type"}
     theirs, ours = AutoConfig.for_model(family, **names), families.from_hugging_face(content)
     for name in set(ours.own_fields()) - {"rope_theta", "model_type", "head_dim"}:
         assert ours.__dict__[name] == getattr(theirs, name), name
+    assert ours.head_dim == (128 if family == "qwen3" else 2)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 

@@ -124,13 +124,11 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
     lacking = [key for key in NEEDED if key not in content]
     if lacking:
         raise InvalidFile(f"{path} does not say {lacking[0]}")
-    settings = dict(family.defaults)
+    settings, fixed = dict(family.defaults), family.fixed | _NEVER_WRITTEN
     for key, value in content.items():
-        if key in family.fixed:
-            if value != family.fixed[key]:
-                raise InvalidFile(
-                    f"{path}: {key} is {value!r}, which is not implemented; only {family.fixed[key]!r} is"
-                )
+        if key in fixed:
+            if value != fixed[key]:
+                raise InvalidFile(f"{path}: {key} is {value!r}, which is not implemented; only {fixed[key]!r} is")
         elif key in ModelConfig.model_fields:
             settings[key] = value
         elif key not in INERT and value is not None:

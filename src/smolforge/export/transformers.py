@@ -1,5 +1,6 @@
 """A model -> a clean folder that Transformers loads, proven by loading it there before the folder appears."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ def _check(before: LanguageModel, folder: Path, dtype: torch.dtype) -> tuple[flo
         if not bool(wanted.isfinite().all()):
             raise InvalidFile(f"{name} has values that {dtype} cannot hold; --dtype bfloat16 or float32 can")
         assert torch.equal(wanted.float(), written[name]), f"{name} was not written as it is"
+    if after.tokenizer is not None and after.tokenizer.template is not None:
+        with suppress(SettingError):  # a template may refuse a conversation, but must be one
+            after.tokenizer.chat([{"role": "user", "content": "Hello"}])
     oracle = Oracle(folder, torch.float32)
     row = rows(after, min(CHECKED_TOKENS, after.config.max_position_embeddings))[-1]
     found = difference(after, oracle, row)
