@@ -451,7 +451,7 @@ def test_another_corpus_under_a_run_is_noticed(tmp_path, recipe_file, text_file)
         ({"model.vocab_size": 300}, "the tokenizer has 303 ids and model.vocab_size is 300; --model.vocab-size 303"),
         ({"optim.schedule.warmup_steps": 99}, "together are more than the 8 steps"),
         ({"budget": "soon"}, "a time like 5m"),
-        ({"train.device": "abacus"}, "the device 'abacus' cannot be used here"),
+        ({"train.device": "abacus"}, "device is 'abacus'; it should be auto, cpu, cuda or mps"),
     ],
 )
 def test_bad_runs_are_refused_before_they_start(tmp_path, recipe_file, tokenizer, overrides, said):

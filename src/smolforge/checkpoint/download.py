@@ -157,11 +157,14 @@ def _partial(listing: Listing, name: str) -> Path:
     return storage(listing.repo) / "blobs" / f"{listing.sha256[name]}.partial"
 
 
-def remember(listing: Listing, revision: str) -> None:
-    """Write down which commit the revision meant, for times without a network."""
-    if revision == listing.commit:
-        return
+def remember(listing: Listing, revision: str, instead: bool) -> None:
+    """Write down which commit the revision meant, for times without a network; `instead` of an earlier one or not.
+
+    A commit of which only a part is here must not take the place of one that is here as a whole.
+    """
     ref = storage(listing.repo) / "refs" / revision
+    if revision == listing.commit or (ref.exists() and not instead):
+        return
     with suppress(OSError):  # a cache that may only be read serves as well
         ref.parent.mkdir(parents=True, exist_ok=True)
         temporary = ref.with_name(f".{ref.name}.tmp")

@@ -91,7 +91,7 @@ def _chosen(what: str, names: Iterable[str], wanted: Sequence[str] | None) -> li
         refuse_pickled(what, there)
         raise InvalidFile(f"{what} has no {WEIGHTS}, so it is no model that smolforge reads")
     weights = WEIGHTS if WEIGHTS in there else INDEX
-    asked = wanted or (CONFIG, weights, GENERATION, *FILES)
+    asked = wanted or (CONFIG, GENERATION, *FILES, weights)  # the weights last: where they are, all is
     if asked[0] not in there:
         raise InvalidFile(f"{what} has no {asked[0]}, so it is nothing that smolforge reads")
     return [name for name in asked if name in there]
@@ -127,8 +127,7 @@ def _download(model_id: str, listing: download.Listing, wanted: Sequence[str] | 
         download.announce(model_id, listing, missing)
     for name in missing:
         download.bring(model_id, listing, name)
-    if wanted is None:  # a part of it is nothing to go on without a network
-        download.remember(listing, split_id(model_id)[1])
+    download.remember(listing, split_id(model_id)[1], instead=wanted is None)
     return folder
 
 
