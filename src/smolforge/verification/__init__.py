@@ -143,13 +143,13 @@ def checkpoints(run: Path) -> Check:
 
 
 def rows(model: LanguageModel, limit: int) -> list[list[int]]:
-    """Text of every length up to the limit, shortest first, and one row of any ids at all."""
+    """Text of every length up to the limit, the prompts, and one row of any ids at all; shortest first."""
     lengths = sorted({length for length in (*LENGTHS, limit) if length <= limit})
     text = text_ids(model, limit)
     found = [text[:length] for length in lengths if length <= len(text)]
     generator = torch.Generator().manual_seed(0)
     anything = torch.randint(model.config.vocab_size, (min(SHORT, limit),), generator=generator).tolist()
-    return sorted([*found, anything], key=len)
+    return sorted([*found, *(ids[:limit] for ids in prompts(model)), anything], key=len)
 
 
 def text_ids(model: LanguageModel, count: int) -> list[int]:
