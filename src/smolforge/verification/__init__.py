@@ -1,6 +1,6 @@
 """This model against its oracles: Transformers on the same files, the published references, and itself.
 
-files -> strict load -> counts, logits, greedy text, cache -> identity, golden -> tie
+files -> strict load -> counts, finite weights -> logits, greedy text, cache -> golden, identity -> tie
                                   |
                                   where one does not hold: every known mistake is tried (causes.py)
 """
