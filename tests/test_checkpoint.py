@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smolforge.checkpoint import commit, families, resolve, state, weights
+from smolforge import commit
+from smolforge.checkpoint import families, resolve, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.testing import Crash, failing_writes, flip_bit, tiny_config, tiny_model

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge.checkpoint import commit, resolve, state
+from smolforge import commit
+from smolforge.checkpoint import resolve, state
 from smolforge.data.batches import Windows
 from smolforge.data.corpus import TRAIN, Corpus, prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped

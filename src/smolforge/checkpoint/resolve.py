@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from smolforge import presets
-from smolforge.checkpoint import commit, hub, state, weights
+from smolforge import commit, presets
+from smolforge.checkpoint import hub, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 from smolforge.model import LanguageModel, build

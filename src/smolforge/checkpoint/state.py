@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from smolforge.checkpoint import commit, weights
+from smolforge import commit
+from smolforge.checkpoint import weights
 from smolforge.errors import InvalidFile, LaterFormat
 from smolforge.model import LanguageModel
 from smolforge.tokenizer import Tokenizer

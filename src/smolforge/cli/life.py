@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smolforge.checkpoint import commit, state, weights
+from smolforge import commit
+from smolforge.checkpoint import state, weights
 from smolforge.cli.terminal import Display
 from smolforge.comparison.figures import loss_curve
 from smolforge.data import corpus

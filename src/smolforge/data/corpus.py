@@ -3,8 +3,7 @@
     sources -> documents -> (drop duplicates, hold out) -> token ids -> DIR/{train,held_out}/00000.ds
 
 The shards are datatrove's: `.ds` little-endian ids, `.ds.index` document ends, `.ds.metadata`. Beside them
-`corpus.json` says what went in, how much it is, and its fingerprint; it is written last, inside a
-temporary folder that is then renamed, so a corpus is whole or is not there.
+`corpus.json` says what went in, how much it is, and its fingerprint. A corpus is whole or is not there.
 """
 
 import hashlib
@@ -13,7 +12,6 @@ import json
 import logging
 import math
 import platform
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from smolforge import commit
 from smolforge.config import Data
 from smolforge.data.documents import PYTHON_DOCS, Document, documents, files
 from smolforge.errors import InvalidFile, SettingError
@@ -118,7 +117,8 @@ def prepare(
     Without a tokenizer one of `vocab_size` is trained on the training part. `max_tokens` is an upper
     limit of both parts together, each in its share. `report` is told documents, tokens and bytes so far.
 
-    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else.
+    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else,
+    MissingResource when the disk is full.
     """
     request = {
         "data": data.model_dump(mode="json", exclude={"num_workers"}),
@@ -136,25 +136,26 @@ def prepare(
         )
     if folder.exists() and any(folder.iterdir()):
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     plans = {source: survey(source, data) for source in data.sources}
     if tokenizer is None:
         texts = (document.text for split, document in _split(plans, data) if split == TRAIN)
         tokenizer = Tokenizer.train(texts, vocab_size)
-    tokenizer.save(temporary / "tokenizer")
     room = dict.fromkeys(SPLITS, math.inf)
     if max_tokens is not None:
         held_out = int(max_tokens * data.held_out)
         room = {TRAIN: float(max_tokens - held_out), HELD_OUT: float(held_out)}
-    facts = _write(temporary, _split(plans, data), tokenizer, room, report)
     described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
     if PYTHON_DOCS in data.sources:
         described["python"] = platform.python_version()
-    (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
+
+    def fill(temporary: Path) -> None:
+        tokenizer.save(temporary / "tokenizer")
+        facts = _write(temporary, _split(plans, data), tokenizer, room, report)
+        (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
+
     if folder.exists():
         folder.rmdir()
-    temporary.rename(folder)
+    commit.write_whole(folder, fill)
     return Corpus.open(folder)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from smolforge.checkpoint import commit, families, resolve, weights
+from smolforge import commit
+from smolforge.checkpoint import families, resolve, weights
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel

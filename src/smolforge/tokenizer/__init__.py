@@ -212,7 +212,7 @@ class Tokenizer:
         The chat template has a file of its own, as now usual, and stays in the settings for readers of before.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
         # The class that runs tokenizer.json as it is; as GPT2Tokenizer, Transformers 5 forgets that digits stand alone.
         settings = {"eos_token": self.eos_token, **self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
         (folder / "tokenizer_config.json").write_text(

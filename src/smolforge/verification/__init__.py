@@ -11,7 +11,8 @@ from pydoc_data.topics import topics
 
 import torch
 
-from smolforge.checkpoint import commit, resolve, state, weights
+from smolforge import commit
+from smolforge.checkpoint import resolve, state, weights
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
 from smolforge.verification import causes, checks
