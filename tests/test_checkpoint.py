@@ -216,7 +216,7 @@ def checkpoint(run: Path, step: int, loss: float | None = None, model=None) -> P
     model = model or tiny_model()
     folder = state.folder_of(run, step)
     facts = {"step": step, "tokens": 0, "corpus": "", "validation_loss": loss}
-    state.save(folder, model, model.tokenizer, {"exp_avg.model.norm.weight": torch.ones(32)}, facts)
+    state.save(folder, state.snapshot(model, {"exp_avg.model.norm.weight": torch.ones(32)}, facts))
     return folder
 
 

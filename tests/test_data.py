@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.config import Data
-from smolforge.data import corpus as corpus_module
+from smolforge.data import shards as shards_module
 from smolforge.data.batches import Windows, permuted, stream
-from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens, prepare
+from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens
 from smolforge.data.documents import documents, python_docs
+from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import IGNORED
 from smolforge.testing import sentences, tiny_tokenizer
@@ -187,7 +188,7 @@ def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
 def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch):
     from datatrove.utils.dataset import DatatroveFileDataset
 
-    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1000)
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": sentences(4, 4 * n)}) for n in range(60)))
     corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"], held_out=0.0)
     shards = sorted((corpus.folder / "train").glob("*.ds"))
@@ -242,9 +243,9 @@ def test_every_token_is_predicted_once_an_epoch(total, length, seed):
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_workers_and_restarts_change_nothing(workers):
     windows = Windows(Tokens([np.arange(1000)]), 16, seed=5)
-    straight = list(islice(stream(windows, 0, 3, 0), 60))
+    straight = list(islice(stream(windows, count(), 3, 0), 60))
     for first in (0, 7, 41):
-        for batch, expected in zip(stream(windows, first, 3, workers), straight[first:], strict=False):
+        for batch, expected in zip(stream(windows, count(first), 3, workers), straight[first:], strict=False):
             assert torch.equal(batch.ids, expected.ids)
             assert torch.equal(batch.labels, expected.labels)
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolforge.config import Data
-from smolforge.data.corpus import HELD_OUT, prepare
+from smolforge.data.corpus import HELD_OUT
+from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile
 from smolforge.evaluation import loss_by_position, measure, measure_corpus, windows
 from smolforge.model import IGNORED

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from smolforge import commit
 from smolforge.checkpoint import resolve, state
 from smolforge.data.batches import Windows
-from smolforge.data.corpus import TRAIN, Corpus, prepare
+from smolforge.data.corpus import TRAIN, Corpus
+from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.model import IGNORED
 from smolforge.recipe import resume_or_start, train

@@ -1,7 +1,7 @@
 """The loop, held to a plain one of Transformers and torch.optim, and to arithmetic."""
 
 import itertools
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ TOKENS = Tokens([np.array(tiny_tokenizer().encode(sentences(300)))])
 def run(recipe, model, start=0, actions=(), stopping=lambda: False):
     chosen = optimizers(model, recipe.optim)
     windows = Windows(TOKENS, recipe.train.sequence_length, recipe.seed)
-    source = stream(windows, start, recipe.train.rows, num_workers=0)
+    source = stream(windows, count(start), recipe.train.rows, num_workers=0)
     return train(model, chosen, source, recipe, State(start), actions, stopping)
 
 
@@ -105,7 +105,7 @@ def test_overfits_a_short_text_and_says_it():
         },
     )
     losses: list[float] = []
-    source = stream(Windows(tokens, len(ids), 0), 0, 1, 0)
+    source = stream(Windows(tokens, len(ids), 0), count(), 1, 0)
     report = Action(1, lambda _, metrics: losses.append(metrics["loss"]))
     train(model, optimizers(model, recipe.optim), source, recipe, State(), [report], lambda: False)
     assert losses[-1] < 0.01
@@ -176,6 +176,6 @@ def test_muon_learns_too():
 
 def test_batches_are_what_the_source_says():
     windows = Windows(TOKENS, 32, RECIPE.seed)
-    (batch,) = islice(stream(windows, 5, 4, 0), 1)
+    (batch,) = islice(stream(windows, count(5), 4, 0), 1)
     assert torch.equal(batch.ids, windows.batch(5, 4).ids)
     assert Optim().betas == (0.9, 0.95)

@@ -194,8 +194,10 @@ class Train(Settings):
     """cpu, cuda or mps; auto takes the fastest present."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000
     """Steps between checkpoints; one is always written at the end."""
+    checkpoint_in_background: Annotated[bool, FREE] = True
+    """Copy the state and write it while training goes on; false needs no memory for the copy, and waits."""
     keep_last: Annotated[PositiveInt, FREE] = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; the last two sound ones always stay."""
     keep_best: Annotated[bool, FREE] = True
     """Also keep the checkpoint of the lowest validation loss."""
     evaluate_every: Annotated[PositiveInt | None, FREE] = 500
@@ -221,6 +223,19 @@ class Train(Settings):
                 f"({self.sequence_length}); {nearest} is the nearest"
             )
         return self
+
+
+class Guard(Settings):
+    """What happens when numbers go wrong."""
+
+    enabled: Annotated[bool, FREE] = True
+    """Leave out updates whose loss or gradient is not finite, and rewind when that does not help."""
+    skips_before_rewind: Annotated[PositiveInt, FREE] = 3
+    """This many updates left out in a row rewind to the last sound checkpoint and skip the data since."""
+    spike: Annotated[PositiveFloat | None, FREE] = 8.0
+    """A loss so many standard deviations above the mean of the last 128 rewinds too; none ignores spikes."""
+    max_rewinds: Annotated[NonNegativeInt, FREE] = 3
+    """Rewinds in a whole run; where one more would be needed, it ends with a report."""
 
 
 class Generation(Settings):
@@ -265,6 +280,8 @@ class Recipe(Settings):
     """The optimizer and its schedule."""
     train: Train = Train()
     """The loop."""
+    guard: Guard = Guard()
+    """What happens when numbers go wrong."""
     sample: Generation = Generation()
     """How text samples are drawn while training; without a seed of its own, from the run's."""
 

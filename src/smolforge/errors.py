@@ -1,4 +1,4 @@
-"""The four ways a user can be told that something will not work, each with the exit code a script sees.
+"""The ways a user can be told that something will not work, each with the exit code a script sees.
 
 A message is one or two sentences: what is wrong, the value, the rule, the way out.
 """
@@ -28,6 +28,12 @@ class MissingResource(RuntimeError):
     """The machine lacks something: disk space, memory, a package, a network."""
 
     exit_code: ClassVar[int] = 4
+
+
+class Diverged(RuntimeError):
+    """A run whose numbers went wrong too often."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class Stopped(Exception):

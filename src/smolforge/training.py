@@ -1,6 +1,6 @@
 """The loop: batches in, a trained model and its state out. Every stage of a model's life uses this one.
 
-    1. the learning rate of this step           4. clip, update, clear
+    1. the learning rate of this step           4. clip, judge, update, clear
     2. forward and backward, in micro-batches   5. actions whose turn it is: measure, sample, report, save
     3. their sum is the gradient of the mean loss over the whole batch
 
@@ -50,8 +50,12 @@ def train(
     state: State,
     actions: Sequence[Action],
     stopping: Callable[[], bool],
+    judge: Callable[[int, float, float], str | None] = lambda step, loss, grad_norm: None,
 ) -> State:
-    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true."""
+    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true.
+
+    `judge` says of a step, its loss and the norm of its gradient why there must be no update, if so.
+    """
     settings, device = recipe.train, model.head.device
     precision = autocast(settings.dtype, device)
     model.train()
@@ -62,20 +66,24 @@ def train(
         scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
         losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
-        for optimizer in optimizers:
+        said = {name: value.item() for name, value in losses.items()}
+        left_out = judge(state.step + 1, said["loss"], norm.item())
+        for optimizer in optimizers if left_out is None else ():
             optimizer.step()
         model.zero_grad(set_to_none=True)
         synchronize(device)
-        state = State(state.step + 1, state.tokens + counted)
-        metrics = {
+        state = State(state.step + 1, state.tokens + (counted if left_out is None else 0))
+        metrics: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
-            **{name: value.item() for name, value in losses.items()},
+            **said,
             "learning_rate": rate,
             "grad_norm": norm.item(),
             "tokens_per_second": batch.ids.numel() / (time.perf_counter() - started),
             "peak_memory_bytes": peak_memory_bytes(device),
         }
+        if left_out is not None:
+            metrics["left_out"] = left_out
         finished, stopped = state.step == settings.steps, stopping()
         for action in actions:
             due = action.every is not None and state.step % action.every == 0

@@ -2,31 +2,37 @@
 
 optimizer.safetensors   moments and step counts, named by parameter
 random.safetensors      the random states of torch, NumPy and Python, as tensors: nothing is pickled
-state.json              step, tokens, corpus, validation loss
+state.json              step, tokens, corpus, validation loss, incidents so far
 """
 
+import itertools
 import json
 import math
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from smolforge import commit
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import tensors, weights
+from smolforge.config import ModelConfig
+from smolforge.device import synchronize
 from smolforge.errors import InvalidFile, LaterFormat
 from smolforge.model import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
 TRAINING, OPTIMIZER, RANDOM, STATE = "training", "optimizer.safetensors", "random.safetensors", "state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SOUND_KEPT = 2
+"""Sound checkpoints that are never deleted."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -44,25 +50,73 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save(
-    folder: Path,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    optimizer: dict[str, Tensor],
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """Write one checkpoint, whole or not at all; returns its manifest. `facts` go to state.json."""
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a run: all that a checkpoint will say of it."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    weights: dict[str, Tensor]
+    """By their names on disk."""
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    facts: dict[str, Any]
+    """For state.json; `step` among them."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for group in (self.weights, self.optimizer, self.random) for tensor in group.values())
+
+
+class Staging:
+    """Memory for copies of tensors, kept from one snapshot to the next: fresh memory costs five times the copying."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, on the CPU, whatever becomes of them."""
+        for name, tensor in tensors.items():
+            if name not in self.kept:
+                self.kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.kept[name].copy_(tensor.detach(), non_blocking=True)
+        synchronize(next(iter(tensors.values())).device)
+        return {name: self.kept[name] for name in tensors}
+
+
+def snapshot(
+    model: LanguageModel, optimizer: dict[str, Tensor], facts: dict[str, Any], staging: Staging | None = None
+) -> Snapshot:
+    """This moment, copied into `staging`; without one it holds only until the next step."""
+    copy = staging.copy if staging else _contiguous
+    return Snapshot(
+        config=model.config,
+        tokenizer=model.tokenizer,
+        weights=copy(weights.named_tensors(model)),
+        optimizer=copy(optimizer) if optimizer else {},
+        random=random_tensors(),
+        facts=facts,
+    )
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save(folder: Path, moment: Snapshot, going_on: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Write one checkpoint, whole or not at all; returns its manifest. `going_on` is called often, and may raise."""
 
     def fill(temporary: Path) -> None:
-        weights.save(model, temporary, tokenizer)
+        dtype = next(iter(moment.weights.values())).dtype
+        weights.save_settings(temporary, moment.config, moment.tokenizer, dtype)
+        tensors.write(temporary / weights.WEIGHTS, moment.weights, weights.METADATA, going_on)
         (temporary / TRAINING).mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
-        save_file(tensors, temporary / TRAINING / OPTIMIZER)
-        save_file(random_tensors(), temporary / TRAINING / RANDOM)
-        content = json.dumps({"format_version": FORMAT_VERSION, **facts}, indent=2)
+        tensors.write(temporary / TRAINING / OPTIMIZER, moment.optimizer, going_on=going_on)
+        tensors.write(temporary / TRAINING / RANDOM, moment.random, going_on=going_on)
+        content = json.dumps({"format_version": FORMAT_VERSION, **moment.facts}, indent=2)
         (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
 
-    return commit.write_whole(folder, fill, {"step": facts["step"]})
+    return commit.write_whole(folder, fill, {"step": moment.facts["step"]}, moment.nbytes)
 
 
 def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,9 +125,9 @@ def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[st
     The folder must have passed `commit.check`.
     """
     facts = read_facts(folder)
-    with weights.Tensors(folder) as tensors:
-        weights.check_names(tensors, model.config)
-        weights.fill(model, tensors)
+    with weights.Tensors(folder) as found:
+        weights.check_names(found, model.config)
+        weights.fill(model, found)
     set_random_tensors(load_file(folder / TRAINING / RANDOM))
     return load_file(folder / TRAINING / OPTIMIZER), facts
 
@@ -90,6 +144,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def check(checkpoint: Path, only: Iterable[str] | None = None) -> None:
+    """Hold a checkpoint's files, or `only` some, to its manifest, and that to its name. Raises InvalidFile."""
+    manifest = commit.check(checkpoint, only)
+    if manifest.get("step") != step_of(checkpoint):
+        raise InvalidFile(f"{checkpoint} is damaged: it holds another step than its name says")
+
+
 def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None) -> Path | None:
     """The newest checkpoint whose files (or `only` some) are as its manifest says.
 
@@ -97,7 +158,7 @@ def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | N
     """
     for folder in reversed(all_of(run)):
         try:
-            commit.check(folder, only)
+            check(folder, only)
         except LaterFormat:
             raise
         except InvalidFile as error:
@@ -108,15 +169,30 @@ def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | N
 
 
 def retain(run: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest checkpoints and, if wanted, the one with the lowest validation loss."""
+    """Delete all but the newest checkpoints and, if wanted, the one with the lowest validation loss.
+
+    The last two sound ones stay whatever their place: what is about to protect a run is read back first.
+    """
     folders = all_of(run)
     kept: set[Path] = set(folders[-keep_last:])
     scored = [(loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None]
     if keep_best and scored:
         kept.add(min(scored)[1])
+    if kept.issuperset(folders):
+        return
+    kept.update(itertools.islice((folder for folder in reversed(folders) if is_sound(folder)), SOUND_KEPT))
     for folder in folders:
         if folder not in kept:
             commit.remove(folder)
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are as its manifest says."""
+    try:
+        check(checkpoint)
+    except InvalidFile:
+        return False
+    return True
 
 
 def validation_loss(folder: Path) -> float | None:

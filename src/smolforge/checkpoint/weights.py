@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from smolforge.checkpoint import tensors as tensor_file
 from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile
@@ -27,6 +27,7 @@ CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_co
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+METADATA = {"format": "pt"}
 Shape = tuple[int, ...]
 
 
@@ -178,14 +179,18 @@ def parts(weight: Tensor) -> list[Tensor]:
     return list(weight) if weight.ndim == 3 else [weight]
 
 
+def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """Every tensor of a model by its name on disk: the live ones, where they are."""
+    return {
+        each: place.detach()
+        for name, weight in model.named_parameters()
+        for place, each in zip(parts(weight), names_on_disk(name, model.config), strict=True)
+    }
+
+
 def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a model file, by its name on disk."""
-    found = {}
-    for name, weight in model.named_parameters():
-        disk = names_on_disk(name, model.config)
-        for place, each in zip(parts(weight), disk, strict=True):
-            found[each] = place.detach().to(dtype or place.dtype).cpu().contiguous()
-    return found
+    """Every tensor of a model file, by its name on disk, as it is written."""
+    return {name: each.to(dtype or each.dtype).cpu().contiguous() for name, each in named_tensors(model).items()}
 
 
 def save(
@@ -204,22 +209,34 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_tensors(model, dtype)
-    said = str(dtype or model.head.dtype).removeprefix("torch.")
+    save_settings(folder, model.config, tokenizer, dtype or model.head.dtype, special, generation)
+    shards = cut(tensors, max_shard_bytes)
+    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        tensor_file.write(folder / name, shard, METADATA)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        listed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
+
+
+def save_settings(
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
+    special: dict[str, Any] | None = None,
+    generation: dict[str, Any] | None = None,
+) -> None:
+    """Write everything of a model folder but its weights."""
     special = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": tokenizer.eos_id if tokenizer else None,
         **(special or {}),
     }
-    _write_json(folder / CONFIG, to_hugging_face(model.config) | special | {"torch_dtype": said})
+    said = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(folder / CONFIG, to_hugging_face(config) | special | said)
     _write_json(folder / GENERATION, special | (generation or {}))
-    shards = cut(tensors, max_shard_bytes)
-    names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        listed = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
     if tokenizer:
         tokenizer.save(folder)
 

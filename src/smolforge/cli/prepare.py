@@ -47,13 +47,13 @@ def prepare(
     """
     from smolforge.checkpoint import resolve
     from smolforge.cli.terminal import corpus_line
-    from smolforge.data import corpus
+    from smolforge.data import corpus, shards
     from smolforge.recipe.plan import parse_count
 
     chosen = {"sources": sources} if sources else {}
     data = validated(Data, {**chosen, "text_key": text_key, "group_key": group_key, "held_out": held_out})
     begun = time.perf_counter()
-    made = corpus.prepare(
+    made = shards.prepare(
         data,
         out,
         resolve.tokenizer(tokenizer) if tokenizer else None,

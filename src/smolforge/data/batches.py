@@ -13,7 +13,7 @@ many threads ask.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -96,20 +96,19 @@ def _mixed(x: int) -> int:
     return x ^ x >> 31
 
 
-def stream(windows: Windows, first_step: int, rows: int, num_workers: int) -> Iterator[Batch]:
-    """Batches of all steps from the first on, read ahead by `num_workers` threads."""
-    step = first_step
+def stream(windows: Windows, numbers: Iterable[int], rows: int, num_workers: int) -> Iterator[Batch]:
+    """The batches of these numbers in turn, read ahead by `num_workers` threads."""
     if num_workers == 0:
-        while True:
-            yield windows.batch(step, rows)
-            step += 1
+        yield from (windows.batch(number, rows) for number in numbers)
+        return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     ahead: deque[Future[Batch]] = deque()
     try:
-        while True:
-            while len(ahead) <= num_workers:
-                ahead.append(pool.submit(windows.batch, step, rows))
-                step += 1
+        for number in numbers:
+            ahead.append(pool.submit(windows.batch, number, rows))
+            if len(ahead) > num_workers:
+                yield ahead.popleft().result()
+        while ahead:
             yield ahead.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,40 +1,22 @@
-"""Documents to token shards on disk.
+"""A prepared corpus: token ids on disk, read through memory maps.
 
-    sources -> documents -> (drop duplicates, hold out) -> token ids -> DIR/{train,held_out}/00000.ds
-
-The shards are datatrove's: `.ds` little-endian ids, `.ds.index` document ends, `.ds.metadata`. Beside them
-`corpus.json` says what went in, how much it is, and its fingerprint. A corpus is whole or is not there.
+The shards, DIR/{train,held_out}/00000.ds, are datatrove's: `.ds` little-endian ids, `.ds.index` document ends,
+`.ds.metadata`. Beside them `corpus.json` says what went in, how much it is, and its fingerprint.
 """
 
 import hashlib
-import itertools
 import json
-import logging
-import math
-import platform
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from smolforge import commit
-from smolforge.config import Data
-from smolforge.data.documents import PYTHON_DOCS, Document, documents, files
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import InvalidFile
 from smolforge.tokenizer import Tokenizer
 
-log = logging.getLogger("smolforge")
 FORMAT_VERSION = 1
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
-FEWEST_GROUPS = 20
-BORDER_CHARACTERS = 1000
-BATCH_BYTES = 4 << 20
-SHARD_TOKENS = 1 << 28
-
-Report = Callable[[dict[str, int]], None]
 
 
 class Corpus:
@@ -80,7 +62,26 @@ class Corpus:
         return self.facts["splits"][split]
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder / "tokenizer")
+        """Raises InvalidFile where it is not the one that made the tokens."""
+        found = Tokenizer.load(self.folder / "tokenizer")
+        if found.fingerprint != self.facts["tokenizer"]:
+            raise InvalidFile(f"{self.folder / 'tokenizer'} is damaged: it is not what made the corpus")
+        return found
+
+    def check(self) -> None:
+        """Hold every token to the fingerprint, a gigabyte in half a second. Raises InvalidFile."""
+        digests = []
+        for split in SPLITS:
+            digest = hashlib.sha256()
+            for shard in sorted((self.folder / split).glob("*.ds")):
+                with shard.open("rb") as file:
+                    while part := file.read(1 << 20):
+                        digest.update(part)
+            digests.append(digest.hexdigest())
+        if hashlib.sha256("".join(digests).encode()).hexdigest() != self.fingerprint:
+            raise InvalidFile(
+                f"the tokens in {self.folder} are damaged: they are not what was prepared; prepare them again"
+            )
 
 
 class Tokens:
@@ -102,220 +103,3 @@ class Tokens:
             parts.append(self.shards[first][start - offset : stop - offset])
             start, first = int(self.starts[first + 1]), first + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
-
-
-def prepare(
-    data: Data,
-    folder: Path,
-    tokenizer: Tokenizer | None,
-    vocab_size: int = 4096,
-    max_tokens: int | None = None,
-    report: Report = lambda _: None,
-) -> Corpus:
-    """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
-
-    Without a tokenizer one of `vocab_size` is trained on the training part. `max_tokens` is an upper
-    limit of both parts together, each in its share. `report` is told documents, tokens and bytes so far.
-
-    Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else,
-    MissingResource when the disk is full.
-    """
-    request = {
-        "data": data.model_dump(mode="json", exclude={"num_workers"}),
-        "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
-        "max_tokens": max_tokens,
-        "files": {source: stamp(source) for source in data.sources},
-    }
-    if (folder / "corpus.json").is_file():
-        corpus = Corpus.open(folder)
-        if corpus.facts["request"] == request:
-            return corpus
-        raise SettingError(
-            f"{folder} holds a corpus made with other settings, or from files that changed since; "
-            "give another folder, or delete it"
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise SettingError(f"{folder} exists and is not a corpus; give another folder")
-    plans = {source: survey(source, data) for source in data.sources}
-    if tokenizer is None:
-        texts = (document.text for split, document in _split(plans, data) if split == TRAIN)
-        tokenizer = Tokenizer.train(texts, vocab_size)
-    room = dict.fromkeys(SPLITS, math.inf)
-    if max_tokens is not None:
-        held_out = int(max_tokens * data.held_out)
-        room = {TRAIN: float(max_tokens - held_out), HELD_OUT: float(held_out)}
-    described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
-    if PYTHON_DOCS in data.sources:
-        described["python"] = platform.python_version()
-
-    def fill(temporary: Path) -> None:
-        tokenizer.save(temporary / "tokenizer")
-        facts = _write(temporary, _split(plans, data), tokenizer, room, report)
-        (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
-
-    if folder.exists():
-        folder.rmdir()
-    commit.write_whole(folder, fill)
-    return Corpus.open(folder)
-
-
-class Plan:
-    """Which part of one source is held out."""
-
-    def __init__(self, groups: dict[str, int], held_out: float) -> None:
-        total = sum(groups.values())
-        self.train_characters = total * (1 - held_out)
-        self.by_group = len(groups) >= FEWEST_GROUPS and held_out > 0
-        self.held_out_groups: set[str] = set()
-        if self.by_group:
-            # In the order of a hash, every group that still fits into the share; never none at all.
-            room = total * held_out
-            for group in sorted(groups, key=_digest):
-                if groups[group] <= room:
-                    self.held_out_groups.add(group)
-                    room -= groups[group]
-            self.held_out_groups = self.held_out_groups or {min(groups, key=lambda group: groups[group])}
-
-    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
-        """The document, or its two parts where the source's tail begins inside it.
-
-        `start` is the number of characters of the source before it.
-        """
-        text = document.text
-        if self.by_group:
-            yield HELD_OUT if document.group in self.held_out_groups else TRAIN, document
-        elif start + len(text) <= self.train_characters:
-            yield TRAIN, document
-        else:
-            cut = max(0, int(self.train_characters) - start)
-            near = max(0, cut - BORDER_CHARACTERS)
-            border = text.rfind("\n" if "\n" in text[near:cut] else " ", near, cut)
-            cut = border + 1 if border >= 0 else cut
-            if cut:
-                yield TRAIN, Document(document.group, text[:cut])
-            yield HELD_OUT, Document(document.group, text[cut:])
-
-
-def stamp(source: str) -> list[int]:
-    """Number, bytes and latest change of a source's files: what tells whether they are still the same."""
-    found = [path.stat() for path in files(source)] if source != PYTHON_DOCS else []
-    return [len(found), sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
-
-
-def survey(source: str, data: Data) -> Plan:
-    """One pass over a source: how its held-out part is chosen."""
-    groups: dict[str, int] = defaultdict(int)
-    for document in documents(source, data):
-        groups[document.group] += len(document.text)
-    if not sum(groups.values()):
-        raise InvalidFile(f"the data source {source!r} is empty")
-    return Plan(groups, data.held_out)
-
-
-def _split(plans: dict[str, Plan], data: Data) -> Iterator[tuple[str, Document]]:
-    """Every document once, with its split. Empty ones and exact repetitions are dropped."""
-    seen: set[bytes] = set()
-    for source, plan in plans.items():
-        start = 0
-        for document in documents(source, data):
-            digest = _digest(document.text)
-            if document.text.strip() and digest not in seen:
-                seen.add(digest)
-                yield from plan.pieces(document, start)
-            start += len(document.text)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _write(
-    folder: Path,
-    pieces: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    room: dict[str, float],
-    report: Report,
-) -> dict[str, Any]:
-    """Tokenise and write all pieces; returns what corpus.json says of them."""
-    token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
-    writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
-    lost: Counter[int] = Counter()
-    wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
-    for batch in _batches(wanted):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        lost.update(byte for _, document in batch for byte in tokenizer.lost_bytes(document.text))
-        for (split, document), ids in zip(batch, encoded, strict=True):
-            left = room[split] - writers[split].size["tokens"]
-            text_bytes = len(document.text.encode())
-            if len(ids) >= left:  # the limit falls into this document
-                ids = ids[: max(0, int(left) - 1)]
-                text_bytes = len(tokenizer.decode(ids).encode())
-            if ids:
-                writers[split].add([*ids, tokenizer.eos_id], text_bytes)
-        report({key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")})
-    if not any(writer.size["tokens"] for writer in writers.values()):
-        raise InvalidFile("the data sources hold nothing but white space")
-    for writer in writers.values():
-        writer.close()
-    if lost:
-        named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
-        log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
-    fingerprint = hashlib.sha256("".join(writer.digest.hexdigest() for writer in writers.values()).encode())
-    return {
-        "fingerprint": fingerprint.hexdigest(),
-        "token_bytes": token_bytes,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer": tokenizer.fingerprint,
-        "lost_bytes": {f"{byte:02x}": count for byte, count in sorted(lost.items())},
-        "splits": {split: writer.size for split, writer in writers.items()},
-    }
-
-
-def _batches(pieces: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    """Runs of documents of a few megabytes: enough to keep all cores busy, little to hold."""
-    batch: list[tuple[str, Document]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1].text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class ShardWriter:
-    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
-        self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
-        self.size = {"documents": 0, "tokens": 0, "bytes": 0}
-        self.digest = hashlib.sha256()
-        self.numbers = itertools.count()
-        self.file: BinaryIO | None = None
-        self.path = folder
-        self.ends: list[int] = []
-        folder.mkdir(parents=True)
-
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        if self.file is None:
-            self.path = self.folder / f"{next(self.numbers):05d}.ds"
-            self.file, self.ends = self.path.open("wb"), []
-        content = np.asarray(ids, f"<u{self.token_bytes}").tobytes()
-        self.file.write(content)
-        self.digest.update(content)
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(ids))
-        for key, count in (("documents", 1), ("tokens", len(ids)), ("bytes", text_bytes)):
-            self.size[key] += count
-        if self.ends[-1] >= SHARD_TOKENS:
-            self.close()
-
-    def close(self) -> None:
-        if self.file is None:
-            return
-        self.file.close()
-        self.file = None
-        self.path.with_suffix(".ds.index").write_bytes(np.asarray(self.ends, "<u8").tobytes())
-        name = f"{self.tokenizer.fingerprint}|{self.token_bytes}"
-        self.path.with_suffix(".ds.metadata").write_text(f"{name}\n{self.ends[-1]}\n{self.ends[-1]:,} T\n", "utf-8")

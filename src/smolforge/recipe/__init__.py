@@ -6,8 +6,9 @@ from typing import Any
 
 from smolforge.errors import SettingError
 from smolforge.recipe.read import model_settings, read_recipe
-from smolforge.recipe.run import Observer, Run, run_settled
+from smolforge.recipe.run import Run, run_settled
 from smolforge.recipe.settle import resumed, settle
+from smolforge.recipe.workshop import Observer
 from smolforge.runs import RECIPE
 
 
@@ -23,8 +24,8 @@ def train(
 
     `recipe` is a file or the name of a shipped one, `data` its text, `steps` where to stop; any other setting
     is an override by its dotted name: `train("nano", "runs/a", **{"optim.learning_rate": 1e-3})`. Raises
-    SettingError, InvalidFile or MissingResource with one sentence, and Stopped when a signal ended the run
-    with everything saved.
+    SettingError, InvalidFile or MissingResource with one sentence, Stopped when a signal ended the run
+    with everything saved, and Diverged when its numbers went wrong too often.
     """
     given: dict[str, Any] = dict(overrides)
     if data is not None:

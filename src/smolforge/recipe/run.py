@@ -1,55 +1,38 @@
 """A recipe and a folder -> a finished run: the one place where data, model, optimizer and loop meet.
 
 recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop + actions ] -> Run
-   ^                                                ^
-   the stored one, where the folder has a run       the newest sound checkpoint, where it has one
+   ^                                                ^                          |
+   the stored one, where the folder has a run       the newest sound           |
+                                                    checkpoint, if any  <------+ numbers that went wrong
 """
 
+import itertools
 import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
-from smolforge import optim
+from smolforge import commit, guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
-from smolforge.data import batches, corpus
+from smolforge.data import batches, corpus, shards
 from smolforge.device import describe, pick_device
-from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
-from smolforge.evaluation import measure_corpus
-from smolforge.generation.stream import generate
+from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.model import LanguageModel, adapted, allocate, build
-from smolforge.recipe.plan import Plan, disk_bytes, plan
+from smolforge.recipe.plan import disk_bytes, plan
 from smolforge.recipe.read import write_recipe
-from smolforge.recipe.settle import check_going_on
+from smolforge.recipe.saving import Background, Saving
+from smolforge.recipe.settle import check_going_on, fixed_settings
 from smolforge.recipe.signals import EXIT_CODES, Stop, stop_signals
-from smolforge.runs import METRICS, RECIPE, SAMPLES, RunFolder, read_records
+from smolforge.recipe.workshop import Observer, Silent, Workshop
+from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder, read_records
 from smolforge.tokenizer import Tokenizer
-from smolforge.training import Action, State, autocast, train
+from smolforge.training import State, train
 
 log = logging.getLogger("smolforge")
-
-
-@runtime_checkable
-class Observer(Protocol):
-    """What a run tells while it goes."""
-
-    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int]) -> None: ...
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-    def sampled(self, text: str) -> None: ...
-
-
-class Silent:
-    """Hears nothing."""
-
-    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int]) -> None: ...
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-    def sampled(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -66,36 +49,74 @@ class Run:
 def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None) -> Run:
     """Train what a settled recipe says, or go on exactly where the folder's run stands.
 
-    Raises Stopped when a signal ended it with everything saved.
+    Raises Stopped when a signal ended it with everything saved, Diverged when its numbers went wrong too often,
+    MissingResource when its last checkpoint could not be saved.
     """
     observer = observer or Silent()
-    with RunFolder.open(folder) as files:
-        device = pick_device(recipe.train.device)
+    with RunFolder.open(folder) as files, stop_signals() as stop:
         text = open_corpus(recipe, folder, files.stored_recipe() is not None, observer)
-        state.seed_all(recipe.seed)
-        newest = newest_checkpoint(folder)
-        model = initial_model(recipe, text, newest is not None).to(device)
-        optimizers = optim.optimizers(model, recipe.optim)
-        start = restore(newest, model, optimizers, text) if newest else State()
-        check_going_on(recipe, start.step)
-        check_prompts(recipe, model)
-        windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
-        announce(recipe, start, observer)
-        check_disk(recipe, folder)
-        files.write(RECIPE, write_recipe(recipe))
-        files.rewind(start.step)
-        state.tidy(folder, newest)
-        files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
-        source = batches.stream(windows, start.step, recipe.train.rows, recipe.data.num_workers)
-        shop = Workshop(recipe, files, model, optimizers, text, observer)
-        log.info("training from step %d to %d", start.step, recipe.train.steps)
-        with stop_signals() as stop:
-            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked)
-            if end.step < recipe.train.steps:
-                shop.save(end, {})
-                raise stopped(stop, end, folder)
-        log.info("finished at step %d", end.step)
+        reading = Background(text.check, "corpus")
+        while (run := attempt(recipe, files, text, reading, observer, stop)) is None:
+            log.info("going on from the last sound checkpoint")
+    return run
+
+
+def attempt(
+    recipe: Recipe, files: RunFolder, text: corpus.Corpus, reading: Background, observer: Observer, stop: Stop
+) -> Run | None:
+    """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
+    folder, device = files.path, pick_device(recipe.train.device)
+    newest = newest_checkpoint(folder)
+    state.seed_all(recipe.seed)
+    model = initial_model(recipe, text, newest is not None).to(device)
+    optimizers = optim.optimizers(model, recipe.optim)
+    start, known = restore(newest, model, optimizers, text, recipe) if newest else (State(), [])
+    check_going_on(recipe, start.step)
+    check_prompts(recipe, model)
+    windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+    announce(recipe, start, observer)
+    check_disk(recipe, folder)
+    files.write(RECIPE, write_recipe(recipe))
+    files.rewind(start.step, known)
+    state.tidy(folder, newest)
+    files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
+    decisions = guard.decided(files.incidents())
+    judge = guard.Judge(recipe.guard, decisions, start.step, losses(files), files.record_incident)
+    numbers = map(decisions.batch, itertools.count(start.step))
+    source = batches.stream(windows, numbers, recipe.train.rows, recipe.data.num_workers)
+    saving = Saving(recipe.train, files, reading)
+    shop = Workshop(recipe, files, model, optimizers, text, decisions, saving, observer)
+    log.info("training from step %d to %d", start.step, recipe.train.steps)
+    stop.stepping = True
+    try:
+        with saving:
+            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked, judge)
+            shop.finish(end)
+    except guard.Rewind as wrong:
+        take_back(recipe, files, decisions, wrong)
+        return None
+    if end.step < recipe.train.steps:
+        raise stopped(stop, end, folder)
+    log.info("finished at step %d", end.step)
     return Run(folder, model.eval(), recipe, {"step": end.step} | last_metrics(folder))
+
+
+def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
+    """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
+    newest = newest_checkpoint(files.path)
+    to = state.step_of(newest) if newest else 0
+    incident = {"step": wrong.step, "reason": wrong.reason}
+    if decisions.rewinds >= recipe.guard.max_rewinds:
+        files.record_incident({"kind": "stop", **incident})
+        raise Diverged(
+            f"the run ends at step {wrong.step}: {wrong.reason}. It was taken back {decisions.rewinds} times before "
+            f"({files.path / INCIDENTS} has it all) and is sound at step {to}. A lower --optim.learning-rate "
+            f"needs another --run, with --init-from this one; --guard.max-rewinds {decisions.rewinds + 3} goes on"
+        )
+    next_batch = decisions.batch(wrong.step - 1) + 1
+    files.record_incident({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
+    skipped = next_batch - decisions.batch(to)
+    log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
 
 
 def announce(recipe: Recipe, start: State, observer: Observer) -> None:
@@ -135,7 +156,7 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
     tokenizer = next(iter(named.values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    made = corpus.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
+    made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
     check_same_tokenizer(made, named)
     return made
 
@@ -188,23 +209,37 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def restore(
-    checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer], text: corpus.Corpus
-) -> State:
-    """Weights, moments, random states and place. Raises InvalidFile for a checkpoint made from another corpus."""
+    checkpoint: Path,
+    model: LanguageModel,
+    optimizers: list[torch.optim.Optimizer],
+    text: corpus.Corpus,
+    recipe: Recipe,
+) -> tuple[State, list[guard.Incident]]:
+    """Weights, moments, random states, place, and incidents until then.
+
+    Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
+    """
     tensors, facts = state.load(checkpoint, model)
     if facts["corpus"] != text.fingerprint:
         raise InvalidFile(
             f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
         )
+    now, then = fixed_settings(recipe), facts.get("recipe", {})
+    for name in now.keys() & then.keys():
+        if now[name] != then[name]:
+            raise InvalidFile(
+                f"{RECIPE} has {name} {now[name]!r}, but {checkpoint} was made with {then[name]!r}; "
+                f"put that back into {RECIPE}"
+            )
     optim.load_state_tensors(optimizers, model, tensors)
     log.info("resumed from %s", checkpoint)
-    return State(facts["step"], facts["tokens"])
+    return State(facts["step"], facts["tokens"]), facts.get("incidents", [])
 
 
 def check_disk(recipe: Recipe, folder: Path) -> None:
     """Refuse to begin what the disk cannot hold."""
-    have = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-    needed, free = disk_bytes(recipe) - have, shutil.disk_usage(folder).free
+    have = sum(path.stat().st_size for kept in state.all_of(folder) for path in kept.rglob("*") if path.is_file())
+    needed, free = disk_bytes(recipe) - have, commit.free_bytes(folder)
     if needed > free:
         raise MissingResource(
             f"the checkpoints of this run need {needed:,} more bytes and {folder} has {free:,} free; "
@@ -212,68 +247,10 @@ def check_disk(recipe: Recipe, folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """What happens around the steps of one run."""
-
-    recipe: Recipe
-    files: RunFolder
-    model: LanguageModel
-    optimizers: list[torch.optim.Optimizer]
-    text: corpus.Corpus
-    observer: Observer
-
-    def actions(self) -> list[Action]:
-        """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
-        settings = self.recipe.train
-        actions = [
-            Action(1, self.report, when_stopped=True),
-            Action(settings.checkpoint_every, self.save, when_stopped=True),
-        ]
-        if settings.sample_every:
-            actions.insert(0, Action(settings.sample_every, self.sample))
-        if settings.evaluate_every and self.text.size(corpus.HELD_OUT)["tokens"]:
-            actions.insert(0, Action(settings.evaluate_every, self.measure))
-        return actions
-
-    def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
-        settings = self.recipe.train
-        precision = autocast(settings.dtype, self.model.head.device)
-        found = measure_corpus(
-            self.model, self.text, settings.sequence_length, settings.evaluate_tokens, precision=precision
-        )
-        return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
-
-    def sample(self, now: State, metrics: dict[str, Any]) -> None:
-        prompts, options = self.recipe.train.sample_prompts, self.recipe.sample.model_dump()
-        if options["seed"] is None:
-            options["seed"] = self.recipe.seed + now.step
-        self.model.eval()
-        found = generate(self.model, prompts, **options)
-        self.model.train()
-        for prompt, completion in zip(prompts, found, strict=True):
-            self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
-            self.observer.sampled(prompt + completion.text)
-
-    def report(self, now: State, metrics: dict[str, Any]) -> None:
-        self.files.append(METRICS, metrics)
-        self.observer.stepped(metrics)
-
-    def save(self, now: State, metrics: dict[str, Any]) -> None:
-        """One checkpoint of this moment, and older ones that are no longer wanted removed."""
-        folder = state.folder_of(self.files.path, now.step)
-        if folder.exists():
-            return
-        facts = {
-            "step": now.step,
-            "tokens": now.tokens,
-            "corpus": self.text.fingerprint,
-            "validation_loss": metrics.get("validation_loss"),
-        }
-        tensors = optim.state_tensors(self.optimizers, self.model)
-        state.save(folder, self.model, self.model.tokenizer, tensors, facts)
-        state.retain(self.files.path, self.recipe.train.keep_last, self.recipe.train.keep_best)
-        log.info("saved %s", folder.name)
+def losses(files: RunFolder) -> list[float]:
+    """Of the updates made so far."""
+    path = files.path / METRICS
+    return [each["loss"] for each in read_records(path) if "left_out" not in each] if path.is_file() else []
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run's settings are: decided at its first start, held to ever after."""
 
+import json
 import logging
 from collections.abc import Mapping, Set
 from typing import Any
@@ -82,11 +83,7 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     now = with_schedule_over(to_recipe(tree), horizon)
     before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
     fixed = []
-    balanced = stored.model.model_type == "mixtral" and stored.model.router_aux_loss_coef > 0
-    for name, field in fields(Recipe):
-        # The balance of experts is taken over a micro-batch, so there its size is part of the training.
-        if FREE in field.metadata and not (balanced and name == "train.micro_batch_size"):
-            continue
+    for name in fixed_settings(stored):
         derived = (stored.budget is not None and name in BUDGETED) or (
             stored.init_from is not None and name.startswith("model.")
         )
@@ -101,6 +98,19 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
             "resume it as it was, or start another --run with --init-from this one"
         )
     return now.model_copy(update={name: before[name] for name in NOT_AGAIN})
+
+
+def fixed_settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted name to value, as JSON has it, of all that is part of what a run is."""
+    # The balance of experts is taken over a micro-batch, so there its size is part of the training.
+    balanced = recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
+    values = leaves(recipe)
+    fixed = {
+        name: values[name]
+        for name, field in fields(Recipe)
+        if FREE not in field.metadata or (balanced and name == "train.micro_batch_size")
+    }
+    return json.loads(json.dumps(fixed))
 
 
 def check_going_on(recipe: Recipe, step: int) -> None:
