@@ -498,11 +498,15 @@ def test_a_run_is_verified_with_its_checkpoints(tmp_path):
 
     model = tiny_model()
     for step in (1, 2):
-        state.save(state.folder_of(tmp_path, step), model, model.tokenizer, {}, {"step": step})
+        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, {"step": step}))
     assert verification.verify(tmp_path, ["transformers"], releases=[]).holds
     flip_bit(state.folder_of(tmp_path, 1) / "training" / "random.safetensors", 4000)
     report = verification.verify(tmp_path, ["transformers"], releases=[])
-    assert failing(report) == {"checkpoints"}
+    assert failing(report) == {"step-00000001"}
+    assert [check.name for check in verification.verify(tmp_path, ["files"]).checks] == [
+        "step-00000001",
+        "step-00000002",
+    ]
     assert "step-00000001/training/random.safetensors is damaged" in report.checks[0].said
     assert report.cause == report.checks[0].said
     report = verification.verify(state.folder_of(tmp_path, 1), ["transformers"], releases=[])
@@ -510,7 +514,7 @@ def test_a_run_is_verified_with_its_checkpoints(tmp_path):
 
 
 def test_what_cannot_be_verified(tmp_path, capsys):
-    with pytest.raises(SettingError, match="against is 'torch'; it should be transformers or golden"):
+    with pytest.raises(SettingError, match="against is 'torch'; it should be files, transformers or golden"):
         verification.verify(tmp_path, ["torch"])
     assert cli.run(["verify", str(tmp_path), "--out", str(tmp_path / "v.json")]) == 1
     assert "is not a model folder" in capsys.readouterr().out

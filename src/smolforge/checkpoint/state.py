@@ -144,11 +144,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def check(checkpoint: Path, only: Iterable[str] | None = None) -> None:
-    """Hold a checkpoint's files, or `only` some, to its manifest, and that to its name. Raises InvalidFile."""
+def check(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files, or `only` some, are as it says. Raises InvalidFile."""
     manifest = commit.check(checkpoint, only)
     if manifest.get("step") != step_of(checkpoint):
         raise InvalidFile(f"{checkpoint} is damaged: it holds another step than its name says")
+    return manifest
 
 
 def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None) -> Path | None:

@@ -24,10 +24,10 @@ def verify(
     Parameters
     ----------
     model
-        A Hub id, a model folder, a run folder (whose checkpoints are checked too) or one of its checkpoints.
+        A Hub id, a model folder, a run folder (whose checkpoints and corpus are checked too) or one of its checkpoints.
     against
-        transformers (its implementation on the same files) or golden (what is known of released models); by
-        default both.
+        transformers (its implementation on the same files) and golden (what is known of released models), by
+        default both; files alone holds each checkpoint of a run to its manifest and stops there.
     max_length
         Longest row to compare, in tokens; by default the model's whole context.
     out

@@ -11,16 +11,19 @@ from pydoc_data.topics import topics
 
 import torch
 
-from smolforge import commit
-from smolforge.checkpoint import resolve, state, weights
+from smolforge.checkpoint import resolve, weights
+from smolforge.commit import MANIFEST
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
 from smolforge.verification import causes, checks
+from smolforge.verification.files import files
 from smolforge.verification.oracle import Oracle, require
 from smolforge.verification.releases import Release, identify, published, sha256
 from smolforge.verification.report import Check, Report
 
 ORACLES = ("transformers", "golden")
+AGAINST = ("files", *ORACLES)
+"""What a model is held to; its files are, whatever else is."""
 LENGTHS = (1, 16, 128, 1024)
 SHORT = 128
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Naïve 12345 \u6f22 \U0001f44b\n\n- ")
@@ -39,9 +42,9 @@ def verify(
     SettingError for a name that is nothing and MissingResource where Transformers is not installed; a
     model that cannot be loaded is a check that does not hold.
     """
-    unknown = [name for name in against if name not in ORACLES]
+    unknown = [name for name in against if name not in AGAINST]
     if unknown:
-        raise SettingError(f"against is {unknown[0]!r}; it should be {' or '.join(ORACLES)}")
+        raise SettingError(f"against is {unknown[0]!r}; it should be {', '.join(AGAINST[:-1])} or {AGAINST[-1]}")
     if max_length is not None and max_length < 1:
         raise SettingError(f"max_length is {max_length}; it should be at least 1")
     if "transformers" in against:
@@ -71,11 +74,16 @@ def _verify(
     done: Callable[[Check], Check],
 ) -> str | None:
     """Go through the checks; returns the likeliest cause where one does not hold and has a name."""
-    if (Path(model) / "checkpoints").is_dir():
-        done(checkpoints(Path(model)))
+    found = [done(check) for check in files(Path(model))]
+    if tuple(against) == ("files",):
+        if not found:
+            done(
+                Check(
+                    "files", False, f"{model} has neither checkpoints nor a {MANIFEST}: nothing says what it should be"
+                )
+            )
+        return None
     folder = resolve.find(model)
-    if (folder / commit.MANIFEST).is_file():
-        commit.check(folder)
     loaded = resolve.load(folder)
     hashes = {path.name: sha256(path) for path in weights.files(folder)}
     done(checks.parameters(loaded, folder))
@@ -129,18 +137,6 @@ def against_release(
     if cause is not None or said_right or not certain:
         return cause
     return causes.of_files(model.state_dict(), model.config, certain)
-
-
-def checkpoints(run: Path) -> Check:
-    """Which checkpoints of a run are as their manifests say, file by file."""
-    found, damaged = state.all_of(run), []
-    for folder in found:
-        try:
-            commit.check(folder)
-        except InvalidFile as error:
-            damaged.append(str(error))
-    said = f"{len(found)} there, " + ("; ".join(damaged) if damaged else "all sound")
-    return Check("checkpoints", bool(found) and not damaged, said)
 
 
 def rows(model: LanguageModel, limit: int) -> list[list[int]]:

@@ -1,0 +1,48 @@
+"""Whether files are what was written: every checkpoint and corpus of a run, or one folder with a manifest."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolforge import commit
+from smolforge.checkpoint import state
+from smolforge.data.corpus import SPLITS, Corpus
+from smolforge.errors import InvalidFile
+from smolforge.verification.report import Check
+
+
+def files(model: Path) -> Iterator[Check]:
+    """One check for each thing that says what it should be; none where nothing does."""
+    if (model / "checkpoints").is_dir():
+        yield from map(checkpoint, state.all_of(model))
+        if (model / "corpus" / "corpus.json").is_file():
+            yield corpus(model / "corpus")
+    elif (model / commit.MANIFEST).is_file():
+        try:
+            yield sound("files", commit.check(model))
+        except InvalidFile as error:
+            yield Check("files", False, str(error))
+
+
+def checkpoint(folder: Path) -> Check:
+    """Whether a checkpoint of a run is as its manifest says, file by file."""
+    try:
+        return sound(folder.name, state.check(folder))
+    except InvalidFile as error:
+        return Check(folder.name, False, str(error))
+
+
+def corpus(folder: Path) -> Check:
+    """Whether every token of a corpus is the one that was prepared."""
+    try:
+        text = Corpus.open(folder)
+        text.check()
+    except InvalidFile as error:
+        return Check("corpus", False, str(error))
+    return Check("corpus", True, f"sound: {sum(text.size(split)['tokens'] for split in SPLITS):,} tokens")
+
+
+def sound(name: str, manifest: dict[str, Any]) -> Check:
+    """What a manifest that held says."""
+    sizes = [each["bytes"] for each in manifest["files"].values()]
+    return Check(name, True, f"sound: {len(sizes)} files, {sum(sizes):,} bytes")

@@ -1,0 +1,275 @@
+"""Numbers that go wrong: nothing learned from them, everything written down, every decision made again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NANO
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolforge import guard, training
+from smolforge.checkpoint import state
+from smolforge.config import Guard
+from smolforge.data.batches import Windows
+from smolforge.errors import Diverged
+from smolforge.guard import Judge, Rewind, decided
+from smolforge.recipe import train
+from smolforge.runs import RunFolder, read_records
+from smolforge.testing import Crash, flip_bit
+
+
+@pytest.fixture
+def recipe_file(tmp_path, text_file):
+    settings = NANO["train"] | {"steps": 12, "checkpoint_every": 4, "keep_last": 9}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(NANO | {"train": settings, "data": {"sources": [str(text_file)]}}))
+    return path
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
+    real, numbers, bad = Windows.batch, {}, {}
+
+    def batch(windows, number, rows):
+        found = real(windows, number, rows)
+        numbers[found.ids.numpy().tobytes()] = number
+        return found
+
+    def backward(model, batch, rows, precision):
+        losses, counted = computed(model, batch, rows, precision)
+        match bad.get(numbers[batch.ids.numpy().tobytes()]):
+            case "loss":
+                losses["loss"] = torch.tensor(float("nan"))
+            case "gradient":
+                next(model.parameters()).grad[0, 0] = float("inf")
+            case "spike":
+                losses["loss"] = losses["loss"] + 10
+        return losses, counted
+
+    computed = training.backward
+    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(training, "backward", backward)
+    return lambda kind, *which: bad.update(dict.fromkeys(which, kind))
+
+
+def hashes(run: Path, step: int) -> list[str]:
+    files = state.check(state.folder_of(run, step))["files"]
+    return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
+
+
+def incidents(run: Path) -> list[dict]:
+    path = run / "incidents.jsonl"
+    return read_records(path) if path.is_file() else []
+
+
+def batches(run: Path) -> list[int]:
+    return [record["batch"] for record in read_records(run / "metrics.jsonl")]
+
+
+# Updates left out
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_a_number_changes_nothing(tmp_path, recipe_file, poison, kind, optimizer):
+    """Weights and moments after step 6 are those after step 5, to the bit; the run goes on."""
+    poison(kind, 5)
+    run = train(
+        recipe_file, tmp_path / "run", **{"train.checkpoint_every": 1, "optim.name": optimizer, "train.keep_last": 20}
+    )
+    assert hashes(run.folder, 6) == hashes(run.folder, 5)
+    assert hashes(run.folder, 7) != hashes(run.folder, 6)
+    (incident,) = incidents(run.folder)
+    assert (incident["kind"], incident["step"]) == ("skip", 6)
+    records = read_records(run.folder / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["step"] for record in records if "left_out" in record] == [6]
+    assert records[5]["loss" if kind == "loss" else "grad_norm"] is None
+    assert records[5]["tokens"] == records[4]["tokens"]
+    assert records[6]["loss"] > 0
+
+
+def test_what_is_left_out_once_is_left_out_again(tmp_path, recipe_file, poison):
+    """Also where the fault does not come again, as those of hardware do not."""
+    poison("loss", 5)
+    train(recipe_file, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for step in (8, 12):
+        shutil.rmtree(state.folder_of(tmp_path / "again", step))
+    poison("nothing", 5)
+    train(recipe_file, tmp_path / "again")
+    assert hashes(tmp_path / "again", 12) == hashes(tmp_path / "run", 12)
+    assert len(incidents(tmp_path / "again")) == 1
+
+
+def test_without_the_guard_numbers_are_as_they_are(tmp_path, recipe_file, poison):
+    poison("gradient", 5)
+    run = train(recipe_file, tmp_path / "run", **{"guard.enabled": False})
+    assert incidents(run.folder) == []
+    assert not all(weight.isfinite().all() for weight in run.model.parameters())
+
+
+# Rewinds
+
+
+def planted(source: Path, run: Path, *decisions: dict) -> Path:
+    """A folder in which a run will begin with decisions already made."""
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "incidents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in decisions))
+    return run
+
+
+def test_several_in_a_row_rewind_and_skip_the_data_since_the_checkpoint(tmp_path, recipe_file, poison, caplog):
+    """The end is that of a run that was told from the start to leave that data out, and met no fault."""
+    poison("loss", 5, 6, 7)
+    run = train(recipe_file, tmp_path / "run")
+    assert batches(run.folder) == [0, 1, 2, 3, *range(8, 16)]
+    kinds = [(each["kind"], each["step"]) for each in incidents(run.folder)]
+    assert kinds == [("skip", 6), ("skip", 7), ("skip", 8), ("rewind", 8)]
+    assert "back to step 4, 4 batches are skipped" in caplog.text
+    assert not any("left_out" in record for record in read_records(run.folder / "metrics.jsonl"))
+    decision = {"kind": "rewind", "step": 8, "to": 4, "next_batch": 8, "reason": ""}
+    train(recipe_file, planted(run.folder, tmp_path / "told", decision))
+    assert hashes(tmp_path / "told", 12) == hashes(run.folder, 12)
+
+
+def test_a_fault_before_the_first_checkpoint_begins_again(tmp_path, recipe_file, poison):
+    poison("loss", 0, 1, 2)
+    run = train(recipe_file, tmp_path / "run")
+    assert batches(run.folder) == list(range(3, 15))
+
+
+def test_a_spike_rewinds(tmp_path, recipe_file, poison, monkeypatch):
+    monkeypatch.setattr(guard, "FEWEST", 4)
+    poison("spike", 6)
+    run = train(recipe_file, tmp_path / "run")
+    (incident,) = incidents(run.folder)
+    assert (incident["kind"], incident["step"], incident["to"]) == ("rewind", 7, 4)
+    assert "where the last 6 were" in incident["reason"]
+    assert batches(run.folder) == [0, 1, 2, 3, *range(7, 15)]
+    ignored = train(recipe_file, tmp_path / "ignored", **{"guard.spike": "none"})
+    assert incidents(ignored.folder) == []
+
+
+@pytest.mark.parametrize("lost", [(8, 12), (4, 8, 12)])
+def test_decisions_are_made_again_from_any_checkpoint(tmp_path, recipe_file, poison, lost):
+    """Damage the checkpoints that came after, or even the one that was gone back to."""
+    poison("loss", 5, 6, 7)
+    train(recipe_file, tmp_path / "run", **{"train.checkpoint_every": 2})
+    expected = hashes(tmp_path / "run", 12)
+    for step in {*lost, 10, 6}:
+        flip_bit(state.folder_of(tmp_path / "run", step) / "model.safetensors", 40_000)
+    train(recipe_file, tmp_path / "run", **{"train.checkpoint_every": 2})
+    assert hashes(tmp_path / "run", 12) == expected
+
+
+def test_a_crash_between_decision_and_rewind_changes_nothing(tmp_path, recipe_file, poison, monkeypatch):
+    poison("loss", 5, 6, 7)
+    train(recipe_file, tmp_path / "once")
+    from smolforge.recipe import run as run_module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "take_back", lambda *_: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            train(recipe_file, tmp_path / "before")
+        real = RunFolder.record_incident
+
+        def dies(self, incident):
+            real(self, incident)
+            if incident["kind"] == "rewind":
+                raise Crash
+
+        patch.undo()
+        patch.setattr(RunFolder, "record_incident", dies)
+        with pytest.raises(Crash):
+            train(recipe_file, tmp_path / "after")
+    for name in ("before", "after"):
+        train(recipe_file, tmp_path / name)
+        assert hashes(tmp_path / name, 12) == hashes(tmp_path / "once", 12)
+        assert incidents(tmp_path / name) == incidents(tmp_path / "once")
+
+
+def test_a_checkpoint_alone_remembers_what_was_decided(tmp_path, recipe_file, poison):
+    """Without incidents.jsonl, as where only the checkpoint was carried elsewhere."""
+    poison("loss", 5, 6, 7)
+    train(recipe_file, tmp_path / "run")
+    shutil.rmtree(state.folder_of(tmp_path / "run", 12))
+    (tmp_path / "run" / "incidents.jsonl").rename(tmp_path / "aside")
+    train(recipe_file, tmp_path / "run")
+    assert batches(tmp_path / "run") == [0, 1, 2, 3, *range(8, 16)]
+    assert (tmp_path / "run" / "incidents.jsonl").read_bytes() == (tmp_path / "aside").read_bytes()
+
+
+def test_too_many_rewinds_end_with_a_report(tmp_path, recipe_file, poison):
+    """And one more allowed goes on."""
+    poison("loss", *range(5, 12))
+    with pytest.raises(
+        Diverged, match=r"ends at step 7: the loss is nan.*1 times before.*sound at step 4.*-rewinds 4"
+    ) as caught:
+        train(recipe_file, tmp_path / "run", **{"guard.max_rewinds": 1})
+    assert caught.value.exit_code == 1
+    assert [each["kind"] for each in incidents(tmp_path / "run")].count("rewind") == 1
+    assert incidents(tmp_path / "run")[-1]["kind"] == "stop"
+    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+    run = train(recipe_file, tmp_path / "run", **{"guard.max_rewinds": 4})
+    assert run.metrics["step"] == 12
+    assert batches(run.folder) == [0, 1, 2, 3, *range(11, 19)]
+    assert [record["step"] for record in read_records(run.folder / "metrics.jsonl") if "left_out" in record] == [5]
+
+
+def test_guards_can_be_changed_on_resume(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 12})
+    given = {"guard.enabled": False, "guard.spike": 3.0, "guard.max_rewinds": 9, "guard.skips_before_rewind": 1}
+    assert train(recipe_file, tmp_path / "run", steps=5, **given).metrics["step"] == 5
+
+
+# The judge and its memory
+
+
+def test_nothing_is_a_spike_among_few_or_close_losses():
+    judge = Judge(Guard(), decided([]), 0, [3.0] * 63, lambda _: None)
+    assert judge(1, 99.0, 1.0) is None
+    close = Judge(Guard(), decided([]), 0, [3.0, 3.01] * 64, lambda _: None)
+    assert close(1, 3.4, 1.0) is None
+    with pytest.raises(Rewind, match="the loss is 3.6, where the last 128 were"):
+        close(2, 3.6, 1.0)
+
+
+def test_a_judge_of_few_words_remembers_how_many_in_a_row():
+    skips = [{"kind": "skip", "step": step, "reason": "the loss is nan"} for step in (9, 10)]
+    judge = Judge(Guard(), decided(skips), 10, [], lambda _: None)
+    with pytest.raises(Rewind, match="3 updates in a row"):
+        judge(11, float("nan"), 1.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["go", "skip", "save", "rewind"]), st.integers(0, 3)), max_size=60))
+def test_folded_incidents_say_what_happened(history):
+    """Live and replayed from any step: the same batches, the same updates left out, no batch used twice."""
+    done, number, used, skipped, saved, said = 0, 0, [], set(), [0], []
+    for what, back in history:
+        match what:
+            case "save":
+                saved.append(done)
+            case "rewind" if done:
+                to = saved[-1 - back % len(saved)]  # a damaged one is passed over
+                saved = [step for step in saved if step <= to]
+                said.append({"kind": "rewind", "step": done + 1, "to": to, "next_batch": number + 1})
+                skipped = {step for step in skipped if step <= to}
+                used, done, number = used[:to], to, number + 1
+            case "go" | "skip":
+                done += 1
+                used.append(number)
+                number += 1
+                if what == "skip":
+                    skipped.add(done)
+                    said.append({"kind": "skip", "step": done, "reason": ""})
+    decisions = decided(said)
+    assert [decisions.batch(step) for step in range(done)] == used
+    assert set(decisions.skipped) == skipped
+    assert decisions.batch(done) == number
+    assert len(set(used)) == len(used)

@@ -1,0 +1,298 @@
+"""Checkpoints beside the training: one at a time, of one moment, tried again when the disk refuses."""
+
+import errno
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from conftest import NANO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save as reference
+
+from smolforge.checkpoint import state, tensors, weights
+from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.recipe import resume_or_start, saving, train
+from smolforge.runs import Journal, RunFolder, read_records
+from smolforge.testing import flip_bit, tiny_model
+
+
+@pytest.fixture
+def recipe_file(tmp_path, text_file):
+    path = tmp_path / "tiny.json"
+    train_ = NANO["train"] | {"keep_last": 9, "checkpoint_every": 2}
+    path.write_text(json.dumps(NANO | {"train": train_, "data": {"sources": [str(text_file)]}}))
+    return path
+
+
+def hashes(run, step=8):
+    files = state.check(state.folder_of(run, step))["files"]
+    return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
+
+
+def steps(run):
+    return [state.step_of(folder) for folder in state.all_of(run)]
+
+
+def refusing(monkeypatch, refused, number=errno.ENOSPC):
+    """The disk refuses the weights of these checkpoints, each as often as it is in the list."""
+    real = tensors.write
+
+    def write(path, *rest, **named):
+        step = int(path.parent.name.rpartition("-")[2]) if path.name == weights.WEIGHTS else None
+        if step in refused:
+            refused.remove(step)
+            raise OSError(number, os.strerror(number))
+        real(path, *rest, **named)
+
+    monkeypatch.setattr(tensors, "write", write)
+
+
+# The disk
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_training_goes_on_when_a_checkpoint_is_refused(tmp_path, recipe_file, monkeypatch, caplog, number):
+    """What was saved before stays, the next one comes in its turn, the end is the same."""
+    train(recipe_file, tmp_path / "once")
+    refusing(monkeypatch, [4], number)
+    train(recipe_file, tmp_path / "run")
+    assert steps(tmp_path / "run") == [2, 6, 8]
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "once")
+    (said,) = [record.message for record in caplog.records if record.message.startswith("NOT SAVED")]
+    assert "step-00000004" in said
+    if number != errno.EIO:
+        size = sum(path.stat().st_size for path in state.folder_of(tmp_path / "run", 8).rglob("*.safetensors"))
+        needed = int(said.partition("needs ")[2].partition(" ")[0].replace(",", ""))
+        assert 0.9 * size < needed <= size
+        assert "are free" in said
+
+
+def test_a_refused_checkpoint_is_tried_again_before_the_next_is_due(tmp_path, recipe_file, monkeypatch):
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0)
+    refusing(monkeypatch, [2])
+    train(recipe_file, tmp_path / "run", **{"train.checkpoint_in_background": False})
+    assert steps(tmp_path / "run") == [3, 4, 6, 8]
+
+
+def test_the_last_checkpoint_is_tried_twice_and_then_the_run_has_failed(tmp_path, recipe_file, monkeypatch):
+    train(recipe_file, tmp_path / "once")
+    refusing(monkeypatch, [8])
+    train(recipe_file, tmp_path / "lucky")
+    assert hashes(tmp_path / "lucky") == hashes(tmp_path / "once")
+    refusing(monkeypatch, [8, 8])
+    with pytest.raises(
+        MissingResource, match=r"the disk is full: .*step-00000008 needs [\d,]+ bytes and [\d,]+ are"
+    ) as caught:
+        train(recipe_file, tmp_path / "run")
+    assert caught.value.exit_code == 4
+    assert steps(tmp_path / "run") == [2, 4, 6]
+    train(recipe_file, tmp_path / "run")
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "once")
+
+
+def test_nothing_is_saved_before_its_metrics_are(tmp_path, recipe_file, monkeypatch, caplog):
+    """A checkpoint of a step whose line of metrics the disk refuses would lose that line."""
+    real, broken = Journal.flush, []
+
+    def flush(journal):
+        if journal.waiting and journal.path.name == "metrics.jsonl" and 3 <= len(broken) < 7:
+            broken.append(journal)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        broken.append(journal) if journal.waiting else None
+        real(journal)
+
+    monkeypatch.setattr(Journal, "flush", flush)
+    train(recipe_file, tmp_path / "run")
+    assert steps(tmp_path / "run")[0] == 2
+    assert 4 not in steps(tmp_path / "run")
+    assert [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 9))
+    assert caplog.text.count("metrics.jsonl could not be written") == 1
+
+
+def test_a_journal_takes_back_half_a_line(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append({"step": 1, "loss": float("inf")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    journal.append({"step": 2, "loss": 0.5})
+    assert read_records(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
+
+
+def test_what_a_power_cut_leaves_of_the_metrics_is_cut_away(tmp_path, recipe_file):
+    """Zeros in the place of lines that were not synced, behind those a checkpoint made sure of."""
+    train(recipe_file, tmp_path / "once")
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 300 + b'\n{"step": 6}\n')
+    train(recipe_file, tmp_path / "run", steps=8)
+    once, run = (read_records(tmp_path / name / "metrics.jsonl") for name in ("once", "run"))
+    assert [record["loss"] for record in once] == [record["loss"] for record in run]
+
+
+# Beside the training
+
+
+def test_a_snapshot_is_of_one_moment():
+    """Whatever happens to weights and moments while it is written; the memory of the copy is used again."""
+    model, staging = tiny_model(), state.Staging()
+    moments = {"exp_avg.model.norm.weight": torch.ones(32)}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    one = state.snapshot(model, moments, {"step": 1}, staging)
+    with torch.no_grad():
+        for weight in (*model.parameters(), *moments.values()):
+            weight.add_(1)
+    assert all(torch.equal(one.weights[name], weight) for name, weight in before.items() if name in one.weights)
+    assert torch.equal(one.optimizer["exp_avg.model.norm.weight"], torch.ones(32))
+    two = state.snapshot(model, moments, {"step": 2}, staging)
+    assert two.weights["model.norm.weight"].data_ptr() == one.weights["model.norm.weight"].data_ptr()
+    assert not torch.equal(two.weights["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_background_and_foreground_write_the_same(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "one")
+    train(recipe_file, tmp_path / "two", **{"train.checkpoint_in_background": False})
+    for step in (2, 8):
+        assert hashes(tmp_path / "one", step) == hashes(tmp_path / "two", step)
+
+
+def test_training_goes_on_while_it_writes_but_never_two_at_a_time(tmp_path, recipe_file, monkeypatch):
+    """Steps pass during a write; the next checkpoint waits for it; all are of their own step."""
+    train(recipe_file, tmp_path / "once")
+    real, busy, most, seen = state.save, [], [], []
+
+    def save(folder, *rest):
+        busy.append(folder)
+        most.append(len(busy))
+        before = len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines())
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and before < 8:
+            if len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()) > before:
+                seen.append(folder)
+                break
+            time.sleep(0.005)
+        busy.remove(folder)
+        return real(folder, *rest)
+
+    monkeypatch.setattr(state, "save", save)
+    train(recipe_file, tmp_path / "run")
+    assert max(most) == 1
+    assert len(set(seen)) == 3  # all but the last
+    for step in (2, 4, 6, 8):
+        assert hashes(tmp_path / "run", step) == hashes(tmp_path / "once", step)
+
+
+def test_mistakes_of_ours_are_not_tried_again(tmp_path, recipe_file, monkeypatch):
+    def save(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(state, "save", save)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe_file, tmp_path / "run")
+
+
+def test_a_second_interrupt_leaves_a_write_where_it_is(tmp_path, recipe_file, monkeypatch):
+    """Within seconds, though the disk takes its time; the next start begins at the checkpoint before."""
+    train(recipe_file, tmp_path / "once")
+    real, slow = tensors.memory, threading.Event()
+
+    def memory(tensor):
+        if slow.is_set():
+            time.sleep(0.2)  # times 63 tensors
+        return real(tensor)
+
+    class Twice:
+        def planned(self, *_): ...
+        def preparing(self, *_): ...
+        def sampled(self, *_): ...
+        def stepped(self, metrics):
+            if metrics["step"] == 4:
+                slow.set()
+            if metrics["step"] == 5:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(tensors, "memory", memory)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        resume_or_start(recipe_file, tmp_path / "run", {}, observer=Twice())
+    assert time.monotonic() - begun < 6
+    slow.clear()
+    assert steps(tmp_path / "run") == [2]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
+    train(recipe_file, tmp_path / "run")
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "once")
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_the_writer_is_the_librarys_byte_for_byte(tmp_path_factory, data):
+    shapes = st.lists(st.integers(0, 4), max_size=3)
+    kinds = st.sampled_from(list(tensors.DTYPES))
+    named = data.draw(st.dictionaries(st.text(min_size=1, max_size=6), st.tuples(kinds, shapes), max_size=8))
+    made = {name: torch.randn(shape).mul(9).to(kind) for name, (kind, shape) in named.items() if name != "__metadata__"}
+    metadata = data.draw(st.sampled_from([None, {"format": "pt"}]))
+    path = tmp_path_factory.getbasetemp() / "written.safetensors"
+    tensors.write(path, made, metadata)
+    assert path.read_bytes() == reference(made, metadata)
+
+
+# Retention
+
+
+def test_the_last_two_sound_checkpoints_stay(tmp_path):
+    """However old they are, and however few are to be kept."""
+    model = tiny_model()
+    for step in range(1, 6):
+        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, {"step": step}))
+    for step in (3, 4):
+        flip_bit(state.folder_of(tmp_path, step) / "model.safetensors", 77_777)
+    state.retain(tmp_path, keep_last=1, keep_best=False)
+    assert steps(tmp_path) == [2, 5]
+
+
+# The corpus and the lock
+
+
+def test_nothing_is_learned_from_a_damaged_corpus(tmp_path, recipe_file):
+    """A flipped bit in one token stops the run before anything is saved."""
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    shard = tmp_path / "run" / "corpus" / "train" / "00000.ds"
+    flip_bit(shard, 8 * shard.stat().st_size // 2)
+    with pytest.raises(InvalidFile, match="the tokens in .* are damaged"):
+        train(recipe_file, tmp_path / "run", steps=8)
+    assert steps(tmp_path / "run") == [2, 4]
+
+
+def test_a_tokenizer_that_did_not_make_the_corpus_is_noticed(tmp_path, recipe_file):
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    file = tmp_path / "run" / "corpus" / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    file.write_text(json.dumps(content))
+    with pytest.raises(InvalidFile, match="tokenizer is damaged: it is not what made the corpus"):
+        train(recipe_file, tmp_path / "run", steps=8)
+
+
+def test_an_edited_recipe_is_noticed(tmp_path, recipe_file):
+    """Also where the recipe that is given has nothing to say against it."""
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    stored = tmp_path / "run" / "recipe.toml"
+    stored.write_text(stored.read_text().replace("weight_decay = 0.01", "weight_decay = 0.03"))
+    with pytest.raises(InvalidFile, match=r"recipe.toml has optim.weight_decay 0.03, but .* was made with 0.01"):
+        train(stored, tmp_path / "run")
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, recipe_file, caplog):
+    train(recipe_file, tmp_path / "run")
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+    (tmp_path / "run" / ".lock").write_text("4711 on elsewhere")
+    train(recipe_file, tmp_path / "run")
+    assert "process 4711 on elsewhere left" in caplog.text
+    assert "is taken over" in caplog.text
+    with RunFolder.open(tmp_path / "run"), pytest.raises(SettingError, match=f"process {os.getpid()} on "):
+        train(recipe_file, tmp_path / "run")
