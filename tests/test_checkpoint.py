@@ -16,6 +16,8 @@ from smolforge import commit
 from smolforge.checkpoint import families, resolve, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.recipe import train
+from smolforge.runs import read_records
 from smolforge.testing import Crash, failing_writes, flip_bit, tiny_config, tiny_model
 
 
@@ -293,3 +295,24 @@ def test_a_config_must_say_the_sizes(folder):
     del content["hidden_size"]
     with pytest.raises(InvalidFile, match="does not say hidden_size"):
         families.from_hugging_face(content)
+
+
+# What earlier versions wrote
+
+
+@pytest.mark.parametrize("number", range(1, state.FORMAT_VERSION + 1))
+def test_runs_of_every_format_go_on(tmp_path, number):
+    """Kept as they were written: the model speaks, and two further steps are what they would have been then.
+
+    Format 2 has a decision of the guard in it, which must be kept to.
+    """
+    shutil.copytree(Path(__file__).parent / "fixtures" / f"format-{number}", tmp_path / "run")
+    expected = json.loads((tmp_path / "run" / "expected.json").read_text())
+    assert resolve.load(tmp_path / "run").config.hidden_size == 16
+    train(tmp_path / "run" / "recipe.toml", tmp_path / "run", steps=6)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    for record, then in zip(records[4:], expected, strict=True):
+        assert record["step"] == then["step"]
+        assert record["loss"] == pytest.approx(then["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(then["grad_norm"], rel=1e-4)
+    assert records[-1]["batch"] == (9 if number == 2 else 5)

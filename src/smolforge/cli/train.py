@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smolforge.cli.flags import parse
+from smolforge.signals import stop_signals
 
 
 def train(
@@ -33,11 +34,12 @@ def train(
         Print the final metrics as one JSON object.
     """
     overrides = parse(settings)
-    from smolforge.cli.terminal import Display
-    from smolforge.recipe import resume_or_start
+    with stop_signals():  # also while the imports take their seconds
+        from smolforge.cli.terminal import Display
+        from smolforge.recipe import resume_or_start
 
-    with Display(quiet=json_) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display)
+        with Display(quiet=json_) as display:
+            result = resume_or_start(recipe, run, overrides, fresh, display)
     if json_:
         print(json.dumps(result.metrics))
     else:

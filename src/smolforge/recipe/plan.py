@@ -89,7 +89,7 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
 
 
 def training_bytes(recipe: Recipe) -> int:
-    """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
+    """Peak memory of a training step: weights, gradients, two moments, what backward needs, and a copy to save.
 
     Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
     and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
@@ -107,7 +107,8 @@ def training_bytes(recipe: Recipe) -> int:
     tokens = rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
     head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size
-    return (4 * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
+    copied = 3 if train.checkpoint_in_background else 0
+    return ((4 + copied) * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
 
 
 def disk_bytes(recipe: Recipe) -> int:

@@ -26,9 +26,9 @@ from smolforge.recipe.plan import disk_bytes, plan
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.settle import check_going_on, fixed_settings
-from smolforge.recipe.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.recipe.workshop import Observer, Silent, Workshop
 from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder, read_records
+from smolforge.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import State, train
 
