@@ -63,6 +63,8 @@ class Saving:
 
     def save(self, take: Take) -> None:
         """Begin the checkpoint of this moment."""
+        if self.writing is not None and not self.writing.done:
+            log.info("the checkpoint before is still being written; training waits for it")
         self.settle()
         try:
             self.files.flush()
