@@ -188,7 +188,7 @@ def test_every_flipped_bit_is_found(tmp_path):
             flip_bit(path, bit)
             if name == "manifest.json" and _same_json(path.read_bytes(), content):
                 continue  # white space says nothing
-            with pytest.raises(InvalidFile, match="damaged|format"):
+            with pytest.raises(InvalidFile, match="damaged"):
                 commit.check(tmp_path / "step-1")
             path.write_bytes(content)
 

@@ -78,10 +78,10 @@ def batches(run: Path) -> list[int]:
 def test_a_step_without_a_number_changes_nothing(tmp_path, recipe_file, poison, kind, optimizer):
     """Weights and moments after step 6 are those after step 5, to the bit; the run goes on."""
     poison(kind, 5)
-    run = train(
-        recipe_file, tmp_path / "run", **{"train.checkpoint_every": 1, "optim.name": optimizer, "train.keep_last": 20}
-    )
+    given = {"optim.name": optimizer, "optim.schedule.steps": 12, "train.checkpoint_every": 1, "train.keep_last": 20}
+    run = train(recipe_file, tmp_path / "run", steps=6, **given)
     assert hashes(run.folder, 6) == hashes(run.folder, 5)
+    train(recipe_file, tmp_path / "run", steps=12, **given)
     assert hashes(run.folder, 7) != hashes(run.folder, 6)
     (incident,) = incidents(run.folder)
     assert (incident["kind"], incident["step"]) == ("skip", 6)

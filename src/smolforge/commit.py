@@ -1,10 +1,10 @@
 """Files and folders that appear whole or not at all, and survive a power cut once they are there.
 
-    .tmp-step-00000500/  files, each fsynced  ->  manifest.json (bytes, sha256), fsynced
+    .tmp-step-00000500/  files  ->  manifest.json (bytes, sha256)  ->  fsync of each, and of their folders
     -> rename to step-00000500  ->  fsync of the parent
 
 A folder with a manifest is sound when every file has the size and hash it names. The manifest carries a
-hash of itself, so that a flipped bit in it is noticed as well.
+hash of itself, so that a flipped bit in it is noticed as well; the rule of that hash is the same in all formats.
 """
 
 import errno
@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def write_whole(
     """Let `fill` write into a temporary folder, then make it `folder`. Returns the manifest, which has `facts`.
 
     Without facts there is no manifest. Raises MissingResource when the disk is full (the message has
-    `needed_bytes`, or what was written until then) or cannot be written, and what `fill` raises otherwise;
-    what was there before is untouched in any case.
+    `needed_bytes`, or what was written until then) or cannot be written, and what `fill` raises otherwise. What
+    was there before is untouched; `folder` is there after all only where its last sync failed.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
@@ -46,11 +47,19 @@ def write_whole(
         sync(folder.parent)
     except (Exception, KeyboardInterrupt) as error:
         written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+        said = unwritten(folder, error, max(needed_bytes, written))  # with the room there was
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or "(os error " in str(error):  # Rust libraries have errors of their own
-            raise unwritten(folder, error, max(needed_bytes, written)) from error
+        if _is_of_writing(error, folder.parent):
+            raise said from error
         raise
     return manifest
+
+
+def _is_of_writing(error: BaseException, below: Path) -> bool:
+    """Whether an error is the disk's own, and not of a file that was only read. Rust has errors of its own."""
+    if isinstance(error, OSError):
+        return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(below)
+    return "(os error " in str(error)
 
 
 def unwritten(path: Path, error: BaseException, needed_bytes: int) -> MissingResource:
@@ -72,21 +81,30 @@ def free_bytes(folder: Path) -> int:
 
 
 def replace(path: Path, text: str) -> None:
-    """Put a text in the place of a file, at once and for good."""
+    """Put a text in the place of a file, at once and for good. Raises MissingResource where that fails."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        said = unwritten(path, error, len(text.encode()))
+        with suppress(OSError):
+            temporary.unlink()
+        raise said from error
 
 
 def make_folder(folder: Path) -> None:
     """A folder, and those above it, that a power cut does not take back."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def remove(folder: Path) -> None:
@@ -116,7 +134,7 @@ def describe(path: Path) -> dict[str, Any]:
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": {name: describe(folder / name) for name in names}}
-    manifest["sha256"] = _self_hash(manifest)
+    manifest["sha256"] = self_hash(manifest)
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -134,10 +152,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InvalidFile(f"{folder} has no {MANIFEST}: it was never finished") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise InvalidFile(f"{path} is damaged: {error!r}") from None
+    if recorded != self_hash(manifest):
+        raise InvalidFile(f"{path} is damaged: its own hash does not match")
     if version > FORMAT_VERSION:
         raise LaterFormat(f"{path} has format {version}; this version reads up to {FORMAT_VERSION}")
-    if recorded != _self_hash(manifest):
-        raise InvalidFile(f"{path} is damaged: its own hash does not match")
     return manifest
 
 
@@ -170,6 +188,7 @@ def _damage(path: Path, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def _self_hash(manifest: dict[str, Any]) -> str:
+def self_hash(manifest: dict[str, Any]) -> str:
+    """sha256 of all that a manifest says, but for this."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

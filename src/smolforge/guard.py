@@ -5,9 +5,10 @@
                                                 after the bad one   (incident "rewind")
     too many of those -> the run ends                               (incident "stop")
 
-What was decided is written down before it is done, and a run that starts again decides the same: incidents are
-its only memory beside the checkpoint. Zhang et al. 2022 (OPT, https://arxiv.org/abs/2205.01068) and Chowdhery et
-al. 2022 (PaLM, https://arxiv.org/abs/2204.02311) describe both remedies, by hand.
+What was decided is written down before it is done, and a run that starts again decides the same: its memory is the
+incidents, and in each checkpoint the losses that a spike is measured against. Zhang et al. 2022 (OPT,
+https://arxiv.org/abs/2205.01068) and Chowdhery et al. 2022 (PaLM, https://arxiv.org/abs/2204.02311) describe both
+remedies, by hand.
 """
 
 import math
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from smolforge.config import Guard
+from smolforge.errors import InvalidFile
 
 WINDOW = 128
 """Losses a spike is measured against."""
@@ -75,6 +77,10 @@ def decided(incidents: Sequence[Incident]) -> Decisions:
                 skipped = {step: reason for step, reason in skipped.items() if step <= to}
                 jumps = {step: batch for step, batch in jumps.items() if step < to} | {to: incident["next_batch"]}
                 rewinds += 1
+            case "stop":
+                pass
+            case kind:
+                raise InvalidFile(f"an incident of the run is {kind!r}, which this version does not know")
     return Decisions(skipped, tuple(sorted(jumps.items())), rewinds)
 
 
@@ -86,13 +92,13 @@ class Judge:
         settings: Guard,
         decisions: Decisions,
         done: int,
-        losses: Iterable[float],
+        recent: Iterable[float],
         record: Callable[[Incident], None],
     ) -> None:
-        """`losses` are those of the latest steps up to `done`; `record` writes an incident down for good."""
+        """`recent` is what this was when `done` steps were; `record` writes an incident down for good."""
         self.settings, self.decisions, self.record = settings, decisions, record
         self.in_a_row = decisions.in_a_row(done)
-        self.recent = deque(losses, WINDOW)
+        self.recent = deque(recent, WINDOW)
 
     def __call__(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why the update of a step must be left out, or None. Raises Rewind."""
@@ -105,7 +111,8 @@ class Judge:
                 raise Rewind(step, spike)
         if reason is None:
             self.in_a_row = 0
-            self.recent.append(loss)
+            if math.isfinite(loss):
+                self.recent.append(loss)
             return None
         self.in_a_row += 1
         if self.settings.enabled and self.in_a_row >= self.settings.skips_before_rewind:

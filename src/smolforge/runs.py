@@ -7,6 +7,7 @@ run.log           starts, saves, warnings, errors checkpoints/      see checkpoi
 """
 
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -15,11 +16,12 @@ import socket
 import subprocess
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from smolforge import commit
 from smolforge.errors import InvalidFile, SettingError, Stopped
@@ -52,7 +54,7 @@ class RunFolder:
         if path.exists() and not (path.is_dir() and (run.exists or not any(path.iterdir()))):
             raise SettingError(f"{path} exists and is not a run folder; give --run another name")
         commit.make_folder(path)
-        with (path / LOCK).open("a+") as lock:
+        with (path / LOCK).open("ab+", buffering=0) as lock:
             left = run._take(lock)
             try:
                 with run._logging():
@@ -62,20 +64,19 @@ class RunFolder:
             finally:
                 lock.truncate(0)
 
-    def _take(self, lock: TextIO) -> str:
+    def _take(self, lock: RawIOBase) -> str:
         """Lock the folder; returns who had it and never gave it back, if somebody did."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise SettingError(
-                f"{self.path} is being trained by process {lock.read().strip()}; wait, or stop it"
-            ) from None
+            holder = (lock.read() or b"").decode(errors="replace").strip()
+            raise SettingError(f"{self.path} is being trained by process {holder}; wait, or stop it") from None
         lock.seek(0)
-        left = lock.read().strip()
+        left = (lock.read() or b"").decode(errors="replace").strip()
         lock.truncate(0)
-        lock.write(f"{os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+        with suppress(OSError):  # a full disk keeps nobody from the lock, only from saying whose it is
+            lock.write(f"{os.getpid()} on {socket.gethostname()}".encode())
         return left
 
     @property
@@ -95,15 +96,15 @@ class RunFolder:
         self.journals[name].append(record)
 
     def record_incident(self, incident: dict[str, Any]) -> None:
-        """Write an incident down so that nothing takes it back."""
+        """Write an incident down so that nothing takes it back; what a full disk refuses, the next checkpoint has."""
         self.append(INCIDENTS, incident)
-        with suppress(OSError):  # the next checkpoint has it too
+        with suppress(OSError):
             commit.sync(self.path / INCIDENTS)
+            commit.sync(self.path)
 
     def incidents(self) -> list[dict[str, Any]]:
         """What went wrong so far, oldest first."""
-        path = self.path / INCIDENTS
-        return whole_records(path) if path.is_file() else []
+        return self.journals[INCIDENTS].records()
 
     def flush(self) -> None:
         """Write what a full disk refused so far. Raises MissingResource where it still does."""
@@ -115,30 +116,28 @@ class RunFolder:
 
     def sync(self) -> None:
         """Make what was written so far survive a power cut. Raises MissingResource where the disk fails."""
-        for name in self.journals:
-            path = self.path / name
-            try:
-                if path.is_file():
-                    commit.sync(path)
-            except OSError as error:
-                raise commit.unwritten(path, error, 0) from error
+        try:
+            for journal in self.journals.values():
+                if journal.path.is_file():
+                    commit.sync(journal.path)
+            commit.sync(self.path)
+        except OSError as error:
+            raise commit.unwritten(self.path, error, 0) from error
 
     def rewind(self, step: int, known: list[dict[str, Any]]) -> None:
         """Drop what metrics and samples say of steps after this one: they will be run again.
 
         What follows a broken line, which only a power cut leaves, is dropped as well. Of incidents all are kept;
-        those `known` from the checkpoint take their place where they are more.
+        those `known` from the checkpoint are added where they are more.
         """
-        if len(known) > len(self.incidents()):
-            self.write(INCIDENTS, "".join(map(as_line, known)))
-        for name in self.journals:
-            path = self.path / name
-            if path.is_file():
-                kept = [record for record in whole_records(path) if name == INCIDENTS or record["step"] <= step]
-                self.write(name, "".join(as_line(record) for record in kept))
-                if name == METRICS and [record["step"] for record in kept] != list(range(1, step + 1)):
-                    log.warning("%s does not have every step up to %d", path, step)
-            self.journals[name] = Journal(path)
+        for name in (METRICS, SAMPLES):
+            self.journals[name].cut(lambda record: record.get("step", math.inf) <= step)
+        self.journals[INCIDENTS].cut(lambda record: True)
+        for incident in known[len(self.incidents()) :]:
+            self.record_incident(incident)
+        steps = [record["step"] for record in self.journals[METRICS].records()]
+        if steps and steps != list(range(1, step + 1)):
+            log.warning("%s does not have every step up to %d", self.path / METRICS, step)
 
     def record_environment(self, step: int, machine: dict[str, Any]) -> None:
         """Add this start to environment.json, and warn where it cannot repeat the last one to the bit."""
@@ -206,6 +205,25 @@ class Journal:
         self.bytes += len(self.waiting)
         self.waiting = b""
 
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records, those that wait included."""
+        return whole_records(self._content())
+
+    def cut(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Take back everything from the first record that is broken or not wanted; that needs no room on the disk."""
+        content = self._content()
+        records = itertools.takewhile(wanted, whole_records(content))
+        kept = sum(len(line) + 1 for line, _ in zip(content.split(b"\n"), records, strict=False))
+        self.waiting = content[self.bytes : kept]
+        if kept < self.bytes:
+            with self.path.open("rb+") as file:
+                file.truncate(kept)
+            self.bytes = kept
+
+    def _content(self) -> bytes:
+        written = self.path.read_bytes()[: self.bytes] if self.bytes else b""
+        return written + self.waiting
+
 
 def as_line(record: dict[str, Any]) -> str:
     """A record as a line of JSON, which has no word for what is not a number: null stands for it."""
@@ -216,17 +234,18 @@ def as_line(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line cut short by a crash is left out."""
-    records = whole_records(path)
-    if len(records) < path.read_bytes().count(b"\n"):
+    """The objects of a .jsonl file; a last line cut short by a crash is left out. Raises InvalidFile for another."""
+    content = path.read_bytes()
+    records = whole_records(content)
+    if len(records) < content.count(b"\n"):
         raise InvalidFile(f"{path}, line {len(records) + 1} is not a JSON object")
     return records
 
 
-def whole_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file up to the first line that is none."""
+def whole_records(content: bytes) -> list[dict[str, Any]]:
+    """The objects of lines of JSON, up to the first line that is none."""
     records = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in content.split(b"\n")[:-1]:
         try:
             records.append({**json.loads(line)})
         except (ValueError, TypeError):

@@ -27,7 +27,7 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """The signals set the flag; a second SIGINT ends at once, as it does without us.
+    """The signals set the flag; once it is set, SIGINT ends at once, as it does without us.
 
     Raises Stopped for one that comes before the first step.
     """
@@ -50,4 +50,4 @@ def stop_signals() -> Iterator[Stop]:
         raise Stopped(said, EXIT_CODES[stop.asked_by]) from None
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

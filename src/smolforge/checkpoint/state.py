@@ -5,6 +5,7 @@ random.safetensors      the random states of torch, NumPy and Python, as tensors
 state.json              step, tokens, corpus, validation loss, incidents so far
 """
 
+import functools
 import itertools
 import json
 import math
@@ -80,7 +81,8 @@ class Staging:
             if name not in self.kept:
                 self.kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self.kept[name].copy_(tensor.detach(), non_blocking=True)
-        synchronize(next(iter(tensors.values())).device)
+        for device in {tensor.device for tensor in tensors.values()}:
+            synchronize(device)
         return {name: self.kept[name] for name in tensors}
 
 
@@ -136,10 +138,11 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """What state.json says. Raises InvalidFile where it is missing, broken or from a later version."""
     path = folder / TRAINING / STATE
     try:
-        facts = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
-    if facts["format_version"] > FORMAT_VERSION:
+        facts = {**json.loads(path.read_text("utf-8"))}
+        later = facts["format_version"] > FORMAT_VERSION
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidFile(f"{path} cannot be read: {error!r}") from None
+    if later:
         raise LaterFormat(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
     return facts
 
@@ -152,38 +155,43 @@ def check(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]
     return manifest
 
 
-def newest_sound(run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None) -> Path | None:
-    """The newest checkpoint whose files (or `only` some) are as its manifest says.
+def newest_sound(
+    run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None, every: int = 1
+) -> Path | None:
+    """The newest checkpoint whose files (or `only` some) are as its manifest says, of those at multiples of `every`.
 
     `warn` hears why others are not. Raises LaterFormat rather than pass over what a later version wrote.
     """
-    for folder in reversed(all_of(run)):
+    for folder in reversed([folder for folder in all_of(run) if step_of(folder) % every == 0]):
         try:
             check(folder, only)
         except LaterFormat:
             raise
         except InvalidFile as error:
-            warn(f"{folder.name} is skipped: {error}")
+            if folder.exists():  # and was not just deleted by the run itself
+                warn(f"{folder.name} is skipped: {error}")
         else:
             return folder
     return None
 
 
 def retain(run: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest checkpoints and, if wanted, the one with the lowest validation loss.
+    """Delete all but the newest checkpoints and, if wanted, the sound one with the lowest validation loss.
 
-    The last two sound ones stay whatever their place: what is about to protect a run is read back first.
+    The last two sound ones stay whatever their place: what is about to protect a run is read back first. What a
+    later version wrote stays too.
     """
     folders = all_of(run)
     kept: set[Path] = set(folders[-keep_last:])
-    scored = [(loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None]
-    if keep_best and scored:
-        kept.add(min(scored)[1])
     if kept.issuperset(folders):
         return
-    kept.update(itertools.islice((folder for folder in reversed(folders) if is_sound(folder)), SOUND_KEPT))
+    sound = functools.cache(is_sound)
+    scored = sorted((loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None)
+    if keep_best:
+        kept.update(itertools.islice((folder for _, folder in scored if sound(folder)), 1))
+    kept.update(itertools.islice(filter(sound, reversed(folders)), SOUND_KEPT))
     for folder in folders:
-        if folder not in kept:
+        if folder not in kept and not is_later(folder):
             commit.remove(folder)
 
 
@@ -196,23 +204,45 @@ def is_sound(checkpoint: Path) -> bool:
     return True
 
 
-def validation_loss(folder: Path) -> float | None:
-    """What a checkpoint's model lost on held-out text, where that was measured and can be read."""
+def is_later(checkpoint: Path) -> bool:
+    """Whether a later version wrote it."""
     try:
-        return read_facts(folder).get("validation_loss")
+        commit.read_manifest(checkpoint)
+    except LaterFormat:
+        return True
+    except InvalidFile:
+        pass
+    return False
+
+
+def validation_loss(folder: Path) -> float | None:
+    """What a checkpoint's model lost on held-out text, where that was measured, is a number and can be read."""
+    try:
+        loss = read_facts(folder).get("validation_loss")
     except InvalidFile:
         return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
-def tidy(run: Path, resumed_from: Path | None) -> None:
-    """Delete what killed processes left half-written, and set aside damaged checkpoints whose steps come again."""
+def clear(run: Path) -> None:
+    """Delete what killed processes left half-written."""
     for left in (run / "checkpoints").glob(".tmp-*"):
         shutil.rmtree(left, ignore_errors=True)
-    for folder in all_of(run):
-        if resumed_from is not None and step_of(folder) > step_of(resumed_from):
-            aside = folder.with_name(f".damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+
+
+def set_aside(run: Path, after: int) -> None:
+    """Take checkpoints of later steps, damaged or taken back, out of the way: their steps come again.
+
+    They are called .aside-step-N until others are.
+    """
+    later = [folder for folder in all_of(run) if step_of(folder) > after]
+    if later:
+        for old in (run / "checkpoints").glob(".aside-*"):
+            shutil.rmtree(old, ignore_errors=True)
+    for folder in reversed(later):
+        folder.rename(folder.with_name(f".aside-{folder.name}"))
+    if later:
+        commit.sync(run / "checkpoints")
 
 
 def random_tensors() -> dict[str, Tensor]:

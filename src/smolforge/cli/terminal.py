@@ -32,7 +32,7 @@ class Display:
         )
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.sample, self.news = "", False
-        self.steps, self.begun, self.first, self.told = 0, 0.0, 0, 0.0
+        self.steps, self.begun, self.done, self.told = 0, 0.0, 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.loud, show_time=False, show_path=False)
 
     def __enter__(self) -> "Display":
@@ -52,9 +52,10 @@ class Display:
         self.console.print(text, markup=False)
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
+        self.stop()
         for line in plan_lines(recipe, plan, start):
             self.say(line)
-        self.steps, self.first, self.begun = recipe.train.steps, start.step, time.perf_counter()
+        self.steps, self.done, self.begun = recipe.train.steps, 0, time.perf_counter()
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
@@ -72,6 +73,7 @@ class Display:
         """Show a step: always in the live view, else when there is news or after a while."""
         for listener in self.listeners:
             listener(metrics)
+        self.done += 1  # which are more than the steps, where some were taken back
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
         line = metrics_line(metrics, self.remaining(metrics["step"]))
         measured = "validation_loss" in metrics
@@ -89,7 +91,7 @@ class Display:
 
     def remaining(self, step: int) -> float:
         """Seconds to the last step, at the pace since this start, pauses included."""
-        return (time.perf_counter() - self.begun) / (step - self.first) * (self.steps - step)
+        return (time.perf_counter() - self.begun) / self.done * (self.steps - step)
 
 
 def metrics_line(metrics: dict[str, Any], remaining: float) -> str:

@@ -37,9 +37,8 @@ def train(
     with stop_signals():  # also while the imports take their seconds
         from smolforge.cli.terminal import Display
         from smolforge.recipe import resume_or_start
-
-        with Display(quiet=json_) as display:
-            result = resume_or_start(recipe, run, overrides, fresh, display)
+    with Display(quiet=json_) as display:
+        result = resume_or_start(recipe, run, overrides, fresh, display)
     if json_:
         print(json.dumps(result.metrics))
     else:

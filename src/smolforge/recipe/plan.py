@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from smolforge.checkpoint.state import SOUND_KEPT
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype, synchronize
@@ -76,12 +77,13 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
     dtype = pick_dtype(recipe.train.dtype, device)
     flops = flops_per_token(recipe.model, recipe.train.sequence_length)
     tokens = (recipe.train.steps - done_steps) * recipe.train.batch_tokens
+    copied = checkpoint_bytes(recipe) if recipe.train.checkpoint_in_background else 0
     return Plan(
         parameters=parameter_counts(recipe.model),
         tokens=tokens,
         flops_per_token=flops,
         seconds=tokens * flops / (matrix_flops_per_second(device, dtype) * EFFICIENCY),
-        memory_bytes=training_bytes(recipe),
+        memory_bytes=training_bytes(recipe) + (copied if device.type != "cuda" else 0),
         available_bytes=memory_bytes(device),
         disk_bytes=disk_bytes(recipe),
         device=device.type,
@@ -89,7 +91,7 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
 
 
 def training_bytes(recipe: Recipe) -> int:
-    """Peak memory of a training step: weights, gradients, two moments, what backward needs, and a copy to save.
+    """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
 
     Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
     and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
@@ -107,13 +109,12 @@ def training_bytes(recipe: Recipe) -> int:
     tokens = rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
     head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size
-    copied = 3 if train.checkpoint_in_background else 0
-    return ((4 + copied) * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
+    return (4 * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
 
 
 def disk_bytes(recipe: Recipe) -> int:
     """What the checkpoints kept at the same time take, the one being written included."""
-    kept = recipe.train.keep_last + recipe.train.keep_best + 1
+    kept = max(recipe.train.keep_last, SOUND_KEPT) + recipe.train.keep_best + 1
     return kept * checkpoint_bytes(recipe)
 
 

@@ -54,15 +54,23 @@ def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None) 
     """
     observer = observer or Silent()
     with RunFolder.open(folder) as files, stop_signals() as stop:
+        state.clear(folder)
         text = open_corpus(recipe, folder, files.stored_recipe() is not None, observer)
         reading = Background(text.check, "corpus")
-        while (run := attempt(recipe, files, text, reading, observer, stop)) is None:
-            log.info("going on from the last sound checkpoint")
+        run = attempt(recipe, files, text, reading, observer, stop, first=True)
+        while run is None:
+            run = attempt(recipe, files, text, reading, observer, stop)
     return run
 
 
 def attempt(
-    recipe: Recipe, files: RunFolder, text: corpus.Corpus, reading: Background, observer: Observer, stop: Stop
+    recipe: Recipe,
+    files: RunFolder,
+    text: corpus.Corpus,
+    reading: Background,
+    observer: Observer,
+    stop: Stop,
+    first: bool = False,
 ) -> Run | None:
     """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
     folder, device = files.path, pick_device(recipe.train.device)
@@ -70,22 +78,24 @@ def attempt(
     state.seed_all(recipe.seed)
     model = initial_model(recipe, text, newest is not None).to(device)
     optimizers = optim.optimizers(model, recipe.optim)
-    start, known = restore(newest, model, optimizers, text, recipe) if newest else (State(), [])
+    start, facts = restore(newest, model, optimizers, text, recipe) if newest else (State(), {})
     check_going_on(recipe, start.step)
     check_prompts(recipe, model)
     windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
-    announce(recipe, start, observer)
-    check_disk(recipe, folder)
-    files.write(RECIPE, write_recipe(recipe))
-    files.rewind(start.step, known)
-    state.tidy(folder, newest)
-    files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
+    if first:
+        announce(recipe, start, observer)
+        check_disk(recipe, folder)
+        files.write(RECIPE, write_recipe(recipe))
+        files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
+    files.rewind(start.step, facts.get("incidents", []))
+    state.set_aside(folder, start.step)
     decisions = guard.decided(files.incidents())
-    judge = guard.Judge(recipe.guard, decisions, start.step, losses(files), files.record_incident)
+    recent = facts.get("recent_losses", [])
+    judge = guard.Judge(recipe.guard, decisions, start.step, recent, files.record_incident)
     numbers = map(decisions.batch, itertools.count(start.step))
     source = batches.stream(windows, numbers, recipe.train.rows, recipe.data.num_workers)
-    saving = Saving(recipe.train, files, reading)
-    shop = Workshop(recipe, files, model, optimizers, text, decisions, saving, observer)
+    saving = Saving(recipe.train, files, reading, hurried=stop.asked)
+    shop = Workshop(recipe, files, model, optimizers, text, judge, saving, observer)
     log.info("training from step %d to %d", start.step, recipe.train.steps)
     stop.stepping = True
     try:
@@ -103,8 +113,8 @@ def attempt(
 
 def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
     """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
-    newest = newest_checkpoint(files.path)
-    to = state.step_of(newest) if newest else 0
+    place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.step)
+    to = state.step_of(place) if place else 0
     incident = {"step": wrong.step, "reason": wrong.reason}
     if decisions.rewinds >= recipe.guard.max_rewinds:
         files.record_incident({"kind": "stop", **incident})
@@ -114,9 +124,18 @@ def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wron
             f"needs another --run, with --init-from this one; --guard.max-rewinds {decisions.rewinds + 3} goes on"
         )
     next_batch = decisions.batch(wrong.step - 1) + 1
+    state.set_aside(files.path, to)  # first: a checkpoint of what is taken back must not meet the decision
     files.record_incident({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
     skipped = next_batch - decisions.batch(to)
     log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
+
+
+def place_to_go_back_to(folder: Path, every: int | None, step: int) -> Path | None:
+    """The newest sound checkpoint that a run without stops has too, if there is one; None is the beginning."""
+    regular = state.newest_sound(folder, log.warning, every=every or 1)
+    if regular is None and every is not None and step > every:  # the interval was another, or they are damaged
+        return newest_checkpoint(folder)
+    return regular
 
 
 def announce(recipe: Recipe, start: State, observer: Observer) -> None:
@@ -214,8 +233,8 @@ def restore(
     optimizers: list[torch.optim.Optimizer],
     text: corpus.Corpus,
     recipe: Recipe,
-) -> tuple[State, list[guard.Incident]]:
-    """Weights, moments, random states, place, and incidents until then.
+) -> tuple[State, dict[str, Any]]:
+    """Weights, moments, random states, place, and all else that state.json has.
 
     Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
     """
@@ -233,7 +252,7 @@ def restore(
             )
     optim.load_state_tensors(optimizers, model, tensors)
     log.info("resumed from %s", checkpoint)
-    return State(facts["step"], facts["tokens"]), facts.get("incidents", [])
+    return State(facts["step"], facts["tokens"]), facts
 
 
 def check_disk(recipe: Recipe, folder: Path) -> None:
@@ -245,12 +264,6 @@ def check_disk(recipe: Recipe, folder: Path) -> None:
             f"the checkpoints of this run need {needed:,} more bytes and {folder} has {free:,} free; "
             "make room, or choose another disk"
         )
-
-
-def losses(files: RunFolder) -> list[float]:
-    """Of the updates made so far."""
-    path = files.path / METRICS
-    return [each["loss"] for each in read_records(path) if "left_out" not in each] if path.is_file() else []
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from smolforge import commit
 from smolforge.checkpoint import state
 from smolforge.config import Train
 from smolforge.errors import MissingResource
@@ -18,33 +19,32 @@ from smolforge.runs import RunFolder
 
 log = logging.getLogger("smolforge")
 RETRY_SECONDS = 60
-ABANDON_SECONDS = 2
+ABANDON_SECONDS = 10
+LOOK_SECONDS = 0.1
 
 Take = Callable[[state.Staging | None], state.Snapshot]
 
 
 class Background:
-    """One piece of work in a thread of its own, for which no process waits when it ends."""
+    """One piece of work in a thread of its own, which a process that ends does not wait for."""
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self.work = work
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self.thread.start()
+        self.ended = threading.Event()  # an interrupted Thread.join takes the thread for ended, before Python 3.13
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self.work()
         except BaseException as error:
             self.error = error
-
-    @property
-    def done(self) -> bool:
-        return not self.thread.is_alive()
+        finally:
+            self.ended.set()
 
     def result(self) -> None:
         """Wait for the end. Raises what the work raised."""
-        self.thread.join()
+        self.ended.wait()
         if self.error is not None:
             raise self.error
 
@@ -52,27 +52,27 @@ class Background:
 class Saving:
     """Writes the checkpoints of one run, never two at a time."""
 
-    def __init__(self, settings: Train, files: RunFolder, reading: Background) -> None:
-        """`reading` is the check of the corpus: nothing learned from it is saved before it has passed."""
-        self.settings, self.files, self.reading = settings, files, reading
+    def __init__(self, settings: Train, files: RunFolder, reading: Background, hurried: Callable[[], bool]) -> None:
+        """`reading` is the check of the corpus: what was learned from it is saved when it has passed.
+
+        `hurried` says that there is no time to wait for that.
+        """
+        self.settings, self.files, self.reading, self.hurried = settings, files, reading, hurried
         self.staging = state.Staging() if settings.checkpoint_in_background else None
         self.writing: Background | None = None
         self.failure: MissingResource | None = None
         self.retry_at = math.inf
+        self.tried = -1
         self.abandoned = threading.Event()
 
-    def save(self, take: Take) -> None:
-        """Begin the checkpoint of this moment."""
-        if self.writing is not None and not self.writing.done:
+    def save(self, step: int, take: Take) -> None:
+        """Begin the checkpoint of this moment, if that was not done already."""
+        if step == self.tried:
+            return
+        if self.writing is not None and not self.writing.ended.is_set():
             log.info("the checkpoint before is still being written; training waits for it")
         self.settle()
-        try:
-            self.files.flush()
-        except MissingResource as error:
-            self._failed(error)
-            return
-        moment = take(self.staging)
-        self.writing = Background(lambda: self._write(moment), "checkpoint")
+        self._begin(step, take)
         if self.staging is None:  # the moment passes with the next step
             self.settle()
 
@@ -81,53 +81,77 @@ class Saving:
 
         Raises InvalidFile where the corpus turned out to be damaged.
         """
-        if self.reading.done:
+        if self.reading.ended.is_set():
             self.reading.result()
-        if self.writing is not None and self.writing.done:
+        if self.writing is not None and self.writing.ended.is_set():
             self.settle()
         return time.monotonic() >= self.retry_at
 
     def settle(self) -> None:
         """Wait for the write under way. What the disk did is said aloud and tried again, anything else is raised."""
-        if self.writing is None:
-            return
-        self.writing.thread.join()
-        writing, self.writing = self.writing, None
         try:
-            writing.result()
+            self._wait()
         except MissingResource as error:
-            self._failed(error)
-        else:
-            self.failure, self.retry_at = None, math.inf
-
-    def _failed(self, error: MissingResource) -> None:
-        self.failure, self.retry_at = error, time.monotonic() + RETRY_SECONDS
-        log.warning("NOT SAVED: %s. Training goes on and tries again in %d s", error, RETRY_SECONDS)
+            self.retry_at = time.monotonic() + RETRY_SECONDS
+            log.warning("NOT SAVED: %s. Training goes on and tries again in %d s", error, RETRY_SECONDS)
 
     def finish(self, step: int, take: Take) -> None:
         """Wait until the last step is saved, and try once more where that failed. Raises MissingResource."""
-        self.settle()
-        if not state.folder_of(self.files.path, step).exists():
-            self.save(take)
-            self.settle()
-        if self.failure is not None:
-            raise self.failure
+        try:
+            self._wait()
+        except MissingResource as error:
+            log.warning("NOT SAVED: %s. It is tried once more", error)
+        if self.failure is not None or not state.folder_of(self.files.path, step).exists():
+            self._begin(step, take)
+            self._wait()
 
     def __enter__(self) -> "Saving":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let a write under way end; where a person is in a hurry, leave it as a killed process would."""
+        if kind is KeyboardInterrupt:
+            self.abandoned.set()
         if self.writing is not None:
-            if kind is KeyboardInterrupt:
-                self.abandoned.set()
-            self.writing.thread.join(ABANDON_SECONDS if kind is KeyboardInterrupt else None)
+            self.writing.ended.wait(ABANDON_SECONDS if kind is KeyboardInterrupt else None)
+            if self.writing.error is not None and kind is not KeyboardInterrupt:
+                log.warning("NOT SAVED: %s", self.writing.error)
+
+    def _begin(self, step: int, take: Take) -> None:
+        self.tried = step
+        try:
+            self.files.flush()
+        except MissingResource as error:
+            failed = error
+            self.writing = Background(lambda: _raise(failed), "checkpoint")
+            return
+        moment = take(self.staging)
+        self.writing = Background(lambda: self._write(moment), "checkpoint")
+
+    def _wait(self) -> None:
+        """Raises what the write under way raised."""
+        if self.writing is None:
+            return
+        self.writing.ended.wait()
+        writing, self.writing = self.writing, None
+        self.failure, self.retry_at = None, math.inf
+        try:
+            writing.result()
+        except MissingResource as error:
+            self.failure = error
+            raise
 
     def _write(self, moment: state.Snapshot) -> None:
-        self.reading.result()
+        """The thread's work."""
+        while not self.reading.ended.wait(LOOK_SECONDS) and not self.hurried():
+            self._going_on()
+        if self.reading.ended.is_set():
+            self.reading.result()
         self.files.sync()  # a checkpoint never has a step whose metrics are lost
         folder = state.folder_of(self.files.path, moment.facts["step"])
-        if not folder.exists():
+        if folder.exists():  # an earlier try failed when all but the last sync was done
+            commit.sync(folder.parent)
+        else:
             state.save(folder, moment, self._going_on)
             log.info("saved %s", folder.name)
         try:
@@ -138,3 +162,7 @@ class Saving:
     def _going_on(self) -> None:
         if self.abandoned.is_set():
             raise KeyboardInterrupt
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -1,5 +1,6 @@
 """What happens around the steps of a run: measure, sample, report, save."""
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,7 @@ from smolforge.config import Recipe
 from smolforge.data import corpus
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
-from smolforge.guard import Decisions
+from smolforge.guard import Judge
 from smolforge.model import LanguageModel
 from smolforge.recipe.plan import Plan
 from smolforge.recipe.saving import Saving, Take
@@ -48,12 +49,12 @@ class Workshop:
         model: LanguageModel,
         optimizers: list[torch.optim.Optimizer],
         text: corpus.Corpus,
-        decisions: Decisions,
+        judge: Judge,
         saving: Saving,
         observer: Observer,
     ) -> None:
         self.recipe, self.files, self.model, self.optimizers = recipe, files, model, optimizers
-        self.text, self.decisions, self.saving, self.observer = text, decisions, saving, observer
+        self.text, self.judge, self.saving, self.observer = text, judge, saving, observer
         self.metrics: dict[str, Any] = {}
 
     def actions(self) -> list[Action]:
@@ -90,7 +91,7 @@ class Workshop:
             self.observer.sampled(prompt + completion.text)
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
-        metrics["batch"] = self.decisions.batch(now.step - 1)
+        metrics["batch"] = self.judge.decisions.batch(now.step - 1)
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)
@@ -100,7 +101,9 @@ class Workshop:
             self.save(now, metrics)
 
     def save(self, now: State, metrics: dict[str, Any]) -> None:
-        self.saving.save(self.taking(now))
+        """Not in the middle of updates left out: a rewind goes back to before the first of them."""
+        if "left_out" not in metrics:
+            self.saving.save(now.step, self.taking(now))
 
     def finish(self, now: State) -> None:
         """Come back when the last step is safe on disk. Raises MissingResource if that cannot be."""
@@ -108,16 +111,18 @@ class Workshop:
 
     def taking(self, now: State) -> Take:
         """How a snapshot of this moment is taken."""
-        facts = {
-            "step": now.step,
-            "tokens": now.tokens,
-            "corpus": self.text.fingerprint,
-            "validation_loss": self.metrics.get("validation_loss"),
-            "recipe": fixed_settings(self.recipe),
-            "incidents": self.files.incidents(),
-        }
 
         def take(staging: state.Staging | None) -> state.Snapshot:
+            loss = self.metrics.get("validation_loss")
+            facts = {
+                "step": now.step,
+                "tokens": now.tokens,
+                "corpus": self.text.fingerprint,
+                "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+                "recipe": fixed_settings(self.recipe),
+                "incidents": self.files.incidents(),
+                "recent_losses": list(self.judge.recent),
+            }
             return state.snapshot(self.model, optim.state_tensors(self.optimizers, self.model), facts, staging)
 
         return take

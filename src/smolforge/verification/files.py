@@ -14,7 +14,10 @@ from smolforge.verification.report import Check
 def files(model: Path) -> Iterator[Check]:
     """One check for each thing that says what it should be; none where nothing does."""
     if (model / "checkpoints").is_dir():
-        yield from map(checkpoint, state.all_of(model))
+        for folder in state.all_of(model):
+            found = checkpoint(folder)
+            if folder.exists():  # a run at work deletes old ones
+                yield found
         if (model / "corpus" / "corpus.json").is_file():
             yield corpus(model / "corpus")
     elif (model / commit.MANIFEST).is_file():
