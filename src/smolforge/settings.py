@@ -97,24 +97,28 @@ def validated(group: type[S], tree: Mapping[str, Any], where: str = "", together
         return group.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+    raise SettingError(_sentence(group, first, where, together))
+
+
+def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, together: str | None) -> str:
+    """What pydantic found, said in our words."""
     names = [name for name, _ in fields(group)]
     known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
-    parts, item = [str(part) for part in first["loc"]], False
-    dotted = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        raise SettingError(f"{where}there is no setting {shown(dotted)}.{did_you_mean(dotted, known)}")
-    while parts and dotted not in known:
-        item = parts.pop().isdigit()  # the place in a list; pydantic also adds the branch of a union
+    kind, value = error["type"], shown(error["input"])
+    parts, in_list = [str(part) for part in error["loc"]], False
+    if kind == "extra_forbidden":
         dotted = ".".join(parts)
-    if not dotted and first["type"] != "value_error":
-        raise SettingError(f"{where}there is no setting {shown(first['input'])}.")
-    told = str(first["ctx"]["error"]) if first["type"] == "value_error" else None
+        return f"{where}there is no setting {shown(dotted)}.{did_you_mean(dotted, known)}"
+    while parts and ".".join(parts) not in known:
+        in_list = parts.pop().isdigit()  # the place in a list; pydantic also adds the branch of a union
+    dotted = ".".join(parts)
+    told = str(error["ctx"]["error"]) if kind == "value_error" else None
     if told is not None and dotted not in names:
-        raise SettingError(f"{where if together is None else together}{dotted}{dotted and ': '}{told}")
-    said = (
-        f"has {shown(first['input'])} in it" if item and first["type"] != "missing" else f"is {shown(first['input'])}"
-    )
-    raise SettingError(f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}")
+        return f"{where if together is None else together}{dotted}{dotted and ': '}{told}"
+    if not dotted:
+        return f"{where}there is no setting {value}."
+    said = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
+    return f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}"
 
 
 def rule(group: type[Settings], dotted: str) -> str:
@@ -138,9 +142,13 @@ def in_words(schema: Mapping[str, Any]) -> str:
         case {"type": "array", "items": each}:
             return f"a list of {in_words(each)}"
         case {"type": kind} if kind in KINDS:
-            bounds = [words.format(schema[bound]) for bound, words in BOUNDS.items() if bound in schema]
+            bounds = [words.format(_plain(schema[bound])) for bound, words in BOUNDS.items() if bound in schema]
             return " ".join([KINDS[kind], " and ".join(bounds)]).rstrip()
     return "a table of settings"
+
+
+def _plain(bound: int | float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def shown(value: Any) -> str:

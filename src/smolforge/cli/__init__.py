@@ -77,7 +77,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _usage(error: Exception, words: Sequence[str]) -> str:
     """What is wrong with a command line, where cyclopts would speak of tokens and types."""
-    from cyclopts import CoercionError, MissingArgumentError, UnusedCliTokensError
+    from cyclopts import CoercionError, MissingArgumentError, RepeatArgumentError, UnusedCliTokensError
 
     match error:
         case MissingArgumentError(argument=argument, command_chain=[*_, verb]) if argument is not None:
@@ -93,6 +93,8 @@ def _usage(error: Exception, words: Sequence[str]) -> str:
 
             name = token.keyword or (argument.name if argument is not None else "it")
             return f"{name} is {shown(token.value)}; it should be {in_words(TypeAdapter(kind).json_schema())}"
+        case RepeatArgumentError(token=token):
+            return f"{token.keyword} is given twice"
         case UnusedCliTokensError(unused_tokens=[word, *_]):
             return f"{word!r} is one word too many"
     return str(error)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from smolforge.errors import SettingError
-from smolforge.settings import shown
+from smolforge.settings import LONGEST_SHOWN, shown
 
 LARGEST = 128 << 10
 """Bytes of a file: hundreds of times any recipe, and read in a second however it is made."""
@@ -111,13 +111,23 @@ def _reason(error: Exception, text: str) -> str:
         case OSError():
             said = error.strerror or str(error)
         case json.JSONDecodeError():
-            said = f"{error.msg} (at line {error.lineno}, column {error.colno})"
+            what = error.msg.removesuffix(" at").removesuffix(" starting")
+            said = f"{what} (at line {error.lineno}, column {error.colno})"
         case yaml.MarkedYAMLError() if error.problem and error.problem_mark:
             said = f"{error.problem} (at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
         case ValueError() if "digits" in str(error):
             said = "a number in it has thousands of digits"
         case _:
             said = " ".join(str(error).split())
-    place, lines = re.search(r"at line (\d+)", said), re.split(r"\r?\n", text)
-    line = lines[int(place[1]) - 1].strip() if place and int(place[1]) <= len(lines) else ""
-    return f"{said}: {shown(line)}" if line else said
+    return f"{said}{_quoted(said, text)}"
+
+
+def _quoted(said: str, text: str) -> str:
+    """The line that a sentence speaks of, from a little before the column where it is long."""
+    place = re.search(r"at line (\d+)(?:, column (\d+))?", said)
+    lines = re.split(r"\r?\n", text)
+    if place is None or int(place[1]) > len(lines):
+        return ""
+    line = lines[int(place[1]) - 1]
+    start = max(0, int(place[2] or 1) - LONGEST_SHOWN // 2) if len(line) > LONGEST_SHOWN else 0
+    return f": {shown(line[start:].strip())}" if line.strip() else ""
