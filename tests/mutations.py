@@ -237,7 +237,7 @@ def spoilt(random: Random) -> Case:
     content = bytearray(path.read_bytes())
     for _ in range(random.randint(1, 3)):
         at = random.randrange(len(content) + 1)
-        piece = random.choice([b"\"'[]{}=:,.#\n\t -&*!|>%@0"[random.randrange(23) :][:1], random.randbytes(1)])
+        piece = random.choice(['"', "'", *"[]{}=:,.#\n\t -&*!|>%@0", chr(random.randrange(256))]).encode("latin-1")
         match random.choice(["cut", "insert", "delete", "replace", "repeat"]):
             case "cut":
                 del content[at:]
@@ -274,48 +274,65 @@ def other_encoding(random: Random) -> Case:
     return Case(asked(random, path), names=(f"{path} cannot be read: ",))
 
 
+DEEP, BLANK = "[" * 60_000, " " * (3 << 20)
+ALIASES = "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{f'*{a},' * 9}]}}\n" for a, b in ("ab", "bc", "cd", "de", "ef"))
+HOSTILE: dict[str, list[str]] = {
+    "toml": [
+        *(f"seed = {DEEP}", f"seed = {'[' * 99}{']' * 99}", BLANK, "seed = 1\nseed = 2", "[train]\n[train]"),
+        *(f"{'a.' * many}b = 1" for many in (200, 900, 60_000)),
+        *(f"seed = 0x{'f' * many}" for many in (30, 5000, 100_000)),
+        *(f'"{key}" = 1' for key in ("a\\nb", "\\u001b[31m", "\\u202e", "x" * 9999, "", "train.steps")),
+    ],
+    "yaml": [
+        *(
+            f"seed: {DEEP}",
+            f"seed: {'[' * 99}{']' * 99}",
+            BLANK,
+            "",
+            "null",
+            "[]",
+            "5",
+            "text",
+            "- [1]",
+            "seed: 1\nseed: 2",
+        ),
+        *(
+            ALIASES,
+            "train: &a\n  steps: *a",
+            "&a\ntrain: *a",
+            "seed: *a",
+            "seed: 1\n---\nseed: 2",
+            f"seed: {'1' * 9999}",
+        ),
+        *(f"seed: {tag} [id]" for tag in ("!!python/object/apply:os.system", "!!set", "!x", "!!binary")),
+        *(f"seed: {text}" for text in ("2020-13-41", "0001-01-01 00:00:00+10:00", f"{'1:' * 999}1.5")),
+        *(f"{key}: 2" for key in ("1", "null", "yes", "[1]", "{a: 1}", "? [1]\n", "<<", "2020-01-01")),
+    ],
+    "json": [
+        *('{"train":' * depth + "1" + "}" * depth for depth in (50, 900, 12_000)),
+        *(f'{{"seed": {DEEP}', BLANK, "", "null", "[]", "5", '"text"', "[[1]]", f'{{"seed": {"1" * 9999}}}'),
+        *(
+            '{"seed": 1, "seed": 2}',
+            '{"train": {"steps": 1, "steps": 2}}',
+            '{"\\ud800": 1}',
+            '{"tokenizer": "\\ud800"}',
+        ),
+    ],
+}
+"""Files that somebody made to be hard to read."""
+
+
 def hostile(random: Random) -> Case:
-    """Files that somebody made to be hard to read."""
-    suffix, content = random.choice(list(hostile_files()))
-    path = write(f"hostile.{suffix}", content)
+    suffix = random.choice(list(HOSTILE))
+    path = write(f"hostile.{suffix}", random.choice(HOSTILE[suffix]))
     return Case(asked(random, path), names=(str(path),))
-
-
-def hostile_files() -> Iterator[tuple[str, str | bytes]]:
-    deep, yes = (
-        60_000,
-        "a: &a {x: 1}\n"
-        + "".join(f"{b}: &{b} {{<<: [{f'*{a},' * 9}]}}\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-    )
-    yield from ((suffix, f"seed{sign}" + "[" * deep) for suffix, sign in (("toml", "="), ("yaml", ": ")))
-    yield from ((suffix, f"seed{sign}" + "[" * 99 + "]" * 99) for suffix, sign in (("toml", "="), ("yaml", ": ")))
-    yield from (("json", '{"train":' * depth + "1" + "}" * depth) for depth in (50, 900, 12_000))
-    yield from (("toml", f"{'a.' * many}b = 1") for many in (200, 900, 60_000))
-    yield from (("toml", f"seed = 0x{'f' * many}") for many in (30, 5000, 100_000))
-    yield from ((suffix, f'{{"seed": {"1" * 9999}}}') for suffix in ("json", "yaml"))
-    yield from ((suffix, b" " * (3 << 20)) for suffix in ("toml", "yaml", "yml", "json"))
-    yield from (
-        (suffix, content) for suffix in ("yaml", "json") for content in ("", "null", "[]", "5", '"text"', "[[1]]")
-    )
-    yield from (
-        ("json", content) for content in ('{"seed": 1, "seed": 2}', '{"\\ud800": 1}', '{"tokenizer": "\\ud800"}')
-    )
-    yield from (("yaml", content) for content in (yes, "train: &a\n  steps: *a\n", "&a\ntrain: *a\n", "seed: *a\n"))
-    yield from (
-        ("yaml", f"seed: {tag} [id]\n") for tag in ("!!python/object/apply:os.system", "!!set", "!x", "!!binary")
-    )
-    yield from (("yaml", f"seed: {text}\n") for text in ("2020-13-41", "0001-01-01 00:00:00+10:00", f"{'1:' * 999}1.5"))
-    yield from (("yaml", f"{key}: 2\n") for key in ("1", "null", "yes", "[1]", "{a: 1}", "? [1]\n", "<<", "2020-01-01"))
-    yield from (("yaml", "seed: 1\nseed: 2\n"), ("yaml", "seed: 1\n---\nseed: 2\n"), ("toml", "seed = 1\nseed = 2\n"))
-    yield from (("toml", f'"{key}" = 1') for key in ("a\\nb", "\\u001b[31m", "\\u202e", "x" * 9999, "", "train.steps"))
 
 
 def no_file(random: Random) -> Case:
     """What may stand where a recipe should be."""
-    path, kind = (
-        Path("odd.toml"),
-        random.choice(["nothing", "folder", "pipe", "/dev/zero", "/dev/null", "nowhere", "odd.toml"]),
-    )
+    targets = ["/dev/zero", "/dev/null", "nowhere", "odd.toml"]
+    refusing = ["unreadable"] if os.geteuid() else []  # root reads everything
+    path, kind = Path("odd.toml"), random.choice(["nothing", "folder", "pipe", *refusing, *targets])
     if path.is_dir():
         path.rmdir()
     path.unlink(missing_ok=True)
@@ -326,6 +343,8 @@ def no_file(random: Random) -> Case:
             path.mkdir()
         case "pipe":
             os.mkfifo(path)
+        case "unreadable":
+            path.touch(0)
         case target:
             path.symlink_to(target)
     words = ("train", str(path), "--run", "taken") if kind == "folder" else asked(random, path)  # inspect takes folders
@@ -351,49 +370,11 @@ TEXTS = {
 }
 """What a flag may not be given, by its kind."""
 ODD = [
-    *("", "-", "---", "--=", "--=5", "--train.", "--.steps", "--train..steps=1", "--train=5", "--train", "-x", "-xyz"),
-    *(
-        "--model=[1]",
-        "--model=",
-        "--model.preset=",
-        "--no-json",
-        "--json=",
-        "--json=5",
-        "--help=5",
-        "\0",
-        "--\0",
-        "a\nb",
-    ),
-    *(
-        "\ud800",
-        "--\ud800=1",
-        "\x1b[31m",
-        "--\x1b[31m",
-        "\u202e",
-        "٣",
-        "—train.steps",
-        "x" * 5000,
-        "--" + "x" * 100_000,
-    ),
-    *(
-        "--data.sources=" + "[" * 50_000,
-        "--budget=",
-        "--budget=" + "9" * 400 + "M-tokens",
-        "--budget=5x",
-        "--train.device=x",
-    ),
-    *(
-        "--prompt=x",
-        "--out=x",
-        "--against=golden",
-        "--temperature=1",
-        "--to=transformers",
-        "nano",
-        "=",
-        "{}",
-        "%s",
-        "--fresh=5",
-    ),
+    *"- --- --= --=5 --train. --.steps --train..steps=1 --train=5 --train -x -xyz --model=[1] --model= = {} %s".split(),
+    *"--model.preset= --no-json --json= --json=5 --help=5 --budget= --budget=5x --train.device=x nano ٣".split(),
+    *"--prompt=x --out=x --against=golden --temperature=1 --to=transformers --fresh=5 —train.steps".split(),
+    *("", "\0", "--\0", "a\nb", "\ud800", "--\ud800=1", "\x1b[31m", "--\x1b[31m", "\u202e", "x" * 5000),
+    *("--" + "x" * 100_000, "--data.sources=" + "[" * 50_000, "--budget=" + "9" * 400 + "M-tokens"),
 ]
 """Words that nothing can be meant by after `inspect RECIPE`."""
 GOOD = ["--train.steps=7", "--seed=5", "--optim.name=adamw", "--json", "--data.sources=a,b", "--sample.top-k", "none"]

@@ -44,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _toml(text: str) -> Any:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.count(".") > MOST_DOTS:
             raise ValueError(f"there are more than {MOST_DOTS:,} dots (at line {number})")
     return tomllib.loads(text)
