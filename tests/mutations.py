@@ -370,12 +370,13 @@ TEXTS = {
 }
 """What a flag may not be given, by its kind."""
 ODD = [
-    *"- --- --= --=5 --train. --.steps --train..steps=1 --train=5 --train -x -xyz --model=[1] --model= = {} %s".split(),
-    *"--model.preset= --no-json --json= --json=5 --help=5 --budget= --budget=5x --train.device=x nano ٣".split(),
-    *"--prompt=x --out=x --against=golden --temperature=1 --to=transformers --fresh=5 —train.steps".split(),
-    *("", "\0", "--\0", "a\nb", "\ud800", "--\ud800=1", "\x1b[31m", "--\x1b[31m", "\u202e", "x" * 5000),
-    *("--" + "x" * 100_000, "--data.sources=" + "[" * 50_000, "--budget=" + "9" * 400 + "M-tokens"),
-]
+    "-", "---", "--=", "--=5", "--train.", "--.steps", "--train..steps=1", "--train=5", "--train", "—train.steps", "-x",
+    "-xyz", "--model=[1]", "--model=", "--model.preset=", "=", "{}", "%s", "nano", "٣", "--no-json", "--json=",
+    "--help=5", "--budget=", "--budget=5x", "--train.device=x", "--prompt=x", "--out=x", "--against=golden",
+    "--temperature=1", "--to=transformers", "", "\0", "--\0", "a\nb", "\ud800", "--\ud800=1", "\x1b[31m", "--\x1b[31m",
+    "--json=5", "--fresh=5",
+    "\u202e", "x" * 5000, "--" + "x" * 100_000, "--data.sources=" + "[" * 50_000, "--budget=" + "9" * 400 + "M-tokens",
+]  # fmt: skip
 """Words that nothing can be meant by after `inspect RECIPE`."""
 GOOD = ["--train.steps=7", "--seed=5", "--optim.name=adamw", "--json", "--data.sources=a,b", "--sample.top-k", "none"]
 USELESS = [
