@@ -374,8 +374,8 @@ ODD = [
     "-xyz", "--model=[1]", "--model=", "--model.preset=", "=", "{}", "%s", "nano", "٣", "--no-json", "--json=",
     "--help=5", "--budget=", "--budget=5x", "--train.device=x", "--prompt=x", "--out=x", "--against=golden",
     "--temperature=1", "--to=transformers", "", "\0", "--\0", "a\nb", "\ud800", "--\ud800=1", "\x1b[31m", "--\x1b[31m",
-    "--json=5", "--fresh=5",
-    "\u202e", "x" * 5000, "--" + "x" * 100_000, "--data.sources=" + "[" * 50_000, "--budget=" + "9" * 400 + "M-tokens",
+    "--json=5", "--fresh=5", "\u202e", "x" * 5000, "--" + "x" * 100_000, "--data.sources=" + "[" * 50_000,
+    "--budget=" + "9" * 400 + "M-tokens",
 ]  # fmt: skip
 """Words that nothing can be meant by after `inspect RECIPE`."""
 GOOD = ["--train.steps=7", "--seed=5", "--optim.name=adamw", "--json", "--data.sources=a,b", "--sample.top-k", "none"]
