@@ -130,13 +130,23 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("train", 2, "--recipe requires an argument"),
-        ("train nano", 2, "--run"),
+        ("train", 2, "train needs RECIPE; smolforge train --help explains it"),
+        ("train nano", 2, "train needs --run; smolforge train --help explains it"),
+        ("train nano --runn r", 2, "train needs --run, not --runn"),
+        ("train nano --run", 2, "train needs --run; smolforge train --help explains it"),
         ("trian nano --run r", 2, "train"),
         ("train nano --run r --train.stpes 5", 2, "there is no setting --train.stpes. Did you mean --train.steps?"),
         ("train nano --run r --train.steps", 2, "--train.steps needs a value"),
-        ("train nano --run r --train.steps many", 2, "train.steps is 'many'; it should be a valid integer"),
+        ("train nano --run r --train.steps many", 2, "train.steps is 'many'; it should be a whole number above 0"),
+        ("train nano --run r --train.steps 5 --train.steps 6", 2, "--train.steps is given twice"),
+        ("train nano --run r --lr 5", 2, "there is no setting --lr. smolforge inspect RECIPE lists all."),
+        ("train nano --run r --fresh=maybe", 2, "--fresh is 'maybe'; it should be true or false"),
         ("train nano --run r what", 2, "'what' is one word too many"),
+        (
+            "train nano --run r --train.sequence-length 100",
+            2,
+            "nano.toml with train.sequence_length changed: train: batch",
+        ),
         ("train nope.toml --run r", 2, "there is no recipe 'nope.toml'"),
         ("train nano --run r --data.sources nope.txt", 3, "'nope.txt'"),
         ("train nano --run r --tokenizer nope", 3, "there is no tokenizer.json at nope"),
@@ -148,6 +158,8 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
         ("generate nowhere --prompt x", 2, "there is no model 'nowhere'"),
         ("generate smollm2-nano --random --prompt x", 3, "without a tokenizer"),
         ("generate smollm2-nano --random --prompt x --temperature -1", 2, "temperature is -1.0"),
+        ("generate smollm2-135m --temperature hot", 2, "--temperature is 'hot'; it should be a finite number"),
+        ("generate smollm2-135m a few words", 2, "'a' is one word too many"),
         ("prepare nope.txt --out c", 3, "'nope.txt'"),
         ("prepare --out c --tokens lots", 2, "'lots' is not a count"),
         ("prepare --out c --vocab-size 10", 2, "at least 259, not 10"),
@@ -191,7 +203,7 @@ def test_flags():
     }
     assert parse(["--data.sources", '["a,b", "c"]']) == {"data.sources": ["a,b", "c"]}
     assert parse(["--model", "smollm2-nano"]) == {"model.preset": "smollm2-nano"}
-    with pytest.raises(SettingError, match="is not a TOML list"):
+    with pytest.raises(SettingError, match=r"--data.sources is '\[a'; it should be a list such as a,b"):
         parse(["--data.sources", "[a"])
 
 
@@ -265,6 +277,8 @@ def test_the_long_text_of_a_prompt_is_said(capsys, finished):
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] can't allocate memory: you tried"), 4, "micro-batch-size"),
         (OSError(28, "No space left on device", "x.bin"), 4, "x.bin: No space left on device"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("embedded null byte"), 2, "a name has a zero byte in it"),
+        (OverflowError("int too large to convert to float"), 2, "a number that was given is too large"),
         (ZeroDivisionError("division by zero"), 1, "this should not have happened: ZeroDivisionError"),
     ],
 )

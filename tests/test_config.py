@@ -1,5 +1,7 @@
 """Settings: what is refused, in which words, and what may change on resume."""
 
+import datetime
+
 import pytest
 from pydantic import ValidationError
 
@@ -19,10 +21,10 @@ def refuse(tree):
     [
         ({"data": {"sorces": []}}, "there is no setting 'data.sorces'. Did you mean data.sources?"),
         ({"trian": {}}, "there is no setting 'trian'. Did you mean train?"),
-        ({"train": {"steps": "many"}}, "train.steps is 'many'; it should be a valid integer"),
-        ({"train": {"steps": 0}}, "train.steps is 0; it should be greater than 0"),
+        ({"train": {"steps": "many"}}, "train.steps is 'many'; it should be a whole number above 0"),
+        ({"train": {"steps": 0}}, "train.steps is 0; it should be a whole number above 0"),
         ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate is nan"),
-        ({"optim": {"name": "sgd"}}, "optim.name is 'sgd'; it should be 'adamw' or 'muon'"),
+        ({"optim": {"name": "sgd"}}, "optim.name is 'sgd'; it should be adamw or muon"),
         (
             {"train": {"sequence_length": 100, "batch_tokens": 1050}},
             "train: batch_tokens (1050) must be a multiple of sequence_length (100); 1000 is the nearest",
@@ -36,10 +38,30 @@ def refuse(tree):
         ({"model": {"max_position_embeddings": 64}}, "train.sequence_length (2048) is beyond"),
         ({"optim": {"schedule": {"warmup_steps": 900, "decay_steps": 200}}}, "together are more than the 1000 steps"),
         ({"optim": {"schedule": {"final_learning_rate": 1}}}, "is above optim.learning_rate (0.003)"),
-        ({"train": 5}, "train is 5"),
-        ({"optim": {"schedule": {"warmup_steps": "many"}}}, "optim.schedule.warmup_steps is 'many'; it should be"),
-        ({"optim": {"betas": [0.9]}}, "optim.betas has too few values"),
-        ({"seed": 2**70}, "seed is 1180591620717411303424; it should be less than 9223372036854775808"),
+        ({"train": 5}, "train is 5; it should be a table of settings"),
+        ({"train": {"steps": True}}, "train.steps is true; it should be a whole number above 0"),
+        ({"train": {"keep_best": 5}}, "train.keep_best is 5; it should be true or false"),
+        ({"train": {"evaluate_every": 0}}, "evaluate_every is 0; it should be a whole number above 0, or none"),
+        ({"train": {"device": "\udcff"}}, "train.device is '\\udcff'; it should be text that can be written as UTF-8"),
+        ({"data": {"sources": ["a", 5]}}, "data.sources has 5 in it; it should be a list of text"),
+        ({"special_tokens": [""]}, "special_tokens has '' in it; it should be a list of text that is not empty"),
+        ({"tokenizer": datetime.date(2020, 1, 1)}, "tokenizer is 2020-01-01; it should be text, or none"),
+        ({"\udcff": 1}, "there is no setting '\\udcff'"),
+        (
+            {"optim": {"schedule": {"warmup_steps": "many"}}},
+            "warmup_steps is 'many'; it should be a whole number of at least 0, or a finite number above 0 and below 1",
+        ),
+        (
+            {"optim": {"betas": [0.9]}},
+            "optim.betas is [0.9]; it should be a list of 2, each a finite number of at least 0",
+        ),
+        ({"seed": 16**9999}, "seed is a value too long to show; it should be a whole number"),
+        ({"train": {"steps": 2**70}}, "train.steps is 1180591620717411303424; it should be a whole number below 2**63"),
+        ({"train": {"steps": "x" * 999}}, f"train.steps is '{'x' * 59}...; it should be"),
+        (
+            {"seed": 2**70},
+            "seed is 1180591620717411303424; it should be a whole number of at least 0 and below 9223372036854775808",
+        ),
     ],
 )
 def test_refusals_are_sentences(tree, said):

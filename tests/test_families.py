@@ -245,7 +245,10 @@ def test_active_parameters_by_hand():
         ({"model_type": "starcoder2", "rms_norm_eps": 1e-6}, "rms_norm_eps means nothing to a starcoder2 model"),
         ({"model_type": "starcoder2", "hidden_act": "silu"}, "hidden_act of a starcoder2 model is gelu_pytorch_tanh"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok (9) is more than"),
-        ({"hidden_size": 10**12}, "hidden_size is 1000000000000; it should be less than or equal to 1048576"),
+        (
+            {"hidden_size": 10**12},
+            "hidden_size is 1000000000000; it should be a whole number above 0 and at most 1048576",
+        ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ],
 )

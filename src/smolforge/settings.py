@@ -1,21 +1,51 @@
 """What settings are made of: frozen typed groups, addressed by dotted names, refused in one sentence."""
 
-from collections.abc import Iterator, Mapping
+import datetime
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from smolforge.errors import SettingError, did_you_mean
 
 FREE = "may change on resume"
+LONGEST_SHOWN = 60
+KINDS = {
+    "integer": "a whole number",
+    "number": "a finite number",
+    "boolean": "true or false",
+    "string": "text",
+    "null": "none",
+}
+BOUNDS = {
+    "exclusiveMinimum": "above {}",
+    "minimum": "of at least {}",
+    "exclusiveMaximum": "below {}",
+    "maximum": "at most {}",
+    "minLength": "that is not empty",
+}
 
 S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
-    """What all groups of settings share: immutable, and an unknown key is an error."""
+    """What all groups of settings share: immutable, an unknown key is an error, and a value is what it looks like."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _as_it_looks(cls, value: Any, validate: Callable[[Any], Any], info: Any) -> Any:
+        """Refuse what pydantic would take, but nobody means or no file holds: true for 1, 2**99, half a character."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"it should be {rule(cls, info.field_name)}")
+        value = validate(value)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int) and each >= 2**63:
+                raise ValueError("it should be a whole number below 2**63")
+            if isinstance(each, str) and each.encode(errors="ignore").decode() != each:
+                raise ValueError("it should be text that can be written as UTF-8")
+        return value
 
 
 def fields(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -57,25 +87,76 @@ def place(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
-def validated(group: type[S], tree: Mapping[str, Any], where: str = "") -> S:
+def validated(group: type[S], tree: Mapping[str, Any], where: str = "", together: str | None = None) -> S:
     """A tree of plain values as settings.
 
-    Raises SettingError with one sentence that names the key, the value, the rule and, if given, the file.
+    Raises SettingError with one sentence that names the key, the value and the rule. It begins with `where`, or,
+    where settings that are right by themselves contradict each other, with `together`.
     """
     try:
         return group.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    known = {name for name, _ in fields(group)} | set(group.model_fields)
-    parts = [str(part) for part in first["loc"]]
-    while len(parts) > 1 and first["type"] != "extra_forbidden" and ".".join(parts) not in known:
-        parts.pop()  # pydantic adds the place in a list, or the branch of a union
+    raise SettingError(_sentence(group, first, where, together))
+
+
+def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, together: str | None) -> str:
+    """What pydantic found, said in our words."""
+    names = [name for name, _ in fields(group)]
+    known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    kind, value = error["type"], shown(error["input"])
+    parts, in_list = [str(part) for part in error["loc"]], False
+    if kind == "extra_forbidden":
+        dotted = ".".join(parts)
+        return f"{where}there is no setting {shown(dotted)}.{did_you_mean(dotted, known)}"
+    while parts and ".".join(parts) not in known:
+        in_list = parts.pop().isdigit()  # the place in a list; pydantic also adds the branch of a union
     dotted = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        raise SettingError(f"{where}there is no setting {dotted!r}.{did_you_mean(dotted, known)}")
-    rule = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if first["type"] == "value_error":
-        raise SettingError(f"{where}{dotted + ': ' if dotted else ''}{rule}")
-    if first["type"] == "missing":
-        raise SettingError(f"{where}{dotted} has too few values")
-    raise SettingError(f"{where}{dotted} is {first['input']!r}; it should be {rule}")
+    told = str(error["ctx"]["error"]) if kind == "value_error" else None
+    if told is not None and dotted not in names:
+        return f"{where if together is None else together}{dotted}{dotted and ': '}{told}"
+    if not dotted:
+        return f"{where}there is no setting {value}."
+    said = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
+    return f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}"
+
+
+def rule(group: type[Settings], dotted: str) -> str:
+    """What a setting may be, in words: `a whole number above 0, or none`."""
+    *path, last = dotted.split(".")
+    inner: Any = group
+    for part in path:
+        inner = inner.model_fields[part].annotation
+    return in_words(inner.model_json_schema()["properties"][last])
+
+
+def in_words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema of one value as a person says it."""
+    match schema:
+        case {"anyOf": parts}:
+            return ", or ".join(in_words(part) for part in parts)
+        case {"enum": [*words, last]}:
+            return f"{', '.join(words)} or {last}" if words else str(last)
+        case {"type": "array", "prefixItems": [each, *_] as places}:
+            return f"a list of {len(places)}, each {in_words(each)}"
+        case {"type": "array", "items": each}:
+            return f"a list of {in_words(each)}"
+        case {"type": kind} if kind in KINDS:
+            bounds = [words.format(_plain(schema[bound])) for bound, words in BOUNDS.items() if bound in schema]
+            return " ".join([KINDS[kind], " and ".join(bounds)]).rstrip()
+    return "a table of settings"
+
+
+def _plain(bound: int | float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: as a recipe writes it, and not all of a long one."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    try:
+        text = value.isoformat() if isinstance(value, datetime.date | datetime.time) else repr(value)
+    except (ValueError, RecursionError):  # Python writes no more than 4,300 digits, or 1,000 lists in each other
+        text = "a value too long to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 from smolforge import __version__
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
@@ -60,9 +61,9 @@ def _run(argv: Sequence[str]) -> int:
     for name, help_text in COMMANDS.items():
         app.command(f"smolforge.cli.{name}:{name}", name=name, help=help_text)
     try:
-        code = app(words, exit_on_error=False, print_error=False)
+        return app(words, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
-        return _say(error, USAGE, debug)
+        return _say(SettingError(_usage(error, words)), USAGE, debug)
     except (SettingError, InvalidFile, MissingResource, Stopped) as error:
         return _say(error, error.exit_code, debug)
     except KeyboardInterrupt:
@@ -70,18 +71,52 @@ def _run(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return _say(SettingError("that name is longer than any file's"), USAGE, debug)
-        known = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _say(OSError(known), MissingResource.exit_code, debug)
     except Exception as error:
-        if "allocate memory" in str(error) or "out of memory" in str(error).lower():
+        return _say(*_known(error), debug)
+
+
+def _usage(error: Exception, words: Sequence[str]) -> str:
+    """What is wrong with a command line, where cyclopts would speak of tokens and types."""
+    from cyclopts import CoercionError, MissingArgumentError, RepeatArgumentError, UnusedCliTokensError
+
+    match error:
+        case MissingArgumentError(argument=argument, command_chain=[*_, verb]) if argument is not None:
+            given = [word.partition("=")[0] for word in words]
+            near = [] if argument.name in given else get_close_matches(argument.name, given, n=1)
+            name = argument.name if argument.index is None else argument.name.removeprefix("--").upper()
+            hint = f", not {near[0]}" if near else f"; smolforge {verb} --help explains it"
+            return f"{verb} needs {name}{hint}"
+        case CoercionError(argument=argument, token=token, target_type=kind) if token is not None and kind is not None:
+            from pydantic import TypeAdapter
+
+            from smolforge.settings import in_words, shown
+
+            name = token.keyword or (argument.name if argument is not None else "it")
+            return f"{name} is {shown(token.value)}; it should be {in_words(TypeAdapter(kind).json_schema())}"
+        case RepeatArgumentError(token=token):
+            return f"{token.keyword} is given twice"
+        case UnusedCliTokensError(unused_tokens=[word, *_]):
+            return f"{word!r} is one word too many"
+    return str(error)
+
+
+def _known(error: Exception) -> tuple[Exception, int]:
+    """What a person should know of an error that none of ours announces, and its exit code."""
+    said = str(error)
+    match error:
+        case OSError(errno=errno.ENAMETOOLONG):
+            return SettingError("that name is longer than any file's"), USAGE
+        case OSError():
+            return OSError(f"{error.filename}: {error.strerror}" if error.filename else said), MissingResource.exit_code
+        case ValueError() if "embedded null" in said:
+            return SettingError("a name has a zero byte in it, which no file's has"), USAGE
+        case OverflowError():
+            return SettingError("a number that was given is too large to count with"), USAGE
+        case _ if "allocate memory" in said or "out of memory" in said.lower():
             short = "there is not enough memory; a smaller --train.micro-batch-size or model needs less"
-            return _say(MissingResource(short), MissingResource.exit_code, debug)
-        unknown = f"this should not have happened: {type(error).__name__}: {error} (--debug shows where)"
-        return _say(RuntimeError(unknown), UNEXPECTED, debug)
-    return code or 0
+            return MissingResource(short), MissingResource.exit_code
+    unknown = f"this should not have happened: {type(error).__name__}: {said} (--debug shows where)"
+    return RuntimeError(unknown), UNEXPECTED
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
-from smolforge.settings import fields
+from smolforge.settings import fields, shown
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -22,12 +22,12 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise SettingError(f"{word!r} is one word too many; settings are flags such as --train.steps 500")
+            raise SettingError(f"{shown(word)} is one word too many; settings are flags such as --train.steps 500")
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
         if name not in known:
-            near = did_you_mean(name, known).replace("_", "-").replace("mean ", "mean --")
-            raise SettingError(f"there is no setting --{flag}.{near}")
+            near = did_you_mean(name.lower(), known).replace("_", "-").replace("mean ", "mean --")
+            raise SettingError(f"there is no setting --{flag:.60}.{near or ' smolforge inspect RECIPE lists all.'}")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise SettingError(f"--{flag} needs a value")
@@ -35,7 +35,9 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         field = known[name]
         name = "model.preset" if name == "model" else name
         if field is not None and _is_list(field.annotation):
-            given[name] = [*given.get(name, []), *_items(value)]
+            given[name] = [*given.get(name, []), *_items(flag, value)]
+        elif name in given:
+            raise SettingError(f"--{flag} is given twice")
         else:
             given[name] = value
     return given
@@ -45,11 +47,11 @@ def _is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(get_origin(each) is tuple for each in get_args(annotation))
 
 
-def _items(value: str) -> list[Any]:
+def _items(flag: str, value: str) -> list[Any]:
     """`a,b`, or a TOML list where an item has a comma in it."""
-    if value.startswith("["):
-        try:
-            return tomllib.loads(f"items = {value}")["items"]
-        except tomllib.TOMLDecodeError as error:
-            raise SettingError(f"{value} is not a TOML list: {error}") from None
-    return value.split(",")
+    if not value.startswith("["):
+        return value.split(",")
+    try:
+        return tomllib.loads(f"items = {value}")["items"]
+    except (ValueError, RecursionError):
+        raise SettingError(f'--{flag} is {shown(value)}; it should be a list such as a,b or ["a", "b"]') from None

@@ -1,22 +1,21 @@
 """Recipe files and overrides to one validated `Recipe`: default < recipe < flag.
 
-TOML, YAML and JSON are read through the same tree. "none" stands for off everywhere, and `model` may be
-the name of a preset, or a table whose `preset` the other keys change.
+"none" stands for off everywhere, and `model` may be the name of a preset, or a table whose `preset` the other
+keys change.
 """
 
-import json
-import tomllib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-import yaml
 
 from smolforge import presets
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError, did_you_mean
-from smolforge.settings import place, validated
+from smolforge.recipe import syntax
+from smolforge.settings import place, shown, validated
 
 NONE = "none"
 
@@ -24,13 +23,17 @@ NONE = "none"
 def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of a file, or of a shipped recipe's name, changed by dotted overrides.
 
-    Raises SettingError with file, key and suggestion for whatever is wrong in it.
+    Raises SettingError with file, key and suggestion for whatever is wrong in it. A file must be right by itself, so
+    that what is wrong after that is an override's fault, and a sentence about it needs no file.
     """
     path = find(source)
     tree = _load(path)
-    for dotted, value in (overrides or {}).items():
+    recipe = to_recipe(tree, f"{path}: ")
+    if not overrides:
+        return recipe
+    for dotted, value in overrides.items():
         place(tree, dotted, value)
-    return to_recipe(tree, f"{path}: " if not overrides else "")
+    return to_recipe(tree, "", f"{path} with {', '.join(overrides)} changed: ")
 
 
 def model_settings(source: str | Path) -> set[str]:
@@ -39,8 +42,8 @@ def model_settings(source: str | Path) -> set[str]:
     return {f"model.{name}" for name in model if name in ModelConfig.model_fields} if isinstance(model, dict) else set()
 
 
-def to_recipe(tree: dict[str, Any], where: str = "") -> Recipe:
-    """Plain nested values as a Recipe, presets filled in and "none" understood."""
+def to_recipe(tree: dict[str, Any], where: str = "", together: str | None = None) -> Recipe:
+    """Plain nested values as a Recipe, presets filled in and "none" understood; refused as `validated` does."""
     tree = _without_none(tree)
     model = tree.get("model", {})
     if isinstance(model, str):
@@ -48,13 +51,27 @@ def to_recipe(tree: dict[str, Any], where: str = "") -> Recipe:
     if isinstance(model, dict):
         model = dict(model)
         name = model.pop("preset", None)
-        tree["model"] = {**(presets.shape(name) if name is not None else {}), **model}
-    return validated(Recipe, tree, where)
+        tree["model"] = {**_shape(name, where), **model}
+    return validated(Recipe, tree, where, together)
+
+
+def _shape(preset: Any, where: str) -> dict[str, Any]:
+    """The settings of a preset; of no preset, none."""
+    try:
+        return {} if preset is None else presets.shape(preset if isinstance(preset, str) else shown(preset))
+    except SettingError as error:
+        raise SettingError(f"{where}model.preset: {error}") from None
 
 
 def write_recipe(recipe: Recipe) -> str:
     """TOML that `read_recipe` reads back as the same recipe."""
-    return tomli_w.dumps(_with_none(recipe.model_dump()))
+    text = tomli_w.dumps(_with_none(recipe.model_dump()))
+    if len(text.encode()) > syntax.LARGEST:
+        raise SettingError(
+            f"this recipe has more than the {syntax.LARGEST:,} bytes that can be read again; "
+            "folders and globs make data.sources shorter"
+        )
+    return text
 
 
 def find(source: str | Path) -> Path:
@@ -65,8 +82,10 @@ def find(source: str | Path) -> Path:
     shipped = {file.stem: file for folder in _shipped() for file in folder.rglob("*.toml")}
     if path.stem in shipped and path.parent.name in ("", "recipes"):
         return shipped[path.stem]
+    if os.path.lexists(path):
+        raise SettingError(f"{path} is no file, but a folder, a device or a link to nothing; a recipe is a file")
     raise SettingError(
-        f"there is no recipe {str(source)!r}; a file is expected, or one of {', '.join(sorted(shipped))}."
+        f"there is no recipe {shown(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
         + did_you_mean(path.stem, shipped)
     )
 
@@ -77,24 +96,10 @@ def _shipped() -> list[Path]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text("utf-8")
-        match path.suffix:
-            case ".toml":
-                tree = tomllib.loads(text)
-            case ".yaml" | ".yml":
-                tree = yaml.safe_load(text)
-            case ".json":
-                tree = json.loads(text)
-            case _:
-                raise SettingError(f"{path} is not a recipe: its name should end in .toml, .yaml or .json")
-    except (ValueError, yaml.YAMLError, OSError) as error:
-        if isinstance(error, SettingError):
-            raise
-        raise SettingError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise SettingError(f"{path} is not a table of settings")
-    return tree
+    """The tree of a file, where a preset's name alone is a table as well, so that overrides find their place in it."""
+    tree = syntax.read(path)
+    model = tree.get("model")
+    return tree | {"model": {"preset": model}} if isinstance(model, str) else tree
 
 
 def _without_none(value: Any) -> Any:
