@@ -223,7 +223,7 @@ def test_remaining_time_is_pace_times_steps(monkeypatch, recipe_file):
     from smolforge.cli import terminal
 
     display = terminal.Display(quiet=True)
-    display.begun, display.first, display.steps = 100.0, 10, 50
+    display.begun, display.done, display.steps = 100.0, 10, 50
     monkeypatch.setattr(terminal.time, "perf_counter", lambda: 120.0)
     assert display.remaining(20) == 20.0 / 10 * 30
 

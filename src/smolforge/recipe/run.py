@@ -54,6 +54,7 @@ def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None) 
     """
     observer = observer or Silent()
     with RunFolder.open(folder) as files, stop_signals() as stop:
+        pick_device(recipe.train.device)  # one that is not there is said before anything is prepared
         state.clear(folder)
         text = open_corpus(recipe, folder, files.stored_recipe() is not None, observer)
         reading = Background(text.check, "corpus")
