@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -38,11 +38,7 @@ from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
 from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start
 
-RECIPE = {
-    "seed": 3,
-    "model": tiny_config().model_dump(),
-    "optim": {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4}},
-}
+OPTIM = {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4}}
 TRAIN = {
     "steps": 24,
     "sequence_length": 32,
@@ -52,6 +48,10 @@ TRAIN = {
     "sample_every": "none",
 }
 ROWS = 4
+BATCH = 64
+CHECKPOINTS = "checkpoints"
+IN_MEMORY = Path("/dev/shm")
+"""Where a sync costs nothing, on Linux."""
 HASHED = ("model.safetensors", "training/optimizer.safetensors")
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
 Fault = Callable[[], AbstractContextManager[Any]]
@@ -102,7 +102,9 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         text, recipe, settings = folder / "text.txt", folder / "recipe.json", TRAIN | train
         text.write_text(sentences(300))
-        recipe.write_text(json.dumps(RECIPE | {"train": settings, "data": {"sources": [str(text)]}}))
+        optim = OPTIM | {"schedule": OPTIM["schedule"] | {"steps": settings["steps"]}}
+        whole = {"model": tiny_config(num_hidden_layers=1).model_dump(), "optim": optim, "train": settings, "seed": 3}
+        recipe.write_text(json.dumps(whole | {"data": {"sources": [str(text)]}}))
         begun = cls(folder, recipe, settings["steps"], Outcome({}, [], []), 0.0)
         child = begun.start(folder / "undisturbed")
         begun.wait_for_lock(child, folder / "undisturbed")
@@ -118,7 +120,7 @@ class Bench:
         return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=self.folder)) / "run"
 
     def words(self, run: Path) -> list[str]:
-        return ["train", str(self.recipe), "--run", str(run), "--json"]
+        return ["train", str(self.recipe), "--run", str(run), "--train.steps", str(self.steps), "--json"]
 
     def start(self, run: Path, fault: Fault = nullcontext) -> BaseProcess:
         """The command that trains, in a process of its own, with a fault that waits for it."""
@@ -132,11 +134,21 @@ class Bench:
         while child.is_alive() and not (run / ".lock").is_file():
             pass
 
-    def finish(self, run: Path, after: str) -> None:
-        """The same command once more, with nothing in its way: the outcome is that of an undisturbed run."""
-        code = ended(self.start(run))
-        hold(code == 0, f"{after}: the next start ended with {code}: {self.said(run)} ({run})")
-        self.compare(run, after)
+    def run_all(self, runs: Sequence[Path], faults: Sequence[Fault]) -> list[int]:
+        """The command for each of several runs, one after the other in one process; their exit codes."""
+        cases = [(Path(f"{run}.said"), self.words(run), fault) for run, fault in zip(runs, faults, strict=True)]
+        hold(in_child(commands, cases) == 0, f"the process that ran {runs} ended early")
+        return [int(Path(f"{run}.said.code").read_text()) for run in runs]
+
+    def finish(self, *cases: tuple[Path, str]) -> None:
+        """The same command once more, with nothing in its way: the outcome is that of an undisturbed run.
+
+        A case is a run and what happened to it.
+        """
+        runs = [run for run, _ in cases]
+        for (run, after), code in zip(cases, self.run_all(runs, [nullcontext] * len(runs)), strict=True):
+            hold(code == 0, f"{after}: the next start ended with {code}: {self.said(run)} ({run})")
+            self.compare(run, after)
 
     def compare(self, run: Path, after: str) -> None:
         found = Outcome.of(run)
@@ -152,7 +164,29 @@ def command(output: Path, words: list[str], fault: Fault) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     with fault():
-        cli.main(words)
+        code = cli.run(words)
+    Path(f"{output}.code").write_text(str(code))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def commands(cases: Sequence[tuple[Path, list[str], Fault]]) -> None:
+    for case in cases:
+        with suppress(SystemExit):
+            command(*case)
+
+
+def some(cases: Sequence[Any], count: int | None, chance: random.Random) -> Sequence[Any]:
+    """All of them, or so many picked by chance."""
+    return cases if count is None else chance.sample(cases, count)
+
+
+def batches(cases: Sequence[Any], what: str) -> Iterator[Sequence[Any]]:
+    """A few dozen at a time, so that one sees it live and no disk fills."""
+    for first in range(0, len(cases), BATCH):
+        if first:
+            print(f"{what}: {first} of {len(cases)}", file=sys.stderr, flush=True)
+        yield cases[first : first + BATCH]
 
 
 # Kills
@@ -162,24 +196,37 @@ def saving(run: Path) -> bool:
     return any(run.glob("checkpoints/.tmp-step-*"))
 
 
+def somewhere(bench: Bench, run: Path, chance: random.Random) -> float:
+    """A moment in what is left of a run, in seconds from now."""
+    done = max(map(state.step_of, state.all_of(run)), default=0)
+    return chance.uniform(0, bench.seconds * (1 - done / bench.steps) + 0.2)
+
+
+def send_anywhere(bench: Bench, run: Path, number: int, chance: random.Random) -> int:
+    """Start a run and send it a signal at any moment, every other time in the next save; its exit code."""
+    child = bench.start(run)
+    bench.wait_for_lock(child, run)
+    delay = somewhere(bench, run, chance)
+    if chance.random() < 0.5:
+        return send_when(child, number, lambda: True, delay)
+    time.sleep(delay / 2)
+    return send_when(child, number, partial(saving, run), chance.uniform(0, 0.005))
+
+
 def kills(bench: Bench, count: int | None, chance: random.Random) -> str:
-    """kill -9 at any moment, and as often in a save, of runs that are started again until they end."""
-    killed = inside = runs = 0
+    """kill -9 at any moment, of runs that are started again until they end."""
+    count, killed, inside, runs = count or 1, 0, 0, 0
     while killed < count:
         run, code = bench.new("killed"), -signal.SIGKILL
         while killed < count and code != 0:
-            child = bench.start(run)
-            bench.wait_for_lock(child, run)
-            if chance.random() < 0.5:
-                time.sleep(chance.uniform(0, bench.seconds))
-                code = send_when(child, signal.SIGKILL, partial(saving, run))
-            else:
-                code = send_when(child, signal.SIGKILL, lambda: True, chance.uniform(0, bench.seconds))
+            code = send_anywhere(bench, run, signal.SIGKILL, chance)
             hold(code in (0, -signal.SIGKILL), f"a run that was killed before ended with {code}: {bench.said(run)}")
             killed += code != 0
             inside += code != 0 and saving(run)
-        bench.finish(run, "kill -9")
+        bench.finish((run, "kill -9"))
         runs += 1
+        print(f"kills: {killed} of {count}", file=sys.stderr, flush=True)
+    hold(3 * inside >= killed or killed < 100, f"only {inside} of {killed} were inside a save")
     return f"kills: {killed} killed ({inside} inside a save) in {runs} runs; all equal to the bit, every sample once"
 
 
@@ -195,7 +242,7 @@ def record(bench: Bench, disk: Path) -> Trace:
     disk.mkdir()
     with recorded(disk) as trace:
         train(bench.recipe, disk / "run", steps=bench.steps // 2)
-        train(bench.recipe, disk / "run")
+        train(bench.recipe, disk / "run", steps=bench.steps)
     torch.set_num_threads(threads)
     power.after_power_loss(trace, len(trace.operations), disk.with_name("replayed"), power.all_kept)
     hold(content(disk) == content(disk.with_name("replayed")), "something was written that the trace did not see")
@@ -205,20 +252,21 @@ def record(bench: Bench, disk: Path) -> Trace:
 def crashes(bench: Bench, count: int | None, chance: random.Random) -> str:
     """A run is killed at each of its operations, or at `count` of them; at every other its next start is as well."""
     operations = len(record(bench, bench.new("recorded").with_name("disk")).operations)
-    chosen = range(operations) if count is None else sorted(chance.sample(range(operations), count))
+    chosen = some(range(operations), count, chance)
     crashed = twice = 0
-    for number in chosen:
-        run = bench.new("crashed")
-        run.mkdir()
-        torn = chance.random() < 0.5
-        code = ended(bench.start(run, partial(crashing, run, number, torn, die)))
-        hold(code in (0, -signal.SIGKILL), f"operation {number}: {bench.said(run)}")
-        crashed += code != 0
-        if code and chance.random() < 0.5:
-            again = ended(bench.start(run, partial(crashing, run, chance.randrange(operations), torn, die)))
-            hold(again in (0, -signal.SIGKILL), f"operation {number}, started again: {bench.said(run)} ({run})")
-            twice += again != 0
-        bench.finish(run, f"a crash at operation {number}")
+    for few in batches(chosen, "crashes"):
+        cases = []
+        for number in few:
+            run, torn = bench.new("crashed"), chance.random() < 0.5
+            run.mkdir()
+            code = ended(bench.start(run, partial(crashing, run, number, torn, die)))
+            again = (
+                ended(bench.start(run, partial(crashing, run, 3 * number % operations, torn, die))) if number % 2 else 0
+            )
+            hold({code, again} <= {0, -signal.SIGKILL}, f"operation {number}: {bench.said(run)} ({run})")
+            crashed, twice = crashed + (code != 0), twice + (again != 0)
+            cases.append((run, f"a crash at operation {number}"))
+        bench.finish(*cases)
     return f"crashes: at {crashed} of a run's operations, {twice} of them twice; all equal to the bit"
 
 
@@ -230,19 +278,22 @@ def fates(chance: random.Random) -> list[power.Fate]:
 def power_cuts(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Power fails before each operation of a run, in several ways; or in `count` of all these cases."""
     trace = record(bench, bench.new("recorded").with_name("disk"))
-    cases = [(at, fate) for at in range(1, len(trace.operations) + 1) for fate in fates(chance)]
-    seen: list[dict[Path, bytes | None]] = []
-    for at, fate in cases if count is None else chance.sample(cases, count):
-        disk = bench.new("cut").with_name("disk")
-        power.after_power_loss(trace, at, disk, fate)
-        found = content(disk)
-        if found in seen:
-            shutil.rmtree(disk.parent)
-            continue
-        seen.append(found)
-        before = str(trace.operations[at]) if at < len(trace.operations) else "the end"
-        bench.finish(disk / "run", f"power lost before {before} (operation {at}, {fate.__name__})")
-    return f"power cuts: {len(seen)} different disks of {len(trace.operations)} operations; all equal to the bit"
+    cases = some([(at, fate) for at in range(1, len(trace.operations) + 1) for fate in fates(chance)], count, chance)
+    seen: set[str] = set()
+    for few in batches(cases, "power cuts"):
+        cut = []
+        for at, fate in few:
+            disk = bench.new("cut").with_name("disk")
+            power.after_power_loss(trace, at, disk, fate)
+            if (found := repr(content(disk))) not in seen:
+                before = str(trace.operations[at]) if at < len(trace.operations) else "the end"
+                cut.append((disk / "run", f"power lost before {before} (operation {at}, {fate.__name__})"))
+            seen.add(found)
+        bench.finish(*cut)
+    return (
+        f"power cuts: {len(cases)} at {len(trace.operations)} operations, which left {len(seen)} different disks; "
+        "all equal to the bit"
+    )
 
 
 def saves(bench: Bench, count: int | None, chance: random.Random) -> str:
@@ -250,17 +301,18 @@ def saves(bench: Bench, count: int | None, chance: random.Random) -> str:
     trace = record(bench, bench.new("recorded").with_name("disk"))
     last = state.folder_of(Path("run"), bench.steps).with_name(f".tmp-step-{bench.steps:08d}")
     first = next(number for number, each in enumerate(trace.operations) if each.path == last)
+    operations = range(first, len(trace.operations) + 1)
+    cases = some([(at, fate) for at in operations for fate in [power.all_kept, *fates(chance)]], count, chance)
     old = new = 0
-    for at in range(first, len(trace.operations) + 1):
-        for fate in [power.all_kept, *fates(chance)]:
-            disk = bench.new("save").with_name("disk")
-            power.after_power_loss(trace, at, disk, fate)
-            found = state.newest_sound(disk / "run", lambda _: None)
-            hold(found is not None, f"no checkpoint is sound after operation {at} ({disk})")
-            new += state.step_of(found) == bench.steps
-            old += state.step_of(found) < bench.steps
-            shutil.rmtree(disk.parent)
-    return f"a save: power lost before each of its operations; {old} times the old one is there, {new} times the new"
+    for at, fate in cases:
+        disk = bench.new("save").with_name("disk")
+        power.after_power_loss(trace, at, disk, fate)
+        found = state.newest_sound(disk / "run", lambda _: None)
+        hold(found is not None, f"no checkpoint is sound after operation {at}, {fate.__name__} ({disk})")
+        new += state.step_of(found) == bench.steps
+        old += state.step_of(found) < bench.steps
+        shutil.rmtree(disk.parent)
+    return f"saves: {len(cases)} cut short; {old} times the checkpoint before is there, {new} times the new one"
 
 
 # Bad bits
@@ -328,7 +380,7 @@ def bad_bits(bench: Bench, count: int | None, chance: random.Random) -> str:
             if not same and sum(kinds.values()) % 100 == 1:
                 copy = bench.new("spoiled")
                 shutil.copytree(run, copy)
-                bench.finish(copy, str(spoiled))
+                bench.finish((copy, str(spoiled)))
                 resumed += 1
         finally:
             path.write_bytes(before)
@@ -357,7 +409,7 @@ def payload_flips(bench: Bench, count: int | None, chance: random.Random) -> str
     shutil.copyfile(state.all_of(bench.folder / "undisturbed")[-1] / path.name, path)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     noticed = 0
-    for _ in range(count):
+    for _ in range(count or 1):
         bit = chance.randrange(header * 8, path.stat().st_size * 8)
         damage.flip_bit(path, bit)
         try:
@@ -370,29 +422,60 @@ def payload_flips(bench: Bench, count: int | None, chance: random.Random) -> str
 
 # Full and failing disks
 
-ERRORS: dict[int, tuple[Kind, ...]] = {errno.ENOSPC: NEED_ROOM, errno.EDQUOT: NEED_ROOM, errno.EIO: ("write", "sync")}
 NO_ROOM = r"the disk is full: .* needs [\d,]+ bytes and [\d,]+ are free"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Operations below a place in a run's folder that fail, from one on, so many times."""
+
+    place: str
+    after: int
+    error: int
+    kinds: tuple[Kind, ...]
+    times: int | None
+
+    def __str__(self) -> str:
+        often = "once" if self.times else "from then on"
+        return f"{errno.errorcode[self.error]} {often} at operation {self.after} of {self.place}"
+
+    def fault(self, run: Path) -> Fault:
+        return partial(failing, run / self.place, self.after, self.error, self.kinds, self.times)
+
+    def check(self, code: int, said: str) -> None:
+        """The run goes on, or says what it needs; of what it does beside saving, it only may not fall over."""
+        hold(code in (0, 4) and "Traceback" not in said, f"{self}: ended with {code}: {said}")
+        if code == 4 and self.place == CHECKPOINTS:
+            words = "could not be written" if self.error == errno.EIO else NO_ROOM
+            hold(re.search(words, said) is not None, f"{self}: it says {said!r}")
+
+
+def failures(trace: Trace) -> Iterator[Failure]:
+    """Each operation of saves that can fail, once or from then on; and each other one, once."""
+    for kinds, errors in ((NEED_ROOM, (errno.ENOSPC, errno.EDQUOT)), (("write", "sync"), (errno.EIO,))):
+        able = [each for each in trace.operations if each.kind in kinds]
+        saves = [each for each in able if CHECKPOINTS in each.path.parts[1:-1]]
+        for number in range(len(saves)):
+            for times in (1, None):
+                yield Failure(CHECKPOINTS, number, errors[number % len(errors)], kinds, times)
+        for number, operation in enumerate(able):
+            if operation not in saves:
+                yield Failure(".", number, errors[0], kinds, 1)
+
+
 def full_disks(bench: Bench, count: int | None, chance: random.Random) -> str:
-    """Each operation of a run's saves fails, once or from then on; the run goes on, or says what it needs."""
-    trace = record(bench, bench.new("recorded").with_name("disk"))
-    cases = [
-        (error, kinds, after, times)
-        for error, kinds in ERRORS.items()
-        for after in range(sum(each.kind in kinds and "checkpoints" in each.path.parts for each in trace.operations))
-        for times in (1, None)
-    ]
+    """Every operation fails that can; training goes on or says what it needs, and the next start ends it."""
+    cases = list(failures(record(bench, bench.new("recorded").with_name("disk"))))
     went_on = refused = 0
-    for error, kinds, after, times in cases if count is None else chance.sample(cases, count):
-        run, name = bench.new("full"), f"{errno.errorcode[error]} at operation {after}{'' if times else ' and after'}"
-        code = ended(bench.start(run, partial(failing, run / "checkpoints", after, error, kinds, times)))
-        said = bench.said(run)
-        hold(code in (0, 4) and "Traceback" not in said, f"{name}: ended with {code}: {said} ({run})")
-        if code == 4:
-            hold(bool(re.search(NO_ROOM if error != errno.EIO else "could not be", said)), f"{name}: it says {said!r}")
-        went_on, refused = went_on + (code == 0), refused + (code == 4)
-        bench.finish(run, name)
+    for few in batches(some(cases, count, chance), "full disks"):
+        runs = [bench.new("full") for _ in few]
+        for run in runs:
+            run.mkdir()
+        codes = bench.run_all(runs, [each.fault(run) for each, run in zip(few, runs, strict=True)])
+        for failure, run, code in zip(few, runs, codes, strict=True):
+            failure.check(code, bench.said(run))
+            went_on, refused = went_on + (code == 0), refused + (code == 4)
+        bench.finish(*[(run, str(failure)) for failure, run in zip(few, runs, strict=True)])
     return f"full disks: {went_on} runs went on, {refused} said what they need; all equal to the bit in the end"
 
 
@@ -404,11 +487,11 @@ def small_disk(bench: Bench, count: int | None, chance: random.Random) -> str:
     disk = bench.new("small").with_name("disk")
     disk.mkdir()
     script = """
-        "$@" & until [ -s run/metrics.jsonl ]; do sleep 0.001; done
+        "$@" & while kill -0 $! && [ ! -s run/metrics.jsonl ]; do sleep 0.001; done
         cat /dev/zero > ballast; wait $!; echo "ended with $?"; rm ballast
         "$@"; echo "ended with $?"; cp -r run ../run
     """
-    words = [*on_small_disk(disk, 8 << 20), "sh", "-c", f"cd {disk} {script}", "sh"]
+    words = [*on_small_disk(disk, 64 << 20), "sh", "-c", f"cd {disk} {script}", "sh"]
     train = [sys.executable, "-m", "smolforge", *bench.words(disk / "run")]
     done = subprocess.run([*words, *train], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     codes = re.findall(r"ended with (\d+)", done.stdout)
@@ -423,15 +506,9 @@ def small_disk(bench: Bench, count: int | None, chance: random.Random) -> str:
 def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Signals at any moment, as often in a save; the exit code says which, and the same command goes on."""
     stopped = inside = 0
-    for number in range(count):
+    for _ in range(count or 1):
         sent, run = chance.choice(list(EXIT_CODES)), bench.new("signalled")
-        child = bench.start(run)
-        bench.wait_for_lock(child, run)
-        if number % 3 == 0:
-            time.sleep(chance.uniform(0, bench.seconds))
-            code = send_when(child, sent, partial(saving, run))
-        else:
-            code = send_when(child, sent, lambda: True, chance.uniform(0, bench.seconds))
+        code = send_anywhere(bench, run, sent, chance)
         over = state.folder_of(run, bench.steps).exists()
         hold(code == EXIT_CODES[sent] or over, f"{sent.name}: ended with {code}: {bench.said(run)} ({run})")
         if code == EXIT_CODES[sent]:
@@ -440,9 +517,9 @@ def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
             saved = state.step_of(newest) if newest else 0
             hold(saved == len(records), f"{sent.name}: {len(records)} steps were done and {saved} saved ({run})")
             stopped, inside = stopped + 1, inside + (0 < saved < bench.steps)
-        bench.finish(run, sent.name)
+        bench.finish((run, sent.name))
     return (
-        f"signals: {count} sent, {stopped} runs stopped by them ({inside} between steps), the others had ended; "
+        f"signals: {count or 1} sent, {stopped} runs stopped by them ({inside} between steps), the others had ended; "
         "all saved, with the right exit code, and equal to the bit"
     )
 
@@ -450,7 +527,7 @@ def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
 def freezes(bench: Bench, count: int | None, chance: random.Random) -> str:
     """A run that stands still keeps its folder, and goes on as if it had not."""
     refused = 0
-    for _ in range(count):
+    for _ in range(count or 1):
         run = bench.new("frozen")
         child = bench.start(run)
         bench.wait_for_lock(child, run)
@@ -485,7 +562,7 @@ CAMPAIGNS = {
     "kills": Campaign(kills, 10, 300),
     "crashes": Campaign(crashes, 4, None, FEW_OPERATIONS),
     "power-cuts": Campaign(power_cuts, 10, None, FEW_OPERATIONS),
-    "saves": Campaign(saves, None, None, FEW_OPERATIONS),
+    "saves": Campaign(saves, 60, None, FEW_OPERATIONS),
     "bad-bits": Campaign(bad_bits, 101, 1000),
     "wrong-names": Campaign(wrong_names, None, None),
     "payload-flips": Campaign(payload_flips, 20, 1000),
@@ -511,7 +588,7 @@ def main() -> int:
             return max(each.returncode for each in done)
     (name,) = asked.names
     chosen, started = CAMPAIGNS[name], time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix=f"smolforge-{name}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"smolforge-{name}-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
     try:
         bench = Bench.set_up(folder / "bench", **chosen.train)
         said = chosen.run(bench, chosen.long if asked.count is None else asked.count, random.Random(asked.seed))

@@ -7,10 +7,10 @@ for writing here is one of those, buffered as ever. What C or Rust code writes b
 then holds more than its trace (`power.after_power_loss`) says, which is how to find out.
 """
 
-import _pyio
 import builtins
 import errno
 import fcntl
+import importlib
 import io
 import itertools
 import os
@@ -24,6 +24,7 @@ from typing import Any, Literal, NoReturn
 from unittest import mock
 
 Kind = Literal["create", "truncate", "write", "sync", "rename", "mkdir", "unlink", "rmdir"]
+PYTHON_IO: Any = importlib.import_module("_pyio")
 NEED_ROOM: tuple[Kind, ...] = ("create", "write", "mkdir")
 
 
@@ -67,7 +68,7 @@ def watched(below: Path, rule: Rule) -> Iterator[None]:
     """Let a rule decide every operation below a folder, one at a time whatever the thread."""
     calls = _Calls(below.resolve(), rule)
     with (
-        mock.patch.multiple(os, **calls.of_os()),
+        mock.patch.dict(vars(os), calls.of_os()),
         mock.patch.object(builtins, "open", calls.open_file),
         mock.patch.object(io, "open", calls.open_file),
     ):
@@ -179,7 +180,7 @@ class _Calls:
 
     def open_file(self, file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
         if set(mode) & set("wax+") and self.inside(file) is not None:
-            return _pyio.open(file, mode, *rest, **named)
+            return PYTHON_IO.open(file, mode, *rest, **named)
         return self.open_really(file, mode, *rest, **named)
 
     def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
