@@ -9,6 +9,7 @@ Lost where something did not hold. `python tests/campaigns.py [--count NAME=NUMB
 import argparse
 import errno
 import json
+import logging
 import os
 import random
 import re
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -33,6 +34,7 @@ from safetensors.torch import load_file
 
 from smolforge import cli, commit
 from smolforge.checkpoint import resolve, state
+from smolforge.errors import InvalidFile
 from smolforge.runs import read_records
 from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
@@ -96,6 +98,8 @@ class Bench:
     goal: Outcome
     seconds: float
     """How long a run takes once its folder is locked."""
+    lost: list[str] = field(default_factory=list)
+    """What should have survived and did not."""
 
     @classmethod
     def set_up(cls, folder: Path, **train: Any) -> "Bench":
@@ -147,14 +151,24 @@ class Bench:
         """
         runs = [run for run, _ in cases]
         for (run, after), code in zip(cases, self.run_all(runs, [nullcontext] * len(runs)), strict=True):
-            hold(code == 0, f"{after}: the next start ended with {code}: {self.said(run)} ({run})")
-            self.compare(run, after)
+            with self.noting(after, run):
+                hold(code == 0, f"the next start ended with {code}: {self.said(run)}")
+                self.compare(run)
 
-    def compare(self, run: Path, after: str) -> None:
+    @contextmanager
+    def noting(self, after: str, run: Path) -> Iterator[None]:
+        """Go on where something did not hold, so that one hears of all of it."""
+        try:
+            yield
+        except (Lost, InvalidFile) as lost:
+            self.lost.append(f"{after}: {lost}")
+        shutil.rmtree(run.parent)
+
+    def compare(self, run: Path) -> None:
+        """The outcome of a run is that of an undisturbed one."""
         found = Outcome.of(run)
         for what in ("losses", "samples", "hashes"):
-            hold(vars(found)[what] == vars(self.goal)[what], f"{after}: {what} are not those of a whole run ({run})")
-        shutil.rmtree(run.parent)
+            hold(vars(found)[what] == vars(self.goal)[what], f"{what} are not those of a whole run")
 
 
 def command(output: Path, words: list[str], fault: Fault) -> None:
@@ -192,8 +206,13 @@ def batches(cases: Sequence[Any], what: str) -> Iterator[Sequence[Any]]:
 # Kills
 
 
-def saving(run: Path) -> bool:
-    return any(run.glob("checkpoints/.tmp-step-*"))
+def saving(run: Path, since: float) -> bool:
+    """Whether a save is under way that was begun since a time, or was when the run died."""
+    for begun in run.glob("checkpoints/.tmp-step-*"):
+        with suppress(FileNotFoundError):  # it is whole now
+            if begun.stat().st_mtime > since:
+                return True
+    return False
 
 
 def somewhere(bench: Bench, run: Path, chance: random.Random) -> float:
@@ -202,15 +221,20 @@ def somewhere(bench: Bench, run: Path, chance: random.Random) -> float:
     return chance.uniform(0, bench.seconds * (1 - done / bench.steps) + 0.2)
 
 
-def send_anywhere(bench: Bench, run: Path, number: int, chance: random.Random) -> int:
-    """Start a run and send it a signal at any moment, every other time in the next save; its exit code."""
-    child = bench.start(run)
+def send_anywhere(bench: Bench, run: Path, number: int, chance: random.Random) -> tuple[int, bool]:
+    """Start a run and send it a signal at any moment, every other time in the next save.
+
+    Returns its exit code, and whether it ended inside a save.
+    """
+    child, started = bench.start(run), time.time()
     bench.wait_for_lock(child, run)
     delay = somewhere(bench, run, chance)
     if chance.random() < 0.5:
-        return send_when(child, number, lambda: True, delay)
-    time.sleep(delay / 2)
-    return send_when(child, number, partial(saving, run), chance.uniform(0, 0.005))
+        code = send_when(child, number, lambda: True, delay)
+    else:
+        time.sleep(delay / 2)
+        code = send_when(child, number, partial(saving, run, started), chance.uniform(0, 0.005))
+    return code, saving(run, started)
 
 
 def kills(bench: Bench, count: int | None, chance: random.Random) -> str:
@@ -219,10 +243,10 @@ def kills(bench: Bench, count: int | None, chance: random.Random) -> str:
     while killed < count:
         run, code = bench.new("killed"), -signal.SIGKILL
         while killed < count and code != 0:
-            code = send_anywhere(bench, run, signal.SIGKILL, chance)
+            code, cut_short = send_anywhere(bench, run, signal.SIGKILL, chance)
             hold(code in (0, -signal.SIGKILL), f"a run that was killed before ended with {code}: {bench.said(run)}")
             killed += code != 0
-            inside += code != 0 and saving(run)
+            inside += cut_short
         bench.finish((run, "kill -9"))
         runs += 1
         print(f"kills: {killed} of {count}", file=sys.stderr, flush=True)
@@ -496,7 +520,8 @@ def small_disk(bench: Bench, count: int | None, chance: random.Random) -> str:
     done = subprocess.run([*words, *train], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     codes = re.findall(r"ended with (\d+)", done.stdout)
     hold(codes == ["4", "0"] and bool(re.search(NO_ROOM, done.stdout)), f"a small disk: {done.stdout}")
-    bench.compare(disk.with_name("run"), "a small disk")
+    with bench.noting("a small disk", disk):
+        bench.compare(disk.with_name("run"))
     return "small disk: a real one filled in the middle of a run; it said what it needs, and ended equal to the bit"
 
 
@@ -508,7 +533,7 @@ def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
     stopped = inside = 0
     for _ in range(count or 1):
         sent, run = chance.choice(list(EXIT_CODES)), bench.new("signalled")
-        code = send_anywhere(bench, run, sent, chance)
+        code, _ = send_anywhere(bench, run, sent, chance)
         over = state.folder_of(run, bench.steps).exists()
         hold(code == EXIT_CODES[sent] or over, f"{sent.name}: ended with {code}: {bench.said(run)} ({run})")
         if code == EXIT_CODES[sent]:
@@ -540,7 +565,8 @@ def freezes(bench: Bench, count: int | None, chance: random.Random) -> str:
                 hold(code == 2 and f"by process {child.pid}" in output.read_text(), f"a second start: {output}")
                 refused += 1
         hold(ended(child) == 0, f"after it was frozen: {bench.said(run)}")
-        bench.compare(run, "frozen")
+        with bench.noting("frozen", run):
+            bench.compare(run)
     return f"freezes: {refused} runs stopped for a while, a second start refused each time; all equal to the bit"
 
 
@@ -555,6 +581,13 @@ class Campaign:
     short: int | None
     long: int | None
     train: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, bench: Bench, count: int | None, chance: random.Random) -> str:
+        """The line of counts. Raises Lost, naming what did not hold."""
+        bench.lost.clear()
+        said = self.run(bench, count, chance)
+        hold(not bench.lost, f"{len(bench.lost)} did not hold, such as\n    " + "\n    ".join(bench.lost[:8]))
+        return said
 
 
 FEW_OPERATIONS = {"steps": 4, "checkpoint_every": 2, "keep_last": 1}
@@ -591,7 +624,8 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix=f"smolforge-{name}-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
     try:
         bench = Bench.set_up(folder / "bench", **chosen.train)
-        said = chosen.run(bench, chosen.long if asked.count is None else asked.count, random.Random(asked.seed))
+        logging.getLogger("smolforge").addHandler(logging.NullHandler())
+        said = chosen(bench, chosen.long if asked.count is None else asked.count, random.Random(asked.seed))
     except Lost as lost:
         print(f"LOST  {name}: {lost}", flush=True)
         return 1

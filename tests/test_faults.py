@@ -35,7 +35,7 @@ def benches() -> Iterator[dict[str, Bench]]:
 @pytest.mark.parametrize("name", [name for name in CAMPAIGNS if name != "small-disk"])
 def test_a_campaign(benches, name):
     chosen = CAMPAIGNS[name]
-    print(chosen.run(benches[str(chosen.train)], chosen.short, random.Random(0)))
+    print(chosen(benches[str(chosen.train)], chosen.short, random.Random(0)))
 
 
 @pytest.mark.long
@@ -44,7 +44,7 @@ def test_a_small_disk(benches, tmp_path):
         on_small_disk(tmp_path, 1 << 20)
     except OSError as reason:
         pytest.skip(str(reason))
-    print(CAMPAIGNS["small-disk"].run(benches["{}"], None, random.Random(0)))
+    print(CAMPAIGNS["small-disk"](benches["{}"], None, random.Random(0)))
 
 
 # Disks
