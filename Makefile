@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-long check bench clean
+.PHONY: quickstart test test-long check bench faults clean
 
 quickstart: $(VENV)/.base
 	$(BIN)/smolforge quickstart
@@ -24,6 +24,9 @@ check: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/loading.py
+
+faults: $(VENV)/.test
+	$(BIN)/python tests/campaigns.py
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

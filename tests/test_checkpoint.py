@@ -18,7 +18,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.recipe import train
 from smolforge.runs import read_records
-from smolforge.testing import Crash, failing_writes, flip_bit, tiny_config, tiny_model
+from smolforge.testing import Crash, crashing, failing, flip_bit, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -163,16 +163,16 @@ def test_a_commit_is_sound(tmp_path):
 @pytest.mark.parametrize("after", range(4))
 def test_a_full_disk_leaves_nothing_and_harms_nothing(tmp_path, after):
     put(tmp_path / "step-1")
-    with failing_writes(tmp_path, after), pytest.raises(MissingResource, match="the disk is full.*are free"):
+    with failing(tmp_path, after), pytest.raises(MissingResource, match="the disk is full.*are free"):
         put(tmp_path / "step-2")
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     commit.check(tmp_path / "step-1")
 
 
-@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("after", range(1, 17))
 def test_a_crash_leaves_only_what_is_named_temporary(tmp_path, after):
     put(tmp_path / "step-1")
-    with failing_writes(tmp_path, after, Crash()), pytest.raises(Crash):
+    with crashing(tmp_path, after), pytest.raises(Crash):
         put(tmp_path / "step-2")
     assert {path.name for path in tmp_path.iterdir()} == {"step-1", ".tmp-step-2"}
     put(tmp_path / "step-2")

@@ -11,7 +11,7 @@ from smolforge import cli
 from smolforge.checkpoint import resolve, weights
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.export.transformers import to_transformers
-from smolforge.testing import failing_writes, tiny_model
+from smolforge.testing import failing, tiny_model
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_what_a_dtype_cannot_hold_is_not_handed_on(tmp_path, value, said):
 
 def test_an_empty_folder_may_wait_for_it_and_is_kept_when_it_fails(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    with failing_writes(tmp_path, after=1), pytest.raises(MissingResource):
+    with failing(tmp_path, after=1), pytest.raises(MissingResource):
         to_transformers(folder, tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     assert to_transformers(folder, tmp_path / "out").greedy_match
 
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path):
-    with failing_writes(tmp_path, after=1), pytest.raises(MissingResource, match="the disk is full"):
+    with failing(tmp_path, after=1), pytest.raises(MissingResource, match="the disk is full"):
         to_transformers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

@@ -28,7 +28,7 @@ from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
 from smolforge.runs import RunFolder, read_records
 from smolforge.settings import replaced
-from smolforge.testing import Crash, failing_writes, flip_bit, in_child, sentences
+from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences
 from smolforge.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -554,7 +554,7 @@ def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
     train(recipe_file, tmp_path / "once")
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     with (
-        failing_writes(tmp_path / "run" / "checkpoints", after),
+        failing(tmp_path / "run" / "checkpoints", after),
         pytest.raises(MissingResource, match="the disk is full"),
     ):
         train(recipe_file, tmp_path / "run", steps=8)
@@ -573,7 +573,7 @@ def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
-    with failing_writes(tmp_path / "run" / "checkpoints", 2, Crash()), pytest.raises(Crash):
+    with crashing(tmp_path / "run" / "checkpoints", 2), pytest.raises(Crash):
         train(recipe_file, tmp_path / "run", steps=8)
     train(recipe_file, tmp_path / "run", steps=8)
     train(recipe_file, tmp_path / "once")

@@ -1,21 +1,24 @@
 """Small true things for tests, ours and yours: a model, a tokenizer, a text, and faults to survive.
 
+disk       file operations that fail, crash or are written down     hub        a Hub on this machine
+power      what a disk may hold when power is lost                  processes  children killed, frozen, on a small disk
+damage     bits flipped, files cut, zeroed, swapped
+
 Nothing in smolforge imports this.
 """
 
-import builtins
-import errno
-import io
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from smolforge.config import ModelConfig
 from smolforge.model import LanguageModel, build
+from smolforge.testing.damage import flip_bit as flip_bit
+from smolforge.testing.disk import Crash as Crash
+from smolforge.testing.disk import crashing as crashing
+from smolforge.testing.disk import failing as failing
+from smolforge.testing.disk import recorded as recorded
 from smolforge.testing.hub import HubMirror as HubMirror
+from smolforge.testing.power import after_power_loss as after_power_loss
+from smolforge.testing.processes import in_child as in_child
 from smolforge.tokenizer import Tokenizer
 
 WORDS = [
@@ -73,53 +76,3 @@ def sentences(count: int, start: int = 0) -> str:
         picked = [WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(9)]
         lines.append(f"{number}: {' '.join(picked)}.")
     return "\n".join(lines) + "\n"
-
-
-def in_child(work: Callable[..., object], *arguments: object) -> int:
-    """Run an importable function in a process of its own; returns its exit code, minus the signal that killed it.
-
-    Children are forked from one process that has torch imported and no threads, so each takes milliseconds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["smolforge.model", "smolforge.tokenizer"])
-    child = context.Process(target=work, args=arguments)
-    child.start()
-    child.join()
-    assert child.exitcode is not None
-    return child.exitcode
-
-
-class Crash(BaseException):
-    """Stands for a process that is gone: no ordinary handler catches it."""
-
-
-@contextmanager
-def failing_writes(below: Path, after: int, error: BaseException | None = None) -> Iterator[None]:
-    """Every attempt to open a file for writing below a folder fails, once `after` of them went well.
-
-    By default with "no space left on device".
-    """
-    real, left = builtins.open, [after]
-
-    def guarded(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        inside = isinstance(file, str | os.PathLike) and below.resolve() in Path(file).resolve().parents
-        if inside and set(mode) & set("wax+"):
-            if left[0] == 0:
-                raise error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-            left[0] -= 1
-        return real(file, mode, *rest, **named)
-
-    builtins.open, io.open = guarded, guarded
-    try:
-        yield
-    finally:
-        builtins.open, io.open = real, real
-
-
-def flip_bit(path: Path, bit: int) -> None:
-    """Change one bit of a file in place."""
-    with path.open("r+b") as file:
-        file.seek(bit // 8)
-        byte = file.read(1)[0]
-        file.seek(bit // 8)
-        file.write(bytes([byte ^ 1 << bit % 8]))

@@ -1,0 +1,187 @@
+"""What a disk may hold after the power failed in the middle of a program.
+
+    Trace, up to a moment  ->  what was synced, and of the rest what fate allows  ->  a folder
+
+The model is that of the studies of crash consistency (Pillai et al., "All File Systems Are Not Created Equal",
+OSDI 2014; Mohan et al., "Finding Crash-Consistency Bugs with Bounded Black-Box Crash Testing", OSDI 2018), at its
+strictest: the content of a file is safe when that file was synced, and a name (made, moved or removed) when the
+folder it stands in was. Everything later may be there or not, each by itself, so also in another order.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from smolforge.testing.disk import Operation, Trace
+
+Fate = Callable[[Operation], Operation | None]
+"""What reaches the disk of an operation that was not synced: all, nothing, or another one in its place."""
+
+
+def all_lost(operation: Operation) -> None:
+    """Only what was synced is there."""
+
+
+def all_kept(operation: Operation) -> Operation:
+    """As after a crash of the program alone."""
+    return operation
+
+
+def names_kept(operation: Operation) -> Operation | None:
+    """Names without content: the empty files of a file system that delays its writes."""
+    return None if operation.kind in ("write", "truncate") else operation
+
+
+def zeros_kept(operation: Operation) -> Operation:
+    """Names and sizes without content: files full of zeros."""
+    return replace(operation, data=bytes(len(operation.data)))
+
+
+def contents_kept(operation: Operation) -> Operation | None:
+    """Content without names: what was renamed has its old name still, what was made is not there."""
+    return operation if operation.kind in ("write", "truncate") else None
+
+
+def by_chance(chance: random.Random) -> Fate:
+    """Each operation by itself: half are kept, some writes in part or as zeros, the rest are lost."""
+
+    def fate(operation: Operation) -> Operation | None:
+        luck = chance.random()
+        if luck < 0.5:
+            return operation
+        if operation.kind == "write" and luck < 0.6:
+            return zeros_kept(operation)
+        if operation.kind == "write" and luck < 0.75:
+            return replace(operation, data=operation.data[: chance.randint(0, len(operation.data))])
+        return None
+
+    return fate
+
+
+def after_power_loss(trace: Trace, at: int, into: Path, fate: Fate) -> None:
+    """Make in a new folder what may be on the disk when power fails before operation `at` of a trace."""
+    root = _Folder()
+    for path, data in trace.before.items():
+        _folder(root, path.parent).names[path.name] = _Folder() if data is None else _File(bytearray(data))
+    _settle(root)
+    for operation in trace.operations[:at]:
+        _apply(root, operation)
+    into.mkdir(parents=True)
+    _make(root, into, fate)
+
+
+@dataclass(eq=False)
+class _File:
+    """Its content for those who read it now, as it was synced last, and what came since."""
+
+    data: bytearray = field(default_factory=bytearray)
+    synced: bytes = b""
+    since: list[Operation] = field(default_factory=list)
+
+    def sync(self) -> None:
+        self.synced = bytes(self.data)
+        self.since.clear()
+
+
+@dataclass(eq=False)
+class _Folder:
+    """Its names, in the same three ways. A change says what the names it concerns stand for afterwards."""
+
+    names: "dict[str, _File | _Folder]" = field(default_factory=dict)
+    synced: "dict[str, _File | _Folder]" = field(default_factory=dict)
+    since: "list[tuple[Operation, dict[str, _File | _Folder | None]]]" = field(default_factory=list)
+
+    def sync(self) -> None:
+        self.synced = dict(self.names)
+        self.since.clear()
+
+    def change(self, operation: Operation, change: "dict[str, _File | _Folder | None]") -> None:
+        _rename(self.names, change)
+        self.since.append((operation, change))
+
+
+_Node = _File | _Folder
+
+
+def _rename(names: dict[str, _Node], change: dict[str, _Node | None]) -> None:
+    """Nothing has two names, so what gets one loses any other."""
+    for name, node in change.items():
+        for other in [each for each, known in names.items() if known is node]:
+            del names[other]
+        names.pop(name, None)
+        if node is not None:
+            names[name] = node
+
+
+def _folder(root: _Folder, path: Path) -> _Folder:
+    found = _node(root, path)
+    assert isinstance(found, _Folder), path
+    return found
+
+
+def _node(root: _Folder, path: Path) -> _Node:
+    node: _Node = root
+    for part in path.parts:
+        if not isinstance(node, _Folder) or part not in node.names:
+            raise ValueError(f"{path} is not in the trace: something made it that the trace did not see")
+        node = node.names[part]
+    return node
+
+
+def _settle(node: _Node) -> None:
+    """All that is there is synced."""
+    node.sync()
+    for each in node.names.values() if isinstance(node, _Folder) else ():
+        _settle(each)
+
+
+def _write(data: bytearray, operation: Operation) -> None:
+    """A write or truncate; both fill the room between with zeros."""
+    data.extend(bytes(max(0, operation.offset - len(data))))
+    if operation.kind == "truncate":
+        del data[operation.offset :]
+    else:
+        data[operation.offset : operation.offset + len(operation.data)] = operation.data
+
+
+def _apply(root: _Folder, operation: Operation) -> None:
+    """What the program saw happen."""
+    parent, name = _folder(root, operation.path.parent), operation.path.name
+    match operation.kind:
+        case "sync":
+            _node(root, operation.path).sync()
+        case "write" | "truncate":
+            file = parent.names[name]
+            assert isinstance(file, _File), operation
+            _write(file.data, operation)
+            file.since.append(operation)
+        case "create":
+            parent.change(operation, {name: _File()})
+        case "mkdir":
+            parent.change(operation, {name: _Folder()})
+        case "unlink" | "rmdir":
+            parent.change(operation, {name: None})
+        case "rename":
+            assert operation.target is not None
+            moved, there = parent.names[name], _folder(root, operation.target.parent)
+            if there is not parent:
+                parent.change(operation, {name: None})
+            there.change(operation, {operation.target.name: moved} | ({name: None} if there is parent else {}))
+
+
+def _make(folder: _Folder, into: Path, fate: Fate) -> None:
+    """What survives of a folder, on a real disk."""
+    names = dict(folder.synced)
+    for operation, change in folder.since:
+        if fate(operation) is not None:
+            _rename(names, change)
+    for name, node in names.items():
+        if isinstance(node, _File):
+            data = bytearray(node.synced)
+            for survived in filter(None, map(fate, node.since)):
+                _write(data, survived)
+            (into / name).write_bytes(data)
+        else:
+            (into / name).mkdir()
+            _make(node, into / name, fate)

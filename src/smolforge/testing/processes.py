@@ -1,0 +1,82 @@
+"""Processes that are killed, stopped for a while, or kept on a small disk.
+
+Children are forked from one process that has torch imported, so each takes a tenth of a second. (A fork of a
+process that has computed with torch would hang: its threads are not copied.)
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NoReturn
+
+PRELOADED = ["smolforge.tokenizer", "smolforge.recipe", "smolforge.cli.terminal", "cyclopts", "torch._dynamo"]
+
+
+def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
+    """Run an importable function in a process of its own, and do not wait for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    child = context.Process(target=work, args=arguments)
+    child.start()
+    return child
+
+
+def in_child(work: Callable[..., object], *arguments: object) -> int:
+    """Run an importable function in a process of its own; returns its exit code, minus the signal that killed it."""
+    return ended(start(work, *arguments))
+
+
+def ended(child: BaseProcess) -> int:
+    """Wait for a child; returns its exit code, minus the signal that killed it."""
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def die(*_: object) -> NoReturn:
+    """Kill this process: no handler, no cleaning up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def send_when(child: BaseProcess, number: int, ready: Callable[[], bool], delay: float = 0.0) -> int:
+    """Send a signal to a child, `delay` seconds after it is `ready`; returns its exit code.
+
+    A child that ended before is not signalled. `ready` is asked again and again without pause.
+    """
+    while child.is_alive() and not ready():
+        pass
+    child.join(delay)
+    if child.is_alive():
+        assert child.pid is not None
+        os.kill(child.pid, number)
+    return ended(child)
+
+
+@contextmanager
+def frozen(process: int) -> Iterator[None]:
+    """Stop a process as SIGSTOP does, and let it go on at the end."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def on_small_disk(folder: Path, size_bytes: int) -> list[str]:
+    """The beginning of a command line that runs the rest with a disk of so many bytes at a folder.
+
+    The disk is Linux's tmpfs, seen by that command and its children alone, and gone when they end.
+    Raises OSError where a user may not make one.
+    """
+    script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
+    prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(size_bytes), str(folder)]
+    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        raise OSError(f"no disk could be mounted at {folder}: {tried.stderr.strip()}")
+    return prefix
