@@ -15,6 +15,7 @@ import pytest
 from campaigns import CAMPAIGNS, IN_MEMORY, Bench
 
 from smolforge import commit
+from smolforge.errors import MissingResource
 from smolforge.testing import Crash, after_power_loss, crashing, failing, flip_bit, in_child, power, recorded
 from smolforge.testing.damage import swap, truncate, zero_page
 from smolforge.testing.disk import content
@@ -172,7 +173,7 @@ def test_a_disk_fails_as_asked(tmp_path):
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "three")
     assert content(tmp_path)[Path("three")] == b""
-    with failing(tmp_path, error=errno.EIO, kinds=("sync",)), pytest.raises(OSError, match="Input/output"):
+    with failing(tmp_path, error=errno.EIO, kinds=("sync",)), pytest.raises(MissingResource, match="Input/output"):
         commit.replace(tmp_path / "one", "2")
     assert (tmp_path / "one").read_text() == "1"
 

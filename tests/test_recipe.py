@@ -202,6 +202,15 @@ def test_fixed_settings_are_refused_by_name():
         resumed(stored, to_recipe(NANO), {"train.dtype": "float64"})
 
 
+def test_another_shape_by_name_is_refused_too(tmp_path, text_file):
+    given = {"model.preset": "smollm2-nano", "model.num_hidden_layers": 1, "model.vocab_size": 400}
+    short = {"train.sequence_length": 32, "train.batch_tokens": 64, "train.sample_every": "none"}
+    train("nano", tmp_path / "run", data=str(text_file), steps=2, **given, **short)
+    assert train("nano", tmp_path / "run", data=str(text_file), steps=3, **given, **short).metrics["step"] == 3
+    with pytest.raises(SettingError, match=r"must not change: model\.hidden_size \(192, now 576\)"):
+        train("nano", tmp_path / "run", steps=3, **given | {"model.preset": "smollm2-135m"}, **short)
+
+
 def test_free_settings_are_taken_from_flags_and_the_stored_recipe_wins_otherwise():
     stored = replaced(settle(to_recipe(NANO)), {"train.steps": 30})
     assert stored.optim.schedule.steps == 8

@@ -14,6 +14,7 @@ from smolforge.settings import FREE, Settings
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
+Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, le=2**12)]
 # The limits on shapes are far beyond any model; a file that asks for more is refused before anything is built.
 
@@ -116,11 +117,11 @@ class ModelConfig(Settings):
 class Data(Settings):
     """Where the text comes from."""
 
-    sources: tuple[str, ...] = ("python-docs",)
+    sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
     """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
-    text_key: str = "text"
+    text_key: Text = "text"
     """Key of the text in a .jsonl line."""
-    group_key: str | None = None
+    group_key: Text | None = None
     """Key in a .jsonl line that names documents which the held-out split must keep together."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of the text kept back to measure on."""
@@ -253,7 +254,7 @@ class Generation(Settings):
     """Sample among tokens at least this many times as likely as the likeliest."""
     repetition_penalty: Annotated[Annotated[float, Field(ge=0.01, le=100)], FREE] = 1.0
     """Above 1, tokens already seen become less likely."""
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], FREE] = ()
+    stop: Annotated[tuple[Text, ...], FREE] = ()
     """Strings that end the text and are no part of it."""
     seed: Annotated[Seed | None, FREE] = None
     """Makes a draw repeatable; none draws anew each time."""
@@ -264,11 +265,11 @@ class Recipe(Settings):
 
     seed: Seed = 0
     """Fixes the initial weights, the order of the data and every sample."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """A folder, a tokenizer.json or a Hub id; none trains one of model.vocab_size on the corpus."""
-    special_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    special_tokens: tuple[Text, ...] = ()
     """Special tokens to add to a tokenizer that was named; a model to start from grows to hold them."""
-    init_from: Annotated[str | None, FREE] = None
+    init_from: Annotated[Text | None, FREE] = None
     """Start from the weights of this MODEL, with a fresh optimizer and schedule."""
     budget: Annotated[str | None, FREE] = None
     """5m, 1h or 10M-tokens: derive steps, batch, warm-up and decay for this machine at the first start."""

@@ -11,6 +11,8 @@ from smolforge.recipe.settle import resumed, settle
 from smolforge.recipe.workshop import Observer
 from smolforge.runs import RECIPE
 
+PRESET = "model.preset"
+
 
 def train(
     recipe: str | Path,
@@ -47,7 +49,16 @@ def resume_or_start(
     if stored.is_file():
         if fresh:
             raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
-        settled = resumed(read_recipe(stored), read_recipe(recipe), overrides)
+        settled = resumed(read_recipe(stored), read_recipe(recipe), spelled_out(recipe, overrides))
     else:
         settled = settle(read_recipe(recipe, overrides), overrides.keys(), model_settings(recipe))
     return run_settled(settled, Path(run), observer)
+
+
+def spelled_out(recipe: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in which the name of a shape is replaced by what it says, so that it can be held to a run's."""
+    if PRESET not in overrides:
+        return dict(overrides)
+    shape = read_recipe(recipe, overrides).model.model_dump()
+    given = {f"model.{name}": value for name, value in shape.items()}
+    return {name: value for name, value in overrides.items() if name != PRESET} | given

@@ -126,7 +126,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:
     """(seconds, None) of `5m` or `1h`, (None, tokens) of `10M-tokens`. Raises SettingError for anything else."""
-    if found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", budget):
+    if found := re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([smhd])", budget):
         return float(found[1]) * _UNITS[found[2]], None
     if budget.endswith("-tokens"):
         return None, parse_count(budget.removesuffix("-tokens"))
@@ -135,7 +135,7 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
 
 def parse_count(count: str) -> int:
     """50000, 10M or 2B as a number. Raises SettingError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", count)
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMB]?)", count)
     if not found:
         raise SettingError(f"{count!r} is not a count; it should be like 50000, 10M or 2B")
     number = int(float(found[1]) * _COUNTS[found[2]])
