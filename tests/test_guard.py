@@ -1,7 +1,10 @@
 """Numbers that go wrong: nothing learned from them, everything written down, every decision made again."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,14 +13,14 @@ from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge import guard, training
+from smolforge import cli, guard, training
 from smolforge.checkpoint import state
 from smolforge.config import Guard
 from smolforge.data.batches import Windows
-from smolforge.errors import Diverged
+from smolforge.errors import Diverged, Stopped
 from smolforge.guard import Judge, Rewind, decided
 from smolforge.recipe import train
-from smolforge.runs import RunFolder, read_records
+from smolforge.runs import Journal, RunFolder, read_records
 from smolforge.testing import Crash, flip_bit
 
 
@@ -222,10 +225,90 @@ def test_too_many_rewinds_end_with_a_report(tmp_path, recipe_file, poison):
     assert [record["step"] for record in read_records(run.folder / "metrics.jsonl") if "left_out" in record] == [5]
 
 
-def test_guards_can_be_changed_on_resume(tmp_path, recipe_file):
+def test_a_report_is_one_line_at_the_command_line(tmp_path, recipe_file, poison, capsys):
+    poison("loss", *range(12))
+    assert (
+        cli.run(["train", str(recipe_file), "--run", str(tmp_path / "run"), "--guard.max-rewinds", "0", "--json"]) == 1
+    )
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("smolforge: the run ends at step 3: the loss is nan")
+
+
+def test_guards_can_be_changed_on_resume(tmp_path, recipe_file, poison):
+    poison("gradient", 5)
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 12})
-    given = {"guard.enabled": False, "guard.spike": 3.0, "guard.max_rewinds": 9, "guard.skips_before_rewind": 1}
-    assert train(recipe_file, tmp_path / "run", steps=5, **given).metrics["step"] == 5
+    train(recipe_file, tmp_path / "run", steps=7, **{"guard.enabled": False})
+    assert incidents(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_rewind_goes_back_to_before_the_first_of_them(tmp_path, recipe_file, poison, every):
+    """No checkpoint is made among updates that are left out, however short the interval."""
+    poison("loss", 5, 6, 7)
+    run = train(recipe_file, tmp_path / "run", **{"train.checkpoint_every": every})
+    assert batches(run.folder) == [*range(5 if every == 1 else 4), *range(8, 15 if every == 1 else 16)]
+
+
+def test_a_stop_changes_nothing_about_a_later_rewind(tmp_path, recipe_file, poison):
+    """The checkpoint of a signal is not where an unbroken run would go back to."""
+    poison("loss", 6, 7, 8)
+    train(recipe_file, tmp_path / "once")
+    train(recipe_file, tmp_path / "run", steps=6, **{"optim.schedule.steps": 12})
+    train(recipe_file, tmp_path / "run", steps=12, **{"optim.schedule.steps": 12})
+    assert batches(tmp_path / "run") == batches(tmp_path / "once") == [0, 1, 2, 3, *range(9, 17)]
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
+
+
+def test_a_spike_is_measured_against_what_was_before_the_stop(tmp_path, recipe_file, poison, monkeypatch):
+    monkeypatch.setattr(guard, "FEWEST", 4)
+    poison("spike", 6)
+    train(recipe_file, tmp_path / "once")
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 12})
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    train(recipe_file, tmp_path / "run", steps=12)
+    assert incidents(tmp_path / "run") == incidents(tmp_path / "once") != []
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
+
+
+def test_a_full_disk_forgets_no_decision(tmp_path, recipe_file, poison, monkeypatch):
+    """What could not be written is in memory, in the next checkpoint, and written when there is room."""
+    poison("loss", 5, 6, 7)
+    train(recipe_file, tmp_path / "once")
+    real, full = Journal.flush, []
+
+    def flush(journal):
+        if journal.waiting and journal.path.name == "incidents.jsonl" and len(full) < 6:
+            full.append(journal)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(journal)
+
+    monkeypatch.setattr(Journal, "flush", flush)
+    run = train(recipe_file, tmp_path / "run")
+    assert len(full) == 6
+    assert incidents(run.folder) == incidents(tmp_path / "once")
+    assert hashes(run.folder, 12) == hashes(tmp_path / "once", 12)
+    assert state.read_facts(state.folder_of(run.folder, 12))["incidents"] == incidents(run.folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_during_a_rewind_is_heard(tmp_path, recipe_file, poison, monkeypatch, number):
+    """Between the decision and the step after it: the run stops there, and goes on from there."""
+    poison("loss", 5, 6, 7)
+    train(recipe_file, tmp_path / "once")
+    real = RunFolder.record_incident
+
+    def record(self, incident):
+        real(self, incident)
+        if incident["kind"] == "rewind":
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record_incident", record)
+        with pytest.raises(Stopped, match=f"stopped by {number.name} after step 4") as caught:
+            train(recipe_file, tmp_path / "run")
+    assert caught.value.exit_code == (130 if number == signal.SIGINT else 75)
+    train(recipe_file, tmp_path / "run")
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
 
 
 # The judge and its memory

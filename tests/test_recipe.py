@@ -524,7 +524,7 @@ def die_at(recipe_file, run, step):
     resume_or_start(recipe_file, run, {}, observer=At(step, lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_file, number, code, step):
     train(recipe_file, tmp_path / "once")

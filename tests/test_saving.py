@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as reference
 
+from smolforge import commit
 from smolforge.checkpoint import state, tensors, weights
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.recipe import resume_or_start, saving, train
 from smolforge.runs import Journal, RunFolder, read_records
-from smolforge.testing import flip_bit, tiny_model
+from smolforge.testing import flip_bit, recorded, tiny_model
 
 
 @pytest.fixture
@@ -146,7 +148,8 @@ def test_a_snapshot_is_of_one_moment():
     with torch.no_grad():
         for weight in (*model.parameters(), *moments.values()):
             weight.add_(1)
-    assert all(torch.equal(one.weights[name], weight) for name, weight in before.items() if name in one.weights)
+    assert one.weights.keys() == before.keys()
+    assert all(torch.equal(one.weights[name], weight) for name, weight in before.items())
     assert torch.equal(one.optimizer["exp_avg.model.norm.weight"], torch.ones(32))
     two = state.snapshot(model, moments, {"step": 2}, staging)
     assert two.weights["model.norm.weight"].data_ptr() == one.weights["model.norm.weight"].data_ptr()
@@ -161,29 +164,55 @@ def test_background_and_foreground_write_the_same(tmp_path, recipe_file):
 
 
 def test_training_goes_on_while_it_writes_but_never_two_at_a_time(tmp_path, recipe_file, monkeypatch):
-    """Steps pass during a write; the next checkpoint waits for it; all are of their own step."""
+    """The first write is slow, until beyond the step whose checkpoint is next; each is of its own step nevertheless."""
     train(recipe_file, tmp_path / "once")
-    real, busy, most, seen = state.save, [], [], []
+    real, busy, together, steps_meanwhile = state.save, [], [], []
+    metrics = tmp_path / "run" / "metrics.jsonl"
 
     def save(folder, *rest):
         busy.append(folder)
-        most.append(len(busy))
-        before = len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines())
-        deadline = time.monotonic() + 1
-        while time.monotonic() < deadline and before < 8:
-            if len((tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()) > before:
-                seen.append(folder)
-                break
-            time.sleep(0.005)
+        together.append(len(busy))
+        if len(together) == 1:
+            before, deadline = len(metrics.read_bytes().splitlines()), time.monotonic() + 20
+            while len(metrics.read_bytes().splitlines()) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.3)  # in which the next one would begin
+            steps_meanwhile.append(len(metrics.read_bytes().splitlines()) - before)
+        found = real(folder, *rest)
         busy.remove(folder)
-        return real(folder, *rest)
+        return found
 
     monkeypatch.setattr(state, "save", save)
     train(recipe_file, tmp_path / "run")
-    assert max(most) == 1
-    assert len(set(seen)) == 3  # all but the last
+    assert together == [1, 1, 1, 1]
+    assert 1 <= steps_meanwhile[0] <= 2  # up to step 4, whose checkpoint has to wait
     for step in (2, 4, 6, 8):
         assert hashes(tmp_path / "run", step) == hashes(tmp_path / "once", step)
+
+
+def test_what_a_checkpoint_counts_on_is_synced_before_its_name_is_there(tmp_path, recipe_file):
+    """Every file of it after its last write, their folders, and the metrics up to its step."""
+    with recorded(tmp_path / "run") as trace:
+        train(recipe_file, tmp_path / "run")
+    renames = [
+        number for number, each in enumerate(trace.operations) if each.target and each.target.name[:5] == "step-"
+    ]
+    assert len(renames) == 4
+    for number in renames:
+        before, temporary = trace.operations[:number], trace.operations[number].path
+        written = {each.path: place for place, each in enumerate(before) if each.kind == "write"}
+        synced = {each.path: place for place, each in enumerate(before) if each.kind == "sync"}
+        files = [path for path in written if temporary in path.parents]
+        assert len(files) == 9
+        for path in files:
+            assert synced[path] > written[path]
+            assert synced[path.parent] > written[path]
+        metrics = Path("metrics.jsonl")
+        durable = b"".join(each.data for each in before[: synced[metrics]] if each.path == metrics)
+        assert json.loads(durable.splitlines()[-1])["step"] >= int(trace.operations[number].target.name[5:])
+        assert trace.operations[number + 1].kind == "sync"
+        assert trace.operations[number + 1].path == Path("checkpoints")
+        assert Path() in synced
 
 
 def test_mistakes_of_ours_are_not_tried_again(tmp_path, recipe_file, monkeypatch):
@@ -253,6 +282,31 @@ def test_the_last_two_sound_checkpoints_stay(tmp_path):
         flip_bit(state.folder_of(tmp_path, step) / "model.safetensors", 77_777)
     state.retain(tmp_path, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [2, 5]
+
+
+def test_the_best_that_stays_is_sound(tmp_path):
+    """And a loss that is no number is nobody's best; what a later version wrote is not ours to delete."""
+    model, losses = tiny_model(), [1.0, 2.0, None, 3.0, 4.0, 5.0]
+    for step, loss in enumerate(losses, 1):
+        facts = {"step": step, "validation_loss": loss}
+        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, facts))
+    flip_bit(state.folder_of(tmp_path, 1) / "model.safetensors", 77_777)
+    path = state.folder_of(tmp_path, 4) / commit.MANIFEST
+    later = json.loads(path.read_text()) | {"format_version": 99}
+    path.write_text(json.dumps(later | {"sha256": commit.self_hash(later)}))
+    (state.folder_of(tmp_path, 3) / "training" / "state.json").write_text("[]")
+    state.retain(tmp_path, keep_last=2, keep_best=True)
+    assert steps(tmp_path) == [2, 4, 5, 6]
+
+
+def test_leftovers_are_cleared_before_the_disk_is_looked_at(tmp_path, recipe_file, monkeypatch):
+    train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000006"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(1000))
+    monkeypatch.setattr(commit, "free_bytes", lambda _: 0 if left.exists() else 10**9)
+    train(recipe_file, tmp_path / "run", steps=8)
+    assert not left.exists()
 
 
 # The corpus and the lock

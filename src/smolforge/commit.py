@@ -68,9 +68,9 @@ def unwritten(path: Path, error: BaseException, needed_bytes: int) -> MissingRes
     full = isinstance(error, OSError) and error.errno in _NO_ROOM
     if not full and not any(f"(os error {number})" in said for number in _NO_ROOM):
         return MissingResource(f"{path} could not be written: {said}")
+    needs = f"needs {needed_bytes:,} bytes" if needed_bytes else "has no room"
     return MissingResource(
-        f"the disk is full: {path} needs {needed_bytes:,} bytes and {free_bytes(path.parent):,} are free; "
-        "what was saved before is intact"
+        f"the disk is full: {path} {needs} and {free_bytes(path.parent):,} are free; what was saved before is intact"
     )
 
 
@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InvalidFile(f"{folder} has no {MANIFEST}: it was never finished") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InvalidFile(f"{path} is damaged: {error!r}") from None
+        raise InvalidFile(f"{path} is damaged: {error}") from None
     if recorded != self_hash(manifest):
         raise InvalidFile(f"{path} is damaged: its own hash does not match")
     if version > FORMAT_VERSION:

@@ -56,6 +56,7 @@ class RunFolder:
         commit.make_folder(path)
         with (path / LOCK).open("ab+", buffering=0) as lock:
             left = run._take(lock)
+            commit.sync(path)  # a log without a lock would be a folder of something else
             try:
                 with run._logging():
                     if left:
@@ -174,7 +175,8 @@ class RunFolder:
         finally:
             log.removeHandler(handler)
             log.setLevel(level)
-            handler.close()
+            with suppress(OSError):  # what a full disk refused comes up once more
+                handler.close()
 
 
 class Journal:

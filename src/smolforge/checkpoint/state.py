@@ -141,7 +141,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = {**json.loads(path.read_text("utf-8"))}
         later = facts["format_version"] > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error!r}") from None
+        raise InvalidFile(f"{path} cannot be read: {error}") from None
     if later:
         raise LaterFormat(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
     return facts
