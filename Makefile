@@ -27,6 +27,7 @@ bench: $(VENV)/.test
 
 faults: $(VENV)/.test
 	$(BIN)/python tests/campaigns.py
+	$(BIN)/python tests/mutations.py 5000
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
