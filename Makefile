@@ -24,6 +24,7 @@ check: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/reliability.py
 
 faults: $(VENV)/.test
 	$(BIN)/python tests/campaigns.py

@@ -131,12 +131,14 @@ class RunFolder:
         What follows a broken line, which only a power cut leaves, is dropped as well. Of incidents all are kept;
         those `known` from the checkpoint are added where they are more.
         """
-        for name in (METRICS, SAMPLES):
-            self.journals[name].cut(lambda record: record.get("step", math.inf) <= step)
-        self.journals[INCIDENTS].cut(lambda record: True)
-        for incident in known[len(self.incidents()) :]:
+
+        def before(record: dict[str, Any]) -> bool:
+            return record.get("step", math.inf) <= step
+
+        self.journals[SAMPLES].cut(before)
+        steps = [record["step"] for record in self.journals[METRICS].cut(before)]
+        for incident in known[len(self.journals[INCIDENTS].cut(lambda _: True)) :]:
             self.record_incident(incident)
-        steps = [record["step"] for record in self.journals[METRICS].records()]
         if steps and steps != list(range(1, step + 1)):
             log.warning("%s does not have every step up to %d", self.path / METRICS, step)
 
@@ -211,16 +213,20 @@ class Journal:
         """All whole records, those that wait included."""
         return whole_records(self._content())
 
-    def cut(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Take back everything from the first record that is broken or not wanted; that needs no room on the disk."""
+    def cut(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Take back everything from the first record that is broken or not wanted; that needs no room on the disk.
+
+        Returns what is left.
+        """
         content = self._content()
-        records = itertools.takewhile(wanted, whole_records(content))
+        records = list(itertools.takewhile(wanted, whole_records(content)))
         kept = sum(len(line) + 1 for line, _ in zip(content.split(b"\n"), records, strict=False))
         self.waiting = content[self.bytes : kept]
         if kept < self.bytes:
             with self.path.open("rb+") as file:
                 file.truncate(kept)
             self.bytes = kept
+        return records
 
     def _content(self) -> bytes:
         written = self.path.read_bytes()[: self.bytes] if self.bytes else b""
