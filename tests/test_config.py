@@ -45,7 +45,10 @@ def refuse(tree):
         ({"train": {"device": "\udcff"}}, "train.device is '\\udcff'; it should be text that can be written as UTF-8"),
         ({"data": {"sources": ["a", 5]}}, "data.sources has 5 in it; it should be a list of text"),
         ({"special_tokens": [""]}, "special_tokens has '' in it; it should be a list of text that is not empty"),
-        ({"tokenizer": datetime.date(2020, 1, 1)}, "tokenizer is 2020-01-01; it should be text, or none"),
+        (
+            {"tokenizer": datetime.date(2020, 1, 1)},
+            "tokenizer is 2020-01-01; it should be text that is not empty, or none",
+        ),
         ({"\udcff": 1}, "there is no setting '\\udcff'"),
         (
             {"optim": {"schedule": {"warmup_steps": "many"}}},

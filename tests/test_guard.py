@@ -212,7 +212,7 @@ def test_too_many_rewinds_end_with_a_report(tmp_path, recipe_file, poison):
     """And one more allowed goes on."""
     poison("loss", *range(5, 12))
     with pytest.raises(
-        Diverged, match=r"ends at step 7: the loss is nan.*1 times before.*sound at step 4.*-rewinds 4"
+        Diverged, match=r"ends at step 7: the loss is nan.*1 times before.*from .*step-00000004; --guard.max-rewinds 4"
     ) as caught:
         train(recipe_file, tmp_path / "run", **{"guard.max_rewinds": 1})
     assert caught.value.exit_code == 1
@@ -356,3 +356,14 @@ def test_folded_incidents_say_what_happened(history):
     assert set(decisions.skipped) == skipped
     assert decisions.batch(done) == number
     assert len(set(used)) == len(used)
+
+
+def test_a_stop_among_left_out_updates_is_not_gone_back_to(tmp_path, recipe_file, poison):
+    """Even where a regular checkpoint would have been: an unbroken run makes none there."""
+    poison("loss", 7, 8, 9)
+    train(recipe_file, tmp_path / "once")
+    train(recipe_file, tmp_path / "run", steps=8, **{"optim.schedule.steps": 12})
+    assert state.folder_of(tmp_path / "run", 8).is_dir()
+    train(recipe_file, tmp_path / "run", steps=12, **{"optim.schedule.steps": 12})
+    assert batches(tmp_path / "run") == batches(tmp_path / "once") == [0, 1, 2, 3, *range(10, 18)]
+    assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)

@@ -30,9 +30,9 @@ def write_whole(
 ) -> dict[str, Any]:
     """Let `fill` write into a temporary folder, then make it `folder`. Returns the manifest, which has `facts`.
 
-    Without facts there is no manifest. Raises MissingResource when the disk is full (the message has
-    `needed_bytes`, or what was written until then) or cannot be written, and what `fill` raises otherwise. What
-    was there before is untouched; `folder` is there after all only where its last sync failed.
+    Without facts there is no manifest. Raises MissingResource when the disk is full (which says `needed_bytes`,
+    where they are known) or cannot be written, and what `fill` raises otherwise. What was there before is
+    untouched; `folder` is there after all only where its last sync failed.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
@@ -46,8 +46,7 @@ def write_whole(
         temporary.rename(folder)
         sync(folder.parent)
     except (Exception, KeyboardInterrupt) as error:
-        written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-        said = unwritten(folder, error, max(needed_bytes, written))  # with the room there was
+        said = unwritten(folder, error, needed_bytes)  # with the room there was
         shutil.rmtree(temporary, ignore_errors=True)
         if _is_of_writing(error, folder.parent):
             raise said from error
@@ -68,9 +67,9 @@ def unwritten(path: Path, error: BaseException, needed_bytes: int) -> MissingRes
     full = isinstance(error, OSError) and error.errno in _NO_ROOM
     if not full and not any(f"(os error {number})" in said for number in _NO_ROOM):
         return MissingResource(f"{path} could not be written: {said}")
-    needs = f"needs {needed_bytes:,} bytes" if needed_bytes else "has no room"
+    needs = f"needs {needed_bytes:,} bytes and" if needed_bytes else "needs more:"
     return MissingResource(
-        f"the disk is full: {path} {needs} and {free_bytes(path.parent):,} are free; what was saved before is intact"
+        f"the disk is full: {path} {needs} {free_bytes(path.parent):,} are free; what was saved before is intact"
     )
 
 

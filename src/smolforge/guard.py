@@ -33,11 +33,11 @@ Incident = dict[str, Any]
 
 
 class Rewind(Exception):
-    """Training should go back to the last sound checkpoint and leave out the batches up to this step's."""
+    """Training should go back to before the `first` bad step, and leave out the data up to that of `step`."""
 
-    def __init__(self, step: int, reason: str) -> None:
+    def __init__(self, step: int, reason: str, first: int) -> None:
         super().__init__(reason)
-        self.step, self.reason = step, reason
+        self.step, self.reason, self.first = step, reason, first
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Judge:
             if reason is not None:
                 self.record({"kind": "skip", "step": step, "reason": reason})
             elif (spike := self.spike(loss)) is not None:
-                raise Rewind(step, spike)
+                raise Rewind(step, spike, first=step)
         if reason is None:
             self.in_a_row = 0
             if math.isfinite(loss):
@@ -116,7 +116,8 @@ class Judge:
             return None
         self.in_a_row += 1
         if self.settings.enabled and self.in_a_row >= self.settings.skips_before_rewind:
-            raise Rewind(step, f"{reason}, and {self.in_a_row} updates in a row had to be left out")
+            said = f"{reason}, and {self.in_a_row} updates in a row had to be left out"
+            raise Rewind(step, said, first=step - self.in_a_row + 1)
         return reason
 
     def spike(self, loss: float) -> str | None:

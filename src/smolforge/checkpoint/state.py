@@ -156,13 +156,16 @@ def check(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]
 
 
 def newest_sound(
-    run: Path, warn: Callable[[str], None], only: Iterable[str] | None = None, every: int = 1
+    run: Path,
+    warn: Callable[[str], None],
+    only: Iterable[str] | None = None,
+    wanted: Callable[[int], bool] = lambda step: True,
 ) -> Path | None:
-    """The newest checkpoint whose files (or `only` some) are as its manifest says, of those at multiples of `every`.
+    """The newest checkpoint of a `wanted` step whose files (or `only` some) are as its manifest says.
 
     `warn` hears why others are not. Raises LaterFormat rather than pass over what a later version wrote.
     """
-    for folder in reversed([folder for folder in all_of(run) if step_of(folder) % every == 0]):
+    for folder in reversed([folder for folder in all_of(run) if wanted(step_of(folder))]):
         try:
             check(folder, only)
         except LaterFormat:

@@ -8,6 +8,7 @@ recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop +
 
 import itertools
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,15 +115,16 @@ def attempt(
 
 def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
     """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
-    place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.step)
+    place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.first)
     to = state.step_of(place) if place else 0
     incident = {"step": wrong.step, "reason": wrong.reason}
     if decisions.rewinds >= recipe.guard.max_rewinds:
         files.record_incident({"kind": "stop", **incident})
+        sound = f"with --init-from {place}" if place else "from the beginning"
         raise Diverged(
             f"the run ends at step {wrong.step}: {wrong.reason}. It was taken back {decisions.rewinds} times before "
-            f"({files.path / INCIDENTS} has it all) and is sound at step {to}. A lower --optim.learning-rate "
-            f"needs another --run, with --init-from this one; --guard.max-rewinds {decisions.rewinds + 3} goes on"
+            f"({files.path / INCIDENTS}). A lower --optim.learning-rate needs another --run, {sound}; "
+            f"--guard.max-rewinds {decisions.rewinds + 3} goes on with this one"
         )
     next_batch = decisions.batch(wrong.step - 1) + 1
     state.set_aside(files.path, to)  # first: a checkpoint of what is taken back must not meet the decision
@@ -131,12 +133,14 @@ def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wron
     log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
 
 
-def place_to_go_back_to(folder: Path, every: int | None, step: int) -> Path | None:
+def place_to_go_back_to(folder: Path, every: int | None, first_bad: int) -> Path | None:
     """The newest sound checkpoint that a run without stops has too, if there is one; None is the beginning."""
-    regular = state.newest_sound(folder, log.warning, every=every or 1)
-    if regular is None and every is not None and step > every:  # the interval was another, or they are damaged
-        return newest_checkpoint(folder)
-    return regular
+    if every is None:
+        return None
+    found = state.newest_sound(folder, log.warning, wanted=lambda step: step % every == 0 and step < first_bad)
+    if found is None and first_bad > every:  # the interval was another before, or they are damaged
+        return newest_checkpoint(folder, before=first_bad)
+    return found
 
 
 def announce(recipe: Recipe, start: State, observer: Observer) -> None:
@@ -220,10 +224,10 @@ def initial_model(recipe: Recipe, text: corpus.Corpus, resuming: bool) -> Langua
     return model
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Where to resume from. Raises InvalidFile where there are checkpoints and all are damaged."""
-    newest = state.newest_sound(folder, log.warning)
-    if newest is None and state.all_of(folder):
+def newest_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
+    """Where to go on from. Raises InvalidFile where there are checkpoints and all are damaged."""
+    newest = state.newest_sound(folder, log.warning, wanted=lambda step: step < before)
+    if newest is None and any(state.step_of(each) < before for each in state.all_of(folder)):
         raise InvalidFile(f"no checkpoint of {folder} is sound; delete its checkpoints to begin again")
     return newest
 
