@@ -21,7 +21,7 @@ from smolforge.errors import Diverged, Stopped
 from smolforge.guard import Judge, Rewind, decided
 from smolforge.recipe import train
 from smolforge.runs import Journal, RunFolder, read_records
-from smolforge.testing import Crash, flip_bit
+from smolforge.testing import Crash, flip_bit, power, recorded
 
 
 @pytest.fixture
@@ -367,3 +367,21 @@ def test_a_stop_among_left_out_updates_is_not_gone_back_to(tmp_path, recipe_file
     train(recipe_file, tmp_path / "run", steps=12, **{"optim.schedule.steps": 12})
     assert batches(tmp_path / "run") == batches(tmp_path / "once") == [0, 1, 2, 3, *range(10, 18)]
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
+
+
+@pytest.mark.parametrize("fate", [power.all_lost, power.names_kept, power.contents_kept])
+def test_a_power_cut_around_a_rewind(tmp_path, recipe_file, poison, fate):
+    """What was taken back must not come again beside the decision: a checkpoint of step 8, and back to step 4."""
+    poison("loss", 7, 8, 9)
+    disk, settings = tmp_path / "disk", {"optim.schedule.steps": 12}
+    train(recipe_file, disk / "run", steps=8, **settings)
+    with recorded(disk) as trace:
+        train(recipe_file, disk / "run", steps=12, **settings)
+    said = [str(each) for each in trace.operations]
+    aside = next(at for at, each in enumerate(said) if each.startswith("rename") and ".aside" in each)
+    decided_at = next(at for at, each in enumerate(said) if at > aside and "write run/incidents.jsonl" in each)
+    for at in range(aside, decided_at + 5):
+        cut = tmp_path / f"cut-{at}"
+        power.after_power_loss(trace, at, cut, fate)
+        train(recipe_file, cut / "run", steps=12, **settings)
+        assert hashes(cut / "run", 12) == hashes(disk / "run", 12), said[at]
