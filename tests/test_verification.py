@@ -516,6 +516,9 @@ def test_a_run_is_verified_with_its_checkpoints(tmp_path):
 def test_what_cannot_be_verified(tmp_path, capsys):
     with pytest.raises(SettingError, match="against is 'torch'; it should be files, transformers or golden"):
         verification.verify(tmp_path, ["torch"])
+    with pytest.raises(SettingError, match="there is no folder .*nothing"):
+        verification.verify(tmp_path / "nothing", ["files"])
+    assert "nothing says what it should be" in verification.verify(tmp_path, ["files"]).cause
     assert cli.run(["verify", str(tmp_path), "--out", str(tmp_path / "v.json")]) == 1
     assert "is not a model folder" in capsys.readouterr().out
     assert cli.run(["verify", str(tmp_path / "nothing")]) == 2

@@ -76,12 +76,11 @@ def _verify(
     """Go through the checks; returns the likeliest cause where one does not hold and has a name."""
     found = [done(check) for check in files(Path(model))]
     if tuple(against) == ("files",):
+        if not Path(model).exists():
+            raise SettingError(f"there is no folder {str(model)!r}, and --against files looks at nothing else")
         if not found:
-            done(
-                Check(
-                    "files", False, f"{model} has neither checkpoints nor a {MANIFEST}: nothing says what it should be"
-                )
-            )
+            said = f"{model} has neither checkpoints nor a {MANIFEST}: nothing says what it should be"
+            done(Check("files", False, said))
         return None
     folder = resolve.find(model)
     loaded = resolve.load(folder)
