@@ -90,7 +90,7 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
 
     def step() -> float:
         start = time.perf_counter()
-        backward(model, Batch(ids, ids), 4, precision)
+        backward(model, Batch(ids, ids), ids.numel(), 4, precision)
         for each in chosen:
             each.step()
         model.zero_grad(set_to_none=True)

@@ -33,7 +33,7 @@ def smolforge_step(config: dict[str, Any], ids: Any, labels: Any) -> Any:
     precision = autocast("float32", torch.device("cpu"))
 
     def step() -> float:
-        losses, _ = backward(model, Batch(ids, labels), len(ids), precision)
+        losses = backward(model, Batch(ids, labels), labels.numel(), len(ids), precision)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         model.zero_grad(set_to_none=True)

@@ -180,7 +180,7 @@ def test_the_balance_loss_evens_out_the_experts():
         generator = torch.Generator().manual_seed(1)
         for _ in range(30):
             ids = torch.randint(320, (4, 33), generator=generator)
-            losses, _ = backward(model, Batch(ids[:, :-1], ids[:, 1:]), 2, nullcontext())
+            losses = backward(model, Batch(ids[:, :-1], ids[:, 1:]), ids[:, 1:].numel(), 2, nullcontext())
             optimizer.step()
             model.zero_grad()
         return losses["balance_loss"].item()
@@ -192,7 +192,7 @@ def test_a_micro_batch_counts_by_its_labels():
     """The reported balance loss is the mean over micro-batches, weighted as the loss is."""
     model, ids = build(mixture()), torch.randint(320, (4, 16))
     whole = [model.hidden_and_balance(part)[1] for part in ids.split(2)]
-    losses, _ = backward(model, Batch(ids, ids), 2, nullcontext())
+    losses = backward(model, Batch(ids, ids), ids.numel(), 2, nullcontext())
     torch.testing.assert_close(losses["balance_loss"], torch.stack(whole).mean().detach())
 
 

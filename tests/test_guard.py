@@ -42,8 +42,8 @@ def poison(monkeypatch):
         numbers[found.ids.numpy().tobytes()] = number
         return found
 
-    def backward(model, batch, rows, precision):
-        losses, counted = computed(model, batch, rows, precision)
+    def backward(model, batch, *rest):
+        losses = computed(model, batch, *rest)
         match bad.get(numbers[batch.ids.numpy().tobytes()]):
             case "loss":
                 losses["loss"] = torch.tensor(float("nan"))
@@ -51,7 +51,7 @@ def poison(monkeypatch):
                 next(model.parameters()).grad[0, 0] = float("inf")
             case "spike":
                 losses["loss"] = losses["loss"] + 10
-        return losses, counted
+        return losses
 
     computed = training.backward
     monkeypatch.setattr(Windows, "batch", batch)
@@ -385,3 +385,36 @@ def test_a_power_cut_around_a_rewind(tmp_path, recipe_file, poison, fate):
         power.after_power_loss(trace, at, cut, fate)
         train(recipe_file, cut / "run", steps=12, **settings)
         assert hashes(cut / "run", 12) == hashes(disk / "run", 12), said[at]
+
+
+def test_hearing_a_step_late_changes_nothing(tmp_path, recipe_file, poison, monkeypatch):
+    """As on a device that is asked ahead: an update left out, a streak with a rewind, and a spike."""
+    monkeypatch.setattr(guard, "FEWEST", 4)
+    poison("gradient", 2)
+    poison("loss", 5, 6, 7)
+    poison("spike", 12)
+    heard = {}
+    for ahead in (False, True):
+        monkeypatch.setattr(training, "runs_ahead", lambda device, ahead=ahead: ahead)
+        run = train(recipe_file, tmp_path / str(ahead))
+        records = read_records(run.folder / "metrics.jsonl")
+        plain = [
+            {key: record.get(key) for key in ("step", "tokens", "loss", "batch", "left_out")} for record in records
+        ]
+        heard[ahead] = (plain, incidents(run.folder), hashes(run.folder, 12), batches(run.folder))
+    assert heard[True] == heard[False]
+    assert [incident["kind"] for incident in heard[True][1]] == ["skip", "skip", "skip", "skip", "rewind", "rewind"]
+
+
+def test_a_device_that_is_ahead_has_the_next_step_when_one_is_heard(tmp_path, recipe_file, monkeypatch):
+    """But for those whose model is looked at."""
+    order: list[str] = []
+    launch, hear = training.launch, training.hear
+    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(training, "launch", lambda *given: (order.append(f"launch {given[4] + 1}"), launch(*given))[1])
+    monkeypatch.setattr(training, "hear", lambda *given: (order.append(f"hear {given[0].step}"), hear(*given))[1])
+    train(recipe_file, tmp_path / "run", steps=6)
+    assert order == [
+        *("launch 1", "launch 2", "hear 1", "launch 3", "hear 2", "launch 4", "hear 3", "hear 4"),
+        *("launch 5", "launch 6", "hear 5", "hear 6"),
+    ]

@@ -49,6 +49,16 @@ def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the processor can ask for the next thing while the device is at work on this one."""
+    return device.type == "cuda"
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there; nobody waits for the copy."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for what was asked of an accelerator."""
     if device.type == "cuda":

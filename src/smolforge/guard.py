@@ -85,7 +85,7 @@ def decided(incidents: Sequence[Incident]) -> Decisions:
 
 
 class Judge:
-    """Looks at each step before its update."""
+    """Looks at the numbers of each step. What it says of them is what the device did: see `training.unwanted`."""
 
     def __init__(
         self,
@@ -100,8 +100,17 @@ class Judge:
         self.in_a_row = decisions.in_a_row(done)
         self.recent = deque(recent, WINDOW)
 
+    @property
+    def guards(self) -> bool:
+        """Whether an update is left out when its loss or gradient is not finite."""
+        return self.settings.enabled
+
+    def knows(self, step: int) -> bool:
+        """Whether the update of this step was left out before."""
+        return step in self.decisions.skipped
+
     def __call__(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Why the update of a step must be left out, or None. Raises Rewind."""
+        """Why the update of a step was left out, or None. Raises Rewind."""
         reason = self.decisions.skipped.get(step)
         if reason is None and self.settings.enabled:
             reason = not_finite(loss, grad_norm)

@@ -58,6 +58,7 @@ class Muon(Optimizer):
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -70,11 +71,13 @@ class Muon(Optimizer):
                 state = self.state[weight]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
-                average = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                average = state["momentum_buffer"].lerp(weight.grad, 1 - group["momentum"])
                 update = orthogonal(weight.grad.lerp(average, group["momentum"]))
                 stretch = math.sqrt(max(1, weight.shape[-2] / weight.shape[-1]))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * stretch)
+                moved = weight * (1 - group["lr"] * group["weight_decay"])
+                moved.add_(update, alpha=-group["lr"] * stretch)
+                for old, new in ((state["momentum_buffer"], average), (weight, moved)):
+                    old.copy_(new if self.found_inf is None else torch.where(self.found_inf.bool(), old, new))
 
 
 def orthogonal(matrix: Float[Tensor, "*e r c"], rounds: int = 5) -> Float[Tensor, "*e r c"]:
@@ -121,6 +124,15 @@ def learning_rate(step: int, peak: float, schedule: Schedule) -> float:
         case _:
             assert_never(schedule.decay)
     return final + (peak - final) * kept
+
+
+def leave_out(chosen: Sequence[Optimizer], unwanted: Float[Tensor, ""] | None) -> None:
+    """Make the next update change nothing, moments included, where `unwanted` is 1.0 by then; None is no question.
+
+    The device decides, so nobody waits for the number. It is how GradScaler tells torch's fused optimizers.
+    """
+    for each in chosen:
+        vars(each)["found_inf"] = unwanted
 
 
 def scale_learning_rates(chosen: Sequence[Optimizer], factor: float) -> None:

@@ -1,26 +1,31 @@
 """The loop: batches in, a trained model and its state out. Every stage of a model's life uses this one.
 
-    1. the learning rate of this step           4. clip, judge, update, clear
-    2. forward and backward, in micro-batches   5. actions whose turn it is: measure, sample, report, save
-    3. their sum is the gradient of the mean loss over the whole batch
+    launch  1. the learning rate of this step       3. clip, update unless a number is none, clear
+            2. forward and backward, in micro-batches; their sum is the gradient of the mean loss of the whole batch
+    hear    4. the numbers of a step: judge them, and call the actions whose turn it is
 
-Whatever is not the update itself is an action handed in by whoever composes a run.
+An accelerator works while the processor is ahead, so there a step is heard only when the next was launched, and
+nothing in a launch waits for a number. Where an action needs the model as it is after a step (measure, sample, save),
+that step is heard before the next is launched. Whatever is not the update itself is an action handed in by whoever
+composes a run.
 """
 
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
-from smolforge.device import peak_memory_bytes, pick_dtype, synchronize
+from smolforge.device import moved, peak_memory_bytes, pick_dtype, runs_ahead
 from smolforge.model import IGNORED, LanguageModel, loss_sum
-from smolforge.optim import learning_rate, scale_learning_rates
+from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 
 
 @dataclass(frozen=True)
@@ -40,82 +45,171 @@ class Action(NamedTuple):
     act: Callable[[State, dict[str, Any]], dict[str, Any] | None]
     when_stopped: bool = False
     """Also done when a signal ends the run early."""
+    late: bool = False
+    """Looks at the metrics alone, so that the next step may be under way."""
+    wanted: Callable[[], bool] = lambda: False
+    """Asked at every step whether it should be done out of turn."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Decides which updates are left out."""
+
+    @property
+    def guards(self) -> bool:
+        """Whether an update is left out when its loss or gradient is not finite."""
+        ...
+
+    def knows(self, step: int) -> bool:
+        """Whether the update of this step was left out before."""
+        ...
+
+    def __call__(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Why the update of a step was left out, if it was. May raise to end the training."""
+        ...
+
+
+class Launched(NamedTuple):
+    """A step whose update is queued; its numbers may not be there yet."""
+
+    step: int
+    tokens: int
+    """In its batch, those without a label included."""
+    labels: int
+    learning_rate: float
+    numbers: Mapping[str, Tensor]
+    began: float
 
 
 def train(
     model: LanguageModel,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     batches: Iterator[Batch],
     recipe: Recipe,
     state: State,
     actions: Sequence[Action],
     stopping: Callable[[], bool],
-    judge: Callable[[int, float, float], str | None] = lambda step, loss, grad_norm: None,
+    judge: Judge | None = None,
 ) -> State:
-    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true.
-
-    `judge` says of a step, its loss and the norm of its gradient why there must be no update, if so.
-    """
-    settings, device = recipe.train, model.head.device
-    precision = autocast(settings.dtype, device)
+    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true."""
+    last, done = recipe.train.steps, state.step
+    ahead = runs_ahead(model.head.device)
+    unheard: tuple[Launched, list[Action]] | None = None
     model.train()
-    while state.step < settings.steps and not stopping():
-        batch = Batch(*(side.to(device, non_blocking=True) for side in next(batches)))
-        started = time.perf_counter()
-        rate = learning_rate(state.step, recipe.optim.learning_rate, recipe.optim.schedule)
-        scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
-        losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
-        said = {name: value.item() for name, value in losses.items()}
-        left_out = judge(state.step + 1, said["loss"], norm.item())
-        for optimizer in optimizers if left_out is None else ():
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        synchronize(device)
-        state = State(state.step + 1, state.tokens + (counted if left_out is None else 0))
-        metrics: dict[str, Any] = {
-            "step": state.step,
-            "tokens": state.tokens,
-            **said,
-            "learning_rate": rate,
-            "grad_norm": norm.item(),
-            "tokens_per_second": batch.ids.numel() / (time.perf_counter() - started),
-            "peak_memory_bytes": peak_memory_bytes(device),
-        }
-        if left_out is not None:
-            metrics["left_out"] = left_out
-        finished, stopped = state.step == settings.steps, stopping()
-        for action in actions:
-            due = action.every is not None and state.step % action.every == 0
-            if due or finished or (stopped and action.when_stopped):
-                metrics |= action.act(state, metrics) or {}
+    with garbage_kept():
+        while done < last and not stopping():
+            launched = launch(model, optimizers, next(batches), recipe, done, judge)
+            done += 1
+            if unheard is not None:
+                state = hear(*unheard, state, judge)
+            stopped = stopping()
+            due = [action for action in actions if is_due(action, done, done == last, stopped)]
+            unheard = (launched, due)
+            on_model = not all(action.late for action in due)
+            if on_model or not ahead:
+                state, unheard = hear(*unheard, state, judge), None
+            if on_model:
+                gc.collect()
+    return state if unheard is None else hear(*unheard, state, judge)
+
+
+def is_due(action: Action, step: int, finished: bool, stopped: bool) -> bool:
+    in_turn = action.every is not None and step % action.every == 0
+    return in_turn or finished or (stopped and action.when_stopped) or action.wanted()
+
+
+def launch(
+    model: LanguageModel,
+    optimizers: Sequence[Optimizer],
+    batch: Batch,
+    recipe: Recipe,
+    done: int,
+    judge: Judge | None,
+) -> Launched:
+    """Queue the step that follows `done` ones, and wait for nothing."""
+    began, settings, device = time.perf_counter(), recipe.train, model.head.device
+    rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
+    scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
+    labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
+    batch = Batch(*(moved(side, device) for side in batch))
+    rows, precision = settings.micro_batch_size or settings.rows, autocast(settings.dtype, device)
+    losses = backward(model, batch, labels, rows, precision)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
+    leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return Launched(done + 1, batch.ids.numel(), labels, rate, {**losses, "grad_norm": norm}, began)
+
+
+def unwanted(loss: Tensor, norm: Tensor, step: int, judge: Judge | None) -> Tensor | None:
+    """1.0 where an update must be left out, 0.0 where not, decided on the device; None where all are wanted."""
+    if judge is not None and judge.knows(step):
+        return torch.ones_like(loss, dtype=torch.float32)
+    if judge is None or not judge.guards:
+        return None
+    return (~(loss.isfinite() & norm.isfinite())).float()
+
+
+def hear(launched: Launched, due: Sequence[Action], state: State, judge: Judge | None) -> State:
+    """Wait for a step's numbers, judge them, and do what is due after it."""
+    values = torch.stack([each.double() for each in launched.numbers.values()]).tolist()
+    said = dict(zip(launched.numbers, values, strict=True))
+    left_out = judge(launched.step, said["loss"], said["grad_norm"]) if judge else None
+    state = State(launched.step, state.tokens + (launched.labels if left_out is None else 0))
+    metrics: dict[str, Any] = {
+        "step": state.step,
+        "tokens": state.tokens,
+        **said,
+        "learning_rate": launched.learning_rate,
+        "tokens_per_second": launched.tokens / (time.perf_counter() - launched.began),
+        "peak_memory_bytes": peak_memory_bytes(launched.numbers["loss"].device),
+    }
+    if left_out is not None:
+        metrics["left_out"] = left_out
+    for action in due:
+        metrics |= action.act(state, metrics) or {}
     return state
 
 
 def backward(
-    model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager
-) -> tuple[dict[str, torch.Tensor], int]:
-    """Add the gradient of the mean loss over all labels of the batch, `rows` rows at a time.
+    model: LanguageModel, batch: Batch, counted: int, rows: int, precision: AbstractContextManager
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over the `counted` labels of the batch, `rows` rows at a time.
 
     Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
     memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
     """
-    counted = int((batch.labels != IGNORED).sum())
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for part in batch.split(rows):
         with precision:
             hidden, balance = model.hidden_and_balance(part.ids)
             losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
-            if isinstance(balance, torch.Tensor):
+            if isinstance(balance, Tensor):
                 losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)
         whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
         whole.backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
-    return totals, counted
+    return totals
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     """Arithmetic in the dtype of a recipe over weights that stay as they are."""
     picked = pick_dtype(dtype, device)
     return torch.autocast(device.type, picked) if picked == torch.bfloat16 else nullcontext()
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Cycles are collected where a run pauses anyway, not in the middle of a step."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -188,7 +188,7 @@ def tokens_per_second(recipe: Recipe) -> float:
     taken: list[float] = []
     while len(taken) < 2 or sum(taken) < PROBE_SECONDS:
         start = time.perf_counter()
-        backward(model, Batch(ids, ids), rows, precision)
+        backward(model, Batch(ids, ids), ids.numel(), rows, precision)
         for each in chosen:
             each.step()
         model.zero_grad(set_to_none=True)

@@ -61,9 +61,8 @@ class Workshop:
         """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
         settings = self.recipe.train
         actions = [
-            Action(1, self.report, when_stopped=True),
-            Action(1, self.look),
-            Action(settings.checkpoint_every, self.save, when_stopped=True),
+            Action(1, self.report, when_stopped=True, late=True),
+            Action(settings.checkpoint_every, self.save, when_stopped=True, wanted=self.saving.look),
         ]
         if settings.sample_every:
             actions.insert(0, Action(settings.sample_every, self.sample))
@@ -95,10 +94,6 @@ class Workshop:
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)
-
-    def look(self, now: State, metrics: dict[str, Any]) -> None:
-        if self.saving.look():
-            self.save(now, metrics)
 
     def save(self, now: State, metrics: dict[str, Any]) -> None:
         """Not in the middle of updates left out: a rewind goes back to before the first of them."""
