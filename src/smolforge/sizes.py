@@ -3,10 +3,13 @@
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from smolforge.config import ModelConfig
 from smolforge.model import outline
+
+Attention = Literal["causal", "full"]
+_OF_ATTENTION = {"causal": 6, "full": 12}
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -57,15 +60,17 @@ def active_parameters(config: ModelConfig) -> int:
     return sum(counts.values()) - counts.get("experts", 0) * idle // config.num_local_experts
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Matrix FLOPs of one training token, forward and backward, causal attention counted as half.
+def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attention = "causal") -> int:
+    """Matrix FLOPs of one training token, forward and backward: 6 N + a L W t.
 
-    6 per matrix weight (2 forward, 4 backward), plus 6 layers x width x t for queries against the
-    t/2 keys before them and the weighted sum of values: PaLM, https://arxiv.org/abs/2204.02311,
-    appendix B, whose full-attention convention is 12 instead of that 6.
+    N weights of matrices that the token meets, the head's among them: 2 forward and 4 backward each. In each of L
+    layers its query, of width W = heads x head_dim, meets t keys and mixes t values: 4 forward, 8 backward. So a = 12
+    with attention counted in `full`, as PaLM (https://arxiv.org/abs/2204.02311, appendix B), nanoGPT and torch's
+    counter do, and a = 6 where `causal` attention is half of that, as in llm.c. Neither counts what is no matrix
+    product, nor what is computed a second time: attention's scores, or recomputed activations.
     """
     counts = parameter_counts(config)
     embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
     matrices = active_parameters(config) - counts["norms"] - embedding_only
     width = config.num_attention_heads * config.head_size
-    return 6 * matrices + 6 * config.num_hidden_layers * width * sequence_length
+    return 6 * matrices + _OF_ATTENTION[attention] * config.num_hidden_layers * width * sequence_length

@@ -1,0 +1,83 @@
+"""The joules a run draws, from the counters that machines keep: NVML's for a GPU, RAPL's for a processor.
+
+A GPU counts itself alone. A processor counts its packages and memory, and whatever else runs on them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+POWERCAP = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Joules since some moment in the past, beginning again at zero once `range` is reached."""
+
+    read: Callable[[], float]
+    range: float = float("inf")
+
+
+class Energy:
+    """Joules since it was made."""
+
+    def __init__(self, counters: Sequence[Counter]) -> None:
+        self._counters = list(counters)
+        self._last = [counter.read() for counter in self._counters]
+        self._joules = 0.0
+
+    def joules(self) -> float | None:
+        """None where nothing counts. Ask every few minutes: a processor's counter may go round in ten."""
+        for place, counter in enumerate(self._counters):
+            now, before = counter.read(), self._last[place]
+            self._joules += now - before if now >= before else now - before + counter.range
+            self._last[place] = now
+        return self._joules if self._counters else None
+
+
+def energy(device: torch.device) -> Energy:
+    """What the device draws from now on."""
+    if device.type == "cuda":
+        return Energy(nvml(str(torch.cuda.get_device_properties(device).uuid)))
+    return Energy(rapl() if device.type == "cpu" else [])
+
+
+def nvml(uuid: str) -> list[Counter]:
+    """The counter of one GPU, in millijoules since its driver was loaded; none without nvidia-ml-py, or before Volta.
+
+    By its uuid, since CUDA_VISIBLE_DEVICES renumbers what torch sees and not what NVML sees.
+    """
+    try:
+        pynvml = import_module("pynvml")
+    except ModuleNotFoundError:
+        return []
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
+        return []
+    return [Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)]
+
+
+def rapl(folder: Path = POWERCAP) -> list[Counter]:
+    """The counters of a processor's packages and memory, where Linux has them and lets us read them.
+
+    https://docs.kernel.org/power/powercap/powercap.html; most systems let only root do so.
+    """
+    counters = []
+    for zone in sorted(folder.glob("intel-rapl:*")):
+        try:
+            kind, _ = (zone / "name").read_text().strip(), (zone / "energy_uj").read_text()
+            if kind.startswith("package") or kind == "dram":  # cores are in their package, psys holds all
+                counters.append(Counter(_microjoules(zone / "energy_uj"), _microjoules(zone / "max_energy_range_uj")()))
+        except OSError:
+            continue
+    return counters
+
+
+def _microjoules(path: Path) -> Callable[[], float]:
+    return lambda: int(path.read_text()) / 1e6

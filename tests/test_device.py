@@ -1,0 +1,187 @@
+"""What a device can do at most, and what it draws: tables and counters, all of them faked."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smolforge.device import matrix_flops_per_second, name_of, peaks, pick_device
+from smolforge.device.energy import Counter, Energy, energy, nvml, rapl
+from smolforge.device.peaks import DEVICES, flops_per_second, peak, published
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "bfloat16", "bandwidth"),
+    [
+        ("NVIDIA H200", 989.5, 4800.0),
+        ("NVIDIA H200 NVL", 835.5, 4800.0),
+        ("NVIDIA H100 80GB HBM3", 989.5, 3350.0),
+        ("NVIDIA H100 PCIe", 756.5, 2000.0),
+        ("NVIDIA H100 NVL", 835.5, 3900.0),
+        ("NVIDIA GH200 480GB", 989.5, 4000.0),
+        ("NVIDIA B200", 2250.0, 7700.0),
+        ("NVIDIA A100-SXM4-40GB", 312.0, 1555.0),
+        ("A100-PCIE-40GB", 312.0, 1555.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 2039.0),
+        ("NVIDIA A100 80GB PCIe", 312.0, 1935.0),
+        ("NVIDIA A10", 125.0, 600.0),
+        ("NVIDIA A10G", 70.0, 600.0),
+        ("NVIDIA L4", 121.0, 300.0),
+        ("NVIDIA L40S", 362.05, 864.0),
+        ("NVIDIA GeForce RTX 4090", 165.2, 1008.0),
+        ("GeForce RTX 3090", 71.0, 936.0),
+        ("Tesla V100-SXM2-32GB", None, 900.0),
+        ("Tesla T4", None, 320.0),
+        ("AMD Instinct MI300X", 1307.4, 5300.0),
+        ("Apple M1 Max 32-core", None, 400.0),
+    ],
+)
+def test_devices_are_known_by_their_whole_name(name, bfloat16, bandwidth):
+    row = published(name)
+    assert row is not None
+    assert (row.bfloat16, row.bandwidth) == (bfloat16, bandwidth)
+    assert flops_per_second(name, "bfloat16") == (bfloat16 and bfloat16 * 1e12)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA H20",
+        "NVIDIA H100 64GB HBM2",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-80GB MIG 7g.80gb",
+        "NVIDIA A100-SXM-64GB",
+        "NVIDIA A1000",
+        "NVIDIA L400",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA A10-24Q",
+        "Apple M1 7-core",
+        "Apple M4 10-core",
+        "AMD EPYC",
+    ],
+)
+def test_a_device_that_only_shares_a_name_is_not_known(name):
+    assert published(name) is None
+
+
+def test_the_table_is_dense_and_ordered():
+    for name, row in DEVICES.items():
+        rates = [rate for rate in row[:4] if rate is not None]
+        assert rates == sorted(rates, reverse=True), name
+        assert row.source, name
+    assert max(row.bfloat16 or 0 for row in DEVICES.values()) == 2500.0  # 5,000 is with sparsity
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        (torch.bfloat16, "ieee", 989.5e12),
+        (torch.float16, "tf32", 989.5e12),
+        (torch.float32, "ieee", 67e12),
+        (torch.float32, "tf32", 494.5e12),
+    ],
+)
+def test_the_published_peak_of_a_dtype(monkeypatch, dtype, precision, expected):
+    matmul = SimpleNamespace(fp32_precision=precision)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(peaks, "name_of", lambda device: "NVIDIA H200")
+    assert peak(CPU, dtype) == (expected, "published")
+
+
+def test_torch_says_when_it_multiplies_in_tf32():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, said in (("high", "tf32"), ("highest", "ieee")):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.backends.cuda.matmul.fp32_precision == said
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("some new chip", torch.float32), ("Tesla T4", torch.bfloat16), ("NVIDIA H200", torch.float64)]
+)
+def test_what_is_not_published_is_measured_and_called_so(monkeypatch, name, dtype):
+    monkeypatch.setattr(peaks, "name_of", lambda device: name)
+    monkeypatch.setattr(peaks, "matrix_flops_per_second", lambda device, dtype: 123.0)
+    assert peak(CPU, dtype) == (123.0, "measured")
+
+
+def test_a_measured_peak_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    assert matrix_flops_per_second(CPU, torch.float32) > 1e9
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_processor_has_a_name():
+    assert name_of(pick_device("cpu"))
+
+
+def test_joules_are_the_growth_of_all_counters_over_their_ends():
+    first, second = iter([5.0, 7.0, 7.5]), iter([90.0, 99.0, 4.0])
+    drawn = Energy([Counter(lambda: next(first)), Counter(lambda: next(second), range=100.0)])
+    assert drawn.joules() == pytest.approx(2 + 9)
+    assert drawn.joules() == pytest.approx(2.5 + 9 + 5)
+
+
+def test_no_counter_is_none_and_not_zero(monkeypatch):
+    assert Energy([]).joules() is None
+    assert energy(torch.device("meta")).joules() is None
+
+
+def test_a_processors_packages_and_memory_are_counted_once(tmp_path):
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"}
+    for zone, name in zones.items():
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(name + "\n")
+        (tmp_path / zone / "energy_uj").write_text("900000\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("1000000\n")
+    drawn = Energy(rapl(tmp_path))
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("200000\n")
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("950000\n")
+    (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("950000\n")
+    assert drawn.joules() == pytest.approx(0.3 + 0.05)
+
+
+def test_counters_that_may_not_be_read_are_left_out(tmp_path):
+    (tmp_path / "intel-rapl:0" / "energy_uj").mkdir(parents=True)  # reading it is an OSError, as for all but root
+    (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
+    assert rapl(tmp_path) == []
+    assert rapl(tmp_path / "absent") == []
+
+
+class NVML(Exception):
+    pass
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_gpu_is_asked_by_its_uuid(monkeypatch, known):
+    readings = iter([1_000_000, 1_000_000, 1_250_000])
+
+    def handle(uuid):
+        if not known:
+            raise NVML
+        return uuid
+
+    def total(handle):
+        assert handle == "GPU-1234"
+        return next(readings)
+
+    fake = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetTotalEnergyConsumption=total,
+        NVMLError=NVML,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert Energy(nvml("1234")).joules() == (250.0 if known else None)
+
+
+def test_without_nvml_there_are_no_joules(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvml("1234") == []
