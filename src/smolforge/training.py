@@ -11,7 +11,6 @@ composes a run.
 """
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from torch.optim import Optimizer
 
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
-from smolforge.device import moved, peak_memory_bytes, pick_dtype, runs_ahead
+from smolforge.device import moved, peak_memory_bytes, pick_dtype, runs_ahead, synchronize
+from smolforge.meter import Meter, Part
 from smolforge.model import IGNORED, LanguageModel, loss_sum
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 
@@ -73,12 +73,10 @@ class Launched(NamedTuple):
     """A step whose update is queued; its numbers may not be there yet."""
 
     step: int
-    tokens: int
-    """In its batch, those without a label included."""
     labels: int
+    """In its batch."""
     learning_rate: float
     numbers: Mapping[str, Tensor]
-    began: float
 
 
 def train(
@@ -89,6 +87,7 @@ def train(
     state: State,
     actions: Sequence[Action],
     stopping: Callable[[], bool],
+    meter: Meter,
     judge: Judge | None = None,
 ) -> State:
     """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true."""
@@ -98,19 +97,19 @@ def train(
     model.train()
     with garbage_kept():
         while done < last and not stopping():
-            launched = launch(model, optimizers, next(batches), recipe, done, judge)
+            launched = launch(model, optimizers, batches, recipe, done, meter, judge)
             done += 1
             if unheard is not None:
-                state = hear(*unheard, state, judge)
+                state = hear(*unheard, state, meter, judge)
             stopped = stopping()
             due = [action for action in actions if is_due(action, done, done == last, stopped)]
             unheard = (launched, due)
             on_model = not all(action.late for action in due)
             if on_model or not ahead:
-                state, unheard = hear(*unheard, state, judge), None
+                state, unheard = hear(*unheard, state, meter, judge), None
             if on_model:
                 gc.collect()
-    return state if unheard is None else hear(*unheard, state, judge)
+    return state if unheard is None else hear(*unheard, state, meter, judge)
 
 
 def is_due(action: Action, step: int, finished: bool, stopped: bool) -> bool:
@@ -121,25 +120,32 @@ def is_due(action: Action, step: int, finished: bool, stopped: bool) -> bool:
 def launch(
     model: LanguageModel,
     optimizers: Sequence[Optimizer],
-    batch: Batch,
+    batches: Iterator[Batch],
     recipe: Recipe,
     done: int,
+    meter: Meter,
     judge: Judge | None,
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for nothing."""
-    began, settings, device = time.perf_counter(), recipe.train, model.head.device
+    settings, device = recipe.train, model.head.device
+    rows, precision = settings.micro_batch_size or settings.rows, autocast(settings.dtype, device)
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
-    labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
-    batch = Batch(*(moved(side, device) for side in batch))
-    rows, precision = settings.micro_batch_size or settings.rows, autocast(settings.dtype, device)
-    losses = backward(model, batch, labels, rows, precision)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
-    leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
-    return Launched(done + 1, batch.ids.numel(), labels, rate, {**losses, "grad_norm": norm}, began)
+    with meter.step():
+        with meter.part("data"):
+            batch = next(batches)
+            labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
+            batch = Batch(*(moved(side, device) for side in batch))
+        losses = backward(model, batch, labels, rows, precision, meter.part)
+        with meter.part("optimizer"):
+            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
+            leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            if not runs_ahead(device):
+                synchronize(device)
+    return Launched(done + 1, labels, rate, {**losses, "grad_norm": norm})
 
 
 def unwanted(loss: Tensor, norm: Tensor, step: int, judge: Judge | None) -> Tensor | None:
@@ -151,7 +157,7 @@ def unwanted(loss: Tensor, norm: Tensor, step: int, judge: Judge | None) -> Tens
     return (~(loss.isfinite() & norm.isfinite())).float()
 
 
-def hear(launched: Launched, due: Sequence[Action], state: State, judge: Judge | None) -> State:
+def hear(launched: Launched, due: Sequence[Action], state: State, meter: Meter, judge: Judge | None) -> State:
     """Wait for a step's numbers, judge them, and do what is due after it."""
     values = torch.stack([each.double() for each in launched.numbers.values()]).tolist()
     said = dict(zip(launched.numbers, values, strict=True))
@@ -162,7 +168,7 @@ def hear(launched: Launched, due: Sequence[Action], state: State, judge: Judge |
         "tokens": state.tokens,
         **said,
         "learning_rate": launched.learning_rate,
-        "tokens_per_second": launched.tokens / (time.perf_counter() - launched.began),
+        **meter.read(),
         "peak_memory_bytes": peak_memory_bytes(launched.numbers["loss"].device),
     }
     if left_out is not None:
@@ -173,7 +179,12 @@ def hear(launched: Launched, due: Sequence[Action], state: State, judge: Judge |
 
 
 def backward(
-    model: LanguageModel, batch: Batch, counted: int, rows: int, precision: AbstractContextManager
+    model: LanguageModel,
+    batch: Batch,
+    counted: int,
+    rows: int,
+    precision: AbstractContextManager,
+    timed: Callable[[Part], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over the `counted` labels of the batch, `rows` rows at a time.
 
@@ -182,13 +193,14 @@ def backward(
     """
     totals: dict[str, Tensor] = {}
     for part in batch.split(rows):
-        with precision:
+        with timed("forward"), precision:
             hidden, balance = model.hidden_and_balance(part.ids)
             losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
             if isinstance(balance, Tensor):
                 losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)
-        whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
-        whole.backward()
+            whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
+        with timed("backward"):
+            whole.backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
     return totals

@@ -1,5 +1,6 @@
 """What a run will be and cost, before it starts: parameters, tokens, time, memory, disk; and a run cut to a budget."""
 
+import itertools
 import re
 import statistics
 import time
@@ -12,13 +13,15 @@ import torch
 from smolforge.checkpoint.state import SOUND_KEPT
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
-from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype, synchronize
+from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype
+from smolforge.device.peaks import peak
 from smolforge.errors import SettingError
+from smolforge.meter import Meter, Work, clock
 from smolforge.model import CHUNK_TOKENS, build
 from smolforge.optim import optimizers
 from smolforge.settings import replaced
 from smolforge.sizes import flops_per_token, parameter_counts
-from smolforge.training import autocast, backward
+from smolforge.training import Action, State, train
 
 EFFICIENCY = 0.45
 """Share of the measured matrix speed that a training step reaches, all its other work included."""
@@ -176,6 +179,17 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     return replaced(recipe, changes)
 
 
+def work(recipe: Recipe, device: torch.device) -> Work:
+    """What a step of the recipe asks of the device, for rates."""
+    length = recipe.train.sequence_length
+    return Work(
+        tokens=recipe.train.batch_tokens,
+        flops_per_token=flops_per_token(recipe.model, length),
+        flops_per_token_full_attention=flops_per_token(recipe.model, length, "full"),
+        peak_flops_per_second=peak(device, pick_dtype(recipe.train.dtype, device)).flops_per_second,
+    )
+
+
 def tokens_per_second(recipe: Recipe) -> float:
     """Measured: a few whole steps of a throw-away model, with fewer rows where one step would take long."""
     device = pick_device(recipe.train.device)
@@ -183,15 +197,18 @@ def tokens_per_second(recipe: Recipe) -> float:
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows, most)
-    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length), device=device)
-    chosen, precision = optimizers(model, recipe.optim), autocast(recipe.train.dtype, device)
-    taken: list[float] = []
-    while len(taken) < 2 or sum(taken) < PROBE_SECONDS:
-        start = time.perf_counter()
-        backward(model, Batch(ids, ids), ids.numel(), rows, precision)
-        for each in chosen:
-            each.step()
-        model.zero_grad(set_to_none=True)
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return ids.numel() / statistics.mean(taken[1:])  # the first one allocates
+    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
+    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": 2**40, "optim.schedule.steps": 1})
+    chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
+    heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
+    train(
+        model,
+        chosen,
+        itertools.repeat(Batch(ids, ids)),
+        probe,
+        State(),
+        [heard],
+        stopping=lambda: len(taken) > 1 and time.perf_counter() - begun > PROBE_SECONDS,
+        meter=Meter(work(probe, device), 1, clock(device)),
+    )
+    return 1 / statistics.mean(taken[1:])  # the first one allocates

@@ -22,8 +22,9 @@ from smolforge.config import Recipe
 from smolforge.data import batches, corpus, shards
 from smolforge.device import describe, pick_device
 from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
-from smolforge.recipe.plan import disk_bytes, plan
+from smolforge.recipe.plan import disk_bytes, plan, work
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.settle import check_going_on, fixed_settings
@@ -94,6 +95,7 @@ def attempt(
     decisions = guard.decided(files.incidents())
     recent = facts.get("recent_losses", [])
     judge = guard.Judge(recipe.guard, decisions, start.step, recent, files.record_incident)
+    meter = Meter(work(recipe, device), recipe.train.steps - start.step, clock(device))
     numbers = map(decisions.batch, itertools.count(start.step))
     source = batches.stream(windows, numbers, recipe.train.rows, recipe.data.num_workers)
     saving = Saving(recipe.train, files, reading, hurried=stop.asked)
@@ -102,7 +104,7 @@ def attempt(
     stop.stepping = True
     try:
         with saving:
-            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked, judge)
+            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked, meter, judge)
             shop.finish(end)
     except guard.Rewind as wrong:
         take_back(recipe, files, decisions, wrong)
