@@ -42,8 +42,8 @@ def poison(monkeypatch):
         numbers[found.ids.numpy().tobytes()] = number
         return found
 
-    def backward(model, batch, rows, precision):
-        losses, counted = computed(model, batch, rows, precision)
+    def backward(model, batch, *how):
+        losses, counted = computed(model, batch, *how)
         match bad.get(numbers[batch.ids.numpy().tobytes()]):
             case "loss":
                 losses["loss"] = torch.tensor(float("nan"))

@@ -19,6 +19,7 @@ from torch import nn
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import peak_memory_bytes, pick_dtype, synchronize
+from smolforge.memory import packing
 from smolforge.model import IGNORED, LanguageModel, loss_sum
 from smolforge.optim import learning_rate, scale_learning_rates
 
@@ -57,6 +58,7 @@ def train(
     `judge` says of a step, its loss and the norm of its gradient why there must be no update, if so.
     """
     settings, device = recipe.train, model.head.device
+    separator = model.tokenizer.eos_id if recipe.data.intra_document_masking else None
     precision = autocast(settings.dtype, device)
     model.train()
     while state.step < settings.steps and not stopping():
@@ -64,7 +66,7 @@ def train(
         started = time.perf_counter()
         rate = learning_rate(state.step, recipe.optim.learning_rate, recipe.optim.schedule)
         scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
-        losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
+        losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision, separator)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
         said = {name: value.item() for name, value in losses.items()}
         left_out = judge(state.step + 1, said["loss"], norm.item())
@@ -93,18 +95,19 @@ def train(
 
 
 def backward(
-    model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager
+    model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager, separator: int | None = None
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Add the gradient of the mean loss over all labels of the batch, `rows` rows at a time.
 
     Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
     memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
+    With a `separator` tokens attend only inside the documents that end with it; what follows it is a label like others.
     """
     counted = int((batch.labels != IGNORED).sum())
     totals: dict[str, torch.Tensor] = {}
     for part in batch.split(rows):
         with precision:
-            hidden, balance = model.hidden_and_balance(part.ids)
+            hidden, balance = model.hidden_and_balance(part.ids, *packing(part.ids, separator))
             losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
             if isinstance(balance, torch.Tensor):
                 losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)

@@ -73,9 +73,13 @@ class Workshop:
 
     def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         settings = self.recipe.train
-        precision = autocast(settings.dtype, self.model.head.device)
         found = measure_corpus(
-            self.model, self.text, settings.sequence_length, settings.evaluate_tokens, precision=precision
+            self.model,
+            self.text,
+            settings.sequence_length,
+            settings.evaluate_tokens,
+            precision=autocast(settings.dtype, self.model.head.device),
+            intra_document_masking=self.recipe.data.intra_document_masking,
         )
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
