@@ -78,19 +78,20 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
     from smolforge.config import ModelConfig, Optim
     from smolforge.data.batches import Batch
     from smolforge.model import build
+    from smolforge.objective import Objective
     from smolforge.optim import optimizers, state_tensors
     from smolforge.recipe.saving import Background
     from smolforge.testing import tiny_tokenizer
-    from smolforge.training import autocast, backward
+    from smolforge.training import backward
 
     model = build(ModelConfig.model_validate(presets.shape(preset)))
     model.tokenizer = tiny_tokenizer()
-    chosen, precision = optimizers(model, Optim()), autocast("float32", torch.device("cpu"))
+    chosen, objective = optimizers(model, Optim()), Objective(model)
     ids = torch.randint(model.config.vocab_size, (4, 512))
 
     def step() -> float:
         start = time.perf_counter()
-        backward(model, Batch(ids, ids), ids.numel(), 4, precision)
+        backward(objective, Batch(ids, ids), ids.numel(), 4)
         for each in chosen:
             each.step()
         model.zero_grad(set_to_none=True)

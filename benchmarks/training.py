@@ -25,15 +25,16 @@ def smolforge_step(config: dict[str, Any], ids: Any, labels: Any) -> Any:
     from smolforge.config import ModelConfig, Optim
     from smolforge.data.batches import Batch
     from smolforge.model import build
+    from smolforge.objective import Objective
     from smolforge.optim import optimizers
-    from smolforge.training import autocast, backward
+    from smolforge.training import backward
 
     model = build(ModelConfig.model_validate(config))
     (adamw,) = optimizers(model, Optim())
-    precision = autocast("float32", torch.device("cpu"))
+    objective = Objective(model)
 
     def step() -> float:
-        losses = backward(model, Batch(ids, labels), labels.numel(), len(ids), precision)
+        losses = backward(objective, Batch(ids, labels), labels.numel(), len(ids))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
         model.zero_grad(set_to_none=True)

@@ -44,6 +44,21 @@ def test_loss_equals_the_definition():
     assert found["tokens"] == 100
 
 
+def test_with_masking_each_document_is_measured_alone():
+    """The first token of each is predicted after the end-of-text token of the one before."""
+    model, texts = tiny_model(), [[5, 9, 7, 0], [3, 0], [8, 8, 4, 6, 1, 0]]
+    losses, before = [], [0]
+    for text in texts:
+        with torch.no_grad():
+            first, rest = model(torch.tensor([before]))[0, -1:], model(torch.tensor([text]))[0, :-1]
+        losses.append(F.cross_entropy(torch.cat([first, rest]), torch.tensor(text), reduction="sum"))
+        before = text
+    ids = np.concatenate(texts)
+    found = measure(model, ids, 0, 16, intra_document_masking=True)
+    assert found["loss"] == pytest.approx(sum(losses).item() / len(ids), rel=1e-5)
+    assert found["loss"] != pytest.approx(measure(model, ids, 0, 16)["loss"], rel=1e-4)
+
+
 def test_bits_per_byte_of_a_uniform_model(tmp_path, tokenizer, text_file):
     """A model that knows nothing spends log2 V bits on every token, the ends of documents included."""
     model = tiny_model()

@@ -1,7 +1,5 @@
 """Every family, held to Transformers' own class through files in its own names: strict in, loadable out."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
 from smolforge.memory import Cache
 from smolforge.model import build, loss_sum
+from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.settings import validated
 from smolforge.sizes import active_parameters, component, parameter_counts
@@ -180,7 +179,7 @@ def test_the_balance_loss_evens_out_the_experts():
         generator = torch.Generator().manual_seed(1)
         for _ in range(30):
             ids = torch.randint(320, (4, 33), generator=generator)
-            losses = backward(model, Batch(ids[:, :-1], ids[:, 1:]), ids[:, 1:].numel(), 2, nullcontext())
+            losses = backward(Objective(model), Batch(ids[:, :-1], ids[:, 1:]), ids[:, 1:].numel(), 2)
             optimizer.step()
             model.zero_grad()
         return losses["balance_loss"].item()
@@ -192,7 +191,7 @@ def test_a_micro_batch_counts_by_its_labels():
     """The reported balance loss is the mean over micro-batches, weighted as the loss is."""
     model, ids = build(mixture()), torch.randint(320, (4, 16))
     whole = [model.hidden_and_balance(part)[1] for part in ids.split(2)]
-    losses = backward(model, Batch(ids, ids), ids.numel(), 2, nullcontext())
+    losses = backward(Objective(model), Batch(ids, ids), ids.numel(), 2)
     torch.testing.assert_close(losses["balance_loss"], torch.stack(whole).mean().detach())
 
 

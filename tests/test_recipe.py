@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 
 from smolforge import commit
 from smolforge.checkpoint import resolve, state
+from smolforge.config import Data
 from smolforge.data.batches import Windows
 from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.evaluation import measure_corpus
 from smolforge.model import IGNORED
 from smolforge.recipe import resume_or_start, train
 from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_budget
@@ -284,6 +286,32 @@ def test_stopped_and_continued_equals_run_at_once(tmp_path, recipe_file, optimiz
     train(recipe_file, tmp_path / "twice", steps=13, **same)
     assert hashes(tmp_path / "once", 13) == hashes(tmp_path / "twice", 13)
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
+
+
+def test_documents_in_one_row_train_and_resume_exactly(tmp_path, recipe_file):
+    """Of a text with many borders, so that masking them changes the first loss already; the data are the same."""
+    lines = sentences(300).splitlines()
+    (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    masked = {"optim.schedule.steps": 8, "data.intra_document_masking": True}
+    text = str(tmp_path / "many.jsonl")
+    train(recipe_file, tmp_path / "plain", text, 2, **{"optim.schedule.steps": 8})
+    train(recipe_file, tmp_path / "once", text, 4, **masked)
+    train(recipe_file, tmp_path / "twice", text, 2, **masked)
+    train(recipe_file, tmp_path / "twice", text, 4, **masked)
+    assert hashes(tmp_path / "once", 4) == hashes(tmp_path / "twice", 4)
+    assert losses(tmp_path / "once") == losses(tmp_path / "twice")
+    (_, without), (_, within) = losses(tmp_path / "plain")[0], losses(tmp_path / "once")[0]
+    assert within != pytest.approx(without, rel=1e-5)
+    for name, masking in (("plain", False), ("once", True)):
+        run = tmp_path / name
+        last = state.folder_of(run, 2 if name == "plain" else 4)
+        model, corpus = resolve.load(last), Corpus.open(run / "corpus")
+        found = measure_corpus(model, corpus, 32, intra_document_masking=masking)
+        assert read_records(run / "metrics.jsonl")[-1]["validation_loss"] == pytest.approx(found["loss"], rel=1e-5)
+    with pytest.raises(SettingError, match=r"must not change: data\.intra_document_masking \(False, now True\)"):
+        train(recipe_file, tmp_path / "plain", text, 4, **masked)
+    masking = Data(sources=(text,), intra_document_masking=True)
+    assert prepare(masking, tmp_path / "plain" / "corpus", None, 320).fingerprint == corpus.fingerprint
 
 
 def test_the_same_command_twice_does_nothing_more(tmp_path, recipe_file):

@@ -16,11 +16,12 @@ from smolforge.data.corpus import Tokens
 from smolforge.generation.stream import generate
 from smolforge.meter import HostClock, Meter, Work
 from smolforge.model import IGNORED, build, loss_sum
+from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import replaced
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
-from smolforge.training import Action, State, autocast, backward, train
+from smolforge.training import Action, State, backward, train
 
 RECIPE = replaced(to_recipe(NANO), {"optim.schedule.steps": 200, "train.checkpoint_every": None})
 TOKENS = Tokens([np.array(tiny_tokenizer().encode(sentences(300)))])
@@ -34,7 +35,7 @@ def run(recipe, model, start=0, actions=(), stopping=lambda: False):
     chosen = optimizers(model, recipe.optim)
     windows = Windows(TOKENS, recipe.train.sequence_length, recipe.seed)
     source = stream(windows, count(start), recipe.train.rows, num_workers=0)
-    return train(model, chosen, source, recipe, State(start), actions, stopping, meter())
+    return train(Objective.of(model, recipe), chosen, source, recipe, State(start), actions, stopping, meter())
 
 
 def ours(recipe, dtype):
@@ -88,7 +89,7 @@ def test_accumulation_gives_the_step_of_the_large_batch(rows):
     plain.backward()
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
-    losses = backward(model, Batch(ids, labels), 83, rows, autocast("float32", torch.device("cpu")))
+    losses = backward(Objective(model), Batch(ids, labels), 83, rows)
     torch.testing.assert_close(losses["loss"], plain.detach(), rtol=1e-6, atol=0)
     for weight, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
@@ -111,7 +112,8 @@ def test_overfits_a_short_text_and_says_it():
     losses: list[float] = []
     source = stream(Windows(tokens, len(ids), 0), count(), 1, 0)
     report = Action(1, lambda _, metrics: losses.append(metrics["loss"]))
-    train(model, optimizers(model, recipe.optim), source, recipe, State(), [report], lambda: False, meter())
+    chosen = optimizers(model, recipe.optim)
+    train(Objective.of(model, recipe), chosen, source, recipe, State(), [report], lambda: False, meter())
     assert losses[-1] < 0.01
     first = model.tokenizer.decode(ids[:4])
     (completion,) = generate(model.eval(), [first], temperature=0, max_new_tokens=100)

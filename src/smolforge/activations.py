@@ -28,7 +28,7 @@ def keeping(what: Keep) -> Through:
     """How layers are called so that they keep this much. Numbers and random states stay as they are."""
     match what:
         case "all":
-            return _plainly
+            return plainly
         case "products":
             contexts = partial(create_selective_checkpoint_contexts, _policy)
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
@@ -38,7 +38,8 @@ def keeping(what: Keep) -> Through:
             assert_never(what)
 
 
-def _plainly(layer: Callable[..., Any], *given: Any) -> Any:
+def plainly(layer: Callable[..., Any], *given: Any) -> Any:
+    """Everything is kept."""
     return layer(*given)
 
 

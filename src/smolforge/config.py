@@ -125,6 +125,8 @@ class Data(Settings):
     """Key in a .jsonl line that names documents which the held-out split must keep together."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Share of the text kept back to measure on."""
+    intra_document_masking: bool = False
+    """Attention stays inside each document of a row and positions restart there, as Llama 3 and SmolLM3 trained."""
     num_workers: Annotated[NonNegativeInt, FREE] = 1
     """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import InvalidFile
+from smolforge.memory import packing
 from smolforge.model import IGNORED, LanguageModel
 
 TOKENS = 2048
@@ -30,6 +31,7 @@ def measure_corpus(
     max_tokens: int | None = None,
     stride: int | None = None,
     precision: AbstractContextManager | None = None,
+    intra_document_masking: bool = False,
 ) -> dict[str, Any]:
     """loss, perplexity, bits_per_byte, accuracy, tokens over the held-out part, or its first `max_tokens`.
 
@@ -39,7 +41,7 @@ def measure_corpus(
     if not size["tokens"]:
         raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
     ids = corpus.tokens(HELD_OUT)[:max_tokens]
-    result = measure(model, ids, corpus.facts["eos_id"], sequence_length, stride, precision)
+    result = measure(model, ids, corpus.facts["eos_id"], sequence_length, stride, precision, intra_document_masking)
     # Exact over the whole split; over a part, its bytes are taken in proportion to its tokens.
     text_bytes = size["bytes"] * result["tokens"] / size["tokens"]
     return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
@@ -53,17 +55,22 @@ def measure(
     sequence_length: int,
     stride: int | None = None,
     precision: AbstractContextManager | None = None,
+    intra_document_masking: bool = False,
 ) -> dict[str, Any]:
-    """loss (nats a token), perplexity, accuracy and tokens of a text given by its ids."""
+    """loss (nats a token), perplexity, accuracy and tokens of a text given by its ids.
+
+    With `intra_document_masking` nothing is seen of documents before, as a model that trained so knows them.
+    """
     device, training = model.head.device, model.training
+    separator = eos_id if intra_document_masking else None
     model.eval()
     loss, right, counted = 0.0, 0, 0
     inputs, labels = windows(ids, eos_id, sequence_length, stride or sequence_length)
     at_once = max(1, TOKENS // sequence_length)
     for rows, targets in zip(inputs.split(at_once), labels.split(at_once), strict=True):
-        targets = targets.to(device)
+        rows, targets = rows.to(device), targets.to(device)
         with precision or nullcontext():
-            logits = model(rows.to(device)).flatten(0, 1)
+            logits = model.logits(model.hidden(rows, *packing(rows, separator)).flatten(0, 1))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         flat = targets.flatten()
         loss += F.cross_entropy(logits, flat, reduction="sum", ignore_index=IGNORED).item()

@@ -1,11 +1,14 @@
 """What queries may look at: the only difference between training, decoding and packing.
 
 A memory is handed every layer's queries, keys and values and gives back what they attended to. `Causal`
-keeps nothing; a `Cache` keeps what was seen, so that a new token costs one token.
+keeps nothing; `Documents` are several in one row, none of which sees another; a `Cache` keeps what was
+seen, so that a new token costs one token.
 
 Axes: b batch, t new tokens, s tokens attended to, h query heads, k key heads, d head width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -17,6 +20,7 @@ from smolforge.config import ModelConfig
 
 Heads = Float[Tensor, "b h t d"]
 KeyHeads = Float[Tensor, "b k t d"]
+Attend = Callable[[Heads, KeyHeads, KeyHeads], Heads]
 
 
 @runtime_checkable
@@ -26,11 +30,95 @@ class Memory(Protocol):
     def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads: ...
 
 
+def causal(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 class Causal:
     """Every token attends to itself and all before it in its row; nothing is kept."""
 
     def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return causal(q, k, v)
+
+
+class Documents:
+    """Every token attends to itself and all before it in its own document; nothing is kept.
+
+    `document` numbers each token's document, in rising order along a row. A model is given `positions`
+    with this, which count from 0 in each document; `packing` makes both.
+    """
+
+    def __init__(self, document: Int[Tensor, "b t"]) -> None:
+        starts = torch.searchsorted(document, document)
+        self.positions = torch.arange(document.shape[1], device=document.device) - starts
+        # FlexAttention has a backward pass on GPUs only.
+        self.inside = flex(document) if document.is_cuda else slices(self.positions)
+
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        return self.inside(q, k, v)
+
+
+def documents(ids: Int[Tensor, "b t"], separator: int) -> Int[Tensor, "b t"]:
+    """Number of each token's document, where every document ends with its separator, as in a corpus.
+
+    Separators in a row, such as a row is filled up with, all belong to the document they end.
+    """
+    ends = ids == separator
+    return F.pad(ends[:, :-1] & ~ends[:, 1:], (1, 0)).cumsum(1)
+
+
+def packing(ids: Int[Tensor, "b t"], separator: int | None) -> tuple[Int[Tensor, "b t"] | None, Documents | None]:
+    """Positions and memory of rows whose documents end with `separator`; without one, those of plain rows."""
+    if separator is None:
+        return None, None
+    packed = Documents(documents(ids, separator))
+    return packed.positions, packed
+
+
+def slices(positions: Int[Tensor, "b t"]) -> Attend:
+    """One causal attention a document: tokens of different documents cost neither time nor memory."""
+    starts = (positions == 0).flatten().nonzero().flatten()
+    lengths = starts.diff(append=starts.new_tensor([positions.numel()])).tolist()
+
+    def inside(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        if torch.compiler.is_compiling():  # every batch has other lengths, and would have a program of its own
+            return masked(positions, q, k, v)
+        pieces = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, 2) for x in (q, k, v)]
+        found = torch.cat([causal(*piece) for piece in zip(*pieces, strict=True)], 2)
+        return found[0].unflatten(1, positions.shape).transpose(0, 1)
+
+    return inside
+
+
+def masked(positions: Int[Tensor, "b t"], q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+    """The same over whole rows: a key is seen if it is no further back than the query is into its document."""
+    places = torch.arange(positions.shape[1], device=positions.device)
+    back = places[:, None] - places
+    mask = (back >= 0) & (back <= positions[..., None])
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
+
+
+def flex(document: Int[Tensor, "b t"]) -> Attend:
+    """FlexAttention in one kernel, which leaves out blocks of tokens of different documents."""
+    rows, length = document.shape
+    flex_attention, create_block_mask = compiled_flex()
+    mask = create_block_mask(
+        lambda row, head, query, key: (query >= key) & (document[row, query] == document[row, key]),
+        B=rows,
+        H=None,
+        Q_LEN=length,
+        KV_LEN=length,
+        device=document.device,
+    )
+    return functools.partial(flex_attention, block_mask=mask, enable_gqa=True)
+
+
+@functools.cache
+def compiled_flex() -> tuple[Callable, Callable]:
+    """FlexAttention and the maker of its masks, imported and compiled when first needed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
 
 
 class Cache:

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from smolforge.activations import Through, plainly
 from smolforge.config import ModelConfig
 from smolforge.experts import Balance, Experts
 from smolforge.memory import Causal, Memory
@@ -193,14 +194,18 @@ class LanguageModel(nn.Module):
         ids: Int[Tensor, "b t"],
         positions: Int[Tensor, "#b t"] | None = None,
         memory: Memory | None = None,
+        through: Through = plainly,
     ) -> tuple[Hidden, Balance | float]:
-        """The same, and the balance loss of the experts, mean over layers; 0.0 for a dense model."""
+        """The same, and the balance loss of the experts, mean over layers; 0.0 for a dense model.
+
+        `through` calls each layer, and decides what it keeps for its backward.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
         angles, balance = rotary(self.config, positions, x.dtype), 0.0
         for layer in self.model.layers:
-            x, of_layer = layer(x, angles, memory or Causal())
+            x, of_layer = through(layer, x, angles, memory or Causal())
             balance = balance + of_layer
         return self.model.norm(x), balance / len(self.model.layers)
 

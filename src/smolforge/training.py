@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
-from smolforge.device import moved, peak_memory_bytes, pick_dtype, runs_ahead, synchronize
+from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
 from smolforge.meter import Meter, Part
-from smolforge.model import IGNORED, LanguageModel, loss_sum
+from smolforge.model import IGNORED
+from smolforge.objective import Objective
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 
 
@@ -80,7 +81,7 @@ class Launched(NamedTuple):
 
 
 def train(
-    model: LanguageModel,
+    objective: Objective,
     optimizers: Sequence[Optimizer],
     batches: Iterator[Batch],
     recipe: Recipe,
@@ -92,12 +93,12 @@ def train(
 ) -> State:
     """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true."""
     last, done = recipe.train.steps, state.step
-    ahead = runs_ahead(model.head.device)
+    ahead = runs_ahead(objective.device)
     unheard: tuple[Launched, list[Action]] | None = None
-    model.train()
+    objective.train()
     with garbage_kept():
         while done < last and not stopping():
-            launched = launch(model, optimizers, batches, recipe, done, meter, judge)
+            launched = launch(objective, optimizers, batches, recipe, done, meter, judge)
             done += 1
             if unheard is not None:
                 state = hear(*unheard, state, meter, judge)
@@ -118,7 +119,7 @@ def is_due(action: Action, step: int, finished: bool, stopped: bool) -> bool:
 
 
 def launch(
-    model: LanguageModel,
+    objective: Objective,
     optimizers: Sequence[Optimizer],
     batches: Iterator[Batch],
     recipe: Recipe,
@@ -127,8 +128,7 @@ def launch(
     judge: Judge | None,
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for nothing."""
-    settings, device = recipe.train, model.head.device
-    rows, precision = settings.micro_batch_size or settings.rows, autocast(settings.dtype, device)
+    rows, device = recipe.train.micro_batch_size or recipe.train.rows, objective.device
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
     with meter.step():
@@ -136,13 +136,13 @@ def launch(
             batch = next(batches)
             labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
             batch = Batch(*(moved(side, device) for side in batch))
-        losses = backward(model, batch, labels, rows, precision, meter.part)
+        losses = backward(objective, batch, labels, rows, meter.part)
         with meter.part("optimizer"):
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
+            norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.max_grad_norm or float("inf"))
             leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))
             for optimizer in optimizers:
                 optimizer.step()
-            model.zero_grad(set_to_none=True)
+            objective.zero_grad(set_to_none=True)
             if not runs_ahead(device):
                 synchronize(device)
     return Launched(done + 1, labels, rate, {**losses, "grad_norm": norm})
@@ -179,37 +179,26 @@ def hear(launched: Launched, due: Sequence[Action], state: State, meter: Meter, 
 
 
 def backward(
-    model: LanguageModel,
+    objective: nn.Module,
     batch: Batch,
-    counted: int,
+    labels: int,
     rows: int,
-    precision: AbstractContextManager,
     timed: Callable[[Part], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over the `counted` labels of the batch, `rows` rows at a time.
+    """Add the gradient of the mean over all `labels` of the batch, `rows` rows at a time; returns means by name.
 
     Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
     memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
     """
-    totals: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     for part in batch.split(rows):
-        with timed("forward"), precision:
-            hidden, balance = model.hidden_and_balance(part.ids)
-            losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
-            if isinstance(balance, Tensor):
-                losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)
-            whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
+        with timed("forward"):
+            found = {name: value / labels for name, value in objective(*part).items()}
         with timed("backward"):
-            whole.backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
-    return totals
-
-
-def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
-    """Arithmetic in the dtype of a recipe over weights that stay as they are."""
-    picked = pick_dtype(dtype, device)
-    return torch.autocast(device.type, picked) if picked == torch.bfloat16 else nullcontext()
+            found.pop("objective").backward()
+        for name, value in found.items():
+            means[name] = means.get(name, 0.0) + value.detach()
+    return means
 
 
 @contextmanager

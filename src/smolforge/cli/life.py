@@ -119,8 +119,8 @@ def resumes(out: Path) -> list[int]:
 
 def score(run: Run, text: corpus.Corpus) -> dict[str, Any]:
     """Held-out bits per byte of the model, of xz on that text alone, and of xz that has read what the model read."""
-    window = run.recipe.train.sequence_length
-    found = measure_corpus(run.model, text, window, stride=window // 4)
+    window, inside = run.recipe.train.sequence_length, run.recipe.data.intra_document_masking
+    found = measure_corpus(run.model, text, window, stride=window // 4, intra_document_masking=inside)
     train, held = (text.text(split).encode() for split in corpus.SPLITS)
     packed, primer = (len(lzma.compress(part, preset=9)) for part in (held, train))
     primed = len(lzma.compress(train + held, preset=9)) - primer

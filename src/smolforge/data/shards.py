@@ -30,6 +30,8 @@ FEWEST_GROUPS = 20
 BORDER_CHARACTERS = 1000
 BATCH_BYTES = 4 << 20
 SHARD_TOKENS = 1 << 28
+OF_READING = ("intra_document_masking", "num_workers")
+"""Settings of how a corpus is read, whatever they are it is the same."""
 
 Report = Callable[[dict[str, int]], None]
 
@@ -51,7 +53,7 @@ def prepare(
     MissingResource when the disk is full.
     """
     request = {
-        "data": data.model_dump(mode="json", exclude={"num_workers"}),
+        "data": data.model_dump(mode="json", exclude=set(OF_READING)),
         "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
         "max_tokens": max_tokens,
         "files": {source: stamp(source) for source in data.sources},

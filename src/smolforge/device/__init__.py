@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -34,6 +35,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return DTYPES[name]
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
+    """Arithmetic in the dtype of a recipe over weights that stay as they are."""
+    picked = pick_dtype(dtype, device)
+    return torch.autocast(device.type, picked) if picked == torch.bfloat16 else nullcontext()
 
 
 def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from smolforge.device.peaks import peak
 from smolforge.errors import SettingError
 from smolforge.meter import Meter, Work, clock
 from smolforge.model import CHUNK_TOKENS, build
+from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.settings import replaced
 from smolforge.sizes import flops_per_token, parameter_counts
@@ -202,7 +203,7 @@ def tokens_per_second(recipe: Recipe) -> float:
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(
-        model,
+        Objective.of(model, probe),
         chosen,
         itertools.repeat(Batch(ids, ids)),
         probe,

@@ -24,6 +24,7 @@ from smolforge.device import describe, pick_device
 from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
+from smolforge.objective import Objective
 from smolforge.recipe.plan import disk_bytes, plan, work
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
@@ -98,13 +99,14 @@ def attempt(
     meter = Meter(work(recipe, device), recipe.train.steps - start.step, clock(device))
     numbers = map(decisions.batch, itertools.count(start.step))
     source = batches.stream(windows, numbers, recipe.train.rows, recipe.data.num_workers)
+    objective = Objective.of(model, recipe)
     saving = Saving(recipe.train, files, reading, hurried=stop.asked)
     shop = Workshop(recipe, files, model, optimizers, text, judge, saving, observer)
     log.info("training from step %d to %d", start.step, recipe.train.steps)
     stop.stepping = True
     try:
         with saving:
-            end = train(model, optimizers, source, recipe, start, shop.actions(), stop.asked, meter, judge)
+            end = train(objective, optimizers, source, recipe, start, shop.actions(), stop.asked, meter, judge)
             shop.finish(end)
     except guard.Rewind as wrong:
         take_back(recipe, files, decisions, wrong)

@@ -9,6 +9,7 @@ from smolforge import optim
 from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import corpus
+from smolforge.device import autocast
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.guard import Judge
@@ -17,7 +18,7 @@ from smolforge.recipe.plan import Plan
 from smolforge.recipe.saving import Saving, Take
 from smolforge.recipe.settle import fixed_settings
 from smolforge.runs import METRICS, SAMPLES, RunFolder
-from smolforge.training import Action, State, autocast
+from smolforge.training import Action, State
 
 
 @runtime_checkable
@@ -72,9 +73,13 @@ class Workshop:
 
     def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         settings = self.recipe.train
-        precision = autocast(settings.dtype, self.model.head.device)
         found = measure_corpus(
-            self.model, self.text, settings.sequence_length, settings.evaluate_tokens, precision=precision
+            self.model,
+            self.text,
+            settings.sequence_length,
+            settings.evaluate_tokens,
+            precision=autocast(settings.dtype, self.model.head.device),
+            intra_document_masking=self.recipe.data.intra_document_masking,
         )
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 

@@ -1,0 +1,86 @@
+"""What a micro-batch loses, as one function of its ids and labels: the model, what it attends to, and its loss.
+
+    ids -> [ body: embedding, layers, norm ] -> states -> loss in chunks
+             compiled, if at all                          never compiled: it does not gain by it
+
+Whatever goes around a forward pass goes around this one: precision, compilation, recomputation, several ranks.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from smolforge.activations import Keep, keeping
+from smolforge.config import Recipe
+from smolforge.device import autocast
+from smolforge.memory import packing
+from smolforge.model import IGNORED, LanguageModel, loss_sum
+
+log = logging.getLogger("smolforge")
+
+
+class Objective(nn.Module):
+    """Called with a micro-batch, it gives sums over its labels by name; `objective` is to be minimised.
+
+    `separator` keeps documents that end with it apart, `keep` says what layers keep for their backward.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        dtype: str = "float32",
+        separator: int | None = None,
+        keep: Keep = "all",
+        compiled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.dtype, self.separator = model, dtype, separator
+        self.through = keeping(keep)
+        self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
+
+    @classmethod
+    def of(cls, model: LanguageModel, recipe: Recipe) -> "Objective":
+        """As a recipe trains it."""
+        separator = model.tokenizer.eos_id if recipe.data.intra_document_masking else None
+        return cls(model, recipe.train.dtype, separator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.device
+
+    def forward(self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
+        with autocast(self.dtype, ids.device):
+            hidden, balance = self.body(ids, *packing(ids, self.separator), self.through)
+            loss = loss_sum(self.model, hidden, labels)
+            if not isinstance(balance, Tensor):
+                return {"objective": loss, "loss": loss}
+            balance = balance * (labels != IGNORED).sum()
+            return {
+                "objective": loss + self.model.config.router_aux_loss_coef * balance,
+                "loss": loss,
+                "balance_loss": balance,
+            }
+
+
+def compiled_or_not(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile for the shapes it meets, or itself where no compiler works."""
+    chosen: Callable[..., Any] | None = None
+    attempt = torch.compile(function, dynamic=False)
+
+    def call(*given: Any) -> Any:
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*given)
+        try:
+            result, chosen = attempt(*given), attempt
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            log.warning("torch.compile does not work here, so training goes on without it: %s", reason)
+            result, chosen = function(*given), function
+        return result
+
+    return call
