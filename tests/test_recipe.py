@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -569,6 +570,8 @@ def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_fil
 
 def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
     def twice():
+        while not state.all_of(tmp_path / "run"):  # a write still under way would be left like a killed one
+            time.sleep(0.01)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
