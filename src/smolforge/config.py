@@ -195,6 +195,8 @@ class Train(Settings):
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
+    rank_timeout_seconds: Annotated[PositiveInt, FREE] = 600
+    """How long a rank waits for another within a step before it takes it for hung, and ends."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000
     """Steps between checkpoints; one is always written at the end."""
     checkpoint_in_background: Annotated[bool, FREE] = True

@@ -1,6 +1,8 @@
 """`smolforge train`."""
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,8 @@ def train(
     Every setting of a recipe is a flag: --train.steps 500, --data.sources my.txt, --optim.learning-rate 1e-3,
     --tokenizer FOLDER, --budget 5m, --init-from MODEL. `smolforge inspect RECIPE` lists them with their values.
 
+    Several processes train one run together when torchrun or srun starts them: docs/clusters.md.
+
     Parameters
     ----------
     recipe
@@ -36,9 +40,15 @@ def train(
     overrides = parse(settings)
     with stop_signals():  # also while the imports take their seconds
         from smolforge.cli.terminal import Display
+        from smolforge.ranks import world_of
         from smolforge.recipe import resume_or_start
-    with Display(quiet=json_) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display)
+    world = world_of(os.environ)
+    if world.rank > 0:  # rank 0 speaks for all
+        logging.getLogger("smolforge").setLevel(logging.ERROR)
+    with Display(quiet=json_ or world.rank > 0) as display:
+        result = resume_or_start(recipe, run, overrides, fresh, display, world)
+    if world.rank > 0:
+        return
     if json_:
         print(json.dumps(result.metrics))
     else:

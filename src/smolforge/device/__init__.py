@@ -15,10 +15,15 @@ from smolforge.errors import MissingResource, SettingError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the fastest device present. Raises MissingResource for one that is not."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the fastest device present; where several ranks train, each has a GPU of its own.
+
+    Raises MissingResource for a device that is not there, SettingError for one that cannot be shared so.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if local_rank is not None:
+        name = of_rank(name, local_rank)
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         raise SettingError(f"device is {name!r}; it should be auto, cpu, cuda or mps")
     try:
@@ -27,6 +32,20 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise MissingResource(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def of_rank(name: str, local_rank: int) -> str:
+    """The device of one of several ranks on a machine."""
+    if name == "cuda" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise SettingError(
+                f"there is no GPU for local rank {local_rank}: this process sees {torch.cuda.device_count()}, and each "
+                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are"
+            )
+        return f"cuda:{local_rank}"
+    if name not in ("cuda", "cpu"):
+        raise SettingError(f"train.device is {name!r}; where several ranks train, it should be auto, cpu or cuda")
+    return name
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

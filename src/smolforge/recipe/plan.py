@@ -1,11 +1,12 @@
 """What a run will be and cost, before it starts: parameters, tokens, time, memory, disk; and a run cut to a budget."""
 
 import itertools
+import math
 import re
 import statistics
 import time
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +95,16 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
     )
 
 
+def plan_of_ranks(recipe: Recipe, done_steps: int, ranks: int) -> Plan:
+    """Expectations where so many devices like this one share each batch; memory is that of one."""
+    if ranks == 1:
+        return plan(recipe, done_steps)
+    share = math.ceil(recipe.train.rows / ranks)
+    of_one = replaced(recipe, {"train.micro_batch_size": min(recipe.train.micro_batch_size or share, share)})
+    alone = plan(of_one, done_steps)
+    return replace(alone, seconds=alone.seconds / ranks, device=f"{ranks} x {alone.device}")
+
+
 def training_bytes(recipe: Recipe) -> int:
     """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
 
@@ -148,8 +159,8 @@ def parse_count(count: str) -> int:
     return number
 
 
-def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
-    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine.
+def within_budget(recipe: Recipe, explicit: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
+    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine, or so many like it.
 
     The batch, unless it is among the `explicit` settings, halves until there are FEWEST_STEPS steps or a
     single row; warm-up and decay keep their share of the schedule, the warm-up at least a hundredth and
@@ -159,10 +170,11 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     seconds, tokens = parse_budget(recipe.budget)
     if tokens is None:
         assert seconds is not None
-        tokens = int(0.9 * seconds * tokens_per_second(recipe))  # the rest measures, samples and saves
+        tokens = int(0.9 * seconds * ranks * tokens_per_second(recipe))  # the rest measures, samples and saves
     train, schedule = recipe.train, recipe.optim.schedule.over(recipe.train.steps)
     rows = train.rows
-    while "train.batch_tokens" not in explicit and rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
+    fixed, row_tokens = "train.batch_tokens" in explicit, train.sequence_length
+    while not fixed and rows // 2 >= ranks and tokens // (rows * row_tokens) < FEWEST_STEPS:
         rows //= 2
     steps = max(1, tokens // (rows * train.sequence_length))
     horizon = schedule.steps or train.steps
@@ -180,14 +192,15 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     return replaced(recipe, changes)
 
 
-def work(recipe: Recipe, device: torch.device) -> Work:
-    """What a step of the recipe asks of the device, for rates."""
+def work(recipe: Recipe, device: torch.device, devices: int = 1) -> Work:
+    """What a step of the recipe asks of so many devices like this one, for rates."""
     length = recipe.train.sequence_length
     return Work(
         tokens=recipe.train.batch_tokens,
         flops_per_token=flops_per_token(recipe.model, length),
         flops_per_token_full_attention=flops_per_token(recipe.model, length, "full"),
         peak_flops_per_second=peak(device, pick_dtype(recipe.train.dtype, device)).flops_per_second,
+        devices=devices,
     )
 
 

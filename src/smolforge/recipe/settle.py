@@ -19,7 +19,7 @@ ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
 
-def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset()) -> Recipe:
+def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
     """Decide what a first start leaves open: the shape to start from, the budget's run, the schedule's horizon.
 
     `explicit` names what was given by hand, which counts before what a budget derives; `written` the settings
@@ -33,7 +33,7 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
         kept = {name: given[name] for name in BUDGETED if name in explicit}
         if "train.steps" in kept:
             kept.setdefault("optim.schedule.steps", None)
-        recipe = replaced(within_budget(recipe, explicit), kept)
+        recipe = replaced(within_budget(recipe, explicit, ranks), kept)
     return with_schedule_over(recipe, recipe.train.steps)
 
 
@@ -102,15 +102,33 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     """Dotted name to value, as JSON has it, of all that is part of what a run is."""
-    # The balance of experts is taken over a micro-batch, so there its size is part of the training.
-    balanced = recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
-    values = leaves(recipe)
+    values, balanced = leaves(recipe), balances_experts(recipe)
     fixed = {
         name: values[name]
         for name, field in fields(Recipe)
         if FREE not in field.metadata or (balanced and name == "train.micro_batch_size")
     }
     return json.loads(json.dumps(fixed))
+
+
+def balances_experts(recipe: Recipe) -> bool:
+    """Whether a micro-batch's size is part of the training: the balance of experts is taken over it."""
+    return recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
+
+
+def check_shares(recipe: Recipe, ranks: int) -> None:
+    """Refuse more ranks than rows, or shares that would change what experts are balanced over."""
+    rows, micro = recipe.train.rows, recipe.train.micro_batch_size
+    if rows < ranks:
+        raise SettingError(
+            f"train.batch_tokens ({recipe.train.batch_tokens}) is {rows} rows of train.sequence_length, and "
+            f"{ranks} ranks need one each; start at most {rows}"
+        )
+    if ranks > 1 and balances_experts(recipe) and (micro is None or rows % (ranks * micro)):
+        raise SettingError(
+            f"the balance of experts is taken over train.micro_batch_size ({micro or 'none'}) rows, and each of the "
+            f"{ranks} ranks needs a whole number of such micro-batches of the {rows} rows"
+        )
 
 
 def check_going_on(recipe: Recipe, step: int) -> None:
