@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from smolforge.activations import Keep, keeping
+from smolforge.activations import Checkpointing, checkpointing
 from smolforge.config import Recipe
 from smolforge.device import autocast
 from smolforge.memory import packing
@@ -26,7 +26,7 @@ log = logging.getLogger("smolforge")
 class Objective(nn.Module):
     """Called with a micro-batch, it gives sums over its labels by name; `objective` is to be minimised.
 
-    `separator` keeps documents that end with it apart, `keep` says what layers keep for their backward.
+    `separator` keeps documents that end with it apart; `checkpoint` says how little layers keep for their backward.
     """
 
     def __init__(
@@ -34,19 +34,20 @@ class Objective(nn.Module):
         model: LanguageModel,
         dtype: str = "float32",
         separator: int | None = None,
-        keep: Keep = "all",
+        checkpoint: Checkpointing = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.dtype, self.separator = model, dtype, separator
-        self.through = keeping(keep)
+        self.through = checkpointing(checkpoint)
         self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
 
     @classmethod
     def of(cls, model: LanguageModel, recipe: Recipe) -> "Objective":
         """As a recipe trains it."""
         separator = model.tokenizer.eos_id if recipe.data.intra_document_masking else None
-        return cls(model, recipe.train.dtype, separator)
+        settings = recipe.train
+        return cls(model, settings.dtype, separator, settings.activation_checkpointing, settings.compile is True)
 
     @property
     def device(self) -> torch.device:

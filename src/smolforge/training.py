@@ -128,7 +128,7 @@ def launch(
     judge: Judge | None,
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for nothing."""
-    rows, device = recipe.train.micro_batch_size or recipe.train.rows, objective.device
+    rows, device = recipe.train.micro_rows, objective.device
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
     with meter.step():

@@ -103,14 +103,13 @@ def training_bytes(recipe: Recipe) -> int:
     """
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
-    rows = min(train.micro_batch_size or train.rows, train.rows)
     queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
     kept = 4 * model.hidden_size + 3 * queries + 2 * keys
     if model.model_type == "mixtral":
         kept += model.num_experts_per_tok * (4 * model.intermediate_size + 3 * model.hidden_size)
     else:
         kept += 4 * model.intermediate_size
-    tokens = rows * train.sequence_length
+    tokens = train.micro_rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
     head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size
     return (4 * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
@@ -197,7 +196,7 @@ def tokens_per_second(recipe: Recipe) -> float:
     model = build(recipe.model).to(device)
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
-    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows, most)
+    rows = min(recipe.train.micro_rows, most)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
     probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": 2**40, "optim.schedule.steps": 1})
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
