@@ -191,6 +191,8 @@ class Train(Settings):
     """Rows in one forward pass; by default all of them. Gradient accumulation follows from it. Fixed for experts."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log of the softmax's normaliser in what is minimised; PaLM used 1e-4, 0 is off."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import InvalidFile
-from smolforge.model import IGNORED, LanguageModel
+from smolforge.loss import IGNORED
+from smolforge.model import LanguageModel
 
 TOKENS = 2048
 """Tokens whose logits exist at the same time."""

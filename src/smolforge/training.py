@@ -19,7 +19,8 @@ from torch import nn
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import peak_memory_bytes, pick_dtype, synchronize
-from smolforge.model import IGNORED, LanguageModel, loss_sum
+from smolforge.loss import IGNORED, loss_sum
+from smolforge.model import LanguageModel
 from smolforge.optim import learning_rate, scale_learning_rates
 
 
@@ -64,7 +65,8 @@ def train(
         started = time.perf_counter()
         rate = learning_rate(state.step, recipe.optim.learning_rate, recipe.optim.schedule)
         scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
-        losses, counted = backward(model, batch, settings.micro_batch_size or settings.rows, precision)
+        rows = settings.micro_batch_size or settings.rows
+        losses, counted = backward(model, batch, rows, precision, settings.z_loss)
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.max_grad_norm or float("inf"))
         said = {name: value.item() for name, value in losses.items()}
         left_out = judge(state.step + 1, said["loss"], norm.item())
@@ -93,22 +95,26 @@ def train(
 
 
 def backward(
-    model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager
+    model: LanguageModel, batch: Batch, rows: int, precision: AbstractContextManager, z_loss: float = 0.0
 ) -> tuple[dict[str, torch.Tensor], int]:
     """Add the gradient of the mean loss over all labels of the batch, `rows` rows at a time.
 
     Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
-    memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
+    memory. The loss reported is the cross-entropy; beside it stand the z-loss, where it has a weight, and the
+    balance loss of experts, which is of each micro-batch by itself.
     """
     counted = int((batch.labels != IGNORED).sum())
     totals: dict[str, torch.Tensor] = {}
     for part in batch.split(rows):
         with precision:
             hidden, balance = model.hidden_and_balance(part.ids)
-            losses = {"loss": loss_sum(model, hidden, part.labels) / counted}
+            total, z = loss_sum(hidden, model.head, part.labels, z_loss)
+            losses = {"loss": (total.detach() - z) / counted}
+            if z_loss:
+                losses["z_loss"] = z / counted
             if isinstance(balance, torch.Tensor):
                 losses["balance_loss"] = balance * ((part.labels != IGNORED).sum() / counted)
-        whole = losses["loss"] + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
+        whole = total / counted + model.config.router_aux_loss_coef * losses.get("balance_loss", 0.0)
         whole.backward()
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach()
