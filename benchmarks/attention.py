@@ -14,7 +14,6 @@ import multiprocessing as mp
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from smolforge.config import ModelConfig
 from smolforge.data.batches import Batch
 from smolforge.memory import Causal, Documents, documents, masked
 from smolforge.model import build
+from smolforge.objective import Objective
 from smolforge.training import backward
 
 CAUSAL, DOCUMENTS, MASKED = "causal, whole rows", "documents", "documents by a mask"
@@ -65,8 +65,8 @@ def steps(config: ModelConfig, ids: Tensor) -> Contestants:
     """Forward and backward of the whole model."""
     model, batch = build(config), Batch(ids, ids.roll(-1, 1))
     return {
-        CAUSAL: lambda: backward(model, batch, len(ids), nullcontext()),
-        DOCUMENTS: lambda: backward(model, batch, len(ids), nullcontext(), SEPARATOR),
+        CAUSAL: lambda: backward(Objective(model), batch, ids.numel(), len(ids)),
+        DOCUMENTS: lambda: backward(Objective(model, separator=SEPARATOR), batch, ids.numel(), len(ids)),
     }
 
 

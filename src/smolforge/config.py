@@ -197,6 +197,8 @@ class Train(Settings):
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 where it is faster."""
     compile: Annotated[bool | Literal["auto"], FREE] = "auto"
     """Whether torch.compile makes one program of the model; auto does where the run is long enough to gain by it."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log of the softmax's normaliser in what is minimised; PaLM used 1e-4, 0 is off."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from smolforge.activations import Checkpointing, checkpointing
 from smolforge.config import Recipe
 from smolforge.device import autocast
+from smolforge.loss import IGNORED, loss_sum
 from smolforge.memory import packing
-from smolforge.model import IGNORED, LanguageModel, loss_sum
+from smolforge.model import LanguageModel
 
 log = logging.getLogger("smolforge")
 
@@ -34,11 +35,12 @@ class Objective(nn.Module):
         model: LanguageModel,
         dtype: str = "float32",
         separator: int | None = None,
+        z_loss: float = 0.0,
         checkpoint: Checkpointing = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.dtype, self.separator = model, dtype, separator
+        self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
         self.through = checkpointing(checkpoint)
         self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
 
@@ -47,7 +49,14 @@ class Objective(nn.Module):
         """As a recipe trains it."""
         separator = model.tokenizer.eos_id if recipe.data.intra_document_masking else None
         settings = recipe.train
-        return cls(model, settings.dtype, separator, settings.activation_checkpointing, settings.compile is True)
+        return cls(
+            model,
+            settings.dtype,
+            separator,
+            settings.z_loss,
+            settings.activation_checkpointing,
+            settings.compile is True,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -56,15 +65,14 @@ class Objective(nn.Module):
     def forward(self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         with autocast(self.dtype, ids.device):
             hidden, balance = self.body(ids, *packing(ids, self.separator), self.through)
-            loss = loss_sum(self.model, hidden, labels)
-            if not isinstance(balance, Tensor):
-                return {"objective": loss, "loss": loss}
-            balance = balance * (labels != IGNORED).sum()
-            return {
-                "objective": loss + self.model.config.router_aux_loss_coef * balance,
-                "loss": loss,
-                "balance_loss": balance,
-            }
+            total, z = loss_sum(hidden, self.model.head, labels, self.z_loss)
+        sums = {"objective": total, "loss": total.detach() - z}
+        if self.z_loss:
+            sums["z_loss"] = z
+        if isinstance(balance, Tensor):
+            sums["balance_loss"] = balance * (labels != IGNORED).sum()
+            sums["objective"] = total + self.model.config.router_aux_loss_coef * sums["balance_loss"]
+        return sums
 
 
 def compiled_or_not(function: Callable[..., Any]) -> Callable[..., Any]:

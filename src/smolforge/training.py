@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
+from smolforge.loss import IGNORED
 from smolforge.meter import Meter, Part
-from smolforge.model import IGNORED
 from smolforge.objective import Objective
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 
