@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
+from smolforge.loss import IGNORED
 from smolforge.meter import Meter, Part
-from smolforge.model import IGNORED
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 from smolforge.ranks import ALONE, Ranks, accumulating
 
@@ -137,7 +137,7 @@ def launch(
     ranks: Ranks,
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for no device."""
-    rows, device = recipe.train.micro_batch_size or recipe.train.rows, device_of(objective)
+    rows, device = recipe.train.micro_rows, device_of(objective)
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
     with meter.step():

@@ -24,7 +24,7 @@ from smolforge import commit, guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
-from smolforge.device import describe, pick_device
+from smolforge.device import describe, pick_device, use_tensor_cores
 from smolforge.errors import Diverged, InvalidFile, MissingResource, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
@@ -83,6 +83,7 @@ def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None, 
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
         text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, observer))))
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
+        use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
         start = Start(recipe, files, text, reading, observer, stop, ranks, device)
         run = attempt(start, first=True)
@@ -127,8 +128,8 @@ def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> li
         announce(start, now)
         check_disk(recipe, files.path)
         files.write(RECIPE, write_recipe(recipe))
-        machine = describe(start.device) | {"micro_batch_size": recipe.train.micro_batch_size}
-        files.record_environment(now.step, machine | {"ranks": start.ranks.size})
+        settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
+        files.record_environment(now.step, describe(start.device) | settings | {"ranks": start.ranks.size})
     files.rewind(now.step, facts.get("incidents", []))
     state.set_aside(files.path, now.step)
     log.info("training from step %d to %d", now.step, recipe.train.steps)
