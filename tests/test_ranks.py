@@ -64,7 +64,7 @@ class Bench:
         self.launches += 1
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         words = ["train", str(self.recipe), "--run", str(self.run(run)), *flags]
-        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "COLUMNS": "300"}
         return [
             start(one_rank, self.output(rank), world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, faults)
             for rank in range(size)
@@ -385,7 +385,7 @@ def test_the_environment_says_which_rank_this_is(environment, world):
     [
         ({"WORLD_SIZE": None}, "the environment has no WORLD_SIZE, but the rest of a launcher's"),
         ({"RANK": None}, "the environment has no RANK"),
-        ({"RANK": "4"}, "RANK is 4 of WORLD_SIZE 4, counted from 0"),
+        ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4; ranks count from 0"),
         ({"RANK": "-1"}, "RANK in the environment is '-1', which is no number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two'"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK in the environment is ''"),
