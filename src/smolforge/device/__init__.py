@@ -43,7 +43,8 @@ def of_rank(name: str, local_rank: int) -> str:
         if local_rank >= torch.cuda.device_count():
             raise SettingError(
                 f"there is no GPU for local rank {local_rank}: this process sees {torch.cuda.device_count()}, and each "
-                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are"
+                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are, and Slurm shows all to each "
+                "where they were asked for with --gpus-per-node"
             )
         return f"cuda:{local_rank}"
     if name not in ("cuda", "cpu"):
