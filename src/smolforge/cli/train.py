@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smolforge.cli.flags import parse
+from smolforge.errors import SettingError
 from smolforge.signals import stop_signals
 
 
@@ -17,6 +18,7 @@ def train(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     run: Path,
     fresh: bool = False,
+    profile: int | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a recipe, or resume exactly what is in its run folder.
@@ -34,10 +36,16 @@ def train(
         The folder of the run; the same command again resumes it.
     fresh
         Refuse to resume.
+    profile
+        Profile so many steps, after one: run/profile gets a trace, and a summary of where the time goes.
     json_
         Print the final metrics as one JSON object.
     """
     overrides = parse(settings)
+    if profile is not None:
+        if profile < 1:
+            raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
     with stop_signals():  # also while the imports take their seconds
         from smolforge.cli.terminal import Display
         from smolforge.ranks import world_of
@@ -46,7 +54,7 @@ def train(
     if world.rank > 0:  # rank 0 speaks for all
         logging.getLogger("smolforge").setLevel(logging.ERROR)
     with Display(quiet=json_ or world.rank > 0) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display, world)
+        result = resume_or_start(recipe, run, overrides, fresh, display, world, profile)
     if world.rank > 0:
         return
     if json_:

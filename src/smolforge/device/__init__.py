@@ -43,8 +43,8 @@ def of_rank(name: str, local_rank: int) -> str:
         if local_rank >= torch.cuda.device_count():
             raise SettingError(
                 f"there is no GPU for local rank {local_rank}: this process sees {torch.cuda.device_count()}, and each "
-                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are, and Slurm shows all to each "
-                "where they were asked for with --gpus-per-node"
+                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are, and Slurm shows all of "
+                "them to each where they were asked for with --gpus-per-node"
             )
         return f"cuda:{local_rank}"
     if name not in ("cuda", "cpu"):
@@ -125,6 +125,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that it found no memory; of a processor's its error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_bytes(device: torch.device) -> int:

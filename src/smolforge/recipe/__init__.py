@@ -52,11 +52,12 @@ def resume_or_start(
     fresh: bool = False,
     observer: Observer | None = None,
     world: World = ALONE,
+    profile: int | None = None,
 ) -> Run:
-    """`train` with its overrides in one mapping, and somebody watching."""
+    """`train` with its overrides in one mapping, somebody watching, and so many steps profiled into run/profile."""
     with joined(world) as ranks:
         tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size).model_dump())
-        return run_settled(validated(Recipe, tree), Path(run), observer, ranks)
+        return run_settled(validated(Recipe, tree), Path(run), observer, ranks, profile)
 
 
 def settled(recipe: str | Path, run: Path, overrides: Mapping[str, Any], fresh: bool, ranks: int) -> Recipe:

@@ -12,33 +12,36 @@ whatever looks at the folder and decides, writes, or speaks.
 import itertools
 import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from smolforge import commit, guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
-from smolforge.device import describe, pick_device, use_tensor_cores
+from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
 from smolforge.errors import Diverged, InvalidFile, MissingResource, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
 from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
 from smolforge.recipe.plan import disk_bytes, plan_of_ranks, work
+from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.settle import check_going_on, fixed_settings
 from smolforge.recipe.text import check_prompts, open_corpus, windows_of
-from smolforge.recipe.workshop import Observer, Silent, Workshop
+from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder, read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
-from smolforge.training import State, train
+from smolforge.training import Action, State, train
 
 log = logging.getLogger("smolforge")
 
@@ -54,23 +57,13 @@ class Run:
     """Of the last step; validation values are in it where text was held out."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """What all attempts of one start of a run share, as one of its ranks has it."""
-
-    recipe: Recipe
-    files: RunFolder
-    """Only rank 0 writes into it, and has it locked."""
-    text: corpus.Corpus
-    reading: Background
-    """The check of the text, which rank 0 does."""
-    observer: Observer
-    stop: Stop
-    ranks: Ranks
-    device: torch.device
-
-
-def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None, ranks: Ranks = ALONE) -> Run:
+def run_settled(
+    recipe: Recipe,
+    folder: Path,
+    observer: Observer | None = None,
+    ranks: Ranks = ALONE,
+    profile: int | None = None,
+) -> Run:
     """Train what a settled recipe says, or go on exactly where the folder's run stands.
 
     Raises Stopped when a signal ended it with everything saved, Diverged when its numbers went wrong too often,
@@ -85,7 +78,7 @@ def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None, 
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
-        start = Start(recipe, files, text, reading, observer, stop, ranks, device)
+        start = Start(recipe, files, text, reading, observer, stop, ranks, device, profile if ranks.leads else None)
         run = attempt(start, first=True)
         while run is None:
             run = attempt(start)
@@ -152,23 +145,44 @@ def attempt(start: Start, first: bool = False) -> Run | None:
         facts.get("recent_losses", []),
         files.record_incident if ranks.leads else lambda incident: None,
     )
-    meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device))
+    profile = Profile(files.path, start.profile) if start.profile else None
+    annotate = record_function if profile else nullcontext
+    meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
     rows = recipe.train.rows
     numbers = map(decisions.batch, itertools.count(now.step))
     windows = windows_of(start.text, recipe)
     source = batches.stream(windows, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
     saving = Saving(recipe.train, files, start.reading, hurried=start.stop.asked)
-    shop = Workshop(recipe, files, model, optimizers, start.text, judge, saving, start.observer, start.stop, ranks)
+    shop = Workshop(start, model, optimizers, judge, saving)
+    actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
     start.stop.stepping = True
     try:
         with saving:
-            end = train(objective, optimizers, source, recipe, now, shop.actions(), shop.stopping, meter, judge, ranks)
+            with profile or nullcontext(), memory_suffices(recipe):
+                end = train(objective, optimizers, source, recipe, now, actions, shop.stopping, meter, judge, ranks)
             metrics = ranks.tell(lambda: concluded(start, shop, end))
     except guard.Rewind as wrong:
         ranks.tell(partial(take_back, recipe, files, decisions, wrong))
         return None
     return Run(files.path, model.eval(), recipe, metrics)
+
+
+@contextmanager
+def memory_suffices(recipe: Recipe) -> Iterator[None]:
+    """Raises MissingResource, with what needs less, where it does not."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        train, less = recipe.train, []
+        if train.micro_rows > 1:
+            less.append(f"--train.micro-batch-size {train.micro_rows // 2} (it is {train.micro_rows})")
+        if train.activation_checkpointing != "full":
+            less.append("--train.activation-checkpointing full")
+        way_out = " or ".join(less) or "a smaller model, or a shorter --train.sequence-length,"
+        raise MissingResource(f"a step needs more memory than there is; {way_out} needs less") from error
 
 
 def concluded(start: Start, shop: Workshop, end: State) -> dict[str, Any]:

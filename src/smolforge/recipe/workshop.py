@@ -6,6 +6,7 @@ Rank 0 does it. The others have the same actions in the same turn, and wait; not
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,13 +16,14 @@ from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import corpus
 from smolforge.device import autocast
+from smolforge.device.energy import Energy, PerToken, energy
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
 from smolforge.ranks import Ranks
 from smolforge.recipe.plan import Plan
-from smolforge.recipe.saving import Saving, Take
+from smolforge.recipe.saving import Background, Saving, Take
 from smolforge.recipe.settle import fixed_settings
 from smolforge.runs import METRICS, SAMPLES, RunFolder
 from smolforge.signals import Stop
@@ -49,27 +51,42 @@ class Silent:
     def sampled(self, text: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """What all attempts of one start of a run share, as one of its ranks has it."""
+
+    recipe: Recipe
+    files: RunFolder
+    """Only rank 0 writes into it, and has it locked."""
+    text: corpus.Corpus
+    reading: Background
+    """The check of the text, which rank 0 does."""
+    observer: Observer
+    stop: Stop
+    ranks: Ranks
+    device: torch.device
+    profile: int | None
+    """Steps to profile, on rank 0."""
+
+
 class Workshop:
     """What is at hand between the steps of one run, and the actions that use it."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        files: RunFolder,
+        start: Start,
         model: LanguageModel,
         optimizers: list[torch.optim.Optimizer],
-        text: corpus.Corpus,
         judge: Judge,
         saving: Saving,
-        observer: Observer,
-        stop: Stop,
-        ranks: Ranks,
     ) -> None:
-        self.recipe, self.files, self.model, self.optimizers = recipe, files, model, optimizers
-        self.text, self.judge, self.saving, self.observer = text, judge, saving, observer
-        self.stop, self.ranks = stop, ranks
+        self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
+        self.stop, self.ranks = start.stop, start.ranks
+        self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
         self.metrics: dict[str, Any] = {}
         self.save_wanted = False
+        counted = energy(start.device) if self.ranks.size == 1 else Energy([])
+        self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
 
     def actions(self) -> list[Action]:
         """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
@@ -126,6 +143,7 @@ class Workshop:
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
         metrics["batch"] = self.judge.decisions.batch(now.step - 1)
+        metrics |= self.drawn.after_a_step()
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)
