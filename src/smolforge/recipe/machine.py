@@ -23,14 +23,19 @@ WORTH_COMPILING_SECONDS = {"cuda": 300, "cpu": 3600}
 """A compiler takes a minute or two, and wins several per cent on a processor, half the time on a GPU."""
 
 
+def in_the_fastest_dtype(recipe: Recipe) -> Recipe:
+    """What is measured on this machine must be measured so: this comes first."""
+    if recipe.train.dtype != "auto":
+        return recipe
+    return replaced(recipe, {"train.dtype": fastest_dtype(pick_device(recipe.train.device))})
+
+
 def on_this_machine(recipe: Recipe, ranks: int = 1) -> Recipe:
-    """The recipe without any `auto`, where so many devices like this one train it.
+    """The recipe without any other `auto`, where so many devices like this one train it.
 
     Raises SettingError where not even one row fits.
     """
     device, train = pick_device(recipe.train.device), recipe.train
-    if train.dtype == "auto":
-        recipe = replaced(recipe, {"train.dtype": fastest_dtype(device)})
     if train.micro_batch_size == "auto":
         recipe = replaced(recipe, {"train.micro_batch_size": fitting_rows(recipe, device, ranks)})
     if train.compile == "auto":

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from smolforge.activations import Checkpointing
 from smolforge.checkpoint.state import SOUND_KEPT
-from smolforge.config import Recipe
+from smolforge.config import ModelConfig, Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype
 from smolforge.device.peaks import peak
@@ -109,22 +110,36 @@ def plan_of_ranks(recipe: Recipe, done_steps: int, ranks: int) -> Plan:
 def training_bytes(recipe: Recipe) -> int:
     """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
 
-    Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
-    and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
-    theirs, and their inputs and outputs, once for each expert a token goes to.
+    Where layers are computed again in backward, one of them has everything at a time.
     """
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
-    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
-    kept = 4 * model.hidden_size + 3 * queries + 2 * keys
-    if model.model_type == "mixtral":
-        kept += model.num_experts_per_tok * (4 * model.intermediate_size + 3 * model.hidden_size)
-    else:
-        kept += 4 * model.intermediate_size
     tokens = train.micro_rows * train.sequence_length
-    activations = tokens * kept * model.num_hidden_layers
-    rest = (4 * sum(parameter_counts(model).values()) + activations) * width
+    kept = model.num_hidden_layers * numbers_kept(model, train.activation_checkpointing)
+    if train.activation_checkpointing:
+        kept += numbers_kept(model, None)
+    rest = (4 * sum(parameter_counts(model).values()) + tokens * kept) * width
     return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
+
+
+def numbers_kept(model: ModelConfig, checkpointing: Checkpointing) -> int:
+    """How many numbers a layer keeps of each token for its backward.
+
+    All: inputs and outputs of two norms, queries before and after attention and merged, keys and values, four arrays
+    of the feed-forward's width; experts have theirs, with input and output, once for each a token goes to. Of these
+    `selective` keeps what products and attention give, and the layer's input; `full` the input alone.
+    """
+    hidden, wide = model.hidden_size, model.intermediate_size
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
+    experts = model.num_experts_per_tok if model.model_type == "mixtral" else 0
+    match checkpointing:
+        case "full":
+            return hidden
+        case "selective":
+            return 2 * hidden + 2 * queries + 2 * keys + (experts or 1) * (2 * wide + hidden)
+        case _:
+            kept = 4 * hidden + 3 * queries + 2 * keys + (experts or 1) * 4 * wide
+            return kept + 3 * experts * hidden
 
 
 def head_bytes(recipe: Recipe, tokens: int, width: int, accumulates: bool) -> int:

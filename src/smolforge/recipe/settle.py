@@ -8,7 +8,7 @@ from typing import Any
 from smolforge.checkpoint import resolve
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
-from smolforge.recipe.machine import DECIDED, on_this_machine
+from smolforge.recipe.machine import DECIDED, in_the_fastest_dtype, on_this_machine
 from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import FREE, fields, leaves, place, replaced
@@ -29,6 +29,7 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": resolve.pinned(recipe.init_from)})
+    recipe = in_the_fastest_dtype(recipe)
     if recipe.budget is not None:
         given = leaves(recipe)
         kept = {name: given[name] for name in BUDGETED if name in explicit}
