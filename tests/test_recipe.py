@@ -639,9 +639,7 @@ def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file, monkeypatch):
-    from smolforge.recipe import run as run_module
-
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(MissingResource, match=r"need [\d,]+ more bytes and .* has 10 free"):
         train(recipe_file, tmp_path / "run")
 

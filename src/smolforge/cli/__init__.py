@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 from smolforge import __version__
-from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
@@ -64,6 +64,8 @@ def _run(argv: Sequence[str]) -> int:
         return app(words, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
         return _say(SettingError(_usage(error, words)), USAGE, debug)
+    except Elsewhere as error:
+        return error.exit_code
     except (SettingError, InvalidFile, MissingResource, Diverged, Stopped) as error:
         return _say(error, error.exit_code, debug)
     except KeyboardInterrupt:
