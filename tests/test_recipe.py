@@ -28,7 +28,7 @@ from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.loss import IGNORED
 from smolforge.recipe import resume_or_start, train
-from smolforge.recipe.plan import head_bytes, parse_budget, plan, training_bytes, within_budget
+from smolforge.recipe.plan import head_bytes, parse_budget, plan, tokens_per_second, training_bytes, within_budget
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
 from smolforge.runs import RunFolder, read_records
@@ -177,6 +177,15 @@ def test_a_budget_is_kept(tokens):
     assert schedule.steps == recipe.train.steps
     assert schedule.decay_steps == pytest.approx(recipe.train.steps / 5, abs=1)
     assert recipe.train.steps >= 200 or recipe.train.rows == 1
+
+
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 0.1, "decay": "linear", "decay_steps": 0.3}, {}])
+def test_a_budget_of_time_is_measured(schedule):
+    recipe = to_recipe(NANO | {"budget": "3s", "optim": {"schedule": schedule}})
+    recipe = within_budget(replaced(recipe, {"train.sequence_length": 64, "train.batch_tokens": 64}))
+    tokens = recipe.train.steps * recipe.train.batch_tokens
+    assert recipe.optim.schedule.steps == recipe.train.steps
+    assert 0.3 < tokens / tokens_per_second(recipe) < 30
 
 
 def test_memory_of_smollm2_is_what_was_measured():

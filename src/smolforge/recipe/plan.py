@@ -242,7 +242,9 @@ def tokens_per_second(recipe: Recipe) -> float:
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_rows, most)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
-    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": 2**40, "optim.schedule.steps": 1})
+    steps = 2**40  # ends when it was measured
+    schedule = recipe.optim.schedule.over(steps).model_dump()
+    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": steps, "optim.schedule": schedule})
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(
