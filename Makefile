@@ -23,6 +23,8 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/reliability.py
 

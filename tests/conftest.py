@@ -34,6 +34,7 @@ NANO = {
         "steps": 8,
         "sequence_length": 32,
         "batch_tokens": 128,
+        "dtype": "float32",
         "checkpoint_every": 4,
         "evaluate_every": 4,
         "sample_every": "none",

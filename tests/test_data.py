@@ -18,7 +18,7 @@ from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens
 from smolforge.data.documents import documents, python_docs
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.model import IGNORED
+from smolforge.loss import IGNORED
 from smolforge.testing import sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer, byte_symbols
 

@@ -14,7 +14,7 @@ from smolforge.data.corpus import HELD_OUT
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile
 from smolforge.evaluation import loss_by_position, measure, measure_corpus, windows
-from smolforge.model import IGNORED
+from smolforge.loss import IGNORED
 from smolforge.testing import tiny_model
 
 

@@ -15,8 +15,9 @@ from smolforge.errors import InvalidFile, SettingError
 from smolforge.experts import Experts, balance_loss, grouped_linear, one_grouped_mm
 from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
+from smolforge.loss import loss_sum
 from smolforge.memory import Cache
-from smolforge.model import build, loss_sum
+from smolforge.model import build
 from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.settings import validated
@@ -110,7 +111,7 @@ def test_gradients_equal_transformers(tmp_path, family):
     ids = torch.randint(config.vocab_size, (2, 40))
     theirs(ids, labels=ids).loss.backward()
     labels = F.pad(ids, (0, 1), value=-100)[:, 1:]
-    (loss_sum(ours, ours.hidden(ids), labels) / (labels != -100).sum()).backward()
+    (loss_sum(ours.hidden(ids), ours.head, labels)[0] / (labels != -100).sum()).backward()
     expected = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         if ".experts." in name:

@@ -4,21 +4,14 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import model as model_module
 from smolforge import presets
 from smolforge.config import ModelConfig
+from smolforge.loss import loss_sum
 from smolforge.memory import Cache
-from smolforge.model import (
-    IGNORED,
-    adapted,
-    allocate,
-    build,
-    loss_sum,
-)
+from smolforge.model import adapted, allocate, build
 from smolforge.sizes import component, parameter_counts
 from smolforge.testing import tiny_config, tiny_model
 
@@ -60,7 +53,7 @@ def test_initial_loss_is_what_the_rule_predicts(tied, std):
     model = build(config)
     ids = torch.randint(8192, (4, 64))
     with torch.no_grad():
-        loss = loss_sum(model, model.hidden(ids), torch.randint(8192, ids.shape)) / ids.numel()
+        loss = loss_sum(model.hidden(ids), model.head, torch.randint(8192, ids.shape))[0] / ids.numel()
     assert loss.item() == pytest.approx(math.log(8192) + 576 * std**2 / 2, abs=0.08)
 
 
@@ -69,7 +62,7 @@ def test_smollm2_135m_begins_where_it_should():
     model = build(ModelConfig())
     ids = torch.randint(49152, (1, 257))
     with torch.no_grad():
-        loss = loss_sum(model, model.hidden(ids[:, :-1]), ids[:, 1:]) / 256
+        loss = loss_sum(model.hidden(ids[:, :-1]), model.head, ids[:, 1:])[0] / 256
     assert loss.item() == pytest.approx(11.30, abs=0.08)
 
 
@@ -151,32 +144,6 @@ def test_a_cache_keeps_the_rows_it_is_told_to():
         one = model.hidden(torch.tensor([[4]]), step, cache.at(step))
         whole = model.hidden(torch.cat([ids[2:], torch.tensor([[4]])], 1))[:, -1:]
     torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunked_loss_equals_the_definition(dtype, monkeypatch):
-    monkeypatch.setattr(model_module, "CHUNK_TOKENS", 16)
-    model = build(tiny_config(), dtype=dtype)
-    ids = torch.randint(320, (3, 25))
-    labels = ids.roll(-1, 1)
-    labels[0, :11] = IGNORED
-    loss = loss_sum(model, model.hidden(ids), labels)
-    loss.backward()
-    chunked = [weight.grad.clone() for weight in model.parameters()]
-    model.zero_grad()
-    plain = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORED)
-    plain.backward()
-    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
-    for grad, weight in zip(chunked, model.parameters(), strict=True):
-        torch.testing.assert_close(grad, weight.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_loss_without_chunks_is_the_same(monkeypatch):
-    model, ids = tiny_model(), torch.randint(320, (2, 20))
-    with torch.no_grad():
-        chunked = loss_sum(model, model.hidden(ids), ids)
-        monkeypatch.setattr(model_module, "CHUNKED", False)
-        torch.testing.assert_close(chunked, loss_sum(model, model.hidden(ids), ids), rtol=1e-6, atol=0)
 
 
 def test_a_tied_head_is_the_embedding_after_every_move():

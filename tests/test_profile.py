@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from smolforge.loss import loss_sum
 from smolforge.meter import HostClock, Meter, Work
-from smolforge.model import build, loss_sum
+from smolforge.model import build
 from smolforge.recipe.profile import IDLE, REST, Profile, Spent, kind, spent, summary
 from smolforge.testing import tiny_config
 
@@ -127,7 +128,7 @@ def steps(profile, count):
     for _ in range(count):
         with meter.step():
             with meter.part("forward"):
-                loss = loss_sum(model, model.hidden(ids), ids)
+                loss, _ = loss_sum(model.hidden(ids), model.head, ids)
             with meter.part("backward"):
                 loss.backward()
             with meter.part("optimizer"):

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,14 +26,14 @@ from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
-from smolforge.model import IGNORED
+from smolforge.loss import IGNORED
 from smolforge.recipe import resume_or_start, train
-from smolforge.recipe.plan import parse_budget, plan, training_bytes, within_budget
+from smolforge.recipe.plan import head_bytes, parse_budget, plan, training_bytes, within_budget
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
 from smolforge.runs import RunFolder, read_records
 from smolforge.settings import replaced
-from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences
+from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences, tiny_config
 from smolforge.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +186,39 @@ def test_memory_of_smollm2_is_what_was_measured():
     assert plan(replaced(recipe, {"train.device": "cpu"})).memory_bytes / 2**30 == pytest.approx(7.5, rel=0.15)
 
 
+HEAVY_HEAD = """
+from pathlib import Path
+import torch
+from smolforge.data.batches import Batch
+from smolforge.model import build
+from smolforge.objective import Objective
+from smolforge.recipe.read import read_recipe
+from smolforge.training import backward
+
+def kilobytes(name):
+    return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+
+recipe = read_recipe("recipe.toml")
+objective, train = Objective(build(recipe.model)), recipe.train
+ids = torch.randint(recipe.model.vocab_size, (train.rows, train.sequence_length))
+backward(objective, Batch(ids[:1, :2], ids[:1, :2]), 2, 1)
+before = kilobytes("VmRSS")
+backward(objective, Batch(ids, ids), ids.numel(), train.micro_batch_size)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_the_head_is_what_is_measured(tmp_path):
+    """A chunk's logits are 101 MB, and those of all 2048 tokens would be 403."""
+    shape = tiny_config(vocab_size=49152, hidden_size=16, num_hidden_layers=1, max_position_embeddings=512)
+    train = {"sequence_length": 512, "batch_tokens": 4096, "micro_batch_size": 4, "device": "cpu", "dtype": "float32"}
+    recipe = to_recipe(NANO | {"model": shape.model_dump(), "train": train})
+    (tmp_path / "recipe.toml").write_text(write_recipe(recipe))
+    done = subprocess.run([sys.executable, "-c", HEAVY_HEAD], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert head_bytes(recipe, 2048, 4, accumulates=True) == pytest.approx(int(done.stdout) * 1024, rel=0.15)
+
+
 def test_what_will_not_fit_or_take_days_is_said():
     warnings = plan(replaced(read_recipe("smollm2-135m"), {"train.micro_batch_size": None})).warnings()
     assert any("--train.micro-batch-size needs less" in warning for warning in warnings)
@@ -201,7 +236,7 @@ def test_fixed_settings_are_refused_by_name():
         SettingError, match=r"seed \(3, now 9\), optim\.learning_rate \(0\.003, now 0\.004\).*--init-from"
     ):
         resumed(stored, written, {"optim.learning_rate": 4e-3, "train.steps": 20})
-    with pytest.raises(SettingError, match=r"train\.dtype \('auto', now 'float64'\)"):
+    with pytest.raises(SettingError, match=r"train\.dtype \('float32', now 'float64'\)"):
         resumed(stored, to_recipe(NANO), {"train.dtype": "float64"})
 
 

@@ -14,8 +14,9 @@ from smolforge.config import Optim
 from smolforge.data.batches import Batch, Windows, stream
 from smolforge.data.corpus import Tokens
 from smolforge.generation.stream import generate
+from smolforge.loss import IGNORED, loss_sum
 from smolforge.meter import HostClock, Meter, Work
-from smolforge.model import IGNORED, build, loss_sum
+from smolforge.model import build
 from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.recipe.read import to_recipe
@@ -85,7 +86,7 @@ def test_accumulation_gives_the_step_of_the_large_batch(rows):
     labels = ids.roll(-1, 1)
     for row, length in enumerate([20, 1, 7, 20, 3, 0, 12, 20]):
         labels[row, length:] = IGNORED
-    plain = loss_sum(model, model.hidden(ids), labels) / (labels != IGNORED).sum()
+    plain = loss_sum(model.hidden(ids), model.head, labels)[0] / (labels != IGNORED).sum()
     plain.backward()
     expected = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
@@ -93,6 +94,31 @@ def test_accumulation_gives_the_step_of_the_large_batch(rows):
     torch.testing.assert_close(losses["loss"], plain.detach(), rtol=1e-6, atol=0)
     for weight, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_z_loss_is_minimised_and_reported_apart():
+    """Its gradient joins the loss's; the loss that is reported stays the cross-entropy."""
+    model, ids = build(tiny_config(), 7, torch.float64), torch.randint(320, (4, 20))
+    labels = ids.roll(-1, 1)
+    labels[0, 3:] = IGNORED
+    logits, flat = model(ids).flatten(0, 1), labels.flatten()
+    cross_entropy = nn.functional.cross_entropy(logits, flat, ignore_index=IGNORED)
+    z = 0.01 * logits.logsumexp(-1)[flat != IGNORED].square().mean()
+    expected = torch.autograd.grad(cross_entropy + z, list(model.parameters()))
+    losses = backward(Objective(model, z_loss=0.01), Batch(ids, labels), int((labels != IGNORED).sum()), 3)
+    torch.testing.assert_close(losses, {"loss": cross_entropy.detach(), "z_loss": z.detach()})
+    for weight, grad in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, grad)
+
+
+def test_a_run_says_its_z_loss_where_it_has_one():
+    said: list[dict] = []
+    for weight in (0.0, 1e-2):
+        report = Action(None, lambda _, metrics: said.append(metrics))
+        run(replaced(RECIPE, {"train.z_loss": weight, "train.steps": 2}), build(tiny_config(), 7), actions=[report])
+    assert "z_loss" not in said[0]
+    assert said[1]["z_loss"] == pytest.approx(1e-2 * np.log(320) ** 2, rel=0.1)
+    assert said[1]["loss"] == pytest.approx(np.log(320), rel=0.1)
 
 
 def test_overfits_a_short_text_and_says_it():

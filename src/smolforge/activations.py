@@ -12,7 +12,7 @@ from typing import Any, Literal, assert_never
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Keep = Literal["all", "products", "inputs"]
+Checkpointing = Literal["selective", "full"] | None
 Through = Callable[..., Any]
 """Calls a layer with what it is given."""
 
@@ -24,18 +24,18 @@ DEAR = {
 }
 
 
-def keeping(what: Keep) -> Through:
-    """How layers are called so that they keep this much. Numbers and random states stay as they are."""
-    match what:
-        case "all":
+def checkpointing(kind: Checkpointing) -> Through:
+    """How layers are called so that they keep no more. The numbers stay as they are, to the bit."""
+    match kind:
+        case None:
             return plainly
-        case "products":
+        case "selective":
             contexts = partial(create_selective_checkpoint_contexts, _policy)
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-        case "inputs":
+        case "full":
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         case _:
-            assert_never(what)
+            assert_never(kind)
 
 
 def plainly(layer: Callable[..., Any], *given: Any) -> Any:

@@ -189,10 +189,16 @@ class Train(Settings):
     """Tokens in one row."""
     batch_tokens: PositiveInt = 1_048_576
     """Tokens per optimizer step, over all ranks."""
-    micro_batch_size: Annotated[PositiveInt | None, FREE] = None
-    """Rows in one forward pass; by default all of them. Gradient accumulation follows from it. Fixed for experts."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 on a GPU, float32 elsewhere."""
+    micro_batch_size: Annotated[PositiveInt | Literal["auto"] | None, FREE] = None
+    """Rows in one forward pass: by default all, auto as many as fit. The rest is accumulated. Fixed for experts."""
+    activation_checkpointing: Annotated[Literal["selective", "full"] | None, FREE] = None
+    """Compute again in backward instead of keeping: selective all but products and attention, full whole layers."""
+    dtype: Literal["auto", "float32", "tfloat32", "bfloat16", "float64"] = "auto"
+    """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 where it is faster."""
+    compile: Annotated[bool | Literal["auto"], FREE] = "auto"
+    """Whether torch.compile makes one program of the model; auto does where the run is long enough to gain by it."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log of the softmax's normaliser in what is minimised; PaLM used 1e-4, 0 is off."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000
@@ -216,6 +222,12 @@ class Train(Settings):
     def rows(self) -> int:
         """Sequences per optimizer step."""
         return self.batch_tokens // self.sequence_length
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences per forward pass; all of a step's where that is not decided yet."""
+        size = self.micro_batch_size
+        return min(size, self.rows) if isinstance(size, int) else self.rows
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> "Train":

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import InvalidFile
+from smolforge.loss import IGNORED
 from smolforge.memory import packing
-from smolforge.model import IGNORED, LanguageModel
+from smolforge.model import LanguageModel
 
 TOKENS = 2048
 """Tokens whose logits exist at the same time."""

@@ -30,12 +30,6 @@ from smolforge.memory import Causal, Memory
 Hidden = Float[Tensor, "b t c"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
 
-IGNORED = -100
-"""Label of a position that does not count in the loss, as torch and Transformers spell it."""
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at the same time while training."""
-CHUNKED = "linear_cross_entropy" in F.__dict__
-
 
 def rotary(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
     """Cosine and sine of each position's angles, in fp32 whatever the model's dtype.
@@ -298,20 +292,3 @@ def adapted(model: LanguageModel, config: ModelConfig) -> LanguageModel:
             weight[len(known) :] = known.float().mean(0)
     made.tokenizer = model.tokenizer
     return made.to(model.head.device).train(model.training)
-
-
-def loss_sum(model: LanguageModel, hidden: Hidden, labels: Int[Tensor, "b t"]) -> Float[Tensor, ""]:
-    """Cross-entropy in nats, summed over all labels but IGNORED ones.
-
-    Where torch has it, the head and the loss are computed in chunks of tokens, so that a row of logits
-    a token never exists for the whole batch at once; otherwise as the definition says.
-    """
-    states, targets = hidden.flatten(0, 1), labels.flatten()
-    if CHUNKED and states.dtype == model.head.dtype:
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_TOKENS)
-        return F.linear_cross_entropy(
-            states, model.head, targets, reduction="sum", ignore_index=IGNORED, options=options
-        )
-    logits = model.logits(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)

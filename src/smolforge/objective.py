@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from smolforge.activations import Keep, keeping
+from smolforge.activations import Checkpointing, checkpointing
 from smolforge.config import Recipe
 from smolforge.device import autocast
+from smolforge.loss import IGNORED, loss_sum
 from smolforge.memory import packing
-from smolforge.model import IGNORED, LanguageModel, loss_sum
+from smolforge.model import LanguageModel
 
 log = logging.getLogger("smolforge")
 
@@ -26,7 +27,7 @@ log = logging.getLogger("smolforge")
 class Objective(nn.Module):
     """Called with a micro-batch, it gives sums over its labels by name; `objective` is to be minimised.
 
-    `separator` keeps documents that end with it apart, `keep` says what layers keep for their backward.
+    `separator` keeps documents that end with it apart; `checkpoint` says how little layers keep for their backward.
     """
 
     def __init__(
@@ -34,19 +35,28 @@ class Objective(nn.Module):
         model: LanguageModel,
         dtype: str = "float32",
         separator: int | None = None,
-        keep: Keep = "all",
+        z_loss: float = 0.0,
+        checkpoint: Checkpointing = None,
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.dtype, self.separator = model, dtype, separator
-        self.through = keeping(keep)
+        self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
+        self.through = checkpointing(checkpoint)
         self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
 
     @classmethod
     def of(cls, model: LanguageModel, recipe: Recipe) -> "Objective":
         """As a recipe trains it."""
         separator = model.tokenizer.eos_id if recipe.data.intra_document_masking else None
-        return cls(model, recipe.train.dtype, separator)
+        settings = recipe.train
+        return cls(
+            model,
+            settings.dtype,
+            separator,
+            settings.z_loss,
+            settings.activation_checkpointing,
+            settings.compile is True,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -55,15 +65,14 @@ class Objective(nn.Module):
     def forward(self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         with autocast(self.dtype, ids.device):
             hidden, balance = self.body(ids, *packing(ids, self.separator), self.through)
-            loss = loss_sum(self.model, hidden, labels)
-            if not isinstance(balance, Tensor):
-                return {"objective": loss, "loss": loss}
-            balance = balance * (labels != IGNORED).sum()
-            return {
-                "objective": loss + self.model.config.router_aux_loss_coef * balance,
-                "loss": loss,
-                "balance_loss": balance,
-            }
+            total, z = loss_sum(hidden, self.model.head, labels, self.z_loss)
+        sums = {"objective": total, "loss": total.detach() - z}
+        if self.z_loss:
+            sums["z_loss"] = z
+        if isinstance(balance, Tensor):
+            sums["balance_loss"] = balance * (labels != IGNORED).sum()
+            sums["objective"] = total + self.model.config.router_aux_loss_coef * sums["balance_loss"]
+        return sums
 
 
 def compiled_or_not(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -37,7 +37,8 @@ class Settings(BaseModel):
     @classmethod
     def _as_it_looks(cls, value: Any, validate: Callable[[Any], Any], info: Any) -> Any:
         """Refuse what pydantic would take, but nobody means or no file holds: true for 1, 2**99, half a character."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(f"it should be {rule(cls, info.field_name)}")
         value = validate(value)
         for each in value if isinstance(value, tuple) else (value,):
@@ -137,6 +138,8 @@ def in_words(schema: Mapping[str, Any]) -> str:
             return ", or ".join(in_words(part) for part in parts)
         case {"enum": [*words, last]}:
             return f"{', '.join(words)} or {last}" if words else str(last)
+        case {"const": word}:
+            return str(word)
         case {"type": "array", "prefixItems": [each, *_] as places}:
             return f"a list of {len(places)}, each {in_words(each)}"
         case {"type": "array", "items": each}:

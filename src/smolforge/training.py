@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
+from smolforge.loss import IGNORED
 from smolforge.meter import Meter, Part
-from smolforge.model import IGNORED
 from smolforge.objective import Objective
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 
@@ -128,7 +128,7 @@ def launch(
     judge: Judge | None,
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for nothing."""
-    rows, device = recipe.train.micro_batch_size or recipe.train.rows, objective.device
+    rows, device = recipe.train.micro_rows, objective.device
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
     with meter.step():

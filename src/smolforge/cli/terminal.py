@@ -112,8 +112,7 @@ def corpus_line(counts: dict[str, int]) -> str:
 def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
     """What a run opens with."""
     shape = ", ".join(f"{name} {count:,}" for name, count in sorted(plan.parameters.items()))
-    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows)
-    micro = math.ceil(recipe.train.rows / rows)
+    micro = math.ceil(recipe.train.rows / recipe.train.micro_rows)
     batch = f"{recipe.train.rows} x {recipe.train.sequence_length} tokens"
     steps = f"{start.step:,} to {recipe.train.steps:,}" if start.step else f"{recipe.train.steps:,}"
     said = {

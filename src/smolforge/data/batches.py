@@ -24,7 +24,7 @@ from torch import Tensor
 
 from smolforge.data.corpus import Tokens
 from smolforge.errors import InvalidFile
-from smolforge.model import IGNORED
+from smolforge.loss import IGNORED
 
 _MASK = (1 << 64) - 1
 

@@ -1,5 +1,6 @@
 """What this machine is and what it can do: device, dtype, speed, memory."""
 
+import functools
 import os
 import platform
 import resource
@@ -12,7 +13,9 @@ import torch
 
 from smolforge.errors import MissingResource, SettingError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "tfloat32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+CLEARLY = 1.5
+"""Times as fast, before half the precision is worth it."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,11 +33,28 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it faster than fp32, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    """The dtype of matrix products; `auto` is the fastest."""
+    return DTYPES[fastest_dtype(device) if name == "auto" else name]
+
+
+@functools.cache
+def fastest_dtype(device: torch.device) -> str:
+    """bfloat16 where the device multiplies it clearly faster than fp32, which on a processor is measured.
+
+    Without units for it a processor takes seven times as long; an Apple GPU is not known well enough.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type != "cpu":
+        return "float32"
+    half, full = (matrix_flops_per_second(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return "bfloat16" if half > CLEARLY * full else "float32"
+
+
+def use_tensor_cores(dtype: str, device: torch.device) -> None:
+    """Let a GPU round the factors of what is left in fp32 to TF32, unless fp32 itself was asked for."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if dtype in ("tfloat32", "bfloat16") else "highest")
 
 
 def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
@@ -92,6 +112,17 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory nobody uses now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with Path("/proc/meminfo").open(encoding="utf-8") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return memory_bytes(device) // 2
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

@@ -16,8 +16,9 @@ from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype
 from smolforge.device.peaks import peak
 from smolforge.errors import SettingError
+from smolforge.loss import chunk_tokens
 from smolforge.meter import Meter, Work, clock
-from smolforge.model import CHUNK_TOKENS, build
+from smolforge.model import build
 from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.settings import replaced
@@ -103,17 +104,31 @@ def training_bytes(recipe: Recipe) -> int:
     """
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
-    rows = min(train.micro_batch_size or train.rows, train.rows)
     queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
     kept = 4 * model.hidden_size + 3 * queries + 2 * keys
     if model.model_type == "mixtral":
         kept += model.num_experts_per_tok * (4 * model.intermediate_size + 3 * model.hidden_size)
     else:
         kept += 4 * model.intermediate_size
-    tokens = rows * train.sequence_length
+    tokens = train.micro_rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
-    head = 3 * min(tokens, CHUNK_TOKENS) * model.vocab_size + 2 * tokens * model.hidden_size
-    return (4 * sum(parameter_counts(model).values()) + activations + head) * width + PROCESS_BYTES
+    rest = (4 * sum(parameter_counts(model).values()) + activations) * width
+    return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
+
+
+def head_bytes(recipe: Recipe, tokens: int, width: int, accumulates: bool) -> int:
+    """What the loss of so many tokens needs at its peak, weights and their gradients apart.
+
+    On the way forward a chunk's logits and the head's gradient, on the way back that gradient twice. One of them
+    becomes the weight's own, unless that holds what earlier micro-batches gave. The states' gradient is there twice.
+    In bfloat16 a chunk's logits exist in both precisions, and so does the head.
+    """
+    device, vocabulary = pick_device(recipe.train.device), recipe.model.vocab_size
+    matrix = vocabulary * recipe.model.hidden_size * width
+    logits = min(tokens, chunk_tokens(device)) * vocabulary * width
+    if pick_dtype(recipe.train.dtype, device) == torch.bfloat16:
+        logits += (logits + matrix) // 2
+    return max(logits, matrix) + accumulates * matrix + 2 * tokens * recipe.model.hidden_size * width
 
 
 def disk_bytes(recipe: Recipe) -> int:
@@ -197,7 +212,7 @@ def tokens_per_second(recipe: Recipe) -> float:
     model = build(recipe.model).to(device)
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
-    rows = min(recipe.train.micro_batch_size or recipe.train.rows, recipe.train.rows, most)
+    rows = min(recipe.train.micro_rows, most)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
     probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": 2**40, "optim.schedule.steps": 1})
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()

@@ -35,7 +35,7 @@ ITSELF = {
     "copies, communication": r"memcpy|memset|nccl|gloo|c10d|all_?reduce|direct_copy|^aten::copy_",
 }
 """Kinds by the operator's own name: the head's products are matrix products inside the loss."""
-LOSS = r"cross_entropy|log_?softmax|nll_loss|logsumexp"
+LOSS = r"^_LossSum$|cross_entropy|log_?softmax|nll_loss|logsumexp"
 HOST = (
     r"^(ProfilerStep|forward$|backward$|other$)|^autograd::|^torch::autograd|Backward\d*$|^Torch-Compiled|TorchDynamo"
 )

@@ -20,7 +20,7 @@ from smolforge import commit, guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus, shards
-from smolforge.device import describe, pick_device
+from smolforge.device import describe, pick_device, use_tensor_cores
 from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
@@ -78,6 +78,7 @@ def attempt(
 ) -> Run | None:
     """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
     folder, device = files.path, pick_device(recipe.train.device)
+    use_tensor_cores(recipe.train.dtype, device)
     newest = newest_checkpoint(folder)
     state.seed_all(recipe.seed)
     model = initial_model(recipe, text, newest is not None).to(device)
@@ -90,7 +91,8 @@ def attempt(
         announce(recipe, start, observer)
         check_disk(recipe, folder)
         files.write(RECIPE, write_recipe(recipe))
-        files.record_environment(start.step, describe(device) | {"micro_batch_size": recipe.train.micro_batch_size})
+        settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
+        files.record_environment(start.step, describe(device) | settings)
     files.rewind(start.step, facts.get("incidents", []))
     state.set_aside(folder, start.step)
     decisions = guard.decided(files.incidents())

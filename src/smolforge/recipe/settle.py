@@ -8,6 +8,7 @@ from typing import Any
 from smolforge.checkpoint import resolve
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
+from smolforge.recipe.machine import DECIDED, on_this_machine
 from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import FREE, fields, leaves, place, replaced
@@ -20,7 +21,7 @@ ADAPTABLE = ("rope_theta", "max_position_embeddings")
 
 
 def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset()) -> Recipe:
-    """Decide what a first start leaves open: the shape to start from, the budget's run, the schedule's horizon.
+    """Decide what a first start leaves open: shape to start from, budget's run, what fits the machine, horizon.
 
     `explicit` names what was given by hand, which counts before what a budget derives; `written` the settings
     of the model that stand in the recipe's file.
@@ -34,7 +35,7 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
         if "train.steps" in kept:
             kept.setdefault("optim.schedule.steps", None)
         recipe = replaced(within_budget(recipe, explicit), kept)
-    return with_schedule_over(recipe, recipe.train.steps)
+    return with_schedule_over(on_this_machine(recipe), recipe.train.steps)
 
 
 def shape_to_start_from(recipe: Recipe, explicit: Set[str], written: Set[str]) -> ModelConfig:
@@ -78,6 +79,7 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     horizon = stored.optim.schedule.steps
     assert horizon is not None
     tree = stored.model_dump()
+    overrides = {name: value for name, value in overrides.items() if not (name in DECIDED and value == "auto")}
     for dotted, value in overrides.items():
         place(tree, dotted, value)
     now = with_schedule_over(to_recipe(tree), horizon)
@@ -87,7 +89,8 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
         derived = (stored.budget is not None and name in BUDGETED) or (
             stored.init_from is not None and name.startswith("model.")
         )
-        differs = file[name] not in (None, before[name]) and not derived and name not in overrides
+        left_open = file[name] is None or (name in DECIDED and file[name] == "auto")
+        differs = not left_open and file[name] != before[name] and not derived and name not in overrides
         if asked[name] != before[name] or differs:
             other = asked[name] if asked[name] != before[name] else file[name]
             fixed.append(f"{name} ({before[name]!r}, now {other!r})")

@@ -1,0 +1,64 @@
+"""What `auto` comes to on this machine: dtype, micro-batch, compilation. Decided at a run's first start, and kept.
+
+dtype       the one this device multiplies fastest in, measured
+micro-batch as many rows as keep the device busy and fit into its memory, on a GPU found by trying
+compile     where the run is long enough to win back what the compiler takes
+"""
+
+import torch
+
+from smolforge.config import Recipe
+from smolforge.device import available_bytes, fastest_dtype, pick_device
+from smolforge.errors import SettingError
+from smolforge.recipe.plan import plan, tokens_per_second, training_bytes
+from smolforge.settings import replaced
+
+DECIDED = ("train.dtype", "train.micro_batch_size", "train.compile")
+BUSY_TOKENS = {"cuda": 65_536}
+"""Tokens of a micro-batch beyond which a device gets no faster."""
+BUSY_TOKENS_ELSEWHERE = 4096
+SAFE_SHARE = 0.8
+"""Of the memory that is free, so that the prediction's error and other programs have room."""
+WORTH_COMPILING_SECONDS = {"cuda": 300, "cpu": 3600}
+"""A compiler takes a minute or two, and wins several per cent on a processor, half the time on a GPU."""
+
+
+def on_this_machine(recipe: Recipe) -> Recipe:
+    """The recipe without any `auto`. Raises SettingError where not even one row fits."""
+    device, train = pick_device(recipe.train.device), recipe.train
+    if train.dtype == "auto":
+        recipe = replaced(recipe, {"train.dtype": fastest_dtype(device)})
+    if train.micro_batch_size == "auto":
+        recipe = replaced(recipe, {"train.micro_batch_size": fitting_rows(recipe, device)})
+    if train.compile == "auto":
+        recipe = replaced(recipe, {"train.compile": is_worth_compiling(recipe, device)})
+    return recipe
+
+
+def fitting_rows(recipe: Recipe, device: torch.device) -> int:
+    """The largest share of a step's rows that is no more than keeps the device busy, and that fits."""
+    train, room = recipe.train, SAFE_SHARE * available_bytes(device)
+    busy = BUSY_TOKENS.get(device.type, BUSY_TOKENS_ELSEWHERE) // train.sequence_length
+    for rows in range(min(max(1, busy), train.rows), 0, -1):
+        if train.rows % rows == 0:
+            tried = replaced(recipe, {"train.micro_batch_size": rows})
+            if training_bytes(tried) <= room and (device.type != "cuda" or fits(tried)):
+                return rows
+    raise SettingError(
+        f"not even one row of {train.sequence_length} tokens fits into the {room / 2**30:.1f} GiB that may be used; "
+        "--train.activation-checkpointing full needs less, or a smaller --train.sequence-length"
+    )
+
+
+def fits(recipe: Recipe) -> bool:
+    """Whether a few steps of it run."""
+    try:
+        tokens_per_second(recipe)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def is_worth_compiling(recipe: Recipe, device: torch.device) -> bool:
+    return plan(recipe).seconds > WORTH_COMPILING_SECONDS.get(device.type, float("inf"))
