@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 START: Any = mp.get_context("forkserver")
-GRACE_SECONDS = 5
+GRACE_SECONDS = 20
 
 
 class Failed(Exception):
@@ -134,11 +134,11 @@ def serve(pipe: Connection, log: Path | None = None) -> None:
     try:
         maker, given = pipe.recv()
         module, _, name = maker.partition(":")
-        made = vars(import_module(module))[name](**given)
+        made = getattr(import_module(module), name)(**given)
         pipe.send((True, None))
         while True:
             method, given = pipe.recv()
-            pipe.send((True, type(made).__dict__[method](made, **given)))
+            pipe.send((True, getattr(made, method)(**given)))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:

@@ -1,47 +1,20 @@
 """One training step, ours and our peers': the same weights, batch, loss and optimizer, each in its own best loop.
 
-    job -> a contestant -> turn(steps): seconds, losses, peak memory
-
 Weights come from a Hugging Face model folder, so that each reads them in its own way. A step is forward, backward,
 clipping and AdamW over one micro-batch; ours is the loop of `smolforge train` itself, guard included. Under bfloat16
 all keep fp32 weights and autocast. Nobody reads a loss before its turn is over.
 
-Imports stand inside functions: a contestant of another environment has only torch, safetensors and its own package.
+Each imports its own package when it is made: another may not be there, or not beside it.
 """
 
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from job import SEPARATOR, Job, Taken, attending, autocast, batch, moved, now, prepare, turn
 from torch import Tensor, nn
-
-SEPARATOR = 35
-"""Ends a document where documents are kept apart; drawn so often that one has about 400 tokens."""
-Taken = tuple[float, list[float]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a contestant is to do."""
-
-    folder: Path
-    rows: int
-    length: int
-    peer: str = "smolforge"
-    device: str = "cpu"
-    dtype: str = "float32"
-    compiled: str = "no"
-    """no, whole, layers (each by itself) or autotuned (whole, products chosen by trying)."""
-    attention: str = "default"
-    """A backend of scaled_dot_product_attention, or documents, which are kept apart by FlexAttention."""
-    deterministic: bool = False
-    learning_rate: float = 3e-3
 
 
 class Smolforge:
@@ -62,9 +35,8 @@ class Smolforge:
             for layer in model.model.layers:
                 layer.self_attn.layer = 0  # whole rows ask no layer's number, and one number makes one graph
                 layer.compile(dynamic=False)
-        whole, separator = self.job.compiled in ("whole", "autotuned"), None
-        if self.job.attention == "documents":
-            separator = SEPARATOR
+        separator = SEPARATOR if self.job.attention == "documents" else None
+        whole = self.job.compiled not in ("no", "layers")
         self.objective = Objective(model, self.job.dtype, separator, compiled=whole)
         self.batch = Batch(*batch(self.job, model.config.vocab_size))
         self.recipe = recipe(self.job, model.config)
@@ -74,44 +46,59 @@ class Smolforge:
     def turn(self, steps: int, warm: int = 0) -> dict[str, Any]:
         return turn(self.job, self.take, steps, warm)
 
-    def take(self, count: int, after: Callable[..., None] | None = None) -> Taken:
+    def take(
+        self,
+        count: int,
+        after: Callable[..., None] = lambda *_: None,
+        batches: Iterable[Any] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Taken:
         """So many steps of the loop, timed from the moment it asks for the first batch. `after` is called each step."""
+        from smolforge.meter import Meter, Work, clock
         from smolforge.settings import replaced
         from smolforge.training import Action, train
 
         begun: list[float] = []
         heard: list[float] = []
 
-        def batches() -> Iterator[Any]:
+        def timed() -> Iterator[Any]:
             begun.append(now(self.job))
-            while True:
-                yield self.batch
+            yield from batches or itertools.repeat(self.batch)
 
-        actions = [Action(1, lambda _, metrics: heard.append(metrics["loss"]), late=True)]
-        actions += [Action(1, after, late=True)] if after else []
-        recipe = replaced(self.recipe, {"train.steps": self.state.step + count})
         self.state = train(
-            *(self.objective, self.optimizers, batches(), recipe, self.state, actions),
-            stopping=lambda: False,
-            meter=self.meter(),
-            judge=self.judge,
+            self.objective,
+            self.optimizers,
+            timed(),
+            replaced(self.recipe, {"train.steps": self.state.step + count}),
+            self.state,
+            [Action(1, lambda _, metrics: heard.append(metrics["loss"]), late=True), Action(1, after, late=True)],
+            stopping,
+            Meter(Work(self.batch.ids.numel(), 1, 1, 1.0), 1, clock(torch.device(self.job.device))),
+            self.judge,
         )
         return now(self.job) - begun[0], heard
 
-    def meter(self) -> Any:
-        from smolforge.meter import Meter, Work, clock
-
-        return Meter(Work(self.batch.ids.numel(), 1, 1, 1.0), 1, clock(torch.device(self.job.device)))
-
     def waits(self) -> str | None:
-        """Launch one step where waiting for the device is an error; what it waited for, if it did."""
-        from smolforge.training import launch
+        """What a step waits for the GPU for, if it does, between its batch and the end of its update."""
+        if self.job.device != "cuda":
+            return None
 
-        with attending(self.job.attention), waiting_is_an_error(self.job.device):
-            try:
-                launch(self.objective, self.optimizers, iter([self.batch]), self.recipe, 0, self.meter(), self.judge)
-            except RuntimeError as error:
-                return str(error)
+        def batches() -> Iterator[Any]:
+            torch.cuda.set_sync_debug_mode("error")
+            yield self.batch
+
+        def stopping() -> bool:  # asked before a step and once it is launched
+            torch.cuda.set_sync_debug_mode("default")
+            return False
+
+        try:
+            with attending(self.job.attention):
+                self.take(1, batches=batches(), stopping=stopping)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            self.objective.zero_grad(set_to_none=True)
         return None
 
     def repeats(self, steps: int = 3) -> bool:
@@ -244,112 +231,3 @@ def recipe(job: Job, shape: Any) -> Any:
         train=Train(sequence_length=job.length, batch_tokens=job.rows * job.length, dtype=job.dtype, device=job.device),
         guard=Guard(spike=None),
     )
-
-
-def batch(job: Job, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels (rows, length), the same each time; few ids are frequent and most are rare, as in text."""
-    chance = 1 / torch.arange(10, 10 + vocabulary, dtype=torch.float64)
-    drawn = torch.Generator().manual_seed(0)
-    ids = torch.multinomial(chance, job.rows * (job.length + 1), replacement=True, generator=drawn)
-    ids = ids.view(job.rows, job.length + 1)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def turn(job: Job, take: Callable[[int], Taken], steps: int, warm: int) -> dict[str, Any]:
-    """`warm` steps, then `steps` that are timed; afterwards the device's memory is free for others."""
-    with attending(job.attention):
-        warm_seconds, losses = take(warm) if warm else (0.0, [])
-        seconds, more = take(steps) if steps else (0.0, [])
-    peak = peak_bytes(job)
-    if job.device == "cuda":
-        torch.cuda.empty_cache()
-    return {
-        "seconds": seconds,
-        "warm_seconds": warm_seconds,
-        "losses": losses + more,
-        "peak_bytes": peak,
-        "graphs": graphs(),
-    }
-
-
-def prepare(job: Job) -> None:
-    """What is set for a whole process."""
-    if job.device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if job.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if job.compiled == "autotuned":
-        from torch._inductor import config
-
-        config.max_autotune = True
-
-
-def attending(name: str) -> AbstractContextManager:
-    """Only this backend of scaled_dot_product_attention, which raises where it cannot be used."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    return sdpa_kernel(backends[name]) if name in backends else nullcontext()
-
-
-@contextmanager
-def waiting_is_an_error(device: str) -> Iterator[None]:
-    """Inside, whatever makes the processor wait for the GPU raises RuntimeError."""
-    if device != "cuda":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def autocast(job: Job) -> AbstractContextManager:
-    return torch.autocast(job.device, torch.bfloat16) if job.dtype == "bfloat16" else nullcontext()
-
-
-def moved(tensor: Tensor, job: Job) -> Tensor:
-    return tensor.pin_memory().to(job.device, non_blocking=True) if job.device == "cuda" else tensor
-
-
-def now(job: Job) -> float:
-    """The clock once the device has done all it was asked."""
-    if job.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_bytes(job: Job) -> int:
-    """Most memory that tensors took on a GPU; elsewhere, that this process took."""
-    if job.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # a child's getrusage begins with its parent's peak
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def graphs() -> int:
-    """Graphs that torch.compile made in this process: none where it gave up, and ever more where shapes change."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
-
-
-def prepared(preset: str, folder: Path) -> Path:
-    """A model folder of the shape with fresh weights."""
-    from smolforge import presets
-    from smolforge.checkpoint import weights
-    from smolforge.config import ModelConfig
-    from smolforge.model import build
-
-    weights.save(build(ModelConfig.model_validate(presets.shape(preset))), folder)
-    return folder

@@ -230,7 +230,7 @@ class Gauge:
 
 def kernels(rows: int, length: int, device: str) -> dict[str, Callable[..., Tensor]]:
     """Causal attention by each backend; those without groups of heads get their keys and values repeated."""
-    from peers import attending
+    from job import attending
 
     def by(name: str, grouped: bool) -> Callable[..., Tensor]:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
