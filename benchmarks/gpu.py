@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_page
-import peers
+import job
 from contest import Contestant, Entrant, Failed, race, start_by
 from roofline import Machine, fastest_step
 
@@ -57,7 +57,13 @@ PATIENCE_SECONDS = 200
 SIDE_BY_SIDE_TOKENS = 40_000
 """Micro-batches up to so large compile side by side, as they have room beside each other."""
 OTHER_SHAPES = ("pow2-135m", "study-pow2-151m", "study-original-174m")
-KINDS = {"no": "eager", "whole": "compiled", "layers": "compiled by layer", "autotuned": "compiled, autotuned"}
+KINDS = {
+    "no": "eager",
+    "whole": "compiled",
+    "layers": "compiled by layer",
+    "autotuned": "compiled, autotuned",
+    "graphs": "compiled, CUDA graphs",
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ def groups(preset: str, rows: list[int]) -> list[Group]:
         Group([*(replace(ours, attention=name) for name in ("flash", "cudnn")), replace(ours, compiled="layers")]),
         *others[1:],
         Group([replace(ours, attention="documents"), replace(ours, deterministic=True)], probed=True),
+        Group([replace(ours, compiled="graphs", rows=min(rows))]),
         Group([replace(ours, compiled="autotuned")]),
     ]
 
@@ -189,12 +196,12 @@ class Bench:
     def started(self, case: Case) -> Contestant:
         folder = self.scratch / case.preset
         if not folder.exists():
-            peers.prepared(case.preset, folder)
-        job = {key: value for key, value in asdict(case).items() if key != "preset"}
-        job |= {"folder": folder, "length": self.asked.length, "learning_rate": LEARNING_RATE}
-        job |= {"device": self.asked.device, "dtype": self.dtype}
+            job.prepared(case.preset, folder)
+        given = {key: value for key, value in asdict(case).items() if key != "preset"}
+        given |= {"folder": folder, "length": self.asked.length, "learning_rate": LEARNING_RATE}
+        given |= {"device": self.asked.device, "dtype": self.dtype}
         maker = "peers:Smolforge" if case.peer == OURS else "peers:Peer"
-        return Contestant(maker, log=self.log(f"{case.name} {case.preset} {case.rows}"), **job)
+        return Contestant(maker, log=self.log(f"{case.name} {case.preset} {case.rows}"), **given)
 
     def report(self, case: Case, entrant: Entrant, entrants: dict[Case, Entrant], steps: int) -> None:
         if entrant.failed is not None:

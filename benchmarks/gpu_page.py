@@ -6,7 +6,7 @@ from typing import Any
 from roofline import Machine
 
 CASES = """
-| case | shape | rows | tokens/s | x Transformers compiled | MFU causal / full | of roofline | peak | first step | loss |
+| case | shape | rows | tokens/s | x Transformers | MFU causal / full | of roofline | peak | first step | loss |
 |---|---|---|---|---|---|---|---|---|---|"""
 Rates = Mapping[str, Mapping[str, Any]]
 
@@ -25,7 +25,7 @@ def of_device(about: Mapping[str, Any], machine: Machine, rates: Mapping[str, fl
 def of_roofline(parts: Mapping[str, float], strict: Mapping[str, float], tokens: int) -> list[str]:
     whole, bold = (tokens / sum(each.values()) for each in (parts, strict))
     return [
-        f"\nRoofline, {tokens:,} tokens a step: {whole:,.0f} tokens/s ({bold:,.0f} with attention at the whole peak).\n",
+        f"\nRoofline, {tokens:,} tokens a step: {whole:,.0f} tokens/s ({bold:,.0f} with attention at the peak).\n",
         "| part | us a token |\n|---|---|",
         *(f"| {name} | {1e6 * seconds / tokens:.3f} |" for name, seconds in parts.items()),
     ]
