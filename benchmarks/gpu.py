@@ -1,7 +1,7 @@
 """How fast one GPU trains SmolLM2-135M on rows of 2048 tokens: ours, Transformers', and what the GPU could do.
 
     python benchmarks/gpu.py --out DIR [--minutes 8] [--rows 8 16 32] [--preset smollm2-135m] [--length 2048]
-                             [--device cuda] [--quick]
+                             [--groups N] [--device cuda] [--quick]
 
 Printed as it comes, and kept in DIR/results.md and DIR/results.json after every group:
 
@@ -22,8 +22,8 @@ and there, in the root of this repository:
     python3 -m pip install --no-index --no-deps --target /tmp/site .wheels/*.whl
     PYTHONPATH=src:/tmp/site python3 benchmarks/gpu.py --out DIR
 
-What fails, or runs out of memory or of time, is a line and not the end. `--device cpu --preset smollm2-nano --length 64
---rows 2 --quick` executes every line but CUDA's own, and measures nothing.
+What fails, or runs out of memory or of time, is a line and not the end. `--groups 1` ends after the comparison of 2;
+`--device cpu --preset smollm2-nano --length 64 --rows 2 --quick` executes every line but CUDA's, and measures nothing.
 """
 
 import argparse
@@ -286,12 +286,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--preset", default="smollm2-135m")
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--groups", type=int, metavar="N", help="only the first so many groups of contestants")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="one step of each, to see that all of it runs")
     asked = parser.parse_args()
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    start_by("forkserver", "torch", "smolforge.training")  # these leave CUDA alone when imported, as forking needs
+    # These leave CUDA alone when imported, as forking needs.
+    start_by("forkserver", "torch._dynamo", "smolforge.training")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(asked, Path(scratch))
         try:
@@ -300,7 +302,7 @@ def main() -> None:
             bench.say(f"The device could not be measured: {why}; see {bench.log('device')}")
             start_by("spawn")
         bench.say(gpu_page.CASES)
-        for group in groups(asked.preset, asked.rows):
+        for group in groups(asked.preset, asked.rows)[: asked.groups]:
             bench.compete(group)
         bench.conclude()
 

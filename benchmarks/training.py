@@ -68,9 +68,9 @@ def disagreement(found: dict[str, list[Result]], most: float) -> str | None:
     by_name = {name: [loss for turn in turns for loss in turn["losses"]] for name, turns in found.items()}
     ours = next(iter(by_name.values()))
     for name, theirs in by_name.items():
-        worst = max(abs(mine - other) / mine for mine, other in zip(ours, theirs, strict=True))
-        if not worst < most:
-            return f"{name} does another training: its loss is {worst:.1e} off"
+        for mine, other in zip(ours, theirs, strict=True):
+            if not abs(mine - other) < most * mine:
+                return f"{name} does another training: its loss is {other:.6f}, and ours {mine:.6f}"
     return None
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--litgpt", metavar="PYTHON", help="the interpreter of an environment that has litgpt")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     asked = parser.parse_args()
-    start_by("forkserver", "torch")
+    start_by("forkserver", "torch._dynamo")  # AdamW imports it
     results: dict[str, Result] = {}
     for dtype in asked.dtype or fast_dtypes():
         found, failed = compete(asked, dtype)
