@@ -314,13 +314,10 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert "finished at step 8" in (run.folder / "run.log").read_text()
 
 
-def test_source_that_is_not_installed_says_its_version(monkeypatch):
-    def version(name):
-        assert name != "smolforge", "there is no such package"
-        return "1"
-
-    monkeypatch.setattr(runs.metadata, "version", version)
+def test_source_that_is_not_installed_runs(monkeypatch):
     assert runs.versions()["smolforge"] == __version__
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
+    assert runs.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -23,7 +23,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from smolforge import __version__, commit
+from smolforge import commit
 from smolforge.errors import InvalidFile, SettingError, Stopped
 
 log = logging.getLogger("smolforge")
@@ -36,7 +36,7 @@ RECIPE, ENVIRONMENT, METRICS, SAMPLES, INCIDENTS, LOG, LOCK = (
     "run.log",
     ".lock",
 )
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
+PACKAGES = ("smolforge", "torch", "numpy", "tokenizers", "safetensors")
 
 
 class RunFolder:
@@ -262,8 +262,16 @@ def whole_records(content: bytes) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result; ours also where its source is run without being installed."""
-    return {"smolforge": __version__} | {name: metadata.version(name) for name in PACKAGES}
+    """Versions of the packages that decide a result."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str:
+    """Of a package; ours may run as source that is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def revision() -> str | None:
