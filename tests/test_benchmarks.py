@@ -220,6 +220,7 @@ def test_the_customary_proof_in_small(benchmark, monkeypatch, tmp_path, recipe, 
     found = json.loads((results / "hashes.json").read_text())
     assert found["steps"] == [25, 25]
     assert found["stops"][-1] == 20
+    assert all(10 <= stop <= 20 for stop in found["stops"])
     assert found["sha256"]["stopped"] == found["sha256"]["through"]
     assert "equal to the bit: weights, moments, random states, and 25 losses" in capsys.readouterr().out
     assert "--guard.spike none --optim.schedule.steps 25" in (results / "proof.log").read_text()
