@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge import commit
+from smolforge import __version__, commit, runs
 from smolforge.checkpoint import resolve, state
 from smolforge.config import Data
 from smolforge.data.batches import Windows
@@ -319,7 +319,14 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert read_recipe(run.folder / "recipe.toml") == run.recipe
     (start,) = json.loads((run.folder / "environment.json").read_text())
     assert start["packages"]["torch"] == torch.__version__
+    assert start["packages"]["smolforge"] == __version__
     assert "finished at step 8" in (run.folder / "run.log").read_text()
+
+
+def test_source_that_is_not_installed_runs(monkeypatch):
+    assert runs.versions()["smolforge"] == __version__
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
+    assert runs.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
