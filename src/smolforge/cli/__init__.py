@@ -20,6 +20,8 @@ from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, 
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+"""Threads that wait for each other sleep sooner, or one more busy process makes ten times slow: docs/performance.md."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
