@@ -15,7 +15,8 @@ from conftest import NANO
 from smolforge import __version__, cli, training
 from smolforge.checkpoint import state
 from smolforge.cli.flags import parse
-from smolforge.cli.terminal import duration, metrics_line
+from smolforge.cli.terminal import arithmetic_line, duration, metrics_line
+from smolforge.config import Train
 from smolforge.device import is_out_of_memory
 from smolforge.errors import SettingError
 from smolforge.recipe import train
@@ -223,6 +224,14 @@ def test_times_and_lines_read_well():
     assert metrics_line(metrics) == f"loss 2.500  1,234 tokens/s  MFU 42%  {rest}"
     running = {"tokens_per_second_median": 2000.0, "seconds_left": 61.0}
     assert metrics_line(metrics | running) == f"loss 2.500  2,000 tokens/s  MFU 42%  {rest}  61 s left"
+
+
+def test_what_a_step_computes_in_is_said_first():
+    assert arithmetic_line(Train(dtype="float32", compile=False)) == "float32"
+    dear = Train(dtype="bfloat16", compile=True, activation_checkpointing="full")
+    assert arithmetic_line(dear) == (
+        "bfloat16, compiled, for which the first step takes a minute or two, full activation checkpointing"
+    )
 
 
 def test_profile_writes_where_the_time_goes(tmp_path, recipe_file, capsys):

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from smolforge.config import Optim, Recipe
+from smolforge.config import Optim, Recipe, Train
 from smolforge.recipe.plan import Plan
 from smolforge.training import State
 
@@ -117,12 +117,23 @@ def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
         "parameters": f"{sum(plan.parameters.values()):,} ({shape})",
         "steps": f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""),
         "schedule": schedule_line(recipe.optim),
+        "arithmetic": arithmetic_line(recipe.train),
         "tokens": f"{plan.tokens:,}",
         "time": f"about {duration(plan.seconds)} on this {plan.device}, by its matrix speed",
         "memory": f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}",
         "disk": f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints",
     }
     return [f"{name:<12}{value}" for name, value in said.items()]
+
+
+def arithmetic_line(train: Train) -> str:
+    """What a step computes in, and how."""
+    parts = [train.dtype]
+    if train.compile is True:
+        parts.append("compiled, for which the first step takes a minute or two")
+    if train.activation_checkpointing:
+        parts.append(f"{train.activation_checkpointing} activation checkpointing")
+    return ", ".join(parts)
 
 
 def schedule_line(optim: Optim) -> str:
