@@ -128,7 +128,7 @@ def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
 
 def arithmetic_line(train: Train) -> str:
     """What a step computes in, and how."""
-    parts = [train.dtype]
+    parts: list[str] = [train.dtype]
     if train.compile is True:
         parts.append("compiled, for which the first step takes a minute or two")
     if train.activation_checkpointing:
