@@ -97,7 +97,7 @@ def train(
 
     Where there are several ranks, `objective` is parallel over them, and `stopping` must say the same on all.
     """
-    last, done = recipe.train.steps, state.step
+    last, begun, done = recipe.train.steps, state.step, state.step
     ahead = runs_ahead(device_of(objective))
     unheard: tuple[Launched, list[Action]] | None = None
     objective.train()
@@ -112,7 +112,7 @@ def train(
             on_model = not all(action.late for action in due)
             if on_model or not ahead:
                 state, unheard = hear(*unheard, state, meter, judge), None
-            if on_model:
+            if on_model or done == begun + 1:  # a compiler leaves half a gigabyte
                 gc.collect()
     return state if unheard is None else hear(*unheard, state, meter, judge)
 
