@@ -96,7 +96,7 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
 
 
 def training_bytes(recipe: Recipe) -> int:
-    """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
+    """Peak memory of a training step: weights, gradients, two moments, an average, and what backward needs.
 
     Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
     and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
@@ -112,7 +112,8 @@ def training_bytes(recipe: Recipe) -> int:
         kept += 4 * model.intermediate_size
     tokens = train.micro_rows * train.sequence_length
     activations = tokens * kept * model.num_hidden_layers
-    rest = (4 * sum(parameter_counts(model).values()) + activations) * width
+    copies = 4 + (recipe.optim.ema_decay is not None)
+    rest = (copies * sum(parameter_counts(model).values()) + activations) * width
     return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
 
 
@@ -138,9 +139,10 @@ def disk_bytes(recipe: Recipe) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Weights and two moments, and a little for the rest."""
+    """Weights, two moments and an average, and a little for the rest."""
     width = 8 if recipe.train.dtype == "float64" else 4
-    return 3 * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
+    copies = 3 + (recipe.optim.ema_decay is not None)
+    return copies * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
 
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:

@@ -116,6 +116,7 @@ def attempt(
     if end.step < recipe.train.steps:
         raise stopped(stop, end, folder)
     log.info("finished at step %d", end.step)
+    optim.swap_average(optimizers)
     return Run(folder, model.eval(), recipe, {"step": end.step} | last_metrics(folder))
 
 
@@ -262,6 +263,7 @@ def restore(
                 f"put that back into {RECIPE}"
             )
     optim.load_state_tensors(optimizers, model, tensors)
+    optim.swap_average(optimizers)  # saved as the model, where there is one
     log.info("resumed from %s", checkpoint)
     return State(facts["step"], facts["tokens"]), facts
 
