@@ -105,8 +105,8 @@ def orthogonal(matrix: Float[Tensor, "*e r c"], rounds: int = 5) -> Float[Tensor
 class Average(Optimizer):
     """An exponential moving average of the weights, which it leaves alone until `swap` puts the average in their place.
 
-    Stepped after what updates them. Update n counts for max(1 - decay, 9 / (n + 8)), so a run too short for its decay
-    averages about its last tenth: TensorFlow's min(decay, (1 + n) / (10 + n)),
+    Stepped after what updates them. Update n counts for max(1 - decay, 9 / (n + 8)): in a run too short for its decay
+    the mean age of what is averaged is a tenth of the run. TensorFlow's rule, its t counted from the second update:
     https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. torch's AveragedModel would not hear
     of updates left out.
     """
