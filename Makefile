@@ -22,7 +22,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py $(if $(wildcard .litgpt/bin/python),--litgpt .litgpt/bin/python)
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/loading.py
@@ -42,5 +42,10 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable .[test]
 	touch $@
 
+# litgpt takes no Transformers 5, so it has an environment of its own; make bench finds it there.
+.litgpt:
+	$(PYTHON) -m venv $@
+	$@/bin/pip --disable-pip-version-check install --quiet litgpt numpy safetensors torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+
 clean:
-	rm -rf $(VENV) build dist .ruff_cache .hypothesis
+	rm -rf $(VENV) .litgpt build dist .ruff_cache .hypothesis

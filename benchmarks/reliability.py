@@ -51,7 +51,7 @@ def run_nano(kind: str, folder: Path, steps: int, every: int, answer: Connection
     timed(run, "train", spent, "training", time.perf_counter)
     timed(workshop.Workshop, "finish", spent, "last checkpoint", time.perf_counter)
     timed(workshop.Workshop, "save", spent, "copying", time.perf_counter)
-    timed(workshop.Workshop, "look", spent, "looking", time.perf_counter)
+    timed(workshop.Workshop, "stopping", spent, "looking", time.perf_counter)
     timed(guard.Judge, "__call__", spent, "judging", time.perf_counter)
     timed(runs.RunFolder, "append", spent, "metrics", time.perf_counter)
     timed(Saving, "_write", spent, "writing, beside", time.thread_time)

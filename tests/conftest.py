@@ -66,6 +66,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubMirror]:
 def compiling() -> Iterator[None]:
     """torch.compile and the wrappers that check shapes do not go together."""
     jaxtyping.config.update("jaxtyping_disable", True)
+    torch.compiler.reset()
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 

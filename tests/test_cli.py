@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NANO
 
-from smolforge import __version__, cli
+from smolforge import __version__, cli, training
 from smolforge.checkpoint import state
 from smolforge.cli.flags import parse
-from smolforge.cli.terminal import duration, metrics_line
+from smolforge.cli.terminal import arithmetic_line, duration, metrics_line
+from smolforge.config import Train
+from smolforge.device import is_out_of_memory
 from smolforge.errors import SettingError
 from smolforge.recipe import train
 from smolforge.testing import sentences
@@ -212,20 +215,65 @@ def test_times_and_lines_read_well():
     metrics = {
         "loss": 2.5,
         "tokens_per_second": 1234.5,
+        "mfu": 0.416,
         "learning_rate": 0.003,
         "grad_norm": 0.5,
         "peak_memory_bytes": 2**30,
     }
-    assert metrics_line(metrics, 61.0) == "loss 2.500  1,234 tokens/s  lr 3.00e-03  grad 0.50  1.00 GiB  61 s left"
+    rest = "lr 3.00e-03  grad 0.50  1.00 GiB"
+    assert metrics_line(metrics) == f"loss 2.500  1,234 tokens/s  MFU 42%  {rest}"
+    running = {"tokens_per_second_median": 2000.0, "seconds_left": 61.0}
+    assert metrics_line(metrics | running) == f"loss 2.500  2,000 tokens/s  MFU 42%  {rest}  61 s left"
 
 
-def test_remaining_time_is_pace_times_steps(monkeypatch, recipe_file):
-    from smolforge.cli import terminal
+def test_what_a_step_computes_in_is_said_first():
+    assert arithmetic_line(Train(dtype="float32", compile=False)) == "float32"
+    dear = Train(dtype="bfloat16", compile=True, activation_checkpointing="full")
+    assert arithmetic_line(dear) == (
+        "bfloat16, compiled, for which the first step takes a minute or two, full activation checkpointing"
+    )
 
-    display = terminal.Display(quiet=True)
-    display.begun, display.done, display.steps = 100.0, 10, 50
-    monkeypatch.setattr(terminal.time, "perf_counter", lambda: 120.0)
-    assert display.remaining(20) == 20.0 / 10 * 30
+
+def test_profile_writes_where_the_time_goes(tmp_path, recipe_file, capsys):
+    words = ["train", recipe_file, "--run", tmp_path / "run", "--train.steps", "4", "--profile"]
+    assert call(capsys, *words, 2)[0] == 0
+    assert (tmp_path / "run" / "profile" / "trace.json.gz").is_file()
+    summary = (tmp_path / "run" / "profile" / "summary.txt").read_text()
+    assert summary.startswith("2 steps of ")
+    assert "optimizer" in summary
+    code, _, said = call(capsys, *words, 0)
+    assert (code, said) == (2, "smolforge: --profile is 0; it should be a number of steps above 0\n")
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."),
+    RuntimeError("[enforce fail] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    MemoryError(),
+)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_out_of_memory_names_what_needs_less(tmp_path, recipe_file, capsys, monkeypatch, error):
+    def backward(*_):
+        raise error
+
+    monkeypatch.setattr(training, "backward", backward)
+    one, full = ("--train.micro-batch-size", 1), ("--train.activation-checkpointing", "full")
+    for flags, way_out in (
+        ((), "--train.micro-batch-size 2 (it is 4) or --train.activation-checkpointing full needs less"),
+        (one, "there is; --train.activation-checkpointing full needs less"),
+        (one + full, "there is; a smaller model, or a shorter --train.sequence-length, needs less"),
+    ):
+        code, _, said = call(capsys, "train", recipe_file, "--run", tmp_path / "run", *flags)
+        assert code == 4
+        assert way_out in said
+
+
+def test_torch_still_says_so_of_a_processor():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(raised.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

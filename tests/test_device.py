@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolforge.device import matrix_flops_per_second, name_of, peaks, pick_device
-from smolforge.device.energy import Counter, Energy, energy, nvml, rapl
+from smolforge.device.energy import Counter, Energy, PerToken, energy, nvml, rapl
 from smolforge.device.peaks import DEVICES, flops_per_second, peak, published
 
 CPU = torch.device("cpu")
@@ -185,3 +185,15 @@ def test_a_gpu_is_asked_by_its_uuid(monkeypatch, known):
 def test_without_nvml_there_are_no_joules(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert nvml("1234") == []
+
+
+def test_joules_a_token_are_of_all_steps_so_far():
+    drawn, now = iter([100.0, 130.0, 190.0]), iter([0.0, 5.0, 10.0, 10.0, 12.0, 25.0, 25.0])
+    counted = PerToken(Energy([Counter(lambda: next(drawn))]), 5, lambda: next(now))
+    assert [counted.after_a_step() for _ in range(4)] == [
+        {},
+        {"joules_per_token": 30 / (2 * 5)},
+        {},
+        {"joules_per_token": 90 / (4 * 5)},
+    ]
+    assert PerToken(Energy([]), 5, iter([0.0, 20.0, 20.0]).__next__).after_a_step() == {}

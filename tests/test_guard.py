@@ -37,8 +37,8 @@ def poison(monkeypatch):
     """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
     real, numbers, bad = Windows.batch, {}, {}
 
-    def batch(windows, number, rows):
-        found = real(windows, number, rows)
+    def batch(windows, number, rows, share):
+        found = real(windows, number, rows, share)
         numbers[found.ids.numpy().tobytes()] = number
         return found
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge import commit
+from smolforge import __version__, commit, runs
 from smolforge.checkpoint import resolve, state
 from smolforge.config import Data
 from smolforge.data.batches import Windows
@@ -28,7 +28,7 @@ from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.loss import IGNORED
 from smolforge.recipe import resume_or_start, train
-from smolforge.recipe.plan import head_bytes, parse_budget, plan, training_bytes, within_budget
+from smolforge.recipe.plan import head_bytes, parse_budget, plan, tokens_per_second, training_bytes, within_budget
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
 from smolforge.runs import RunFolder, read_records
@@ -179,6 +179,15 @@ def test_a_budget_is_kept(tokens):
     assert recipe.train.steps >= 200 or recipe.train.rows == 1
 
 
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 0.1, "decay": "linear", "decay_steps": 0.3}, {}])
+def test_a_budget_of_time_is_measured(schedule):
+    recipe = to_recipe(NANO | {"budget": "3s", "optim": {"schedule": schedule}})
+    recipe = within_budget(replaced(recipe, {"train.sequence_length": 64, "train.batch_tokens": 64}))
+    tokens = recipe.train.steps * recipe.train.batch_tokens
+    assert recipe.optim.schedule.steps == recipe.train.steps
+    assert 0.3 < tokens / tokens_per_second(recipe) < 30
+
+
 def test_memory_of_smollm2_is_what_was_measured():
     """4 x 512 tokens on a CPU peaked at 5.2 to 5.9 GiB, and at 7.5 once a checkpoint was written beside them."""
     recipe = replaced(read_recipe("smollm2-135m"), {"train.sequence_length": 512, "train.batch_tokens": 2048})
@@ -272,7 +281,8 @@ def test_a_budget_typed_twice_resumes():
     assert resumed(stored, asked, {"budget": "1K-tokens"}) == stored
     assert resumed(stored, asked, {"budget": "1K-tokens", "train.steps": 50}).train.steps == 50
     long = replaced(read_recipe("wikitext"), {"budget": "300K-tokens"})
-    assert resumed(settle(long), long, {}) == settle(long)
+    stored = settle(long)
+    assert resumed(stored, long, {}) == stored
 
 
 def test_a_budget_respects_what_is_given_by_hand():
@@ -310,7 +320,14 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert read_recipe(run.folder / "recipe.toml") == run.recipe
     (start,) = json.loads((run.folder / "environment.json").read_text())
     assert start["packages"]["torch"] == torch.__version__
+    assert start["packages"]["smolforge"] == __version__
     assert "finished at step 8" in (run.folder / "run.log").read_text()
+
+
+def test_source_that_is_not_installed_runs(monkeypatch):
+    assert runs.versions()["smolforge"] == __version__
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
+    assert runs.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -639,9 +656,7 @@ def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file, monkeypatch):
-    from smolforge.recipe import run as run_module
-
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(MissingResource, match=r"need [\d,]+ more bytes and .* has 10 free"):
         train(recipe_file, tmp_path / "run")
 

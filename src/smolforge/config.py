@@ -203,6 +203,8 @@ class Train(Settings):
     """Weight of the squared log of the softmax's normaliser in what is minimised; PaLM used 1e-4, 0 is off."""
     device: Annotated[str, FREE] = "auto"
     """cpu, cuda or mps; auto takes the fastest present."""
+    rank_timeout_seconds: Annotated[PositiveInt, FREE] = 600
+    """How long a rank waits for another within a step before it takes it for hung, and ends."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000
     """Steps between checkpoints; one is always written at the end."""
     checkpoint_in_background: Annotated[bool, FREE] = True

@@ -30,6 +30,10 @@ class MissingResource(RuntimeError):
     exit_code: ClassVar[int] = 4
 
 
+class LostRank(MissingResource):
+    """Another process of the run has ended, or does not answer."""
+
+
 class Diverged(RuntimeError):
     """A run whose numbers went wrong too often."""
 
@@ -42,6 +46,22 @@ class Stopped(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Elsewhere(Exception):
+    """Rank 0 of a run ended, and says why; this process ends with the same exit code and says nothing."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: Exception) -> int:
+    """What a script sees of an error; 1 for one that is none of ours."""
+    match error:
+        case SettingError() | InvalidFile() | MissingResource() | Diverged() | Stopped() | Elsewhere():
+            return error.exit_code
+    return 1
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -263,7 +263,15 @@ def whole_records(content: bytes) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: version(name) for name in PACKAGES}
+
+
+def version(package: str) -> str:
+    """Of a package; ours may run as source that is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def revision() -> str | None:

@@ -4,6 +4,9 @@
             2. forward and backward, in micro-batches; their sum is the gradient of the mean loss of the whole batch
     hear    4. the numbers of a step: judge them, and call the actions whose turn it is
 
+Several ranks each take these steps over their share of the rows: labels, losses and gradients are summed over all, so
+that every rank hears the same numbers, updates the same weights and decides the same.
+
 An accelerator works while the processor is ahead, so there a step is heard only when the next was launched, and
 nothing in a launch waits for a number. Where an action needs the model as it is after a step (measure, sample, save),
 that step is heard before the next is launched. Whatever is not the update itself is an action handed in by whoever
@@ -25,8 +28,8 @@ from smolforge.data.batches import Batch
 from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
 from smolforge.loss import IGNORED
 from smolforge.meter import Meter, Part
-from smolforge.objective import Objective
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
+from smolforge.ranks import ALONE, Ranks, accumulating
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,10 @@ class Action(NamedTuple):
 
     every: int | None
     act: Callable[[State, dict[str, Any]], dict[str, Any] | None]
-    when_stopped: bool = False
-    """Also done when a signal ends the run early."""
     late: bool = False
     """Looks at the metrics alone, so that the next step may be under way."""
     wanted: Callable[[], bool] = lambda: False
-    """Asked at every step whether it should be done out of turn."""
+    """Asked at every step whether it should be done out of turn; all ranks must say the same."""
 
 
 @runtime_checkable
@@ -81,7 +82,7 @@ class Launched(NamedTuple):
 
 
 def train(
-    objective: Objective,
+    objective: nn.Module,
     optimizers: Sequence[Optimizer],
     batches: Iterator[Batch],
     recipe: Recipe,
@@ -90,20 +91,23 @@ def train(
     stopping: Callable[[], bool],
     meter: Meter,
     judge: Judge | None = None,
+    ranks: Ranks = ALONE,
 ) -> State:
-    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true."""
+    """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true.
+
+    Where there are several ranks, `objective` is parallel over them, and `stopping` must say the same on all.
+    """
     last, done = recipe.train.steps, state.step
-    ahead = runs_ahead(objective.device)
+    ahead = runs_ahead(device_of(objective))
     unheard: tuple[Launched, list[Action]] | None = None
     objective.train()
     with garbage_kept():
         while done < last and not stopping():
-            launched = launch(objective, optimizers, batches, recipe, done, meter, judge)
+            launched = launch(objective, optimizers, batches, recipe, done, meter, judge, ranks)
             done += 1
             if unheard is not None:
                 state = hear(*unheard, state, meter, judge)
-            stopped = stopping()
-            due = [action for action in actions if is_due(action, done, done == last, stopped)]
+            due = [action for action in actions if is_due(action, done, done == last)]
             unheard = (launched, due)
             on_model = not all(action.late for action in due)
             if on_model or not ahead:
@@ -113,30 +117,36 @@ def train(
     return state if unheard is None else hear(*unheard, state, meter, judge)
 
 
-def is_due(action: Action, step: int, finished: bool, stopped: bool) -> bool:
+def is_due(action: Action, step: int, finished: bool) -> bool:
     in_turn = action.every is not None and step % action.every == 0
-    return in_turn or finished or (stopped and action.when_stopped) or action.wanted()
+    return in_turn or finished or action.wanted()
+
+
+def device_of(objective: nn.Module) -> torch.device:
+    return next(objective.parameters()).device
 
 
 def launch(
-    objective: Objective,
+    objective: nn.Module,
     optimizers: Sequence[Optimizer],
     batches: Iterator[Batch],
     recipe: Recipe,
     done: int,
     meter: Meter,
     judge: Judge | None,
+    ranks: Ranks,
 ) -> Launched:
-    """Queue the step that follows `done` ones, and wait for nothing."""
-    rows, device = recipe.train.micro_rows, objective.device
+    """Queue the step that follows `done` ones, and wait for no device."""
+    rows, device = recipe.train.micro_rows, device_of(objective)
     rate = learning_rate(done, recipe.optim.learning_rate, recipe.optim.schedule)
     scale_learning_rates(optimizers, rate / recipe.optim.learning_rate)
     with meter.step():
         with meter.part("data"):
             batch = next(batches)
             labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
+            labels = sum(count for (count,) in ranks.gather(labels))
             batch = Batch(*(moved(side, device) for side in batch))
-        losses = backward(objective, batch, labels, rows, meter.part)
+        losses = ranks.sum(backward(objective, batch, labels, rows, meter.part))
         with meter.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.max_grad_norm or float("inf"))
             leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))
@@ -188,14 +198,17 @@ def backward(
     """Add the gradient of the mean over all `labels` of the batch, `rows` rows at a time; returns means by name.
 
     Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
-    memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself.
+    memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself. Of a rank's
+    share of the batch the means are its part, to be summed; gradients are, where the objective is parallel.
     """
     means: dict[str, Tensor] = {}
-    for part in batch.split(rows):
-        with timed("forward"):
-            found = {name: value / labels for name, value in objective(*part).items()}
-        with timed("backward"):
-            found.pop("objective").backward()
+    parts = list(batch.split(rows))
+    for number, part in enumerate(parts, start=1):
+        with nullcontext() if number == len(parts) else accumulating(objective):
+            with timed("forward"):
+                found = {name: value / labels for name, value in objective(*part).items()}
+            with timed("backward"):
+                found.pop("objective").backward()
         for name, value in found.items():
             means[name] = means.get(name, 0.0) + value.detach()
     return means

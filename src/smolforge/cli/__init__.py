@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 from smolforge import __version__
-from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+"""Threads that wait for each other sleep sooner, or one more busy process makes ten times slow: docs/performance.md."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
@@ -64,6 +68,8 @@ def _run(argv: Sequence[str]) -> int:
         return app(words, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
         return _say(SettingError(_usage(error, words)), USAGE, debug)
+    except Elsewhere as error:
+        return error.exit_code
     except (SettingError, InvalidFile, MissingResource, Diverged, Stopped) as error:
         return _say(error, error.exit_code, debug)
     except KeyboardInterrupt:

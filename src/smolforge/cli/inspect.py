@@ -161,13 +161,13 @@ def _run(path: Path) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from smolforge.device import describe, matrix_flops_per_second, memory_bytes, pick_device, pick_dtype
+    from smolforge.device import describe, fastest_dtype, matrix_flops_per_second, memory_bytes, pick_device
     from smolforge.runs import versions
 
     device = pick_device("auto")
     return {
         **describe(device),
-        "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
+        "dtype": fastest_dtype(device),
         "memory_bytes": memory_bytes(device),
         "float32_flops_per_second": matrix_flops_per_second(device, torch.float32),
         "bfloat16_flops_per_second": matrix_flops_per_second(device, torch.bfloat16),

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from smolforge.config import Optim, Recipe
+from smolforge.config import Optim, Recipe, Train
 from smolforge.recipe.plan import Plan
 from smolforge.training import State
 
@@ -32,7 +32,7 @@ class Display:
         )
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.sample, self.news = "", False
-        self.steps, self.begun, self.done, self.told = 0, 0.0, 0, 0.0
+        self.steps, self.told = 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.loud, show_time=False, show_path=False)
 
     def __enter__(self) -> "Display":
@@ -55,7 +55,7 @@ class Display:
         self.stop()
         for line in plan_lines(recipe, plan, start):
             self.say(line)
-        self.steps, self.done, self.begun = recipe.train.steps, 0, time.perf_counter()
+        self.steps = recipe.train.steps
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
@@ -73,9 +73,8 @@ class Display:
         """Show a step: always in the live view, else when there is news or after a while."""
         for listener in self.listeners:
             listener(metrics)
-        self.done += 1  # which are more than the steps, where some were taken back
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
-        line = metrics_line(metrics, self.remaining(metrics["step"]))
+        line = metrics_line(metrics)
         measured = "validation_loss" in metrics
         if self.live is not None:
             if measured:
@@ -89,16 +88,15 @@ class Display:
                 self.say(f"  sample: {' '.join(self.sample.split())[:200]}")
                 self.news = False
 
-    def remaining(self, step: int) -> float:
-        """Seconds to the last step, at the pace since this start, pauses included."""
-        return (time.perf_counter() - self.begun) / self.done * (self.steps - step)
 
-
-def metrics_line(metrics: dict[str, Any], remaining: float) -> str:
-    """One step in one line."""
-    parts = [f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"]
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """One step in one line: the rate is the running median, or this step's where it is the first."""
+    rate = metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
+    parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", f"MFU {metrics['mfu']:.0%}"]
     parts += [f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
-    parts += [f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB", f"{duration(remaining)} left"]
+    parts += [f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"]
+    if "seconds_left" in metrics:
+        parts.append(f"{duration(metrics['seconds_left'])} left")
     if "validation_loss" in metrics:
         bits = metrics["validation_bits_per_byte"]
         parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
@@ -119,12 +117,23 @@ def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
         "parameters": f"{sum(plan.parameters.values()):,} ({shape})",
         "steps": f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""),
         "schedule": schedule_line(recipe.optim),
+        "arithmetic": arithmetic_line(recipe.train),
         "tokens": f"{plan.tokens:,}",
         "time": f"about {duration(plan.seconds)} on this {plan.device}, by its matrix speed",
         "memory": f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}",
         "disk": f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints",
     }
     return [f"{name:<12}{value}" for name, value in said.items()]
+
+
+def arithmetic_line(train: Train) -> str:
+    """What a step computes in, and how."""
+    parts: list[str] = [train.dtype]
+    if train.compile is True:
+        parts.append("compiled, for which the first step takes a minute or two")
+    if train.activation_checkpointing:
+        parts.append(f"{train.activation_checkpointing} activation checkpointing")
+    return ", ".join(parts)
 
 
 def schedule_line(optim: Optim) -> str:

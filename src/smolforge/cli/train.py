@@ -1,12 +1,15 @@
 """`smolforge train`."""
 
 import json
+import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from smolforge.cli.flags import parse
+from smolforge.errors import SettingError
 from smolforge.signals import stop_signals
 
 
@@ -15,12 +18,15 @@ def train(
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     run: Path,
     fresh: bool = False,
+    profile: int | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Train a recipe, or resume exactly what is in its run folder.
 
     Every setting of a recipe is a flag: --train.steps 500, --data.sources my.txt, --optim.learning-rate 1e-3,
     --tokenizer FOLDER, --budget 5m, --init-from MODEL. `smolforge inspect RECIPE` lists them with their values.
+
+    Several processes train one run together when torchrun or srun starts them: docs/clusters.md.
 
     Parameters
     ----------
@@ -30,15 +36,27 @@ def train(
         The folder of the run; the same command again resumes it.
     fresh
         Refuse to resume.
+    profile
+        Profile so many steps, after one: run/profile gets a trace, and a summary of where the time goes.
     json_
         Print the final metrics as one JSON object.
     """
     overrides = parse(settings)
+    if profile is not None:
+        if profile < 1:
+            raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
     with stop_signals():  # also while the imports take their seconds
         from smolforge.cli.terminal import Display
+        from smolforge.ranks import world_of
         from smolforge.recipe import resume_or_start
-    with Display(quiet=json_) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display)
+    world = world_of(os.environ)
+    if world.rank > 0:  # rank 0 speaks for all
+        logging.getLogger("smolforge").setLevel(logging.ERROR)
+    with Display(quiet=json_ or world.rank > 0) as display:
+        result = resume_or_start(recipe, run, overrides, fresh, display, world, profile)
+    if world.rank > 0:
+        return
     if json_:
         print(json.dumps(result.metrics))
     else:

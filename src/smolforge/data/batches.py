@@ -3,7 +3,7 @@
 The corpus is cut into windows of sequence_length, the windows of an epoch are put into an order, and
 the rows of step s are the windows at positions s * rows ... (s + 1) * rows of the epochs strung together.
 Nothing is remembered between steps, so resuming is asking for the next one, and it does not matter how
-many threads ask.
+many threads ask. Where several ranks train, each asks for its share of the rows of every step.
 
     tokens   t0 t1 t2 t3 | t4 t5 t6 t7 | t8 t9
     window 1             ids    t4 t5 t6 t7
@@ -53,9 +53,9 @@ class Windows:
             )
         self.count = -(-(len(tokens) - 1) // sequence_length)
 
-    def batch(self, step: int, rows: int) -> Batch:
-        """The rows of a step, counted from 0."""
-        pairs = [self.window(position) for position in range(step * rows, (step + 1) * rows)]
+    def batch(self, step: int, rows: int, share: range | None = None) -> Batch:
+        """The rows of a step, counted from 0, or a share of them: `range(2)` are the first two."""
+        pairs = [self.window(step * rows + row) for row in (range(rows) if share is None else share)]
         ids, labels = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
         return Batch(ids, labels)
 
@@ -96,16 +96,18 @@ def _mixed(x: int) -> int:
     return x ^ x >> 31
 
 
-def stream(windows: Windows, numbers: Iterable[int], rows: int, num_workers: int) -> Iterator[Batch]:
-    """The batches of these numbers in turn, read ahead by `num_workers` threads."""
+def stream(
+    windows: Windows, numbers: Iterable[int], rows: int, num_workers: int, share: range | None = None
+) -> Iterator[Batch]:
+    """The batches of these numbers in turn, or a share of each, read ahead by `num_workers` threads."""
     if num_workers == 0:
-        yield from (windows.batch(number, rows) for number in numbers)
+        yield from (windows.batch(number, rows, share) for number in numbers)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     ahead: deque[Future[Batch]] = deque()
     try:
         for number in numbers:
-            ahead.append(pool.submit(windows.batch, number, rows))
+            ahead.append(pool.submit(windows.batch, number, rows, share))
             if len(ahead) > num_workers:
                 yield ahead.popleft().result()
         while ahead:

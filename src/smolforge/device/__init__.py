@@ -18,10 +18,15 @@ CLEARLY = 1.5
 """Times as fast, before half the precision is worth it."""
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the fastest device present. Raises MissingResource for one that is not."""
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is the fastest device present; where several ranks train, each has a GPU of its own.
+
+    Raises MissingResource for a device that is not there, SettingError for one that cannot be shared so.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if local_rank is not None:
+        name = of_rank(name, local_rank)
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
         raise SettingError(f"device is {name!r}; it should be auto, cpu, cuda or mps")
     try:
@@ -32,9 +37,26 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def of_rank(name: str, local_rank: int) -> str:
+    """The device of one of several ranks on a machine."""
+    if name == "cuda" and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise SettingError(
+                f"there is no GPU for local rank {local_rank}: this process sees {torch.cuda.device_count()}, and each "
+                "rank needs its own; torchrun --nproc-per-node gpu starts as many as there are, and Slurm shows all of "
+                "them to each where they were asked for with --gpus-per-node"
+            )
+        return f"cuda:{local_rank}"
+    if name not in ("cuda", "cpu"):
+        raise SettingError(f"train.device is {name!r}; where several ranks train, it should be auto, cpu or cuda")
+    return name
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products; `auto` is the fastest."""
-    return DTYPES[fastest_dtype(device) if name == "auto" else name]
+    """The dtype of matrix products. `auto` is what runs say that began before it was measured, and what it was then."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
 
 
 @functools.cache
@@ -105,6 +127,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that it found no memory; of a processor's its error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def memory_bytes(device: torch.device) -> int:

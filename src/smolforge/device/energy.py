@@ -3,6 +3,7 @@
 A GPU counts itself alone. A processor counts its packages and memory, and whatever else runs on them.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+READ_SECONDS = 10
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -36,6 +38,22 @@ class Energy:
             self._joules += now - before if now >= before else now - before + counter.range
             self._last[place] = now
         return self._joules if self._counters else None
+
+
+class PerToken:
+    """Joules a token of the steps since it was made, of so many tokens each."""
+
+    def __init__(self, energy: Energy, tokens: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._energy, self._tokens, self._now = energy, tokens, now
+        self._steps, self._read_at = 0, now()
+
+    def after_a_step(self) -> dict[str, float]:
+        """`joules_per_token` every READ_SECONDS, where joules are counted."""
+        self._steps += 1
+        if self._now() - self._read_at < READ_SECONDS:
+            return {}
+        self._read_at, joules = self._now(), self._energy.joules()
+        return {} if joules is None else {"joules_per_token": joules / (self._steps * self._tokens)}
 
 
 def energy(device: torch.device) -> Energy:

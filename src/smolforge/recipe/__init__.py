@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smolforge.config import Recipe
 from smolforge.errors import SettingError
+from smolforge.ranks import World, joined
 from smolforge.recipe.read import model_settings, read_recipe
 from smolforge.recipe.run import Run, run_settled
-from smolforge.recipe.settle import resumed, settle
+from smolforge.recipe.settle import check_shares, resumed, settle
 from smolforge.recipe.workshop import Observer
 from smolforge.runs import RECIPE
+from smolforge.settings import validated
 
 PRESET = "model.preset"
+ALONE = World()
 
 
 def train(
@@ -20,21 +24,25 @@ def train(
     data: str | list[str] | None = None,
     steps: int | None = None,
     fresh: bool = False,
+    world: World = ALONE,
     **overrides: Any,
 ) -> Run:
     """Train what a recipe says in the folder `run`, or go on exactly where that run stands.
 
     `recipe` is a file or the name of a shipped one, `data` its text, `steps` where to stop; any other setting
-    is an override by its dotted name: `train("nano", "runs/a", **{"optim.learning_rate": 1e-3})`. Raises
-    SettingError, InvalidFile or MissingResource with one sentence, Stopped when a signal ended the run
-    with everything saved, and Diverged when its numbers went wrong too often.
+    is an override by its dotted name: `train("nano", "runs/a", **{"optim.learning_rate": 1e-3})`. One of several
+    processes that train together says which in `world`: `smolforge.ranks.world_of(os.environ)`.
+
+    Raises SettingError, InvalidFile or MissingResource with one sentence, Stopped when a signal ended the run
+    with everything saved, Diverged when its numbers went wrong too often, LostRank when another rank is gone, and
+    Elsewhere when rank 0 raised one of these.
     """
     given: dict[str, Any] = dict(overrides)
     if data is not None:
         given["data.sources"] = [data] if isinstance(data, str) else data
     if steps is not None:
         given["train.steps"] = steps
-    return resume_or_start(recipe, run, given, fresh)
+    return resume_or_start(recipe, run, given, fresh, world=world)
 
 
 def resume_or_start(
@@ -43,16 +51,26 @@ def resume_or_start(
     overrides: Mapping[str, Any],
     fresh: bool = False,
     observer: Observer | None = None,
+    world: World = ALONE,
+    profile: int | None = None,
 ) -> Run:
-    """`train` with its overrides in one mapping, and somebody watching."""
-    stored = Path(run) / RECIPE
-    if stored.is_file():
-        if fresh:
-            raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
-        settled = resumed(read_recipe(stored), read_recipe(recipe), spelled_out(recipe, overrides))
+    """`train` with its overrides in one mapping, somebody watching, and so many steps profiled into run/profile."""
+    with joined(world) as ranks:
+        tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size).model_dump())
+        return run_settled(validated(Recipe, tree), Path(run), observer, ranks, profile)
+
+
+def settled(recipe: str | Path, run: Path, overrides: Mapping[str, Any], fresh: bool, ranks: int) -> Recipe:
+    """What a start on so many ranks will do, by the recipe or by the run that is there."""
+    stored = run / RECIPE
+    if not stored.is_file():
+        decided = settle(read_recipe(recipe, overrides), overrides.keys(), model_settings(recipe), ranks)
+    elif fresh:
+        raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
     else:
-        settled = settle(read_recipe(recipe, overrides), overrides.keys(), model_settings(recipe))
-    return run_settled(settled, Path(run), observer)
+        decided = resumed(read_recipe(stored), read_recipe(recipe), spelled_out(recipe, overrides))
+    check_shares(decided, ranks)
+    return decided
 
 
 def spelled_out(recipe: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from smolforge.config import Recipe
 from smolforge.device import available_bytes, fastest_dtype, pick_device
 from smolforge.errors import SettingError
-from smolforge.recipe.plan import plan, tokens_per_second, training_bytes
+from smolforge.recipe.plan import plan_of_ranks, tokens_per_second, training_bytes
 from smolforge.settings import replaced
 
 DECIDED = ("train.dtype", "train.micro_batch_size", "train.compile")
@@ -23,24 +23,33 @@ WORTH_COMPILING_SECONDS = {"cuda": 300, "cpu": 3600}
 """A compiler takes a minute or two, and wins several per cent on a processor, half the time on a GPU."""
 
 
-def on_this_machine(recipe: Recipe) -> Recipe:
-    """The recipe without any `auto`. Raises SettingError where not even one row fits."""
+def in_the_fastest_dtype(recipe: Recipe) -> Recipe:
+    """What is measured on this machine must be measured so: this comes first."""
+    if recipe.train.dtype != "auto":
+        return recipe
+    return replaced(recipe, {"train.dtype": fastest_dtype(pick_device(recipe.train.device))})
+
+
+def on_this_machine(recipe: Recipe, ranks: int = 1) -> Recipe:
+    """The recipe without any other `auto`, where so many devices like this one train it.
+
+    Raises SettingError where not even one row fits.
+    """
     device, train = pick_device(recipe.train.device), recipe.train
-    if train.dtype == "auto":
-        recipe = replaced(recipe, {"train.dtype": fastest_dtype(device)})
     if train.micro_batch_size == "auto":
-        recipe = replaced(recipe, {"train.micro_batch_size": fitting_rows(recipe, device)})
+        recipe = replaced(recipe, {"train.micro_batch_size": fitting_rows(recipe, device, ranks)})
     if train.compile == "auto":
-        recipe = replaced(recipe, {"train.compile": is_worth_compiling(recipe, device)})
+        recipe = replaced(recipe, {"train.compile": is_worth_compiling(recipe, device, ranks)})
     return recipe
 
 
-def fitting_rows(recipe: Recipe, device: torch.device) -> int:
-    """The largest share of a step's rows that is no more than keeps the device busy, and that fits."""
+def fitting_rows(recipe: Recipe, device: torch.device, ranks: int) -> int:
+    """The largest part of a rank's rows that is no more than keeps the device busy, and that fits."""
     train, room = recipe.train, SAFE_SHARE * available_bytes(device)
+    share = max(1, train.rows // ranks)
     busy = BUSY_TOKENS.get(device.type, BUSY_TOKENS_ELSEWHERE) // train.sequence_length
-    for rows in range(min(max(1, busy), train.rows), 0, -1):
-        if train.rows % rows == 0:
+    for rows in range(min(max(1, busy), share), 0, -1):
+        if share % rows == 0:
             tried = replaced(recipe, {"train.micro_batch_size": rows})
             if training_bytes(tried) <= room and (device.type != "cuda" or fits(tried)):
                 return rows
@@ -60,5 +69,5 @@ def fits(recipe: Recipe) -> bool:
     return True
 
 
-def is_worth_compiling(recipe: Recipe, device: torch.device) -> bool:
-    return plan(recipe).seconds > WORTH_COMPILING_SECONDS.get(device.type, float("inf"))
+def is_worth_compiling(recipe: Recipe, device: torch.device, ranks: int) -> bool:
+    return plan_of_ranks(recipe, 0, ranks).seconds > WORTH_COMPILING_SECONDS.get(device.type, float("inf"))

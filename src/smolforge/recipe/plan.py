@@ -1,17 +1,19 @@
 """What a run will be and cost, before it starts: parameters, tokens, time, memory, disk; and a run cut to a budget."""
 
 import itertools
+import math
 import re
 import statistics
 import time
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from smolforge.activations import Checkpointing
 from smolforge.checkpoint.state import SOUND_KEPT
-from smolforge.config import Recipe
+from smolforge.config import ModelConfig, Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import matrix_flops_per_second, memory_bytes, pick_device, pick_dtype
 from smolforge.device.peaks import peak
@@ -95,26 +97,50 @@ def plan(recipe: Recipe, done_steps: int = 0) -> Plan:
     )
 
 
+def plan_of_ranks(recipe: Recipe, done_steps: int, ranks: int) -> Plan:
+    """Expectations where so many devices like this one share each batch; memory is that of one."""
+    if ranks == 1:
+        return plan(recipe, done_steps)
+    share = math.ceil(recipe.train.rows / ranks)
+    of_one = replaced(recipe, {"train.micro_batch_size": min(recipe.train.micro_rows, share)})
+    alone = plan(of_one, done_steps)
+    return replace(alone, seconds=alone.seconds / ranks, device=f"{ranks} x {alone.device}")
+
+
 def training_bytes(recipe: Recipe) -> int:
     """Peak memory of a training step: weights, gradients, two moments, an average, and what backward needs.
 
-    Kept for each token and layer: two norm inputs and outputs, the queries before and after attention
-    and its merged output, keys and values, and four arrays of the feed-forward's width; experts keep
-    theirs, and their inputs and outputs, once for each expert a token goes to.
+    Where layers are computed again in backward, one of them has everything at a time.
     """
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
-    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
-    kept = 4 * model.hidden_size + 3 * queries + 2 * keys
-    if model.model_type == "mixtral":
-        kept += model.num_experts_per_tok * (4 * model.intermediate_size + 3 * model.hidden_size)
-    else:
-        kept += 4 * model.intermediate_size
     tokens = train.micro_rows * train.sequence_length
-    activations = tokens * kept * model.num_hidden_layers
+    kept = model.num_hidden_layers * numbers_kept(model, train.activation_checkpointing)
+    if train.activation_checkpointing:
+        kept += numbers_kept(model, None)
     copies = 4 + (recipe.optim.ema_decay is not None)
-    rest = (copies * sum(parameter_counts(model).values()) + activations) * width
+    rest = (copies * sum(parameter_counts(model).values()) + tokens * kept) * width
     return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
+
+
+def numbers_kept(model: ModelConfig, checkpointing: Checkpointing) -> int:
+    """How many numbers a layer keeps of each token for its backward.
+
+    All: inputs and outputs of two norms, queries before and after attention and merged, keys and values, four arrays
+    of the feed-forward's width; experts have theirs, with input and output, once for each a token goes to. Of these
+    `selective` keeps what products and attention give, and the layer's input; `full` the input alone.
+    """
+    hidden, wide = model.hidden_size, model.intermediate_size
+    queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
+    experts = model.num_experts_per_tok if model.model_type == "mixtral" else 0
+    match checkpointing:
+        case "full":
+            return hidden
+        case "selective":
+            return 2 * hidden + 2 * queries + 2 * keys + (experts or 1) * (2 * wide + hidden)
+        case _:
+            kept = 4 * hidden + 3 * queries + 2 * keys + (experts or 1) * 4 * wide
+            return kept + 3 * experts * hidden
 
 
 def head_bytes(recipe: Recipe, tokens: int, width: int, accumulates: bool) -> int:
@@ -165,8 +191,8 @@ def parse_count(count: str) -> int:
     return number
 
 
-def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
-    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine.
+def within_budget(recipe: Recipe, explicit: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
+    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine, or so many like it.
 
     The batch, unless it is among the `explicit` settings, halves until there are FEWEST_STEPS steps or a
     single row; warm-up and decay keep their share of the schedule, the warm-up at least a hundredth and
@@ -176,10 +202,11 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     seconds, tokens = parse_budget(recipe.budget)
     if tokens is None:
         assert seconds is not None
-        tokens = int(0.9 * seconds * tokens_per_second(recipe))  # the rest measures, samples and saves
+        tokens = int(0.9 * seconds * ranks * tokens_per_second(recipe))  # the rest measures, samples and saves
     train, schedule = recipe.train, recipe.optim.schedule.over(recipe.train.steps)
     rows = train.rows
-    while "train.batch_tokens" not in explicit and rows > 1 and tokens // (rows * train.sequence_length) < FEWEST_STEPS:
+    fixed, row_tokens = "train.batch_tokens" in explicit, train.sequence_length
+    while not fixed and rows // 2 >= ranks and tokens // (rows * row_tokens) < FEWEST_STEPS:
         rows //= 2
     steps = max(1, tokens // (rows * train.sequence_length))
     horizon = schedule.steps or train.steps
@@ -197,14 +224,15 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset()) -> Recipe:
     return replaced(recipe, changes)
 
 
-def work(recipe: Recipe, device: torch.device) -> Work:
-    """What a step of the recipe asks of the device, for rates."""
+def work(recipe: Recipe, device: torch.device, devices: int = 1) -> Work:
+    """What a step of the recipe asks of so many devices like this one, for rates."""
     length = recipe.train.sequence_length
     return Work(
         tokens=recipe.train.batch_tokens,
         flops_per_token=flops_per_token(recipe.model, length),
         flops_per_token_full_attention=flops_per_token(recipe.model, length, "full"),
         peak_flops_per_second=peak(device, pick_dtype(recipe.train.dtype, device)).flops_per_second,
+        devices=devices,
     )
 
 
@@ -216,7 +244,9 @@ def tokens_per_second(recipe: Recipe) -> float:
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_rows, most)
     ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
-    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": 2**40, "optim.schedule.steps": 1})
+    steps = 2**40  # ends when it was measured
+    schedule = recipe.optim.schedule.over(steps).model_dump()
+    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": steps, "optim.schedule": schedule})
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(

@@ -4,36 +4,44 @@ recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop +
    ^                                                ^                          |
    the stored one, where the folder has a run       the newest sound           |
                                                     checkpoint, if any  <------+ numbers that went wrong
+
+Where several ranks train one run, all of them are here. What is inside `ranks.tell` rank 0 does while they wait:
+whatever looks at the folder and decides, writes, or speaks.
 """
 
 import itertools
 import logging
 import math
-import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from smolforge import commit, guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
-from smolforge.data import batches, corpus, shards
-from smolforge.device import describe, pick_device, use_tensor_cores
-from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.data import batches, corpus
+from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
+from smolforge.errors import Diverged, InvalidFile, MissingResource, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
 from smolforge.objective import Objective
-from smolforge.recipe.plan import disk_bytes, plan, work
+from smolforge.ranks import ALONE, Ranks
+from smolforge.recipe.plan import disk_bytes, plan_of_ranks, work
+from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.settle import check_going_on, fixed_settings
-from smolforge.recipe.workshop import Observer, Silent, Workshop
+from smolforge.recipe.text import check_prompts, open_corpus, windows_of
+from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder, read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
-from smolforge.tokenizer import Tokenizer
-from smolforge.training import State, train
+from smolforge.training import Action, State, train
 
 log = logging.getLogger("smolforge")
 
@@ -49,75 +57,142 @@ class Run:
     """Of the last step; validation values are in it where text was held out."""
 
 
-def run_settled(recipe: Recipe, folder: Path, observer: Observer | None = None) -> Run:
+def run_settled(
+    recipe: Recipe,
+    folder: Path,
+    observer: Observer | None = None,
+    ranks: Ranks = ALONE,
+    profile: int | None = None,
+) -> Run:
     """Train what a settled recipe says, or go on exactly where the folder's run stands.
 
     Raises Stopped when a signal ended it with everything saved, Diverged when its numbers went wrong too often,
-    MissingResource when its last checkpoint could not be saved.
+    MissingResource when its last checkpoint could not be saved; on other ranks than the first, Elsewhere for these.
     """
     observer = observer or Silent()
-    with RunFolder.open(folder) as files, stop_signals() as stop:
-        pick_device(recipe.train.device)  # one that is not there is said before anything is prepared
-        state.clear(folder)
-        text = open_corpus(recipe, folder, files.stored_recipe() is not None, observer)
-        reading = Background(text.check, "corpus")
-        run = attempt(recipe, files, text, reading, observer, stop, first=True)
+    with ExitStack() as held:
+        files = opened(folder, held, ranks)
+        stop = held.enter_context(stop_signals())
+        device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
+        text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, observer))))
+        reading = Background(text.check if ranks.leads else lambda: None, "corpus")
+        use_tensor_cores(recipe.train.dtype, device)
+        ranks.begin(device, recipe.train.rank_timeout_seconds)
+        start = Start(recipe, files, text, reading, observer, stop, ranks, device, profile if ranks.leads else None)
+        run = attempt(start, first=True)
         while run is None:
-            run = attempt(recipe, files, text, reading, observer, stop)
+            run = attempt(start)
     return run
 
 
-def attempt(
-    recipe: Recipe,
-    files: RunFolder,
-    text: corpus.Corpus,
-    reading: Background,
-    observer: Observer,
-    stop: Stop,
-    first: bool = False,
-) -> Run | None:
-    """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
-    folder, device = files.path, pick_device(recipe.train.device)
-    use_tensor_cores(recipe.train.dtype, device)
-    newest = newest_checkpoint(folder)
-    state.seed_all(recipe.seed)
-    model = initial_model(recipe, text, newest is not None).to(device)
-    optimizers = optim.optimizers(model, recipe.optim)
-    start, facts = restore(newest, model, optimizers, text, recipe) if newest else (State(), {})
-    check_going_on(recipe, start.step)
-    check_prompts(recipe, model)
-    windows = batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+def opened(folder: Path, held: ExitStack, ranks: Ranks) -> RunFolder:
+    """The run's folder, which rank 0 locks for as long as `held` is; the others only know where it is."""
+    locked: list[RunFolder] = []
+    ranks.tell(lambda: locked.append(held.enter_context(RunFolder.open(folder))))
+    return locked[0] if locked else RunFolder(folder)
+
+
+def prepared(recipe: Recipe, files: RunFolder, observer: Observer) -> str:
+    """Where the run's text is, once all is there that can be without a model. Rank 0 does this, and so the next two."""
+    state.clear(files.path)
+    text = open_corpus(recipe, files.path, files.stored_recipe() is not None, observer)
+    check_prompts(recipe, text.tokenizer())
+    windows_of(text, recipe)
+    return str(text.folder)
+
+
+def standing(start: Start) -> tuple[str | None, dict[str, Any]]:
+    """The newest sound checkpoint, if there is one, and what its state.json says.
+
+    Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
+    """
+    newest = newest_checkpoint(start.files.path)
+    facts = state.read_facts(newest) if newest else {}
+    if newest:
+        check_same_run(newest, facts, start.text, start.recipe)
+    check_going_on(start.recipe, facts.get("step", 0))
+    return (str(newest) if newest else None), facts
+
+
+def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> list[guard.Incident]:
+    """Write down that the run goes on from here; returns what is decided about it."""
+    recipe, files = start.recipe, start.files
     if first:
-        announce(recipe, start, observer)
-        check_disk(recipe, folder)
+        announce(start, now)
+        check_disk(recipe, files.path)
         files.write(RECIPE, write_recipe(recipe))
         settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
-        files.record_environment(start.step, describe(device) | settings)
-    files.rewind(start.step, facts.get("incidents", []))
-    state.set_aside(folder, start.step)
-    decisions = guard.decided(files.incidents())
-    recent = facts.get("recent_losses", [])
-    judge = guard.Judge(recipe.guard, decisions, start.step, recent, files.record_incident)
-    meter = Meter(work(recipe, device), recipe.train.steps - start.step, clock(device))
-    numbers = map(decisions.batch, itertools.count(start.step))
-    source = batches.stream(windows, numbers, recipe.train.rows, recipe.data.num_workers)
-    objective = Objective.of(model, recipe)
-    saving = Saving(recipe.train, files, reading, hurried=stop.asked)
-    shop = Workshop(recipe, files, model, optimizers, text, judge, saving, observer)
-    log.info("training from step %d to %d", start.step, recipe.train.steps)
-    stop.stepping = True
+        files.record_environment(now.step, describe(start.device) | settings | {"ranks": start.ranks.size})
+    files.rewind(now.step, facts.get("incidents", []))
+    state.set_aside(files.path, now.step)
+    log.info("training from step %d to %d", now.step, recipe.train.steps)
+    return files.incidents()
+
+
+def attempt(start: Start, first: bool = False) -> Run | None:
+    """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
+    recipe, files, ranks = start.recipe, start.files, start.ranks
+    place, facts = ranks.tell(lambda: standing(start))
+    state.seed_all(recipe.seed)
+    model = initial_model(recipe, start.text, filled_later=place is not None or not ranks.leads).to(start.device)
+    optimizers = optim.optimizers(model, recipe.optim)
+    now = restore(Path(place), model, optimizers) if place else State()
+    decisions = guard.decided(ranks.tell(lambda: taken_up(start, now, facts, first)))
+    judge = guard.Judge(
+        recipe.guard,
+        decisions,
+        now.step,
+        facts.get("recent_losses", []),
+        files.record_incident if ranks.leads else lambda incident: None,
+    )
+    profile = Profile(files.path, start.profile) if start.profile else None
+    annotate = record_function if profile else nullcontext
+    meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
+    rows = recipe.train.rows
+    numbers = map(decisions.batch, itertools.count(now.step))
+    windows = windows_of(start.text, recipe)
+    source = batches.stream(windows, numbers, rows, recipe.data.num_workers, ranks.share(rows))
+    objective = ranks.parallel(Objective.of(model, recipe))
+    saving = Saving(recipe.train, files, start.reading, hurried=start.stop.asked)
+    shop = Workshop(start, model, optimizers, judge, saving)
+    actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
+    start.stop.stepping = True
     try:
         with saving:
-            end = train(objective, optimizers, source, recipe, start, shop.actions(), stop.asked, meter, judge)
-            shop.finish(end)
+            with profile or nullcontext(), memory_suffices(recipe):
+                end = train(objective, optimizers, source, recipe, now, actions, shop.stopping, meter, judge, ranks)
+            metrics = ranks.tell(lambda: concluded(start, shop, end))
     except guard.Rewind as wrong:
-        take_back(recipe, files, decisions, wrong)
+        ranks.tell(partial(take_back, recipe, files, decisions, wrong))
         return None
-    if end.step < recipe.train.steps:
-        raise stopped(stop, end, folder)
-    log.info("finished at step %d", end.step)
     optim.swap_average(optimizers)
-    return Run(folder, model.eval(), recipe, {"step": end.step} | last_metrics(folder))
+    return Run(files.path, model.eval(), recipe, metrics)
+
+
+@contextmanager
+def memory_suffices(recipe: Recipe) -> Iterator[None]:
+    """Raises MissingResource, with what needs less, where it does not."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        train, less = recipe.train, []
+        if train.micro_rows > 1:
+            less.append(f"--train.micro-batch-size {train.micro_rows // 2} (it is {train.micro_rows})")
+        if train.activation_checkpointing != "full":
+            less.append("--train.activation-checkpointing full")
+        way_out = " or ".join(less) or "a smaller model, or a shorter --train.sequence-length,"
+        raise MissingResource(f"a step needs more memory than there is; {way_out} needs less") from error
+
+
+def concluded(start: Start, shop: Workshop, end: State) -> dict[str, Any]:
+    """The last step's metrics, once it is safe on disk. Raises Stopped where a signal ended the run."""
+    shop.finish(end)
+    if end.step < start.recipe.train.steps:
+        raise stopped(start.stop, end, start.files.path)
+    log.info("finished at step %d", end.step)
+    return {"step": end.step} | last_metrics(start.files.path)
 
 
 def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
@@ -150,78 +225,18 @@ def place_to_go_back_to(folder: Path, every: int | None, first_bad: int) -> Path
     return found
 
 
-def announce(recipe: Recipe, start: State, observer: Observer) -> None:
+def announce(start: Start, now: State) -> None:
     """Say what is to be expected, and what a person should know before waiting for it."""
-    expected = plan(recipe, start.step)
-    observer.planned(recipe, expected, start)
+    expected = plan_of_ranks(start.recipe, now.step, start.ranks.size)
+    start.observer.planned(start.recipe, expected, now)
     for warning in expected.warnings():
         log.warning(warning)
 
 
-def check_prompts(recipe: Recipe, model: LanguageModel) -> None:
-    """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
-    limit = model.config.max_position_embeddings
-    for prompt in recipe.train.sample_prompts if recipe.train.sample_every else ():
-        if len(model.tokenizer.encode(prompt)) >= limit:
-            raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
-
-
-def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
-    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
-    if begun and (folder / "corpus" / "corpus.json").is_file():
-        return corpus.Corpus.open(folder / "corpus")
-    if not begun:  # what a try that never came to its first step left, perhaps of other text
-        shutil.rmtree(folder / "corpus", ignore_errors=True)
-    sources = recipe.data.sources
-    named = {} if begun else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
-    if recipe.special_tokens and not named and not begun:
-        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
-    for source in sources:
-        if (Path(source) / "corpus.json").is_file():
-            if len(sources) > 1:
-                raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
-            prepared = corpus.Corpus.open(Path(source))
-            check_same_tokenizer(prepared, named)
-            check_vocabulary(len(prepared.tokenizer()), recipe)
-            return prepared
-    tokenizer = next(iter(named.values()), None)
-    if tokenizer:
-        check_vocabulary(len(tokenizer), recipe)
-    made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
-    check_same_tokenizer(made, named)
-    return made
-
-
-def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
-    """The tokenizers a recipe brings, its own and that of the model it starts from, with the tokens it adds."""
-    named = {"--tokenizer": recipe.tokenizer}
-    if recipe.init_from is not None:
-        folder = resolve.find(recipe.init_from)
-        named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
-    found = {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
-    added = recipe.special_tokens
-    return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
-
-
-def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> None:
-    """All must number the words alike, or a model would learn from words that are not there."""
-    for flag, tokenizer in named.items():
-        if tokenizer.fingerprint != text.facts["tokenizer"]:
-            raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
-
-
-def check_vocabulary(ids: int, recipe: Recipe) -> None:
-    if ids > recipe.model.vocab_size:
-        raise SettingError(
-            f"the tokenizer has {ids:,} ids and model.vocab_size is {recipe.model.vocab_size:,}; "
-            f"--model.vocab-size {ids} makes them fit"
-        )
-
-
-def initial_model(recipe: Recipe, text: corpus.Corpus, resuming: bool) -> LanguageModel:
-    """Fresh weights, those to start from, or none yet where a checkpoint is about to fill them."""
+def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> LanguageModel:
+    """Fresh weights, those to start from, or none yet where a checkpoint or rank 0 is about to fill them."""
     dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
-    if resuming:
+    if filled_later:
         model = allocate(recipe.model, dtype)
     elif recipe.init_from is not None:
         model = adapted(weights.load(resolve.find(recipe.init_from), dtype), recipe.model)
@@ -239,18 +254,8 @@ def newest_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
     return newest
 
 
-def restore(
-    checkpoint: Path,
-    model: LanguageModel,
-    optimizers: list[torch.optim.Optimizer],
-    text: corpus.Corpus,
-    recipe: Recipe,
-) -> tuple[State, dict[str, Any]]:
-    """Weights, moments, random states, place, and all else that state.json has.
-
-    Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
-    """
-    tensors, facts = state.load(checkpoint, model)
+def check_same_run(checkpoint: Path, facts: dict[str, Any], text: corpus.Corpus, recipe: Recipe) -> None:
+    """Raises InvalidFile for a checkpoint made from another corpus or by another recipe."""
     if facts["corpus"] != text.fingerprint:
         raise InvalidFile(
             f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
@@ -262,10 +267,15 @@ def restore(
                 f"{RECIPE} has {name} {now[name]!r}, but {checkpoint} was made with {then[name]!r}; "
                 f"put that back into {RECIPE}"
             )
+
+
+def restore(checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer]) -> State:
+    """Weights, moments, random states, and place. Raises InvalidFile where they do not fit the model."""
+    tensors, facts = state.load(checkpoint, model)
     optim.load_state_tensors(optimizers, model, tensors)
     optim.swap_average(optimizers)  # saved as the model, where there is one
     log.info("resumed from %s", checkpoint)
-    return State(facts["step"], facts["tokens"]), facts
+    return State(facts["step"], facts["tokens"])
 
 
 def check_disk(recipe: Recipe, folder: Path) -> None:

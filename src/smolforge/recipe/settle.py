@@ -8,7 +8,7 @@ from typing import Any
 from smolforge.checkpoint import resolve
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
-from smolforge.recipe.machine import DECIDED, on_this_machine
+from smolforge.recipe.machine import DECIDED, in_the_fastest_dtype, on_this_machine
 from smolforge.recipe.plan import BUDGETED, within_budget
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import FREE, fields, leaves, place, replaced
@@ -20,7 +20,7 @@ ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
 
-def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset()) -> Recipe:
+def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
     """Decide what a first start leaves open: shape to start from, budget's run, what fits the machine, horizon.
 
     `explicit` names what was given by hand, which counts before what a budget derives; `written` the settings
@@ -29,13 +29,14 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": resolve.pinned(recipe.init_from)})
+    recipe = in_the_fastest_dtype(recipe)
     if recipe.budget is not None:
         given = leaves(recipe)
         kept = {name: given[name] for name in BUDGETED if name in explicit}
         if "train.steps" in kept:
             kept.setdefault("optim.schedule.steps", None)
-        recipe = replaced(within_budget(recipe, explicit), kept)
-    return with_schedule_over(on_this_machine(recipe), recipe.train.steps)
+        recipe = replaced(within_budget(recipe, explicit, ranks), kept)
+    return with_schedule_over(on_this_machine(recipe, ranks), recipe.train.steps)
 
 
 def shape_to_start_from(recipe: Recipe, explicit: Set[str], written: Set[str]) -> ModelConfig:
@@ -105,15 +106,33 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:
     """Dotted name to value, as JSON has it, of all that is part of what a run is."""
-    # The balance of experts is taken over a micro-batch, so there its size is part of the training.
-    balanced = recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
-    values = leaves(recipe)
+    values, balanced = leaves(recipe), balances_experts(recipe)
     fixed = {
         name: values[name]
         for name, field in fields(Recipe)
         if FREE not in field.metadata or (balanced and name == "train.micro_batch_size")
     }
     return json.loads(json.dumps(fixed))
+
+
+def balances_experts(recipe: Recipe) -> bool:
+    """Whether a micro-batch's size is part of the training: the balance of experts is taken over it."""
+    return recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
+
+
+def check_shares(recipe: Recipe, ranks: int) -> None:
+    """Refuse more ranks than rows, or shares that would change what experts are balanced over."""
+    rows, micro = recipe.train.rows, recipe.train.micro_rows
+    if rows < ranks:
+        raise SettingError(
+            f"train.batch_tokens ({recipe.train.batch_tokens}) is {rows} rows of train.sequence_length, and "
+            f"{ranks} ranks need one each; start at most {rows}"
+        )
+    if ranks > 1 and balances_experts(recipe) and rows % (ranks * micro):
+        raise SettingError(
+            f"the balance of experts is taken over train.micro_batch_size ({micro}) rows, and each of the "
+            f"{ranks} ranks needs a whole number of such micro-batches of the {rows} rows"
+        )
 
 
 def check_going_on(recipe: Recipe, step: int) -> None:

@@ -1,6 +1,12 @@
-"""What happens around the steps of a run: measure, sample, report, save."""
+"""What happens around the steps of a run: measure, sample, report, save.
+
+Rank 0 does it. The others have the same actions in the same turn, and wait; nothing here changes a weight.
+"""
 
 import math
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,15 +16,20 @@ from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import corpus
 from smolforge.device import autocast
+from smolforge.device.energy import Energy, PerToken, energy
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
+from smolforge.ranks import Ranks
 from smolforge.recipe.plan import Plan
-from smolforge.recipe.saving import Saving, Take
+from smolforge.recipe.saving import Background, Saving, Take
 from smolforge.recipe.settle import fixed_settings
 from smolforge.runs import METRICS, SAMPLES, RunFolder
+from smolforge.signals import Stop
 from smolforge.training import Action, State
+
+Act = Callable[[State, dict[str, Any]], dict[str, Any] | None]
 
 
 @runtime_checkable
@@ -40,36 +51,72 @@ class Silent:
     def sampled(self, text: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """What all attempts of one start of a run share, as one of its ranks has it."""
+
+    recipe: Recipe
+    files: RunFolder
+    """Only rank 0 writes into it, and has it locked."""
+    text: corpus.Corpus
+    reading: Background
+    """The check of the text, which rank 0 does."""
+    observer: Observer
+    stop: Stop
+    ranks: Ranks
+    device: torch.device
+    profile: int | None
+    """Steps to profile, on rank 0."""
+
+
 class Workshop:
     """What is at hand between the steps of one run, and the actions that use it."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        files: RunFolder,
+        start: Start,
         model: LanguageModel,
         optimizers: list[torch.optim.Optimizer],
-        text: corpus.Corpus,
         judge: Judge,
         saving: Saving,
-        observer: Observer,
     ) -> None:
-        self.recipe, self.files, self.model, self.optimizers = recipe, files, model, optimizers
-        self.text, self.judge, self.saving, self.observer = text, judge, saving, observer
+        self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
+        self.stop, self.ranks = start.stop, start.ranks
+        self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
         self.metrics: dict[str, Any] = {}
+        self.save_wanted = False
+        counted = energy(start.device) if self.ranks.size == 1 else Energy([])
+        self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
 
     def actions(self) -> list[Action]:
         """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
         settings = self.recipe.train
+        report = self.report if self.ranks.leads else lambda now, metrics: None
         actions = [
-            Action(1, self.report, when_stopped=True, late=True),
-            Action(settings.checkpoint_every, self.save, when_stopped=True, wanted=self.saving.look),
+            Action(1, report, late=True),
+            Action(settings.checkpoint_every, self.led(self.save), wanted=lambda: self.save_wanted),
         ]
         if settings.sample_every:
-            actions.insert(0, Action(settings.sample_every, self.sample))
+            actions.insert(0, Action(settings.sample_every, self.led(self.sample)))
         if settings.evaluate_every and self.text.size(corpus.HELD_OUT)["tokens"]:
-            actions.insert(0, Action(settings.evaluate_every, self.measure))
+            actions.insert(0, Action(settings.evaluate_every, self.led(self.measure)))
         return actions
+
+    def led(self, act: Act) -> Act:
+        """Done by rank 0 while the others wait."""
+        return lambda now, metrics: self.ranks.tell(lambda: act(now, metrics))
+
+    def stopping(self) -> bool:
+        """Asked before each step: whether a signal to any rank asked for an end, and, for `save`, whether a checkpoint
+        that failed should be tried again. One exchange makes all ranks say the same.
+        """
+        look = self.ranks.leads and self.saving.look()
+        said = self.ranks.gather(self.stop.asked_by or 0, int(look))
+        self.save_wanted = bool(said[0][1])
+        asked_by = next((number for number, _ in said if number), None)
+        if asked_by is not None:
+            self.stop.asked_by = signal.Signals(asked_by)
+        return asked_by is not None
 
     def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         settings = self.recipe.train
@@ -98,6 +145,7 @@ class Workshop:
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
         metrics["batch"] = self.judge.decisions.batch(now.step - 1)
+        metrics |= self.drawn.after_a_step()
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)

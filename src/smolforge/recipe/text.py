@@ -1,0 +1,76 @@
+"""The text of a run: the corpus its recipe names, or one made from its sources, by a tokenizer that all agree on."""
+
+import shutil
+from pathlib import Path
+
+from smolforge.checkpoint import resolve
+from smolforge.config import Recipe
+from smolforge.data import batches, corpus, shards
+from smolforge.errors import SettingError
+from smolforge.recipe.workshop import Observer
+from smolforge.tokenizer import Tokenizer
+
+
+def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
+    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
+    if begun and (folder / "corpus" / "corpus.json").is_file():
+        return corpus.Corpus.open(folder / "corpus")
+    if not begun:  # what a try that never came to its first step left, perhaps of other text
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
+    sources = recipe.data.sources
+    named = {} if begun else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
+    if recipe.special_tokens and not named and not begun:
+        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
+    for source in sources:
+        if (Path(source) / "corpus.json").is_file():
+            if len(sources) > 1:
+                raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
+            prepared = corpus.Corpus.open(Path(source))
+            check_same_tokenizer(prepared, named)
+            check_vocabulary(len(prepared.tokenizer()), recipe)
+            return prepared
+    tokenizer = next(iter(named.values()), None)
+    if tokenizer:
+        check_vocabulary(len(tokenizer), recipe)
+    made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
+    check_same_tokenizer(made, named)
+    return made
+
+
+def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
+    """The tokenizers a recipe brings, its own and that of the model it starts from, with the tokens it adds."""
+    named = {"--tokenizer": recipe.tokenizer}
+    if recipe.init_from is not None:
+        folder = resolve.find(recipe.init_from)
+        named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
+    found = {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
+    added = recipe.special_tokens
+    return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
+
+
+def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> None:
+    """All must number the words alike, or a model would learn from words that are not there."""
+    for flag, tokenizer in named.items():
+        if tokenizer.fingerprint != text.facts["tokenizer"]:
+            raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
+
+
+def check_vocabulary(ids: int, recipe: Recipe) -> None:
+    if ids > recipe.model.vocab_size:
+        raise SettingError(
+            f"the tokenizer has {ids:,} ids and model.vocab_size is {recipe.model.vocab_size:,}; "
+            f"--model.vocab-size {ids} makes them fit"
+        )
+
+
+def windows_of(text: corpus.Corpus, recipe: Recipe) -> batches.Windows:
+    """What batches are cut from. Raises InvalidFile where the text is less than one row."""
+    return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+
+
+def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
+    limit = recipe.model.max_position_embeddings
+    for prompt in recipe.train.sample_prompts if recipe.train.sample_every else ():
+        if len(tokenizer.encode(prompt)) >= limit:
+            raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")

@@ -1,0 +1,435 @@
+"""Several processes that train one run: the numbers of one, one folder, one end. Four gloo ranks at most, on a CPU."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANO
+
+from smolforge import cli, ranks, training
+from smolforge.checkpoint import state
+from smolforge.data.batches import Windows, stream
+from smolforge.data.corpus import TRAIN, Corpus, Tokens
+from smolforge.device import pick_device
+from smolforge.errors import MissingResource, SettingError
+from smolforge.objective import Objective
+from smolforge.ranks import ALONE, Ranks, World, joined, world_of
+from smolforge.recipe import run as run_module
+from smolforge.recipe import train
+from smolforge.recipe.plan import plan, plan_of_ranks
+from smolforge.recipe.read import to_recipe
+from smolforge.recipe.settle import check_shares
+from smolforge.runs import RunFolder, read_records
+from smolforge.settings import replaced
+from smolforge.testing import sentences, tiny_config
+from smolforge.testing.processes import ended, start
+
+Fault = Callable[[int], None]
+"""Given to each rank in its process, and told which it is."""
+
+
+@dataclass
+class Bench:
+    """A folder with a recipe, and runs in it."""
+
+    folder: Path
+    launches: int = 0
+    said: list[str] = field(default_factory=list)
+    """What each rank of the last launch printed."""
+
+    def __post_init__(self) -> None:
+        (self.folder / "text.txt").write_text(sentences(300))
+        sources = {"data": {"sources": [str(self.folder / "text.txt")]}}
+        (self.folder / "tiny.json").write_text(json.dumps(NANO | sources))
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "tiny.json"
+
+    def run(self, name: str) -> Path:
+        return self.folder / name
+
+    def start(self, size: int, run: str, faults: list[Fault], settings: dict) -> list[BaseProcess]:
+        self.launches += 1
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        words = ["train", str(self.recipe), "--run", str(self.run(run)), *flags]
+        world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "COLUMNS": "300"}
+        return [
+            start(one_rank, self.output(rank), world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, words, faults)
+            for rank in range(size)
+        ]
+
+    def train(self, size: int, run: str, *faults: Fault, **settings: object) -> list[int]:
+        """Train on so many ranks; returns their exit codes."""
+        given = {name.replace("__", "."): value for name, value in settings.items()}
+        children = self.start(size, run, list(faults), given)
+        codes = [ended(child) for child in children]
+        self.said = [self.output(rank).read_text() for rank in range(size)]
+        return codes
+
+    def output(self, rank: int) -> Path:
+        return self.folder / f"said-{self.launches}-{rank}"
+
+    def losses(self, run: str) -> list[float]:
+        """Of every step, each there once."""
+        records = read_records(self.run(run) / "metrics.jsonl")
+        assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+        return [record["loss"] for record in records]
+
+    def hashes(self, run: str) -> list[str]:
+        files = state.check(state.all_of(self.run(run))[-1])["files"]
+        return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
+
+
+@pytest.fixture
+def bench(tmp_path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Bench:
+    """Two ranks that nothing disturbs, in the run `once`."""
+    made = Bench(tmp_path_factory.mktemp("pair"))
+    assert made.train(2, "once", train__sample_every=4) == [0, 0], made.said
+    return made
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def one_rank(said: Path, environment: dict[str, str], words: list[str], faults: list[Fault]) -> None:
+    """What a launcher starts, in this process."""
+    torch.set_num_threads(1)
+    os.environ |= environment
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for fault in faults:
+        fault(int(environment["RANK"]))
+    code = cli.run(words)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def at(who: int, step: int, act: Callable[[], None], rank: int) -> None:
+    """One rank does something when it is about to begin the step that follows so many."""
+    launch = training.launch
+
+    def launching(*given):
+        if rank == who and given[4] == step:
+            act()
+        return launch(*given)
+
+    training.launch = launching
+
+
+def signalled(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def noted(folder: Path, rank: int) -> None:
+    """Write down every row this rank learns from, and what its weights are at the end."""
+    backward, trained = training.backward, run_module.train
+
+    def noting(objective, batch, *rest):
+        with (folder / f"rows-{rank}").open("ab") as file:
+            file.write(batch.ids.numpy().tobytes())
+        return backward(objective, batch, *rest)
+
+    def training_(objective, *rest):
+        end = trained(objective, *rest)
+        weights = b"".join(weight.detach().numpy().tobytes() for weight in objective.parameters())
+        (folder / f"weights-{rank}").write_text(hashlib.sha256(weights).hexdigest())
+        return end
+
+    training.backward, run_module.train = noting, training_
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "tolerance"),
+    [
+        ({}, 5, 1e-6),
+        ({"optim.name": "muon", "optim.ema_decay": 0.3, "train.micro_batch_size": 1}, 4, 1e-6),
+        ({"train.dtype": "float64", "train.micro_batch_size": 1}, 6, 1e-12),
+    ],
+)
+def test_one_two_and_four_ranks_train_the_same(bench, settings, rows, tolerance):
+    """20 steps over a whole epoch and its ragged end, shares of different length, any number of workers."""
+    settings = settings | {"train.steps": 20, "train.batch_tokens": 32 * rows, "train.evaluate_every": "none"}
+    run = train(bench.recipe, bench.run("1"), **settings)
+    assert len({record["tokens"] for record in read_records(run.folder / "metrics.jsonl")}) == 20
+    windows = Windows(Corpus.open(run.folder / "corpus").tokens(TRAIN), 32, run.recipe.seed)
+    for size, workers in ((2, 4), (4, 0)):
+        note, given = partial(noted, bench.folder), settings | {"data.num_workers": workers}
+        assert bench.train(size, str(size), note, **given) == [0] * size, bench.said
+        assert bench.losses(str(size)) == pytest.approx(bench.losses("1"), rel=tolerance, abs=0)
+        read = [np.fromfile(bench.folder / f"rows-{rank}", np.int64).reshape(20, -1, 32) for rank in range(size)]
+        for step, shares in enumerate(zip(*read, strict=True)):
+            assert np.array_equal(np.concatenate(shares), windows.batch(step, rows).ids.numpy())
+        assert len({(bench.folder / f"weights-{rank}").read_text() for rank in range(size)}) == 1
+        for rank in range(size):
+            (bench.folder / f"rows-{rank}").unlink()
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_shares_are_the_batch(size, workers):
+    windows = Windows(Tokens([np.arange(1000)]), 16, seed=5)
+    shares = [Ranks(World(rank, size)).share(5) for rank in range(size)]
+    assert [row for share in shares for row in share] == list(range(5))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for number, parts in enumerate(
+        zip(*(stream(windows, range(30), 5, workers, each) for each in shares), strict=True)
+    ):
+        assert torch.equal(torch.cat([part.ids for part in parts]), windows.batch(number, 5).ids)
+        assert torch.equal(torch.cat([part.labels for part in parts]), windows.batch(number, 5).labels)
+
+
+def test_experts_are_balanced_over_the_same_rows(bench):
+    model = tiny_config(model_type="mixtral", num_local_experts=8, num_experts_per_tok=1).model_dump()
+    recipe = json.loads(bench.recipe.read_text()) | {"model": model}
+    bench.recipe.write_text(json.dumps(recipe))
+    train(bench.recipe, bench.run("1"), **{"train.micro_batch_size": 1})
+    assert bench.train(2, "2", train__micro_batch_size=1) == [0, 0], bench.said
+    assert bench.losses("2") == pytest.approx(bench.losses("1"), rel=1e-6)
+    balance = [read_records(bench.run(name) / "metrics.jsonl")[-1]["balance_loss"] for name in ("1", "2")]
+    assert balance[0] == pytest.approx(balance[1], rel=1e-5)
+    experts = to_recipe(recipe)
+    check_shares(replaced(experts, {"train.micro_batch_size": 2}), 2)
+    for micro, size in ((None, 2), (3, 2), (2, 4)):
+        with pytest.raises(SettingError, match=f"the {size} ranks needs a whole number of such micro-batches of the 4"):
+            check_shares(replaced(experts, {"train.micro_batch_size": micro}), size)
+
+
+def test_rates_are_of_all_ranks(pair):
+    first = json.loads((pair.run("once") / "environment.json").read_text())[0]
+    assert first["ranks"] == 2
+    recipe = replaced(to_recipe(NANO), {"train.batch_tokens": 32 * 100})
+    alone, together = plan(recipe), plan_of_ranks(recipe, 0, 4)
+    assert together.memory_bytes < alone.memory_bytes
+    assert together.device == "4 x cpu"
+    assert together.tokens == alone.tokens
+    assert run_module.work(recipe, torch.device("cpu"), 4).devices == 4
+
+
+# One folder
+
+
+def test_rank_0_alone_writes_and_speaks(pair):
+    run = pair.run("once")
+    assert [record["step"] for record in read_records(run / "samples.jsonl")] == [4, 8]
+    assert (run / "run.log").read_text().count("saved step-00000004") == 1
+    assert pair.losses("once") == pytest.approx(list(map(float, pair.losses("once"))))
+    assert "step 8/8" in pair.said[0]
+    assert "2 x cpu" in pair.said[0]
+    assert pair.said[1] == ""
+
+
+def test_checkpoints_move_between_numbers_of_ranks(bench):
+    whole = {"optim.schedule.steps": 9}
+    train(bench.recipe, bench.run("once"), steps=9, **whole)
+    for size, steps in ((2, 3), (1, 5), (4, 7), (2, 9)):
+        assert bench.train(size, "run", **whole, **{"train.steps": steps}) == [0] * size, bench.said
+        warned = "ranks changed since the last start: the run goes on to rounding, not to the bit" in bench.said[0]
+        assert warned == (steps > 3)
+    assert bench.losses("run") == pytest.approx(bench.losses("once"), rel=1e-6)
+    starts = json.loads((bench.run("run") / "environment.json").read_text())
+    assert [(each["step"], each["ranks"]) for each in starts] == [(0, 2), (3, 1), (5, 4), (7, 2)]
+
+
+def test_what_rank_0_refuses_ends_all_with_one_sentence(bench):
+    with RunFolder.open(bench.run("run")):
+        assert bench.train(2, "run") == [2, 2]
+    assert f"is being trained by process {os.getpid()}" in bench.said[0]
+    assert bench.said[1] == ""
+    assert bench.train(2, "run", train__batch_tokens=32) == [2, 2]
+    assert "is 1 rows of train.sequence_length, and 2 ranks need one each; start at most 1" in bench.said[0]
+    assert bench.said[1] == ""
+
+
+# One end
+
+
+@pytest.mark.parametrize(
+    ("size", "who", "number", "code"),
+    [(2, 1, signal.SIGUSR1, 75), (2, 0, signal.SIGINT, 130), (4, 2, signal.SIGTERM, 75)],
+)
+def test_a_signal_to_one_rank_saves_once_and_ends_all(pair, size, who, number, code):
+    run = f"{number.name}"
+    assert pair.train(size, run, partial(at, who, 5, partial(signalled, number))) == [code] * size, pair.said
+    assert f"stopped by {number.name} after step 6, everything is saved" in pair.said[0]
+    assert pair.said[1:] == [""] * (size - 1)
+    log = (pair.run(run) / "run.log").read_text()
+    assert [log.count(f"saved step-0000000{step}") for step in range(9)] == [0, 0, 0, 0, 1, 0, 1, 0, 0]
+    assert pair.train(2, run, train__sample_every=4) == [0, 0]
+    assert pair.losses(run) == pytest.approx(pair.losses("once"), rel=1e-6)
+    if size == 2:
+        assert pair.hashes(run) == pair.hashes("once")
+
+
+@pytest.mark.parametrize(("size", "who"), [(2, 1), (4, 0)])
+def test_a_dead_rank_ends_the_others(pair, size, who):
+    run = f"dead-{who}"
+    codes = pair.train(size, run, partial(at, who, 6, partial(signalled, signal.SIGKILL)))
+    assert codes == [-signal.SIGKILL if rank == who else 4 for rank in range(size)], pair.said
+    for rank in set(range(size)) - {who}:
+        *_, last = pair.said[rank].splitlines()
+        assert last == (
+            f"smolforge: rank {rank} lost the connection to another: that one has ended, and said why if it could. "
+            "The same command goes on from the newest checkpoint"
+        )
+    train(pair.recipe, pair.run(run))
+    assert pair.losses(run) == pytest.approx(pair.losses("once"), rel=1e-6)
+
+
+def test_a_rank_that_hangs_ends_the_others(bench):
+    fault = partial(at, 1, 5, partial(signalled, signal.SIGSTOP))
+    first, second = bench.start(2, "run", [fault], {"train.rank_timeout_seconds": 1})
+    assert ended(first) == 4
+    assert "heard nothing of another for 1 s (train.rank_timeout_seconds): it hangs" in bench.output(0).read_text()
+    second.kill()
+    ended(second)
+
+
+def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank: int) -> None:
+    """On one rank, these micro-batches, counted as they come, lose what is no number, before or after backward."""
+    if rank != who:
+        return
+    forward, backward, count = Objective.forward, training.backward, iter(range(10**6))
+    number = 0
+
+    def losing(self, ids, labels):
+        nonlocal number
+        number = next(count)
+        found = forward(self, ids, labels)
+        return found if number not in gradients else {name: value * float("nan") for name, value in found.items()}
+
+    def after(*given):
+        found = backward(*given)
+        return found if number not in losses else {name: value * float("nan") for name, value in found.items()}
+
+    Objective.forward, training.backward = losing, after
+
+
+def test_what_is_no_number_on_one_rank_is_left_out_on_all(bench):
+    """A loss alone, then three in a row whose gradients are none either: back to the checkpoint, on with other data."""
+    settings = {"train.steps": 12, "train.evaluate_every": "none"}
+    faults = [partial(poisoned, 1, (2,), (5, 6, 7)), partial(noted, bench.folder)]
+    assert bench.train(2, "run", *faults, **settings) == [0, 0], bench.said
+    found = [(each["kind"], each["step"]) for each in read_records(bench.run("run") / "incidents.jsonl")]
+    assert found == [("skip", 3), ("skip", 6), ("skip", 7), ("skip", 8), ("rewind", 8)]
+    records = read_records(bench.run("run") / "metrics.jsonl")
+    assert [record["batch"] for record in records] == [0, 1, 2, 3, *range(8, 16)]
+    assert [record["step"] for record in records if "left_out" in record] == [3]
+    assert (bench.folder / "weights-0").read_text() == (bench.folder / "weights-1").read_text()
+
+
+def test_too_many_rewinds_end_all(bench):
+    faults = [partial(poisoned, 1, (), tuple(range(4, 100)))]
+    assert bench.train(2, "run", *faults, **{"guard.max_rewinds": 1}) == [1, 1]
+    assert "It was taken back 1 times before" in bench.said[0]
+    assert bench.said[1] == ""
+
+
+# Meeting
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
+STEP = {
+    "SLURM_JOB_ID": "4210042",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "16",
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_NODELIST": "gpu-[017-018,31],cpu4",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [
+        ({}, World()),
+        (TORCHRUN, World(1, 4, 1, "node7:29500")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),
+        (TORCHRUN | STEP, World(1, 4, 1, "node7:29500")),
+        (STEP, World(9, 16, 1, "gpu-017:20042")),
+        (STEP | {"SLURM_STEP_NODELIST": "alpha,beta"}, World(9, 16, 1, "alpha:20042")),
+        (STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}, World(9, 16, 1, "10.0.0.1:1234")),
+        ({name: value for name, value in STEP.items() if "STEP" not in name}, World()),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World()),
+    ],
+)
+def test_the_environment_says_which_rank_this_is(environment, world):
+    assert world_of(environment) == world
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"WORLD_SIZE": None}, "the environment has no WORLD_SIZE, but the rest of a launcher's"),
+        ({"RANK": None}, "the environment has no RANK"),
+        ({"RANK": "4"}, "RANK is 4 and WORLD_SIZE 4; ranks count from 0"),
+        ({"RANK": "-1"}, "RANK in the environment is '-1', which is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK in the environment is ''"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR and MASTER_PORT do not say where the ranks meet"),
+        ({"MASTER_PORT": "99999"}, "MASTER_ADDR and MASTER_PORT do not say where"),
+    ],
+)
+def test_an_environment_that_contradicts_itself_is_refused(changes, said, bench, monkeypatch, capsys):
+    """With the line to use."""
+    for name, value in (TORCHRUN | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert cli.run(["train", str(bench.recipe), "--run", str(bench.run("run"))]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert f"start with: {ranks.LAUNCH}" in shown
+    assert not bench.run("run").exists()
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SettingError, match="no GPU for local rank 1: this process sees 1, and each rank needs its own"):
+        pick_device("auto", 1)
+    for name in ("mps", "cuda:1"):
+        with pytest.raises(
+            SettingError, match=f"device is '{name}'; where several ranks train, it should be auto, cpu"
+        ):
+            pick_device(name, 0)
+    assert pick_device("cpu", 1) == torch.device("cpu")
+
+
+def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr(ranks, "JOIN_SECONDS", 1)
+    meeting = f"localhost:{free_port()}"
+    with (
+        pytest.raises(MissingResource, match=f"rank 0 could not meet the other 1 at {meeting}: "),
+        joined(World(0, 2, 0, meeting)),
+    ):
+        pass
+
+
+def test_alone_nobody_is_asked():
+    with joined(World()) as alone:
+        assert alone is ALONE
+    assert alone.tell(lambda: 3) == 3
+    assert alone.gather(1, 2) == [(1, 2)]
+    assert alone.local_rank is None
