@@ -3,9 +3,10 @@
     python benchmarks/optimizers.py [--data FILE ...] [--recipe nano] [--steps 160] [--batch-tokens 1024] [--seeds 5]
                                     [--out optimizers.json] [--time-only [--rounds 20]] [--quick]
 
-    sweep    each optimizer at rates a factor of two apart, on a seed of its own, until the best is not at an end
+    sweep    each optimizer at rates a factor of two apart, on two other seeds, until the best is not at an end
     study    seeds 0, 1, ...: each candidate at its own best rate, in runs of the recipe's schedule
-    target   the highest loss that any of these runs ends with, so that all reach it; counted are the steps until then
+    target   the highest loss that any of these runs ends with, averages included, so that all reach it; what counts
+             is the first step there
     time     milliseconds of a step, the candidates in turns in one process, on one thread, in the process's own time
 
 Seconds to the target are steps times milliseconds. Steps are the same on a busy machine; only the time wants a quiet
@@ -44,7 +45,7 @@ from smolforge.training import Action, State, backward, train
 RATES = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (1e-2, 2e-2, 4e-2)}
 """Muon's are its matrices'; the rest has AdamW in the recipe's proportion to them."""
 DECAYS = (0.8, 0.95)
-SWEEP_SEED = 100
+SWEEP_SEEDS = (100, 101)
 QUICK = {
     "model.vocab_size": 512,
     "model.hidden_size": 32,
@@ -190,11 +191,11 @@ def steps_to(target: float, curve: Curve, name: str) -> float:
 
 
 def chosen(study: Study, candidate: Candidate) -> tuple[float, str]:
-    """A candidate's best rate, and which of its weights, by the loss at the end of the sweep's runs."""
+    """A candidate's best rate, and which of its weights, by the mean loss at the end of the sweep's runs."""
 
     def best(rate: float) -> tuple[float, str]:
-        curve = study.curve(candidate.optimizer, rate, SWEEP_SEED)
-        return min((final(curve, name), name) for name in candidate.weights)
+        curves = [study.curve(candidate.optimizer, rate, seed) for seed in SWEEP_SEEDS]
+        return min((statistics.mean(final(curve, name) for curve in curves), name) for name in candidate.weights)
 
     rate = best_rate(lambda rate: best(rate)[0], RATES[candidate.optimizer])
     return rate, best(rate)[1]
@@ -207,14 +208,15 @@ def findings(study: Study) -> tuple[float, dict[Candidate, Finding]]:
         candidate: [study.curve(candidate.optimizer, rate, seed) for seed in range(study.seeds)]
         for candidate, (rate, _) in picked.items()
     }
-    target = max(final(curve, picked[each][1]) for each in CANDIDATES for curve in curves[each])
+    ended = (final(curve, name) for each in CANDIDATES for curve in curves[each] for name in (*WEIGHTS, *AVERAGES))
+    target = max(ended)
+    return target, {each: finding_of(study, curves[each], *picked[each], target) for each in CANDIDATES}
+
+
+def finding_of(study: Study, curves: list[Curve], rate: float, name: str, target: float) -> Finding:
+    """What runs come to, by some of their weights."""
     schedule = with_schedule_over(study.recipe, study.recipe.train.steps).optim.schedule
     fall = (schedule.steps or 0) - (schedule.decay_steps or 0)
-    return target, {each: finding(curves[each], *picked[each], target, fall) for each in CANDIDATES}
-
-
-def finding(curves: list[Curve], rate: float, name: str, target: float, fall: float) -> Finding:
-    """What the runs of a candidate come to."""
     return Finding(
         rate,
         name,
@@ -283,6 +285,25 @@ def report(study: Study, target: float, found: dict[Candidate, Finding]) -> None
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def report_averages(study: Study, target: float, found: dict[Candidate, Finding]) -> None:
+    """What averages are worth in the very runs they are of: in them, all else is equal."""
+    print("\n| runs | average | steps, of the weights' own (range) | loss less theirs before the fall | at the end |")
+    print("|---|---|---|---|---|")
+    for optimizer, rate in sorted({(candidate.optimizer, finding.rate) for candidate, finding in found.items()}):
+        curves = [study.curve(optimizer, rate, seed) for seed in range(study.seeds)]
+        plain = finding_of(study, curves, rate, "weights", target)
+        for name in AVERAGES:
+            mine = finding_of(study, curves, rate, name, target)
+            cells = [
+                f"{Candidate(optimizer, WEIGHTS)} at {rate:g}",
+                name,
+                median_and_range([own / other for own, other in zip(mine.steps, plain.steps, strict=True)]),
+                spread([own - other for own, other in zip(mine.plateau, plain.plateau, strict=True)], 3),
+                spread([own - other for own, other in zip(mine.end, plain.end, strict=True)], 3),
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def report_time(taken: dict[str, list[float]]) -> None:
     print("\n| candidate | ms a step | of AdamW's in the same round (range) |\n|---|---|---|")
     for name, mine in taken.items():
@@ -313,6 +334,7 @@ def main(words: list[str] | None = None) -> None:
             study.kept["target"], found = done
             study.kept["found"] = {str(candidate): finding._asdict() for candidate, finding in found.items()}
             report(study, *done)
+            report_averages(study, *done)
         study.save()
     report_time(study.kept["milliseconds"])
 

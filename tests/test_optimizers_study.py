@@ -46,15 +46,18 @@ def test_the_quick_form_runs_once_and_reports_twice(study, tmp_path, text_file, 
     study.main(words)
     again = capsys.readouterr().out
     assert first.endswith(again)
-    assert "seed 100" in first
+    assert "seed 101" in first
     assert set(kept["found"]) == set(kept["milliseconds"]) == {str(each) for each in study.CANDIDATES}
     seeds = {key.rpartition(" ")[2] for key in kept["runs"]}
-    assert seeds == {"0", "1", str(study.SWEEP_SEED)}
+    assert seeds == {"0", "1", *map(str, study.SWEEP_SEEDS)}
     for each in study.CANDIDATES:
         (row,) = [line for line in again.splitlines() if line.startswith(f"| {each} ") and line.count("|") == 9]
         found = kept["found"][str(each)]
         assert f"{found['rate']:g}" in row
         assert all(steps <= 4 for steps in found["steps"])
         assert found["end"][0] == kept["runs"][f"{each.optimizer} {found['rate']:g} seed 0"][-1][found["weights"]]
+    assert again.count("| AdamW at ") == len(study.DECAYS) * len(
+        {found["rate"] for name, found in kept["found"].items() if "AdamW" in name}
+    )
     with pytest.raises(SystemExit, match="is of another study"):
         study.main([*words, "--recipe", "shakespeare"])
