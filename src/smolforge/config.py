@@ -176,6 +176,8 @@ class Optim(Settings):
     """Decoupled decay of the matrices, times the learning rate."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients of a larger global norm are scaled down to it; none does not clip."""
+    ema_decay: Share | None = None
+    """Decay rate of an average of the weights, which then is what is measured, sampled and loaded; none has none."""
     schedule: Schedule = Schedule()
     """Learning rate over steps."""
 

@@ -1,7 +1,11 @@
-"""Parameter groups, optimizers, and the learning rate as a function of the step."""
+"""Parameter groups, optimizers, the average of the weights they make, and the learning rate as a function of the step.
+
+gradients -> AdamW, Muon -> weights -> Average -> `averaged`: what is measured, sampled and saved as the model
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, assert_never
 
 import torch
@@ -16,7 +20,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
-    """The optimizers of a recipe; together they own every parameter exactly once.
+    """The optimizers of a recipe; together they own every parameter exactly once. An average of them all comes last.
 
     adamw: matrices decay, vectors do not. muon: the matrices inside the layers are orthogonalised;
     embedding, head and norms are AdamW's, as Muon's author advises.
@@ -37,7 +41,7 @@ def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
             assert_never(settings.name)
     owned = [id(weight) for each in chosen for group in each.param_groups for weight in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter is forgotten or owned twice"
-    return chosen
+    return chosen if settings.ema_decay is None else [*chosen, Average(model.parameters(), settings.ema_decay)]
 
 
 def adamw(matrices: Iterable[nn.Parameter], vectors: Iterable[nn.Parameter], settings: Optim) -> AdamW:
@@ -98,6 +102,61 @@ def orthogonal(matrix: Float[Tensor, "*e r c"], rounds: int = 5) -> Float[Tensor
     return (x.T if tall else x).to(matrix.dtype)
 
 
+class Average(Optimizer):
+    """An exponential moving average of the weights, which it leaves alone until `swap` puts the average in their place.
+
+    Stepped after what updates them. Update n counts for max(1 - decay, 9 / (n + 8)): in a run too short for its decay
+    the mean age of what is averaged is a tenth of the run. TensorFlow's rule, its t counted from the second update:
+    https://www.tensorflow.org/api_docs/python/tf/train/ExponentialMovingAverage. torch's AveragedModel would not hear
+    of updates left out.
+    """
+
+    STATE = ("average", "training", "averaged")
+    """Of each weight: one of the first two, whichever it is not itself just now, and how many updates are averaged."""
+
+    def __init__(self, params: Iterable[nn.Parameter], decay: float) -> None:
+        super().__init__(params, {"decay": decay})
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take in the weights as they are, unless their update was left out."""
+        assert closure is None
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight not in self.state:
+                    self.state[weight] = {"average": weight.clone(), "averaged": weight.new_zeros(())}
+            states = [self.state[weight] for weight in group["params"]]
+            wanted = 1.0 if self.found_inf is None else 1 - self.found_inf
+            share = wanted * (9 / (states[0]["averaged"] + 9)).clamp(min=1 - group["decay"])
+            for weight, state in zip(group["params"], states, strict=True):
+                state["average"].lerp_(weight, share)
+                state["averaged"] += wanted
+
+    def swap(self) -> None:
+        """Exchange weights and average; nothing is copied."""
+        for weight, state in self.state.items():
+            here, there = ("average", "training") if "average" in state else ("training", "average")
+            weight.data, state[there] = state.pop(here), weight.data
+
+
+def swap_average(chosen: Sequence[Optimizer]) -> None:
+    """Where there is an average, give the model its averaged weights, or back those that are trained."""
+    for each in chosen:
+        if isinstance(each, Average):
+            each.swap()
+
+
+@contextmanager
+def averaged(chosen: Sequence[Optimizer]) -> Iterator[None]:
+    """In here the model has its averaged weights, where there is an average."""
+    swap_average(chosen)
+    try:
+        yield
+    finally:
+        swap_average(chosen)
+
+
 def learning_rate(step: int, peak: float, schedule: Schedule) -> float:
     """The rate of the update that follows `step` finished ones.
 
@@ -139,7 +198,8 @@ def scale_learning_rates(chosen: Sequence[Optimizer], factor: float) -> None:
     """Set every group's rate to this share of its peak."""
     for each in chosen:
         for group in each.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+            if "lr" in group:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
 
 def state_tensors(chosen: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
@@ -158,12 +218,20 @@ def load_state_tensors(chosen: Sequence[Optimizer], model: nn.Module, tensors: d
     Raises InvalidFile where the tensors are not this model's.
     """
     weights = dict(model.named_parameters())
-    owner = {weight: each for each in chosen for group in each.param_groups for weight in group["params"]}
+    names = {weight: name for name, weight in weights.items()}
+    owners = {
+        (names[weight], isinstance(each, Average)): each
+        for each in chosen
+        for group in each.param_groups
+        for weight in group["params"]
+    }
     for key, tensor in tensors.items():
         what, _, name = key.partition(".")
-        if name not in weights or tensor.shape not in (weights[name].shape, torch.Size([])):
+        owner = owners.get((name, what in Average.STATE))
+        if owner is None or tensor.shape not in (weights[name].shape, torch.Size([])):
             raise InvalidFile(f"the optimizer state has {key!r}, which does not fit this model")
-        owner[weights[name]].state[weights[name]][what] = tensor.to(weights[name].device)
-    forgotten = [name for name, weight in weights.items() if tensors and not owner[weight].state[weight]]
-    if forgotten:
-        raise InvalidFile(f"the optimizer state lacks {forgotten[0]!r}")
+        # A copy: where they lie in the file, tensors are not aligned as those of a run that goes on are.
+        owner.state[weights[name]][what] = tensor.to(weights[name].device, copy=True)
+    for (name, _), owner in owners.items():
+        if tensors and not owner.state[weights[name]]:
+            raise InvalidFile(f"the optimizer state lacks {name!r}")

@@ -1,6 +1,7 @@
 """The training state beside the weights, in `training/`.
 
-optimizer.safetensors   moments and step counts, named by parameter
+optimizer.safetensors   moments and step counts, named by parameter; where the model's weights are an average
+                        (optim.ema_decay), also those that training goes on with: `training.<parameter>`
 random.safetensors      the random states of torch, NumPy and Python, as tensors: nothing is pickled
 state.json              step, tokens, corpus, validation loss, incidents so far
 """

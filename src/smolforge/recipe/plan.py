@@ -108,7 +108,7 @@ def plan_of_ranks(recipe: Recipe, done_steps: int, ranks: int) -> Plan:
 
 
 def training_bytes(recipe: Recipe) -> int:
-    """Peak memory of a training step: weights, gradients, two moments, and what backward needs.
+    """Peak memory of a training step: weights, gradients, two moments, an average, and what backward needs.
 
     Where layers are computed again in backward, one of them has everything at a time.
     """
@@ -118,7 +118,8 @@ def training_bytes(recipe: Recipe) -> int:
     kept = model.num_hidden_layers * numbers_kept(model, train.activation_checkpointing)
     if train.activation_checkpointing:
         kept += numbers_kept(model, None)
-    rest = (4 * sum(parameter_counts(model).values()) + tokens * kept) * width
+    copies = 4 + (recipe.optim.ema_decay is not None)
+    rest = (copies * sum(parameter_counts(model).values()) + tokens * kept) * width
     return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
 
 
@@ -164,9 +165,10 @@ def disk_bytes(recipe: Recipe) -> int:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Weights and two moments, and a little for the rest."""
+    """Weights, two moments and an average, and a little for the rest."""
     width = 8 if recipe.train.dtype == "float64" else 4
-    return 3 * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
+    copies = 3 + (recipe.optim.ema_decay is not None)
+    return copies * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
 
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:

@@ -165,6 +165,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     except guard.Rewind as wrong:
         ranks.tell(partial(take_back, recipe, files, decisions, wrong))
         return None
+    optim.swap_average(optimizers)
     return Run(files.path, model.eval(), recipe, metrics)
 
 
@@ -272,6 +273,7 @@ def restore(checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim
     """Weights, moments, random states, and place. Raises InvalidFile where they do not fit the model."""
     tensors, facts = state.load(checkpoint, model)
     optim.load_state_tensors(optimizers, model, tensors)
+    optim.swap_average(optimizers)  # saved as the model, where there is one
     log.info("resumed from %s", checkpoint)
     return State(facts["step"], facts["tokens"])
 

@@ -120,14 +120,15 @@ class Workshop:
 
     def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         settings = self.recipe.train
-        found = measure_corpus(
-            self.model,
-            self.text,
-            settings.sequence_length,
-            settings.evaluate_tokens,
-            precision=autocast(settings.dtype, self.model.head.device),
-            intra_document_masking=self.recipe.data.intra_document_masking,
-        )
+        with optim.averaged(self.optimizers):
+            found = measure_corpus(
+                self.model,
+                self.text,
+                settings.sequence_length,
+                settings.evaluate_tokens,
+                precision=autocast(settings.dtype, self.model.head.device),
+                intra_document_masking=self.recipe.data.intra_document_masking,
+            )
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def sample(self, now: State, metrics: dict[str, Any]) -> None:
@@ -135,7 +136,8 @@ class Workshop:
         if options["seed"] is None:
             options["seed"] = self.recipe.seed + now.step
         self.model.eval()
-        found = generate(self.model, prompts, **options)
+        with optim.averaged(self.optimizers):
+            found = generate(self.model, prompts, **options)
         self.model.train()
         for prompt, completion in zip(prompts, found, strict=True):
             self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
@@ -171,6 +173,7 @@ class Workshop:
                 "incidents": self.files.incidents(),
                 "recent_losses": list(self.judge.recent),
             }
-            return state.snapshot(self.model, optim.state_tensors(self.optimizers, self.model), facts, staging)
+            with optim.averaged(self.optimizers):
+                return state.snapshot(self.model, optim.state_tensors(self.optimizers, self.model), facts, staging)
 
         return take
