@@ -38,6 +38,8 @@ class Job:
     """no, whole, layers (each by itself), autotuned (whole, products chosen by trying) or graphs (whole, replayed)."""
     attention: str = "default"
     """A backend of scaled_dot_product_attention, or documents, which are kept apart by FlexAttention."""
+    checkpoint: str | None = None
+    """How little layers keep for their backward: selective or full."""
     deterministic: bool = False
     learning_rate: float = 3e-3
 

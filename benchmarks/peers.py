@@ -37,7 +37,7 @@ class Smolforge:
                 layer.compile(dynamic=False)
         separator = SEPARATOR if self.job.attention == "documents" else None
         whole = self.job.compiled not in ("no", "layers")
-        self.objective = Objective(model, self.job.dtype, separator, compiled=whole)
+        self.objective = Objective(model, self.job.dtype, separator, checkpoint=self.job.checkpoint, compiled=whole)
         self.batch = Batch(*batch(self.job, model.config.vocab_size))
         self.recipe = recipe(self.job, model.config)
         self.judge = guard.Judge(self.recipe.guard, guard.decided([]), 0, [], lambda incident: None)

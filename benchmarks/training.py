@@ -26,7 +26,8 @@ from typing import Any
 import job
 from contest import Contestant, Entrant, race, start_by
 
-OURS, THEIRS, LITGPT, COMPILED = "smolforge", "transformers", "litgpt", " compiled"
+OURS, THEIRS, LITGPT = "smolforge", "transformers", "litgpt"
+COMPILED, SELECTIVE = " compiled", ", selective"
 WAY_OUT = {THEIRS: "pip install transformers", LITGPT: "make .litgpt, and --litgpt .litgpt/bin/python"}
 AGREEMENT = {"float32": (1e-4, 1e-3), "bfloat16": (2e-3, 0.1)}
 """Relative difference that rounding may make to the first loss, which is of the same weights, and to later ones."""
@@ -34,8 +35,10 @@ Result = dict[str, Any]
 
 
 def names(asked: argparse.Namespace) -> list[str]:
-    """Ours first: the others are measured by the last of ours."""
-    return [name + kind for name in (OURS, *asked.peers) for kind in ("", *[COMPILED] * (not asked.eager))]
+    """Ours first: the others are measured by the last of ours, which also computes again what is cheap."""
+    if asked.eager:
+        return [OURS, *asked.peers]
+    return [OURS, OURS + COMPILED, OURS + COMPILED + SELECTIVE, *(n + c for n in asked.peers for c in ("", COMPILED))]
 
 
 def compete(asked: argparse.Namespace, dtype: str) -> tuple[dict[str, list[Result]], dict[str, str]]:
@@ -50,11 +53,13 @@ def compete(asked: argparse.Namespace, dtype: str) -> tuple[dict[str, list[Resul
 
 
 def started(name: str, asked: argparse.Namespace, dtype: str, folder: Path) -> Contestant:
-    peer, _, compiled = name.partition(" ")
+    peer, compiled = name.split()[0], "whole" if COMPILED in name else "no"
     maker = "peers:Smolforge" if peer == OURS else "peers:Peer"
     python = asked.litgpt if peer == LITGPT else None
     given = {"folder": folder, "rows": asked.rows, "length": asked.length, "peer": peer, "dtype": dtype}
-    return Contestant(maker, python, folder / f"{peer}{compiled}.log", **given, compiled="whole" if compiled else "no")
+    if SELECTIVE in name:
+        given["checkpoint"] = "selective"
+    return Contestant(maker, python, folder / f"{name}.log", **given, compiled=compiled)
 
 
 def said(name: str, why: str) -> str:
@@ -92,7 +97,7 @@ def table(found: dict[str, list[Result]], tokens: int) -> list[Result]:
             "our_share_of_its_memory": peaks[ours] / peaks[name],
             "first_step_seconds": found[name][0]["seconds"],
         }
-        if name.endswith(COMPILED) and not found[name][-1]["graphs"]:
+        if COMPILED in name and not found[name][-1]["graphs"]:
             row["note"] = "torch.compile made nothing"
         rows.append(row)
     return rows

@@ -79,9 +79,9 @@ def test_a_step_beside_peers():
     page = said_by("training", *TINY, "--rows", 1, "--rounds", 1, "--dtype", "float32")
     rows, nothing = cells(page), " (torch.compile made nothing)"
     assert page.startswith("smollm2-nano, 1 x 16 tokens, float32, 1 rounds\n")
-    ours = ["smolforge", f"smolforge compiled{nothing}"]
-    assert list(rows)[1:5] == [*ours, "transformers", f"transformers compiled{nothing}"]
-    assert rows[ours[1]][1] == "1.00 (1.00 to 1.00)"
+    ours = ["smolforge", f"smolforge compiled{nothing}", f"smolforge compiled, selective{nothing}"]
+    assert list(rows)[1:6] == [*ours, "transformers", f"transformers compiled{nothing}"]
+    assert rows[ours[2]][1] == "1.00 (1.00 to 1.00)"
     if find_spec("litgpt") is None:
         for kind in ("", " compiled"):
             assert rows[f"litgpt{kind}"][0] == "not installed here: make .litgpt, and --litgpt .litgpt/bin/python"
@@ -92,7 +92,7 @@ def test_a_compiled_step_beside_peers():
     said = said_by("training", *TINY, "--rows", 1, "--rounds", 1, "--peers", "transformers", "--json", compiling=True)
     for found in json.loads(said).values():
         assert found["failed"] == {}
-        assert len(found["rows"]) == 4
+        assert len(found["rows"]) == 5
         assert not any("note" in row for row in found["rows"])
 
 

@@ -65,11 +65,13 @@ def test_runs_of_hours_are_compiled(monkeypatch, steps, ranks, compiled):
     """Sixty steps of 4 x 2048 tokens take 100 GFLOP/s two or three hours, and four such processors less than one."""
     monkeypatch.setattr(plan, "matrix_flops_per_second", lambda device, dtype: 1e11)
     recipe = replaced(SMOLLM2, {"train.steps": steps, "train.batch_tokens": 8192, "train.dtype": "float32"})
-    assert on_this_machine(recipe, ranks).train.compile is compiled
+    decided = on_this_machine(recipe, ranks).train
+    assert (decided.compile, decided.activation_checkpointing) == (compiled, "selective" if compiled else None)
 
 
 def test_what_is_said_by_hand_stays():
     said = {"train.dtype": "float64", "train.micro_batch_size": 7, "train.compile": True}
+    said |= {"train.activation_checkpointing": "full"}
     assert on_this_machine(replaced(SMOLLM2, said)) == replaced(SMOLLM2, said)
 
 

@@ -17,20 +17,26 @@ Through = Callable[..., Any]
 """Calls a layer with what it is given."""
 
 _aten = torch.ops.aten
+PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._grouped_mm.default: 0}
+"""And which of their arguments is the left factor."""
 DEAR = {
-    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten._grouped_mm.default),
+    *PRODUCTS,
     *(_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default),
     *(_aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default),
 }
 
 
-def checkpointing(kind: Checkpointing) -> Through:
-    """How layers are called so that they keep no more. The numbers stay as they are, to the bit."""
+def checkpointing(kind: Checkpointing, wide: int | None = None) -> Through:
+    """How layers are called so that they keep no more. The numbers stay as they are, to the bit.
+
+    A layer that ends with a product of a factor so `wide`, to which nothing but its input is added, need not keep what
+    that gives: its backward has no use for it, and recomputation ends before it.
+    """
     match kind:
         case None:
             return plainly
         case "selective":
-            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            contexts = partial(create_selective_checkpoint_contexts, partial(_policy, wide))
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         case "full":
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -43,5 +49,6 @@ def plainly(layer: Callable[..., Any], *given: Any) -> Any:
     return layer(*given)
 
 
-def _policy(context: Any, operator: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(wide: int | None, context: Any, operator: Any, *given: Any, **_: Any) -> CheckpointPolicy:
+    is_last = operator in PRODUCTS and given[PRODUCTS[operator]].shape[-1] == wide
+    return CheckpointPolicy.MUST_SAVE if operator in DEAR and not is_last else CheckpointPolicy.PREFER_RECOMPUTE

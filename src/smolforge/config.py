@@ -193,8 +193,9 @@ class Train(Settings):
     """Tokens per optimizer step, over all ranks."""
     micro_batch_size: Annotated[PositiveInt | Literal["auto"] | None, FREE] = None
     """Rows in one forward pass: by default all, auto as many as fit. The rest is accumulated. Fixed for experts."""
-    activation_checkpointing: Annotated[Literal["selective", "full"] | None, FREE] = None
-    """Compute again in backward instead of keeping: selective all but products and attention, full whole layers."""
+    activation_checkpointing: Annotated[Literal["auto", "selective", "full"] | None, FREE] = "auto"
+    """Compute again in backward instead of keeping: selective all but products and attention, full whole layers; auto
+    is selective where a processor's program is compiled, which is then no slower, and else none."""
     dtype: Literal["auto", "float32", "tfloat32", "bfloat16", "float64"] = "auto"
     """Arithmetic over weights kept in fp32 (float64 for proofs); auto is bfloat16 where it is faster."""
     compile: Annotated[bool | Literal["auto"], FREE] = "auto"

@@ -41,7 +41,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
-        self.through = checkpointing(checkpoint)
+        config = model.config
+        self.through = checkpointing(checkpoint, config.intermediate_size if config.model_type != "mixtral" else None)
         self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
 
     @classmethod
@@ -54,7 +55,7 @@ class Objective(nn.Module):
             settings.dtype,
             separator,
             settings.z_loss,
-            settings.activation_checkpointing,
+            None if settings.activation_checkpointing == "auto" else settings.activation_checkpointing,
             settings.compile is True,
         )
 

@@ -131,7 +131,7 @@ def arithmetic_line(train: Train) -> str:
     parts: list[str] = [train.dtype]
     if train.compile is True:
         parts.append("compiled, for which the first step takes a minute or two")
-    if train.activation_checkpointing:
+    if train.activation_checkpointing in ("selective", "full"):
         parts.append(f"{train.activation_checkpointing} activation checkpointing")
     return ", ".join(parts)
 

@@ -115,9 +115,8 @@ def training_bytes(recipe: Recipe) -> int:
     model, train = recipe.model, recipe.train
     width = 8 if train.dtype == "float64" else 4
     tokens = train.micro_rows * train.sequence_length
-    kept = model.num_hidden_layers * numbers_kept(model, train.activation_checkpointing)
-    if train.activation_checkpointing:
-        kept += numbers_kept(model, None)
+    again = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
+    kept = model.num_hidden_layers * numbers_kept(model, again) + (numbers_kept(model, None) if again else 0)
     copies = 4 + (recipe.optim.ema_decay is not None)
     rest = (copies * sum(parameter_counts(model).values()) + tokens * kept) * width
     return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
@@ -137,7 +136,7 @@ def numbers_kept(model: ModelConfig, checkpointing: Checkpointing) -> int:
         case "full":
             return hidden
         case "selective":
-            return 2 * hidden + 2 * queries + 2 * keys + (experts or 1) * (2 * wide + hidden)
+            return 2 * hidden + 2 * queries + 2 * keys + (experts or 1) * 2 * wide + experts * hidden
         case _:
             kept = 4 * hidden + 3 * queries + 2 * keys + (experts or 1) * 4 * wide
             return kept + 3 * experts * hidden
