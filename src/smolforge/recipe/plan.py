@@ -31,6 +31,9 @@ EFFICIENCY = 0.45
 """Share of the measured matrix speed that a training step reaches, all its other work included."""
 PROCESS_BYTES = 450 << 20
 """A process with torch imported and nothing in it."""
+COMPILER_BYTES = 200 << 20
+COMPILED_SHARE = 0.75
+HOLES = 1.25
 FEWEST_STEPS = 200
 PROBE_SECONDS, PROBE_FLOPS = 4, 1e12
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -110,20 +113,30 @@ def plan_of_ranks(recipe: Recipe, done_steps: int, ranks: int) -> Plan:
 def training_bytes(recipe: Recipe) -> int:
     """Peak memory of a training step: weights, gradients, two moments, an average, and what backward needs.
 
-    Where layers are computed again in backward, one of them has everything at a time.
+    Where layers are computed again in backward, one of them has everything at a time. A processor's malloc leaves
+    holes, among gradients too where whole layers are computed again; a compiler lays out most of what is kept better
+    and takes memory itself: the three constants are measured, docs/performance.md.
     """
-    model, train = recipe.model, recipe.train
+    model, train, device = recipe.model, recipe.train, pick_device(recipe.train.device)
     width = 8 if train.dtype == "float64" else 4
-    tokens = train.micro_rows * train.sequence_length
+    low = 2 if pick_dtype(train.dtype, device) == torch.bfloat16 else width
+    tokens, compiled = train.micro_rows * train.sequence_length, train.compile is True
     again = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
-    kept = model.num_hidden_layers * numbers_kept(model, again) + (numbers_kept(model, None) if again else 0)
+    kept = model.num_hidden_layers * bytes_kept(model, again, width, low)
+    kept = int(kept * COMPILED_SHARE) if compiled and again is None else kept
+    kept += bytes_kept(model, None, width, low) if again else 0
+    weights = sum(parameter_counts(model).values()) * width
     copies = 4 + (recipe.optim.ema_decay is not None)
-    rest = (copies * sum(parameter_counts(model).values()) + tokens * kept) * width
-    return rest + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows) + PROCESS_BYTES
+    rest = copies * weights + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows)
+    rest += weights * low // width if low < width else 0  # what autocast casts
+    if device.type == "cuda":
+        return rest + tokens * kept
+    holes = weights if again == "full" else 0
+    return rest + holes + int(tokens * kept * (1 if compiled else HOLES)) + PROCESS_BYTES + compiled * COMPILER_BYTES
 
 
-def numbers_kept(model: ModelConfig, checkpointing: Checkpointing) -> int:
-    """How many numbers a layer keeps of each token for its backward.
+def bytes_kept(model: ModelConfig, again: Checkpointing, width: int, low: int) -> int:
+    """How much a layer keeps of each token for its backward: `width` bytes a number in norms, `low` in products.
 
     All: inputs and outputs of two norms, queries before and after attention and merged, keys and values, four arrays
     of the feed-forward's width; experts have theirs, with input and output, once for each a token goes to. Of these
@@ -132,14 +145,15 @@ def numbers_kept(model: ModelConfig, checkpointing: Checkpointing) -> int:
     hidden, wide = model.hidden_size, model.intermediate_size
     queries, keys = (heads * model.head_size for heads in (model.num_attention_heads, model.num_key_value_heads))
     experts = model.num_experts_per_tok if model.model_type == "mixtral" else 0
-    match checkpointing:
+    match again:
         case "full":
-            return hidden
+            return hidden * width
         case "selective":
-            return 2 * hidden + 2 * queries + 2 * keys + (experts or 1) * 2 * wide + experts * hidden
+            given = hidden + 2 * queries + 2 * keys + (experts or 1) * 2 * wide + experts * hidden
+            return hidden * width + given * low
         case _:
-            kept = 4 * hidden + 3 * queries + 2 * keys + (experts or 1) * 4 * wide
-            return kept + 3 * experts * hidden
+            given = 2 * hidden + 3 * queries + 2 * keys + (experts or 1) * 4 * wide + 3 * experts * hidden
+            return 2 * hidden * width + given * low
 
 
 def head_bytes(recipe: Recipe, tokens: int, width: int, accumulates: bool) -> int:
