@@ -45,6 +45,7 @@ TRAIN = {
     "steps": 24,
     "sequence_length": 32,
     "batch_tokens": 128,
+    "dtype": "float32",
     "checkpoint_every": 1,
     "evaluate_every": "none",
     "sample_every": "none",

@@ -187,8 +187,8 @@ def test_a_budget_is_kept(tokens):
     assert recipe.train.steps >= 200 or recipe.train.rows == 1
 
 
-@pytest.mark.parametrize("schedule", [{"warmup_steps": 0.1, "decay": "linear", "decay_steps": 0.3}, {}])
-def test_a_budget_of_time_is_measured(schedule):
+def test_a_budget_of_time_is_measured():
+    schedule = {"warmup_steps": 0.1, "decay": "linear", "decay_steps": 0.3}
     recipe = to_recipe(NANO | {"budget": "3s", "optim": {"schedule": schedule}})
     recipe = within_budget(replaced(recipe, {"train.sequence_length": 64, "train.batch_tokens": 64}))
     tokens = recipe.train.steps * recipe.train.batch_tokens

@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -69,8 +70,10 @@ def fastest_dtype(device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type != "cpu":
         return "float32"
-    half, full = (matrix_flops_per_second(device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    return "bfloat16" if half > CLEARLY * full else "float32"
+    dtypes = (torch.bfloat16, torch.float32)
+    pairs = [[matrix_flops_per_second(device, dtype, runs=2) for dtype in dtypes] for _ in range(5)]
+    ratio = statistics.median(half / full for half, full in pairs)  # in turn, so that other programs hit both alike
+    return "bfloat16" if ratio > CLEARLY else "float32"
 
 
 def use_tensor_cores(dtype: str, device: torch.device) -> None:
@@ -85,7 +88,7 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, picked) if picked == torch.bfloat16 else nullcontext()
 
 
-def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, runs: int = 6) -> float:
     """The best of a few runs of one matrix product, in a fraction of a second.
 
     Random numbers, since a GPU is some 10 % faster with constants:
@@ -95,7 +98,7 @@ def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     chance = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, dtype=dtype, generator=chance) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(runs):
         start = time.perf_counter()
         a @ b
         synchronize(device)
