@@ -1,8 +1,7 @@
 """Every setting of every stage, as one frozen tree.
 
-A recipe file, dotted flags and Python arguments all end as a `Recipe`. Each field is said once: its
-name is its key and its flag, the text below it is its help. Fields marked FREE may change when a run
-is resumed; all others are part of what the run is.
+A recipe file, dotted flags and Python arguments all end as a `Recipe`. Each field is said once: its name is its key and
+its flag, the text below it is its help. Fields marked FREE may change when a run is resumed, no others.
 """
 
 from typing import Annotated, Literal
@@ -233,6 +232,11 @@ class Train(Settings):
         """Sequences per forward pass; all of a step's where that is not decided yet."""
         size = self.micro_batch_size
         return min(size, self.rows) if isinstance(size, int) else self.rows
+
+    @property
+    def recomputed(self) -> Literal["selective", "full"] | None:
+        """What layers compute again, if decided."""
+        return None if self.activation_checkpointing == "auto" else self.activation_checkpointing
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> "Train":

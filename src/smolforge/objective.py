@@ -55,13 +55,9 @@ class Objective(nn.Module):
             settings.dtype,
             separator,
             settings.z_loss,
-            None if settings.activation_checkpointing == "auto" else settings.activation_checkpointing,
+            settings.recomputed,
             settings.compile is True,
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.head.device
 
     def forward(self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         with autocast(self.dtype, ids.device):

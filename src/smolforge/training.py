@@ -112,7 +112,7 @@ def train(
             on_model = not all(action.late for action in due)
             if on_model or not ahead:
                 state, unheard = hear(*unheard, state, meter, judge), None
-            if on_model or done == begun + 1:  # a compiler leaves half a gigabyte
+            if on_model or done == begun + 1:  # a compiler leaves much
                 gc.collect()
     return state if unheard is None else hear(*unheard, state, meter, judge)
 

@@ -21,7 +21,7 @@ from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-"""Threads that wait for each other sleep sooner, or one more busy process makes ten times slow: docs/performance.md."""
+"""Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",

@@ -131,8 +131,8 @@ def arithmetic_line(train: Train) -> str:
     parts: list[str] = [train.dtype]
     if train.compile is True:
         parts.append("compiled, for which the first step takes a minute or two")
-    if train.activation_checkpointing in ("selective", "full"):
-        parts.append(f"{train.activation_checkpointing} activation checkpointing")
+    if train.recomputed:
+        parts.append(f"{train.recomputed} activation checkpointing")
     return ", ".join(parts)
 
 

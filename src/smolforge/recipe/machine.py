@@ -3,7 +3,7 @@
 dtype          the one this device multiplies fastest in, measured
 micro-batch    as many rows as keep the device busy and fit into its memory, on a GPU found by trying
 compile        where the run is long enough to win back what the compiler takes
-checkpointing  selective where a processor's program is compiled: it is a tenth smaller, and no slower
+checkpointing  selective where a processor's program is compiled: it is smaller, and no slower
 """
 
 import torch
@@ -21,7 +21,7 @@ BUSY_TOKENS_ELSEWHERE = 4096
 SAFE_SHARE = 0.8
 """Of the memory that is free, so that the prediction's error and other programs have room."""
 WORTH_COMPILING_SECONDS = {"cuda": 300, "cpu": 3600}
-"""A compiler takes a minute or two, and wins several per cent on a processor, half the time on a GPU."""
+"""A compiler takes a minute or two. What it wins was measured on a processor; for GPUs this is an estimate."""
 
 
 def in_the_fastest_dtype(recipe: Recipe) -> Recipe:

@@ -120,8 +120,7 @@ def training_bytes(recipe: Recipe) -> int:
     model, train, device = recipe.model, recipe.train, pick_device(recipe.train.device)
     width = 8 if train.dtype == "float64" else 4
     low = 2 if pick_dtype(train.dtype, device) == torch.bfloat16 else width
-    tokens, compiled = train.micro_rows * train.sequence_length, train.compile is True
-    again = None if train.activation_checkpointing == "auto" else train.activation_checkpointing
+    tokens, compiled, again = train.micro_rows * train.sequence_length, train.compile is True, train.recomputed
     kept = model.num_hidden_layers * bytes_kept(model, again, width, low)
     kept = int(kept * COMPILED_SHARE) if compiled and again is None else kept
     kept += bytes_kept(model, None, width, low) if again else 0
