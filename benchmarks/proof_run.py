@@ -37,7 +37,8 @@ from typing import Any, BinaryIO
 
 from smolforge.checkpoint import state
 from smolforge.comparison.figures import loss_curve
-from smolforge.runs import ENVIRONMENT, METRICS, RECIPE, read_records
+from smolforge.runs import METRICS, RECIPE, environment
+from smolforge.runs.journal import read_records
 
 FILES = ("model.safetensors", "training/optimizer.safetensors", "training/random.safetensors")
 NUMBERS = ("step", "tokens", "loss", "grad_norm", "learning_rate")
@@ -105,7 +106,7 @@ class Proof:
         self.verify(stopped)
         self.train(through, self.end, decided(stopped))
         found = compared(stopped, through, self.end)
-        starts = json.loads((stopped / ENVIRONMENT).read_text("utf-8"))
+        starts = environment.starts(stopped)
         found |= {"stops": [start["step"] for start in starts[1:]], "failed": self.failed, "environment": starts[-1]}
         (self.results / "hashes.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
         shutil.copy(stopped / METRICS, self.results / METRICS)

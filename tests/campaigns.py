@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from smolforge import cli, commit
 from smolforge.checkpoint import resolve, state
 from smolforge.errors import InvalidFile
-from smolforge.runs import read_records
+from smolforge.runs.journal import read_records
 from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
 from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start

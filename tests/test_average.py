@@ -28,7 +28,7 @@ from smolforge.optim import (
 from smolforge.recipe import train, workshop
 from smolforge.recipe.plan import checkpoint_bytes, training_bytes
 from smolforge.recipe.read import to_recipe
-from smolforge.runs import read_records
+from smolforge.runs.journal import read_records
 from smolforge.settings import replaced
 from smolforge.sizes import parameter_counts
 from smolforge.testing import tiny_model

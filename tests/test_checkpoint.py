@@ -17,7 +17,7 @@ from smolforge.checkpoint import families, resolve, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.recipe import train
-from smolforge.runs import read_records
+from smolforge.runs.journal import read_records
 from smolforge.testing import Crash, crashing, failing, flip_bit, tiny_config, tiny_model
 
 

@@ -20,7 +20,8 @@ from smolforge.data.batches import Windows
 from smolforge.errors import Diverged, Stopped
 from smolforge.guard import Judge, Rewind, decided
 from smolforge.recipe import train
-from smolforge.runs import Journal, RunFolder, read_records
+from smolforge.runs import RunFolder
+from smolforge.runs.journal import Journal, read_records
 from smolforge.testing import Crash, flip_bit, power, recorded
 
 

@@ -11,7 +11,7 @@ from smolforge.checkpoint import state
 from smolforge.cli import life
 from smolforge.cli.terminal import Display
 from smolforge.errors import Stopped
-from smolforge.runs import read_records
+from smolforge.runs.journal import read_records
 
 
 def test_the_whole_life(tmp_path, monkeypatch):

@@ -30,7 +30,8 @@ from smolforge.recipe import train
 from smolforge.recipe.plan import plan, plan_of_ranks
 from smolforge.recipe.read import to_recipe
 from smolforge.recipe.settle import check_shares
-from smolforge.runs import RunFolder, read_records
+from smolforge.runs import RunFolder
+from smolforge.runs.journal import read_records
 from smolforge.settings import replaced
 from smolforge.testing import sentences, tiny_config
 from smolforge.testing.processes import ended, start

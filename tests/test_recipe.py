@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge import __version__, commit, runs
+from smolforge import __version__, commit
 from smolforge.checkpoint import resolve, state
 from smolforge.config import Data
 from smolforge.data.batches import Windows
@@ -39,7 +39,8 @@ from smolforge.recipe.plan import (
 )
 from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
 from smolforge.recipe.settle import check_going_on, resumed, settle
-from smolforge.runs import RunFolder, read_records
+from smolforge.runs import RunFolder, environment
+from smolforge.runs.journal import read_records
 from smolforge.settings import replaced
 from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences, tiny_config
 from smolforge.tokenizer import Tokenizer
@@ -350,9 +351,9 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
 
 
 def test_source_that_is_not_installed_runs(monkeypatch):
-    assert runs.versions()["smolforge"] == __version__
-    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
-    assert runs.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
+    assert environment.versions()["smolforge"] == __version__
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
+    assert environment.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

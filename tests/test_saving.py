@@ -19,7 +19,8 @@ from smolforge import commit
 from smolforge.checkpoint import state, tensors, weights
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.recipe import resume_or_start, saving, train
-from smolforge.runs import Journal, RunFolder, read_records
+from smolforge.runs import RunFolder
+from smolforge.runs.journal import Journal, read_records
 from smolforge.testing import flip_bit, recorded, tiny_model
 
 

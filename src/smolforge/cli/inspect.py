@@ -141,7 +141,8 @@ def _corpus(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     from smolforge.checkpoint import state
     from smolforge.recipe.read import read_recipe
-    from smolforge.runs import METRICS, RECIPE, read_records
+    from smolforge.runs import METRICS, RECIPE
+    from smolforge.runs.journal import read_records
 
     recipe = read_recipe(path / RECIPE)
     records = read_records(path / METRICS) if (path / METRICS).is_file() else []
@@ -162,7 +163,7 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from smolforge.device import describe, fastest_dtype, matrix_flops_per_second, memory_bytes, pick_device
-    from smolforge.runs import versions
+    from smolforge.runs.environment import versions
 
     device = pick_device("auto")
     return {

@@ -25,7 +25,8 @@ from smolforge.model import LanguageModel
 from smolforge.recipe import Run, resume_or_start
 from smolforge.recipe.plan import tokens_per_second
 from smolforge.recipe.read import read_recipe
-from smolforge.runs import ENVIRONMENT, RECIPE
+from smolforge.runs import RECIPE
+from smolforge.runs.environment import starts
 
 CHECKPOINT_EVERY, FEWEST_REPEATED = 25, 20
 PROMPTS = ("The", "Return the")
@@ -114,7 +115,7 @@ def interrupting(show: Display, step: int) -> Iterator[list[int]]:
 
 def resumes(out: Path) -> list[int]:
     """The steps at which the run was started again."""
-    return [start["step"] for start in json.loads((out / ENVIRONMENT).read_text("utf-8"))[1:]]
+    return [start["step"] for start in starts(out)[1:]]
 
 
 def score(run: Run, text: corpus.Corpus) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from smolforge.runs import METRICS, read_records
+from smolforge.runs import METRICS
+from smolforge.runs.journal import read_records
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#888888"
 """From Okabe and Ito's palette, told apart by colour-blind people."""

@@ -39,7 +39,8 @@ from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.settle import check_going_on, fixed_settings
 from smolforge.recipe.text import check_prompts, open_corpus, windows_of
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
-from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder, read_records
+from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder
+from smolforge.runs.journal import read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.training import Action, State, train
 
@@ -122,7 +123,7 @@ def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> li
         check_disk(recipe, files.path)
         files.write(RECIPE, write_recipe(recipe))
         settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
-        files.record_environment(now.step, describe(start.device) | settings | {"ranks": start.ranks.size})
+        files.record_start(now.step, describe(start.device) | settings | {"ranks": start.ranks.size}, {})
     files.rewind(now.step, facts.get("incidents", []))
     state.set_aside(files.path, now.step)
     log.info("training from step %d to %d", now.step, recipe.train.steps)

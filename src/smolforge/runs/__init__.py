@@ -1,42 +1,38 @@
 """A run's folder: everything a run writes down about itself.
 
-recipe.toml       the resolved recipe             environment.json  the machine of each start
+recipe.toml       the resolved recipe             environment.json  each start: its machine, and how it ended
 metrics.jsonl     one object a step               samples.jsonl     text samples
 incidents.jsonl   numbers that went wrong, and what was done
 run.log           starts, saves, warnings, errors checkpoints/      see checkpoint
 """
 
 import fcntl
-import itertools
-import json
 import logging
 import math
 import os
 import socket
-import subprocess
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from smolforge import commit
-from smolforge.errors import InvalidFile, SettingError, Stopped
+from smolforge.errors import Diverged, MissingResource, SettingError, Stopped
+from smolforge.runs.environment import record_end, record_start
+from smolforge.runs.journal import Journal
 
 log = logging.getLogger("smolforge")
-RECIPE, ENVIRONMENT, METRICS, SAMPLES, INCIDENTS, LOG, LOCK = (
+RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK = (
     "recipe.toml",
-    "environment.json",
     "metrics.jsonl",
     "samples.jsonl",
     "incidents.jsonl",
     "run.log",
     ".lock",
 )
-PACKAGES = ("smolforge", "torch", "numpy", "tokenizers", "safetensors")
+FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
 
 class RunFolder:
@@ -45,6 +41,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.journals = {name: Journal(path / name) for name in (METRICS, SAMPLES, INCIDENTS)}
+        self.started = False
 
     @classmethod
     @contextmanager
@@ -142,20 +139,24 @@ class RunFolder:
         if steps and steps != list(range(1, step + 1)):
             log.warning("%s does not have every step up to %d", self.path / METRICS, step)
 
-    def record_environment(self, step: int, machine: dict[str, Any]) -> None:
-        """Add this start to environment.json, and warn where it cannot repeat the last one to the bit."""
-        path = self.path / ENVIRONMENT
-        starts = json.loads(path.read_text("utf-8")) if path.is_file() else []
-        now = {**machine, "packages": versions(), "commit": revision()}
-        if starts:
-            before = starts[-1]
-            changed = [key for key in now if key != "commit" and before.get(key) != now[key]]
-            if changed:
-                log.warning(
-                    "%s changed since the last start: the run goes on to rounding, not to the bit", ", ".join(changed)
-                )
-        starts.append({"step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **now})
-        self.write(ENVIRONMENT, json.dumps(starts, indent=2) + "\n")
+    def record_start(self, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
+        """Write down where and with what the run starts; when it ends, how is added. See `environment.record_start`."""
+        self.started = True
+        return record_start(self.path, step, machine, seen)
+
+    def _ended(self, error: BaseException | None) -> None:
+        match error:
+            case None:
+                state = FINISHED
+            case Stopped():
+                state = STOPPED
+            case Diverged():
+                state = DIVERGED
+            case _:
+                state = FAILED
+        if self.started:
+            with suppress(MissingResource):  # a full disk has been said
+                record_end(self.path, state, str(error or "") or type(error).__name__ if error else "")
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
@@ -167,10 +168,13 @@ class RunFolder:
         log.setLevel(logging.INFO)
         try:
             yield
+            self._ended(None)
         except Stopped as stop:
+            self._ended(stop)
             log.info("%s", stop)
             raise
-        except BaseException:
+        except BaseException as error:
+            self._ended(error)
             record = logging.LogRecord("smolforge", logging.ERROR, "", 0, traceback.format_exc(), None, None)
             handler.handle(record)  # for the file alone: people get one sentence
             raise
@@ -179,108 +183,3 @@ class RunFolder:
             log.setLevel(level)
             with suppress(OSError):  # what a full disk refused comes up once more
                 handler.close()
-
-
-class Journal:
-    """A .jsonl file that grows by whole lines. What a full disk refuses waits, and goes out with the next line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = path.stat().st_size if path.is_file() else 0
-        self.waiting = b""
-
-    def append(self, record: dict[str, Any]) -> None:
-        full = bool(self.waiting)
-        self.waiting += as_line(record).encode()
-        try:
-            self.flush()
-        except OSError as error:
-            if not full:
-                log.warning("%s could not be written (%s); what belongs there is kept", self.path, error.strerror)
-
-    def flush(self) -> None:
-        """Write what waits. Raises OSError where that fails; half a line is then taken back by the next try."""
-        if not self.waiting:
-            return
-        with self.path.open("ab") as file:
-            if file.tell() != self.bytes:
-                file.truncate(self.bytes)
-            file.write(self.waiting)
-        self.bytes += len(self.waiting)
-        self.waiting = b""
-
-    def records(self) -> list[dict[str, Any]]:
-        """All whole records, those that wait included."""
-        return whole_records(self._content())
-
-    def cut(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Take back everything from the first record that is broken or not wanted; that needs no room on the disk.
-
-        Returns what is left.
-        """
-        content = self._content()
-        records = list(itertools.takewhile(wanted, whole_records(content)))
-        kept = sum(len(line) + 1 for line, _ in zip(content.split(b"\n"), records, strict=False))
-        self.waiting = content[self.bytes : kept]
-        if kept < self.bytes:
-            with self.path.open("rb+") as file:
-                file.truncate(kept)
-            self.bytes = kept
-        return records
-
-    def _content(self) -> bytes:
-        written = self.path.read_bytes()[: self.bytes] if self.bytes else b""
-        return written + self.waiting
-
-
-def as_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON, which has no word for what is not a number: null stands for it."""
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line cut short by a crash is left out. Raises InvalidFile for another."""
-    content = path.read_bytes()
-    records = whole_records(content)
-    if len(records) < content.count(b"\n"):
-        raise InvalidFile(f"{path}, line {len(records) + 1} is not a JSON object")
-    return records
-
-
-def whole_records(content: bytes) -> list[dict[str, Any]]:
-    """The objects of lines of JSON, up to the first line that is none."""
-    records = []
-    for line in content.split(b"\n")[:-1]:
-        try:
-            records.append({**json.loads(line)})
-        except (ValueError, TypeError):
-            break
-    return records
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    return {name: version(name) for name in PACKAGES}
-
-
-def version(package: str) -> str:
-    """Of a package; ours may run as source that is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def revision() -> str | None:
-    """The commit smolforge runs from, where it runs from a checkout."""
-    here = Path(__file__).parent
-    if not (here.parents[1] / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:  # git itself is not here
-        return None
-    return found.stdout.strip() or None
