@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from smolforge.errors import SettingError, did_you_mean
 
 FREE = "may change on resume"
+NONE = "none"
+"""How recipes and flags say off."""
 LONGEST_SHOWN = 60
 KINDS = {
     "integer": "a whole number",

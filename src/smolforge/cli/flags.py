@@ -6,11 +6,12 @@ in config, once they lie over the recipe.
 
 import tomllib
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
-from smolforge.settings import fields, shown
+from smolforge.settings import NONE, fields, shown
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             value = rest.pop(0)
         field = known[name]
         name = "model.preset" if name == "model" else name
-        if field is not None and _is_list(field.annotation):
+        if field is not None and _is_list(field.annotation) and not (value == NONE and _is_list_or_none(field)):
             given[name] = [*given.get(name, []), *_items(flag, value)]
         elif name in given:
             raise SettingError(f"--{flag} is given twice")
@@ -45,6 +46,10 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
 
 def _is_list(annotation: Any) -> bool:
     return get_origin(annotation) is tuple or any(get_origin(each) is tuple for each in get_args(annotation))
+
+
+def _is_list_or_none(field: Any) -> bool:
+    return NoneType in get_args(field.annotation)
 
 
 def _items(flag: str, value: str) -> list[Any]:

@@ -165,6 +165,23 @@ class Guard(Settings):
     """Rewinds in a whole run; where one more would be needed, it ends with a report."""
 
 
+class Report(Settings):
+    """What is told of a run beside its own files, and to whom."""
+
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None, FREE] = ("tensorboard",)
+    """tensorboard writes into the run's folder, wandb and trackio are extras; none leaves metrics.jsonl alone."""
+    project: Annotated[Text, FREE] = "smolforge"
+    """Name of the project in W&B and Trackio; WANDB_PROJECT counts before it."""
+    norms_every: Annotated[PositiveInt | None, FREE] = 100
+    """Steps between norms of the weights."""
+    watch: Annotated[Literal["gradients", "parameters", "all"] | None, FREE] = None
+    """Norms and histograms of the gradients or weights of each tensor; WANDB_WATCH says the same."""
+    watch_every: Annotated[PositiveInt, FREE] = 100
+    """Steps between them."""
+    log_model: Annotated[Literal["end", "checkpoint"] | None, FREE] = None
+    """Give W&B the last checkpoint, or each, as an artifact; WANDB_LOG_MODEL says the same."""
+
+
 class Generation(Settings):
     """How text is drawn from a model; the words are Transformers'."""
 
@@ -209,6 +226,8 @@ class Recipe(Settings):
     """The loop."""
     guard: Guard = Guard()
     """What happens when numbers go wrong."""
+    report: Report = Report()
+    """Who hears of the run."""
     sample: Generation = Generation()
     """How text samples are drawn while training; without a seed of its own, from the run's."""
 

@@ -15,9 +15,7 @@ from smolforge import presets
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.recipe import syntax
-from smolforge.settings import place, shown, validated
-
-NONE = "none"
+from smolforge.settings import NONE, place, shown, validated
 
 
 def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -144,6 +144,18 @@ class RunFolder:
         self.started = True
         return record_start(self.path, step, machine, seen)
 
+    def holder(self) -> str | None:
+        """Which process trains into it now, if one does: `1234 on host`."""
+        try:
+            with (self.path / LOCK).open("rb") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return lock.read().decode(errors="replace").strip()
+        except OSError:
+            pass  # never locked, or not ours to read
+        return None
+
     def _ended(self, error: BaseException | None) -> None:
         match error:
             case None:
