@@ -11,7 +11,6 @@ whatever looks at the folder and decides, writes, or speaks.
 
 import itertools
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,24 +21,24 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from smolforge import commit, guard, optim
+from smolforge import guard, optim
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
 from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
-from smolforge.errors import Diverged, InvalidFile, MissingResource, Stopped
+from smolforge.errors import MissingResource, Stopped
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel, adapted, allocate, build
 from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
-from smolforge.recipe.plan import disk_bytes, plan_of_ranks, work
+from smolforge.recipe.plan import plan_of_ranks, work
 from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
-from smolforge.recipe.settle import check_going_on, fixed_settings
+from smolforge.recipe.standing import check_disk, restore, standing, take_back
 from smolforge.recipe.text import check_prompts, open_corpus, windows_of
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
-from smolforge.runs import INCIDENTS, METRICS, RECIPE, RunFolder
+from smolforge.runs import METRICS, RECIPE, RunFolder
 from smolforge.runs.journal import read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.training import Action, State, train
@@ -100,19 +99,6 @@ def prepared(recipe: Recipe, files: RunFolder, observer: Observer) -> str:
     check_prompts(recipe, text.tokenizer())
     windows_of(text, recipe)
     return str(text.folder)
-
-
-def standing(start: Start) -> tuple[str | None, dict[str, Any]]:
-    """The newest sound checkpoint, if there is one, and what its state.json says.
-
-    Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
-    """
-    newest = newest_checkpoint(start.files.path)
-    facts = state.read_facts(newest) if newest else {}
-    if newest:
-        check_same_run(newest, facts, start.text, start.recipe)
-    check_going_on(start.recipe, facts.get("step", 0))
-    return (str(newest) if newest else None), facts
 
 
 def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> list[guard.Incident]:
@@ -196,36 +182,6 @@ def concluded(start: Start, shop: Workshop, end: State) -> dict[str, Any]:
     return {"step": end.step} | last_metrics(start.files.path)
 
 
-def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
-    """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
-    place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.first)
-    to = state.step_of(place) if place else 0
-    incident = {"step": wrong.step, "reason": wrong.reason}
-    if decisions.rewinds >= recipe.guard.max_rewinds:
-        files.record_incident({"kind": "stop", **incident})
-        sound = f"with --init-from {place}" if place else "from the beginning"
-        raise Diverged(
-            f"the run ends at step {wrong.step}: {wrong.reason}. It was taken back {decisions.rewinds} times before "
-            f"({files.path / INCIDENTS}). A lower --optim.learning-rate needs another --run, {sound}; "
-            f"--guard.max-rewinds {decisions.rewinds + 3} goes on with this one"
-        )
-    next_batch = decisions.batch(wrong.step - 1) + 1
-    state.set_aside(files.path, to)  # first: a checkpoint of what is taken back must not meet the decision
-    files.record_incident({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
-    skipped = next_batch - decisions.batch(to)
-    log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
-
-
-def place_to_go_back_to(folder: Path, every: int | None, first_bad: int) -> Path | None:
-    """The newest sound checkpoint that a run without stops has too, if there is one; None is the beginning."""
-    if every is None:
-        return None
-    found = state.newest_sound(folder, log.warning, wanted=lambda step: step % every == 0 and step < first_bad)
-    if found is None and first_bad > every:  # the interval was another before, or they are damaged
-        return newest_checkpoint(folder, before=first_bad)
-    return found
-
-
 def announce(start: Start, now: State) -> None:
     """Say what is to be expected, and what a person should know before waiting for it."""
     expected = plan_of_ranks(start.recipe, now.step, start.ranks.size)
@@ -245,49 +201,6 @@ def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> La
         model = build(recipe.model, recipe.seed, dtype)
     model.tokenizer = text.tokenizer()
     return model
-
-
-def newest_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
-    """Where to go on from. Raises InvalidFile where there are checkpoints and all are damaged."""
-    newest = state.newest_sound(folder, log.warning, wanted=lambda step: step < before)
-    if newest is None and any(state.step_of(each) < before for each in state.all_of(folder)):
-        raise InvalidFile(f"no checkpoint of {folder} is sound; delete its checkpoints to begin again")
-    return newest
-
-
-def check_same_run(checkpoint: Path, facts: dict[str, Any], text: corpus.Corpus, recipe: Recipe) -> None:
-    """Raises InvalidFile for a checkpoint made from another corpus or by another recipe."""
-    if facts["corpus"] != text.fingerprint:
-        raise InvalidFile(
-            f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
-        )
-    now, then = fixed_settings(recipe), facts.get("recipe", {})
-    for name in now.keys() & then.keys():
-        if now[name] != then[name]:
-            raise InvalidFile(
-                f"{RECIPE} has {name} {now[name]!r}, but {checkpoint} was made with {then[name]!r}; "
-                f"put that back into {RECIPE}"
-            )
-
-
-def restore(checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer]) -> State:
-    """Weights, moments, random states, and place. Raises InvalidFile where they do not fit the model."""
-    tensors, facts = state.load(checkpoint, model)
-    optim.load_state_tensors(optimizers, model, tensors)
-    optim.swap_average(optimizers)  # saved as the model, where there is one
-    log.info("resumed from %s", checkpoint)
-    return State(facts["step"], facts["tokens"])
-
-
-def check_disk(recipe: Recipe, folder: Path) -> None:
-    """Refuse to begin what the disk cannot hold."""
-    have = sum(path.stat().st_size for kept in state.all_of(folder) for path in kept.rglob("*") if path.is_file())
-    needed, free = disk_bytes(recipe) - have, commit.free_bytes(folder)
-    if needed > free:
-        raise MissingResource(
-            f"the checkpoints of this run need {needed:,} more bytes and {folder} has {free:,} free; "
-            "make room, or choose another disk"
-        )
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

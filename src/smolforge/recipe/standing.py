@@ -1,0 +1,108 @@
+"""Where a run stands: the newest sound checkpoint, and where it goes back to when its numbers went wrong."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolforge import commit, guard, optim
+from smolforge.checkpoint import state
+from smolforge.config import Recipe
+from smolforge.data import corpus
+from smolforge.errors import Diverged, InvalidFile, MissingResource
+from smolforge.model import LanguageModel
+from smolforge.recipe.plan import disk_bytes
+from smolforge.recipe.settle import check_going_on, fixed_settings
+from smolforge.recipe.workshop import Start
+from smolforge.runs import INCIDENTS, RECIPE, RunFolder
+from smolforge.training import State
+
+log = logging.getLogger("smolforge")
+
+
+def standing(start: Start) -> tuple[str | None, dict[str, Any]]:
+    """The newest sound checkpoint, if there is one, and what its state.json says.
+
+    Raises InvalidFile for a checkpoint made from another corpus or by another recipe.
+    """
+    newest = newest_checkpoint(start.files.path)
+    facts = state.read_facts(newest) if newest else {}
+    if newest:
+        check_same_run(newest, facts, start.text, start.recipe)
+    check_going_on(start.recipe, facts.get("step", 0))
+    return (str(newest) if newest else None), facts
+
+
+def newest_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
+    """Where to go on from. Raises InvalidFile where there are checkpoints and all are damaged."""
+    newest = state.newest_sound(folder, log.warning, wanted=lambda step: step < before)
+    if newest is None and any(state.step_of(each) < before for each in state.all_of(folder)):
+        raise InvalidFile(f"no checkpoint of {folder} is sound; delete its checkpoints to begin again")
+    return newest
+
+
+def check_same_run(checkpoint: Path, facts: dict[str, Any], text: corpus.Corpus, recipe: Recipe) -> None:
+    """Raises InvalidFile for a checkpoint made from another corpus or by another recipe."""
+    if facts["corpus"] != text.fingerprint:
+        raise InvalidFile(
+            f"{checkpoint} was trained on another corpus than {text.folder}; bring that one back, or start anew"
+        )
+    now, then = fixed_settings(recipe), facts.get("recipe", {})
+    for name in now.keys() & then.keys():
+        if now[name] != then[name]:
+            raise InvalidFile(
+                f"{RECIPE} has {name} {now[name]!r}, but {checkpoint} was made with {then[name]!r}; "
+                f"put that back into {RECIPE}"
+            )
+
+
+def restore(checkpoint: Path, model: LanguageModel, optimizers: list[torch.optim.Optimizer]) -> State:
+    """Weights, moments, random states, and place. Raises InvalidFile where they do not fit the model."""
+    tensors, facts = state.load(checkpoint, model)
+    optim.load_state_tensors(optimizers, model, tensors)
+    optim.swap_average(optimizers)  # saved as the model, where there is one
+    log.info("resumed from %s", checkpoint)
+    return State(facts["step"], facts["tokens"])
+
+
+def check_disk(recipe: Recipe, folder: Path) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    have = sum(path.stat().st_size for kept in state.all_of(folder) for path in kept.rglob("*") if path.is_file())
+    needed, free = disk_bytes(recipe) - have, commit.free_bytes(folder)
+    if needed > free:
+        raise MissingResource(
+            f"the checkpoints of this run need {needed:,} more bytes and {folder} has {free:,} free; "
+            "make room, or choose another disk"
+        )
+
+
+def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
+    """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
+    place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.first)
+    to = state.step_of(place) if place else 0
+    incident = {"step": wrong.step, "reason": wrong.reason}
+    if decisions.rewinds >= recipe.guard.max_rewinds:
+        files.record_incident({"kind": "stop", **incident})
+        sound = f"with --init-from {place}" if place else "from the beginning"
+        raise Diverged(
+            f"the run ends at step {wrong.step}: {wrong.reason}. It was taken back {decisions.rewinds} times before "
+            f"({files.path / INCIDENTS}). A lower --optim.learning-rate needs another --run, {sound}; "
+            f"--guard.max-rewinds {decisions.rewinds + 3} goes on with this one"
+        )
+    next_batch = decisions.batch(wrong.step - 1) + 1
+    state.set_aside(files.path, to)  # first: a checkpoint of what is taken back must not meet the decision
+    files.record_incident({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
+    skipped = next_batch - decisions.batch(to)
+    log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
+
+
+def place_to_go_back_to(folder: Path, every: int | None, first_bad: int) -> Path | None:
+    """The newest sound checkpoint that a run without stops has too, if there is one; None is the beginning."""
+    if every is None:
+        return None
+    found = state.newest_sound(folder, log.warning, wanted=lambda step: step % every == 0 and step < first_bad)
+    if found is None and first_bad > every:  # the interval was another before, or they are damaged
+        return newest_checkpoint(folder, before=first_bad)
+    return found
