@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -17,6 +17,7 @@ from smolforge.tokenizer import Tokenizer
 SCRATCH = Path(tempfile.mkdtemp(prefix="smolforge-hub-"))
 (SCRATCH / "mirror").mkdir()
 MIRROR = HubMirror(SCRATCH / "mirror").__enter__()
+os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(SCRATCH / "trackio")}
 os.environ |= {"HF_ENDPOINT": MIRROR.url, "HF_HOME": str(SCRATCH / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
@@ -39,6 +40,7 @@ NANO = {
         "evaluate_every": 4,
         "sample_every": "none",
     },
+    "report": {"to": "none"},
 }
 """A recipe that runs in a fraction of a second; give it data.sources."""
 
@@ -93,3 +95,33 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the real tokenizer and texts are not beside this checkout")
     return SHARED
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
+    from smolforge import training
+    from smolforge.data.batches import Windows
+
+    real, numbers, bad = Windows.batch, {}, {}
+
+    def batch(windows, number, rows, share):
+        found = real(windows, number, rows, share)
+        numbers[found.ids.numpy().tobytes()] = number
+        return found
+
+    def backward(model, batch, *rest):
+        losses = computed(model, batch, *rest)
+        match bad.get(numbers[batch.ids.numpy().tobytes()]):
+            case "loss":
+                losses["loss"] = torch.tensor(float("nan"))
+            case "gradient":
+                next(model.parameters()).grad[0, 0] = float("inf")
+            case "spike":
+                losses["loss"] = losses["loss"] + 10
+        return losses
+
+    computed = training.backward
+    monkeypatch.setattr(Windows, "batch", batch)
+    monkeypatch.setattr(training, "backward", backward)
+    return lambda kind, *which: bad.update(dict.fromkeys(which, kind))

@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from smolforge import cli, guard, training
 from smolforge.checkpoint import state
 from smolforge.config import Guard
-from smolforge.data.batches import Windows
 from smolforge.errors import Diverged, Stopped
 from smolforge.guard import Judge, Rewind, decided
 from smolforge.recipe import train
@@ -31,33 +29,6 @@ def recipe_file(tmp_path, text_file):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(NANO | {"train": settings, "data": {"sources": [str(text_file)]}}))
     return path
-
-
-@pytest.fixture
-def poison(monkeypatch):
-    """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
-    real, numbers, bad = Windows.batch, {}, {}
-
-    def batch(windows, number, rows, share):
-        found = real(windows, number, rows, share)
-        numbers[found.ids.numpy().tobytes()] = number
-        return found
-
-    def backward(model, batch, *rest):
-        losses = computed(model, batch, *rest)
-        match bad.get(numbers[batch.ids.numpy().tobytes()]):
-            case "loss":
-                losses["loss"] = torch.tensor(float("nan"))
-            case "gradient":
-                next(model.parameters()).grad[0, 0] = float("inf")
-            case "spike":
-                losses["loss"] = losses["loss"] + 10
-        return losses
-
-    computed = training.backward
-    monkeypatch.setattr(Windows, "batch", batch)
-    monkeypatch.setattr(training, "backward", backward)
-    return lambda kind, *which: bad.update(dict.fromkeys(which, kind))
 
 
 def hashes(run: Path, step: int) -> list[str]:

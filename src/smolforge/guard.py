@@ -49,6 +49,8 @@ class Decisions:
     jumps: tuple[tuple[int, int], ...]
     """(steps done, next batch), in order: where a rewind made the data go on elsewhere."""
     rewinds: int
+    again: int
+    """Steps that rewinds took back, to be done again."""
 
     def batch(self, done: int) -> int:
         """The batch, counted from 0, that follows so many finished steps."""
@@ -67,7 +69,7 @@ def decided(incidents: Sequence[Incident]) -> Decisions:
     """Fold incidents, oldest first: a rewind undoes what was decided for the steps it takes back."""
     skipped: dict[int, str] = {}
     jumps: dict[int, int] = {}
-    rewinds = 0
+    rewinds = again = 0
     for incident in incidents:
         match incident["kind"]:
             case "skip":
@@ -76,12 +78,12 @@ def decided(incidents: Sequence[Incident]) -> Decisions:
                 to = incident["to"]
                 skipped = {step: reason for step, reason in skipped.items() if step <= to}
                 jumps = {step: batch for step, batch in jumps.items() if step < to} | {to: incident["next_batch"]}
-                rewinds += 1
+                rewinds, again = rewinds + 1, again + incident["step"] - to
             case "stop":
                 pass
             case kind:
                 raise InvalidFile(f"an incident of the run is {kind!r}, which this version does not know")
-    return Decisions(skipped, tuple(sorted(jumps.items())), rewinds)
+    return Decisions(skipped, tuple(sorted(jumps.items())), rewinds, again)
 
 
 class Judge:

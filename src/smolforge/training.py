@@ -92,10 +92,12 @@ def train(
     meter: Meter,
     judge: Judge | None = None,
     ranks: Ranks = ALONE,
+    looking: Callable[[int], None] = lambda step: None,
 ) -> State:
     """Go on from `state` to `train.steps`, or to the end of the step in which `stopping` turns true.
 
     Where there are several ranks, `objective` is parallel over them, and `stopping` must say the same on all.
+    `looking` is called when the gradients of a step are whole, and not yet clipped.
     """
     last, begun, done = recipe.train.steps, state.step, state.step
     ahead = runs_ahead(device_of(objective))
@@ -103,7 +105,7 @@ def train(
     objective.train()
     with garbage_kept():
         while done < last and not stopping():
-            launched = launch(objective, optimizers, batches, recipe, done, meter, judge, ranks)
+            launched = launch(objective, optimizers, batches, recipe, done, meter, judge, ranks, looking)
             done += 1
             if unheard is not None:
                 state = hear(*unheard, state, meter, judge)
@@ -135,6 +137,7 @@ def launch(
     meter: Meter,
     judge: Judge | None,
     ranks: Ranks,
+    looking: Callable[[int], None],
 ) -> Launched:
     """Queue the step that follows `done` ones, and wait for no device."""
     rows, device = recipe.train.micro_rows, device_of(objective)
@@ -147,6 +150,7 @@ def launch(
             labels = sum(count for (count,) in ranks.gather(labels))
             batch = Batch(*(moved(side, device) for side in batch))
         losses = ranks.sum(backward(objective, batch, labels, rows, meter.part))
+        looking(done + 1)
         with meter.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.max_grad_norm or float("inf"))
             leave_out(optimizers, unwanted(losses["loss"], norm, done + 1, judge))

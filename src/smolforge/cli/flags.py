@@ -5,13 +5,18 @@ in config, once they lie over the recipe.
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.settings import NONE, fields, shown
+
+VARIABLES = (
+    ("WANDB_WATCH", "report.watch", ("gradients", "parameters", "all")),
+    ("WANDB_LOG_MODEL", "report.log_model", ("end", "checkpoint")),
+)
 
 
 def parse(words: Sequence[str]) -> dict[str, Any]:
@@ -41,6 +46,20 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise SettingError(f"--{flag} is given twice")
         else:
             given[name] = value
+    return given
+
+
+def from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Dotted name to value, of what W&B's users say in variables, as Transformers' trainer reads them."""
+    given = {}
+    for variable, name, allowed in VARIABLES:
+        value = environment.get(variable, "").lower()
+        if value in allowed:
+            given[name] = value
+        elif value in ("false", "none"):
+            given[name] = NONE
+        elif value:
+            raise SettingError(f"{variable} is {shown(value)}; it should be {', '.join(allowed)} or false")
     return given
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.cli.flags import parse
+from smolforge.cli.flags import from_variables, parse
 from smolforge.errors import SettingError
 from smolforge.signals import stop_signals
 
@@ -41,7 +41,7 @@ def train(
     json_
         Print the final metrics as one JSON object.
     """
-    overrides = parse(settings)
+    overrides = from_variables(os.environ) | parse(settings)
     if profile is not None:
         if profile < 1:
             raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")

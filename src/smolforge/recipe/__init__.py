@@ -53,11 +53,15 @@ def resume_or_start(
     observer: Observer | None = None,
     world: World = ALONE,
     profile: int | None = None,
+    seen: Mapping[str, Any] | None = None,
 ) -> Run:
-    """`train` with its overrides in one mapping, somebody watching, and so many steps profiled into run/profile."""
+    """`train` with its overrides in one mapping, somebody watching, and so many steps profiled into run/profile.
+
+    `seen` is what environment.json should say of the surroundings.
+    """
     with joined(world) as ranks:
         tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size).model_dump())
-        return run_settled(validated(Recipe, tree), Path(run), observer, ranks, profile)
+        return run_settled(validated(Recipe, tree), Path(run), observer, ranks, profile, seen)
 
 
 def settled(recipe: str | Path, run: Path, overrides: Mapping[str, Any], fresh: bool, ranks: int) -> Recipe:

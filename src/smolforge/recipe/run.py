@@ -11,7 +11,7 @@ whatever looks at the folder and decides, writes, or speaks.
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +38,11 @@ from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.standing import check_disk, restore, standing, take_back
 from smolforge.recipe.text import check_prompts, open_corpus, windows_of
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
-from smolforge.runs import METRICS, RECIPE, RunFolder
+from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
+from smolforge.tracking import Trackers, trackers
+from smolforge.tracking.events import Rewound, Saved, Started
 from smolforge.training import Action, State, train
 
 log = logging.getLogger("smolforge")
@@ -63,6 +65,7 @@ def run_settled(
     observer: Observer | None = None,
     ranks: Ranks = ALONE,
     profile: int | None = None,
+    seen: Mapping[str, Any] | None = None,
 ) -> Run:
     """Train what a settled recipe says, or go on exactly where the folder's run stands.
 
@@ -72,13 +75,15 @@ def run_settled(
     observer = observer or Silent()
     with ExitStack() as held:
         files = opened(folder, held, ranks)
+        heard_by = hearing(recipe, held, ranks)
         stop = held.enter_context(stop_signals())
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
         text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, observer))))
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
-        start = Start(recipe, files, text, reading, observer, stop, ranks, device, profile if ranks.leads else None)
+        to_profile = profile if ranks.leads else None
+        start = Start(recipe, files, text, reading, observer, heard_by, stop, ranks, device, to_profile, seen or {})
         run = attempt(start, first=True)
         while run is None:
             run = attempt(start)
@@ -92,6 +97,26 @@ def opened(folder: Path, held: ExitStack, ranks: Ranks) -> RunFolder:
     return locked[0] if locked else RunFolder(folder)
 
 
+def hearing(recipe: Recipe, held: ExitStack, ranks: Ranks) -> Trackers:
+    """Who hears of the run until `held` is left: the recipe's trackers on rank 0, nobody on the others."""
+    asked_for: list[Trackers] = []
+    ranks.tell(lambda: asked_for.append(trackers(recipe.report.to)))
+    heard_by = asked_for[0] if asked_for else trackers(None)
+    held.enter_context(hearing_the_end(heard_by))
+    return heard_by
+
+
+@contextmanager
+def hearing_the_end(heard_by: Trackers) -> Iterator[None]:
+    """Tell how the run ended, unless a person is in a hurry."""
+    try:
+        yield
+    except Exception as error:
+        heard_by.end(*how_it_ended(error))
+        raise
+    heard_by.end(*how_it_ended(None))
+
+
 def prepared(recipe: Recipe, files: RunFolder, observer: Observer) -> str:
     """Where the run's text is, once all is there that can be without a model. Rank 0 does this, and so the next two."""
     state.clear(files.path)
@@ -102,18 +127,25 @@ def prepared(recipe: Recipe, files: RunFolder, observer: Observer) -> str:
 
 
 def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> list[guard.Incident]:
-    """Write down that the run goes on from here; returns what is decided about it."""
-    recipe, files = start.recipe, start.files
+    """Write down and tell that the run goes on from here; returns what is decided about it."""
+    recipe, files, machine = start.recipe, start.files, {}
     if first:
         announce(start, now)
         check_disk(recipe, files.path)
         files.write(RECIPE, write_recipe(recipe))
         settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
-        files.record_start(now.step, describe(start.device) | settings | {"ranks": start.ranks.size}, {})
+        machine = describe(start.device) | settings | {"ranks": start.ranks.size}
+        machine = files.record_start(now.step, machine, dict(start.seen))
     files.rewind(now.step, facts.get("incidents", []))
     state.set_aside(files.path, now.step)
     log.info("training from step %d to %d", now.step, recipe.train.steps)
-    return files.incidents()
+    incidents = files.incidents()
+    again = guard.decided(incidents).again
+    history = files.journals[METRICS].records
+    start.trackers(
+        Started(files.path, recipe, machine, now.step, again, history) if first else Rewound(now.step, again)
+    )
+    return incidents
 
 
 def attempt(start: Start, first: bool = False) -> Run | None:
@@ -130,7 +162,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
         decisions,
         now.step,
         facts.get("recent_losses", []),
-        files.record_incident if ranks.leads else lambda incident: None,
+        start.record if ranks.leads else lambda incident: None,
     )
     profile = Profile(files.path, start.profile) if start.profile else None
     annotate = record_function if profile else nullcontext
@@ -140,17 +172,35 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     windows = windows_of(start.text, recipe)
     source = batches.stream(windows, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
-    saving = Saving(recipe.train, files, start.reading, hurried=start.stop.asked)
+    saving = Saving(
+        recipe.train,
+        files,
+        start.reading,
+        hurried=start.stop.asked,
+        saved=lambda step: start.trackers(Saved(step, state.folder_of(files.path, step))),
+    )
     shop = Workshop(start, model, optimizers, judge, saving)
     actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
     start.stop.stepping = True
     try:
         with saving:
             with profile or nullcontext(), memory_suffices(recipe):
-                end = train(objective, optimizers, source, recipe, now, actions, shop.stopping, meter, judge, ranks)
+                end = train(
+                    objective,
+                    optimizers,
+                    source,
+                    recipe,
+                    now,
+                    actions,
+                    shop.stopping,
+                    meter,
+                    judge,
+                    ranks,
+                    looking=shop.watch.gradients if ranks.leads else lambda step: None,
+                )
             metrics = ranks.tell(lambda: concluded(start, shop, end))
     except guard.Rewind as wrong:
-        ranks.tell(partial(take_back, recipe, files, decisions, wrong))
+        ranks.tell(partial(take_back, start, decisions, wrong))
         return None
     optim.swap_average(optimizers)
     return Run(files.path, model.eval(), recipe, metrics)

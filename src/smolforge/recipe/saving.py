@@ -52,12 +52,20 @@ class Background:
 class Saving:
     """Writes the checkpoints of one run, never two at a time."""
 
-    def __init__(self, settings: Train, files: RunFolder, reading: Background, hurried: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        settings: Train,
+        files: RunFolder,
+        reading: Background,
+        hurried: Callable[[], bool],
+        saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """`reading` is the check of the corpus: what was learned from it is saved when it has passed.
 
-        `hurried` says that there is no time to wait for that.
+        `hurried` says that there is no time to wait for that; `saved` hears of each checkpoint that is safe.
         """
         self.settings, self.files, self.reading, self.hurried = settings, files, reading, hurried
+        self.saved = saved
         self.staging = state.Staging() if settings.checkpoint_in_background else None
         self.writing: Background | None = None
         self.failure: MissingResource | None = None
@@ -140,6 +148,7 @@ class Saving:
         except MissingResource as error:
             self.failure = error
             raise
+        self.saved(self.tried)
 
     def _write(self, moment: state.Snapshot) -> None:
         """The thread's work."""

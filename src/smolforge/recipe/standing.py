@@ -16,7 +16,7 @@ from smolforge.model import LanguageModel
 from smolforge.recipe.plan import disk_bytes
 from smolforge.recipe.settle import check_going_on, fixed_settings
 from smolforge.recipe.workshop import Start
-from smolforge.runs import INCIDENTS, RECIPE, RunFolder
+from smolforge.runs import INCIDENTS, RECIPE
 from smolforge.training import State
 
 log = logging.getLogger("smolforge")
@@ -78,13 +78,14 @@ def check_disk(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
+def take_back(start: Start, decisions: guard.Decisions, wrong: guard.Rewind) -> None:
     """Write down where the run goes on after numbers went wrong. Raises Diverged when that was done often enough."""
+    recipe, files = start.recipe, start.files
     place = place_to_go_back_to(files.path, recipe.train.checkpoint_every, wrong.first)
     to = state.step_of(place) if place else 0
     incident = {"step": wrong.step, "reason": wrong.reason}
     if decisions.rewinds >= recipe.guard.max_rewinds:
-        files.record_incident({"kind": "stop", **incident})
+        start.record({"kind": "stop", **incident})
         sound = f"with --init-from {place}" if place else "from the beginning"
         raise Diverged(
             f"the run ends at step {wrong.step}: {wrong.reason}. It was taken back {decisions.rewinds} times before "
@@ -93,7 +94,7 @@ def take_back(recipe: Recipe, files: RunFolder, decisions: guard.Decisions, wron
         )
     next_batch = decisions.batch(wrong.step - 1) + 1
     state.set_aside(files.path, to)  # first: a checkpoint of what is taken back must not meet the decision
-    files.record_incident({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
+    start.record({"kind": "rewind", **incident, "to": to, "next_batch": next_batch})
     skipped = next_batch - decisions.batch(to)
     log.warning("step %d: %s; back to step %d, %d batches are skipped", wrong.step, wrong.reason, to, skipped)
 

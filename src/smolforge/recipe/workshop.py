@@ -5,7 +5,7 @@ Rank 0 does it. The others have the same actions in the same turn, and wait; not
 
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,6 +27,9 @@ from smolforge.recipe.saving import Background, Saving, Take
 from smolforge.recipe.settle import fixed_settings
 from smolforge.runs import METRICS, SAMPLES, RunFolder
 from smolforge.signals import Stop
+from smolforge.tracking import Trackers
+from smolforge.tracking.events import Incident, Sampled, Stepped
+from smolforge.tracking.watch import Watch, weight_norm
 from smolforge.training import Action, State
 
 Act = Callable[[State, dict[str, Any]], dict[str, Any] | None]
@@ -62,11 +65,19 @@ class Start:
     reading: Background
     """The check of the text, which rank 0 does."""
     observer: Observer
+    trackers: Trackers
     stop: Stop
     ranks: Ranks
     device: torch.device
     profile: int | None
     """Steps to profile, on rank 0."""
+    seen: Mapping[str, Any]
+    """What else may explain how fast it goes, to be written down."""
+
+    def record(self, incident: dict[str, Any]) -> None:
+        """Write down for good that numbers went wrong, and tell of it."""
+        self.files.record_incident(incident)
+        self.trackers(Incident(incident))
 
 
 class Workshop:
@@ -81,25 +92,29 @@ class Workshop:
         saving: Saving,
     ) -> None:
         self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
-        self.stop, self.ranks = start.stop, start.ranks
+        self.stop, self.ranks, self.trackers = start.stop, start.ranks, start.trackers
         self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
         self.metrics: dict[str, Any] = {}
         self.save_wanted = False
         counted = energy(start.device) if self.ranks.size == 1 else Energy([])
         self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
+        self.watch = Watch(model, start.recipe.report, start.trackers)
 
     def actions(self) -> list[Action]:
         """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
-        settings = self.recipe.train
-        report = self.report if self.ranks.leads else lambda now, metrics: None
-        actions = [
-            Action(1, report, late=True),
-            Action(settings.checkpoint_every, self.led(self.save), wanted=lambda: self.save_wanted),
-        ]
-        if settings.sample_every:
-            actions.insert(0, Action(settings.sample_every, self.led(self.sample)))
+        settings, report = self.recipe.train, self.recipe.report
+        actions = []
         if settings.evaluate_every and self.text.size(corpus.HELD_OUT)["tokens"]:
-            actions.insert(0, Action(settings.evaluate_every, self.led(self.measure)))
+            actions.append(Action(settings.evaluate_every, self.led(self.measure)))
+        if settings.sample_every:
+            actions.append(Action(settings.sample_every, self.led(self.sample)))
+        if self.ranks.leads:
+            if report.norms_every:
+                actions.append(Action(report.norms_every, self.weigh))
+            if report.watch:
+                actions.append(Action(report.watch_every, self.look))
+            actions.append(Action(1, self.report, late=True))
+        actions.append(Action(settings.checkpoint_every, self.led(self.save), wanted=lambda: self.save_wanted))
         return actions
 
     def led(self, act: Act) -> Act:
@@ -139,9 +154,16 @@ class Workshop:
         with optim.averaged(self.optimizers):
             found = generate(self.model, prompts, **options)
         self.model.train()
-        for prompt, completion in zip(prompts, found, strict=True):
+        for number, (prompt, completion) in enumerate(zip(prompts, found, strict=True)):
             self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
             self.observer.sampled(prompt + completion.text)
+            self.trackers(Sampled(now.step, number, prompt, completion.text))
+
+    def weigh(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {"weight_norm": weight_norm(self.model)}
+
+    def look(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
+        return self.watch.after(now.step)
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
         metrics["batch"] = self.judge.decisions.batch(now.step - 1)
@@ -149,6 +171,7 @@ class Workshop:
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)
+        self.trackers(Stepped(metrics))
 
     def save(self, now: State, metrics: dict[str, Any]) -> None:
         """Not in the middle of updates left out: a rewind goes back to before the first of them."""

@@ -4,6 +4,7 @@ recipe.toml       the resolved recipe             environment.json  each start: 
 metrics.jsonl     one object a step               samples.jsonl     text samples
 incidents.jsonl   numbers that went wrong, and what was done
 run.log           starts, saves, warnings, errors checkpoints/      see checkpoint
+tracking.json     its id where trackers keep it   tensorboard/      what TensorBoard shows
 """
 
 import fcntl
@@ -24,13 +25,15 @@ from smolforge.runs.environment import record_end, record_start
 from smolforge.runs.journal import Journal
 
 log = logging.getLogger("smolforge")
-RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK = (
+RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK, TRACKING, TENSORBOARD = (
     "recipe.toml",
     "metrics.jsonl",
     "samples.jsonl",
     "incidents.jsonl",
     "run.log",
     ".lock",
+    "tracking.json",
+    "tensorboard",
 )
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
@@ -115,9 +118,10 @@ class RunFolder:
     def sync(self) -> None:
         """Make what was written so far survive a power cut. Raises MissingResource where the disk fails."""
         try:
-            for journal in self.journals.values():
-                if journal.path.is_file():
-                    commit.sync(journal.path)
+            events = sorted((self.path / TENSORBOARD).glob("events.*"))[-1:]
+            for path in [*(journal.path for journal in self.journals.values()), *events]:
+                if path.is_file():
+                    commit.sync(path)
             commit.sync(self.path)
         except OSError as error:
             raise commit.unwritten(self.path, error, 0) from error
@@ -157,18 +161,9 @@ class RunFolder:
         return None
 
     def _ended(self, error: BaseException | None) -> None:
-        match error:
-            case None:
-                state = FINISHED
-            case Stopped():
-                state = STOPPED
-            case Diverged():
-                state = DIVERGED
-            case _:
-                state = FAILED
         if self.started:
             with suppress(MissingResource):  # a full disk has been said
-                record_end(self.path, state, str(error or "") or type(error).__name__ if error else "")
+                record_end(self.path, *how_it_ended(error))
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
@@ -195,3 +190,17 @@ class RunFolder:
             log.setLevel(level)
             with suppress(OSError):  # what a full disk refused comes up once more
                 handler.close()
+
+
+def how_it_ended(error: BaseException | None) -> tuple[str, str]:
+    """The state that what left a run leaves it in, and why."""
+    match error:
+        case None:
+            return FINISHED, ""
+        case Stopped():
+            state = STOPPED
+        case Diverged():
+            state = DIVERGED
+        case _:
+            state = FAILED
+    return state, str(error) or type(error).__name__

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PRELOADED = ["smolforge.tokenizer", "smolforge.recipe", "smolforge.cli.terminal", "cyclopts", "torch._dynamo"]
+PRELOADED += ["smolforge.tracking.tensorboard"]
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:

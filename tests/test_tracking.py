@@ -1,0 +1,410 @@
+"""Who hears of a run: each metric at each step once, whatever happens to the run or to them."""
+
+import json
+import math
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANO
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServerAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from smolforge import tracking
+from smolforge.cli import run as command
+from smolforge.cli.flags import from_variables
+from smolforge.config import Report
+from smolforge.errors import MissingResource, SettingError
+from smolforge.recipe import resume_or_start, train
+from smolforge.recipe import workshop as workshop_module
+from smolforge.recipe.workshop import Silent
+from smolforge.runs.journal import read_records
+from smolforge.testing import tiny_model
+from smolforge.testing.processes import die, in_child
+from smolforge.tracking import rows, watch
+from smolforge.tracking.events import Ended, Started, Stepped
+from smolforge.tracking.watch import Watch
+
+EVERYTHING = ("tensorboard", "wandb", "trackio")
+NORMS = ("grad_norm", "weight_norm")
+
+
+@pytest.fixture
+def recipe_file(tmp_path, text_file):
+    path = tmp_path / "tiny.json"
+    often = {"keep_last": 9, "checkpoint_every": 2, "sample_every": 4, "sample_prompts": ["", "The"]}
+    sample = {"max_new_tokens": 4}
+    whole = NANO | {"train": NANO["train"] | often, "data": {"sources": [str(text_file)]}, "sample": sample}
+    path.write_text(json.dumps(whole))
+    return path
+
+
+class KilledAt(Silent):
+    """An observer that does not survive a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def stepped(self, metrics):
+        if metrics["step"] == self.step:
+            die()
+
+
+def train_and_die(recipe, run, step, overrides):
+    resume_or_start(recipe, run, overrides, observer=KilledAt(step))
+
+
+def through_two_kills(recipe, run, **overrides):
+    """A run of eight steps with checkpoints at the even ones, killed after its 3rd and its 6th."""
+    for step in (3, 6):
+        assert in_child(train_and_die, recipe, run, step, overrides) == -9
+    assert in_child(resume_or_start, recipe, run, overrides) == 0
+
+
+def told(run, precise=True):
+    """(tag, step) to value of all numbers in metrics.jsonl, as trackers should have them."""
+    return {
+        (tag, record["step"]): value if precise else float(np.float32(value))
+        for record in read_records(run / "metrics.jsonl")
+        for tag, value in rows.values(record).items()
+    }
+
+
+# TensorBoard, by its own reader
+
+
+def scalars(run):
+    """What its library's reader finds, and the server's, which also has texts and histograms."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    served = ServerAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    found = [(tag, each.step, each.value) for tag in events.Reload().Tags()["scalars"] for each in events.Scalars(tag)]
+    assert max(Counter((tag, step) for tag, step, _ in found).values()) == 1
+    shown = [
+        (tag, each.step, make_ndarray(each.tensor_proto).item())
+        for tag in served.PluginTagToContent("scalars")
+        for each in served.Tensors(tag)
+    ]
+    assert sorted(map(str, shown)) == sorted(map(str, found))  # not a number is never equal
+    return served, {(tag, step): value for tag, step, value in found}
+
+
+def texts(events, tag):
+    return [(each.step, make_ndarray(each.tensor_proto).item().decode()) for each in events.Tensors(tag)]
+
+
+def test_tensorboard_has_each_metric_at_each_step_once_over_two_kills(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    through_two_kills(recipe_file, run, **{"report.to": ["tensorboard"], "report.norms_every": 3})
+    events, found = scalars(run)
+    assert found == told(run, precise=False)
+    assert {("train/weight_norm", 3), ("validation/loss", 4), ("seconds/data", 8), ("speed/mfu", 1)} <= found.keys()
+    samples = read_records(run / "samples.jsonl")
+    for number, prompt in enumerate(("", "The")):
+        wanted = [(each["step"], f"**{prompt}**{each['text']}") for each in samples if each["prompt"] == prompt]
+        assert texts(events, f"samples/{number}") == wanted
+    assert len(list((run / "tensorboard").iterdir())) == 3
+
+
+@pytest.fixture
+def rewound(recipe_file, poison):
+    """Trains a run whose 3rd to 5th loss are none, so that it is taken back to its 2nd step."""
+
+    def make(run, to):
+        poison("loss", 2, 3, 4)
+        train(recipe_file, run, **{"report.to": [to]})
+        assert [each["kind"] for each in read_records(run / "incidents.jsonl")] == ["skip", "skip", "skip", "rewind"]
+
+    return make
+
+
+def test_tensorboard_shows_what_a_rewind_made_of_the_steps(rewound, tmp_path):
+    run = tmp_path / "run"
+    rewound(run, "tensorboard")
+    events, found = scalars(run)
+    assert found == told(run, precise=False)
+    ((step, said),) = texts(events, "incidents")
+    assert step == 2
+    assert said.startswith("rewind: the loss is nan") and said.endswith("back from step 5")
+
+
+def test_a_step_left_out_is_marked(recipe_file, tmp_path, poison):
+    poison("loss", 2)
+    run = train(recipe_file, tmp_path / "run", **{"report.to": ["tensorboard"]})
+    events, found = scalars(run.folder)
+    assert math.isnan(found["train/loss", 3])
+    assert texts(events, "incidents") == [(3, "skip: the loss is nan")]
+
+
+def test_who_comes_later_hears_all_from_the_beginning(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    train(recipe_file, run, steps=4)
+    for name in EVERYTHING:
+        train(recipe_file, run, steps=6, **{"report.to": [name]})
+    wanted = told(run)
+    assert scalars(run)[1] == told(run, precise=False)
+    assert in_wandb(run) == wanted
+    assert in_trackio(run) == wanted
+
+
+# W&B, from the files it keeps offline
+
+
+def wandb_records(run):
+    """All records of a run's offline folders, in order. A file is a log as LevelDB has it, of protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted((run / "wandb").glob("offline-run-*/run-*.wandb")):
+        content, place, whole = path.read_bytes(), 7, b""
+        while place + 7 <= len(content):
+            if 32768 - place % 32768 < 7:  # what is left of a block is too small for a header
+                place += 32768 - place % 32768
+                continue
+            _, length, kind = struct.unpack_from("<IHB", content, place)
+            if kind == 0:
+                break
+            whole += content[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # full, or last
+                record = Record()
+                record.ParseFromString(whole)
+                yield record
+                whole = b""
+
+
+def wandb_rows(run):
+    for record in wandb_records(run):
+        if record.HasField("history"):
+            yield {"/".join(each.nested_key) or each.key: json.loads(each.value_json) for each in record.history.item}
+
+
+def in_wandb(run):
+    """(tag, step) to value, of each step's last row."""
+    last = {row[rows.GLOBAL_STEP]: row for row in wandb_rows(run)}
+    return {
+        (tag, step): value
+        for step, row in last.items()
+        for tag, value in row.items()
+        if isinstance(value, int | float) and not tag.startswith(("_", "samples/")) and tag != rows.GLOBAL_STEP
+    }
+
+
+def test_wandb_has_each_metric_at_each_step_over_two_kills(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    through_two_kills(recipe_file, run, **{"report.to": ["wandb"], "report.watch": "all", "report.watch_every": 4})
+    assert in_wandb(run) == told(run)
+    begun = [record.run for record in wandb_records(run) if record.HasField("run")]
+    assert {each.run_id for each in begun} == {json.loads((run / "tracking.json").read_text())["id"]}
+    assert {each.project for each in begun} == {"smolforge"}
+    config = {each.key: json.loads(each.value_json) for each in begun[0].config.update}
+    assert config["recipe"]["train"]["steps"] == 8
+    assert config["machine"]["torch"] == torch.__version__
+    *_, last = wandb_rows(run)
+    assert last["gradients/model.norm.weight/_type"] == last["parameters/model.norm.weight/_type"] == "histogram"
+    assert (last["samples/_type"], last["samples/nrows"]) == ("table-file", 2)
+
+
+def test_wandb_numbers_a_step_that_is_done_again_anew(rewound, tmp_path):
+    run = tmp_path / "run"
+    rewound(run, "wandb")
+    found = [(row["_step"], row[rows.GLOBAL_STEP]) for row in wandb_rows(run)]
+    assert found == [(1, 1), (2, 2), (3, 3), (4, 4), *((step + 3, step) for step in range(3, 9))]
+    assert in_wandb(run) == told(run)
+
+
+def test_wandb_gets_checkpoints_where_that_is_asked_for(recipe_file, tmp_path):
+    for asked, wanted in ((None, []), ("end", [8]), ("checkpoint", [2, 4, 6, 8])):
+        run = train(recipe_file, tmp_path / str(asked), **{"report.to": ["wandb"], "report.log_model": asked})
+        given = [record.artifact for record in wandb_records(run.folder) if record.HasField("artifact")]
+        models = [each for each in given if each.type == "model"]
+        assert [json.loads(each.metadata)["step"] for each in models] == wanted
+        for artifact in models:
+            names = {entry.path for entry in artifact.manifest.contents}
+            assert {"model.safetensors", "training/optimizer.safetensors", "manifest.json"} <= names
+
+
+# Trackio
+
+
+def in_trackio(run):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    name = f"{run.name}-{json.loads((run / 'tracking.json').read_text())['id']}"
+    logs = SQLiteStorage.get_logs("smolforge", name)
+    found = [
+        ((tag, row[rows.GLOBAL_STEP]), value)
+        for row in logs
+        for tag, value in row.items()
+        if isinstance(value, int | float) and tag not in ("step", rows.GLOBAL_STEP)
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_trackio_has_each_metric_at_each_step_once_over_two_kills(recipe_file, tmp_path):
+    run = tmp_path / "run"
+    through_two_kills(recipe_file, run, **{"report.to": ["trackio"]})
+    assert in_trackio(run) == told(run)
+
+
+# Trackers that fail
+
+
+@pytest.mark.parametrize("where", ["begin", "rows"])
+def test_a_tracker_that_fails_is_said_once_and_training_goes_on(recipe_file, tmp_path, monkeypatch, caplog, where):
+    from smolforge.tracking import wandb
+
+    def fail(*_):
+        raise TimeoutError("no answer\nfrom api.wandb.ai")
+
+    monkeypatch.setattr(wandb if where == "begin" else wandb.Rows, {"begin": "begin", "rows": "step"}[where], fail)
+    run = train(recipe_file, tmp_path / "run", **{"report.to": ["wandb", "tensorboard"]})
+    assert scalars(run.folder)[1] == told(run.folder, precise=False)
+    (said,) = [record.message for record in caplog.records if record.name == "smolforge" and record.levelno > 20]
+    assert said.startswith("wandb hears no more of this run: no answer from api.wandb.ai. Training goes on")
+
+
+def test_a_full_disk_ends_tensorboard_and_not_the_run(recipe_file, tmp_path, caplog):
+    assert Path("/dev/full").exists()
+    run = tmp_path / "run"
+    (run / "tensorboard").mkdir(parents=True)
+    (run / ".lock").touch()
+    tracker = tracking.import_maker("tensorboard")
+    heard = tracking.Trackers({"tensorboard": tracker})
+    recipe = train(recipe_file, tmp_path / "other", steps=2).recipe
+    heard(Started(run, recipe, {}, 0, 0, list))
+    heard.listening["tensorboard"].file.close()
+    heard.listening["tensorboard"].file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    heard(Stepped({"step": 1, "loss": 1.0}))
+    assert "tensorboard hears no more of this run: [Errno 28]" in caplog.text
+    assert heard.listening == {}
+
+
+def test_what_is_not_installed_is_said_before_anything_begins(recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    with pytest.raises(MissingResource, match=r"^report.to has wandb, .* pip install 'smolforge.wandb.'$"):
+        train(recipe_file, tmp_path / "run", **{"report.to": ["wandb"]})
+    assert command(["train", str(recipe_file), "--run", str(tmp_path / "b"), "--report.to", "trackio"]) == 4
+    assert not (tmp_path / "b" / "recipe.toml").exists()
+
+
+def test_a_run_tells_how_it_ended(recipe_file, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(tracking.Trackers, "__call__", lambda self, event: heard.append(event))
+    train(recipe_file, tmp_path / "run", steps=4)
+    assert heard[-1] == Ended("finished", "")
+    with pytest.raises(SettingError):
+        train(recipe_file, tmp_path / "run", steps=2)
+    assert heard[-1].state == "failed"
+    assert heard[-1].reason.startswith("train.steps is 2 and the run is at step 4")
+
+
+# What is watched
+
+
+def test_nothing_is_computed_that_nobody_asked_for(recipe_file, tmp_path, monkeypatch):
+    def asked(*_):
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr(Watch, "look", asked)
+    monkeypatch.setattr(workshop_module, "weight_norm", asked)
+    train(recipe_file, tmp_path / "run", **{"report.norms_every": None})
+    with pytest.raises(AssertionError, match="nobody asked"):
+        train(recipe_file, tmp_path / "other", **{"report.norms_every": 4})
+
+
+def test_norms_of_tensors_are_parts_of_the_whole(recipe_file, tmp_path):
+    settings = {"report.to": ["tensorboard"], "report.watch": "all", "report.watch_every": 4, "report.norms_every": 4}
+    run = train(recipe_file, tmp_path / "run", **settings)
+    for record in read_records(run.folder / "metrics.jsonl"):
+        parts = {kind: [value for name, value in record.items() if name.startswith(f"{kind}/")] for kind in NORMS}
+        if record["step"] % 4:
+            assert parts == {"grad_norm": [], "weight_norm": []}
+        else:
+            for kind, found in parts.items():
+                assert len(found) == len(list(run.model.parameters()))
+                assert math.hypot(*found) == pytest.approx(record[kind], rel=1e-4)
+    events, _ = scalars(run.folder)
+    names = dict(run.model.named_parameters())
+    for kind in ("gradients", "parameters"):
+        for name, weight in names.items():
+            first, last = (make_ndarray(each.tensor_proto) for each in events.Tensors(f"{kind}/{name}"))
+            assert first[:, 2].sum() == last[:, 2].sum() == weight.numel()
+    found = make_ndarray(events.Tensors("parameters/model.norm.weight")[-1].tensor_proto)
+    weight = names["model.norm.weight"].detach()
+    assert (found[0, 0], found[-1, 1]) == pytest.approx((float(weight.min()), float(weight.max())))
+
+
+@given(st.lists(st.floats(width=32), max_size=200))
+def test_a_histogram_counts_every_finite_value(values):
+    counts, edges = watch.histogram(torch.tensor(values))
+    finite = [value for value in values if math.isfinite(value)]
+    assert counts.sum() == len(finite)
+    assert len(edges) == len(counts) + 1
+    assert all(edges[0] <= value <= edges[-1] for value in finite)
+
+
+def test_gradients_are_those_before_clipping(recipe_file, tmp_path):
+    settings = {"report.watch": "gradients", "report.watch_every": 1, "optim.max_grad_norm": 1e-3}
+    run = train(recipe_file, tmp_path / "run", steps=2, **settings)
+    for record in read_records(run.folder / "metrics.jsonl"):
+        parts = [value for name, value in record.items() if name.startswith("grad_norm/")]
+        assert math.hypot(*parts) == pytest.approx(record["grad_norm"], rel=1e-4)
+        assert record["grad_norm"] > 1e-2
+
+
+def test_watching_waits_for_its_turn():
+    model, told = tiny_model(), []
+    looking = Watch(model, Report(watch="gradients", watch_every=3), told.append)
+    sum(weight.sum() for weight in model.parameters()).backward()
+    looking.gradients(2)
+    assert looking.norms == {}
+    looking.gradients(3)
+    assert len(looking.after(3)) == len(told[0].histograms) == len(list(model.parameters()))
+    assert looking.norms == {}
+
+
+# Names and variables
+
+
+def test_metrics_are_shown_in_groups():
+    wanted = {
+        "loss": "train/loss",
+        "grad_norm": "train/grad_norm",
+        "validation_bits_per_byte": "validation/bits_per_byte",
+        "seconds_between": "seconds/between",
+        "seconds_left": "seconds/left",
+        "tokens_per_second": "speed/tokens_per_second",
+        "tokens": "train/tokens",
+        "mfu": "speed/mfu",
+        "peak_memory_bytes": "machine/peak_memory_bytes",
+        "cpu_percent": "machine/cpu_percent",
+        "grad_norm/model.norm.weight": "grad_norm/model.norm.weight",
+    }
+    assert {name: rows.tag(name) for name in wanted} == wanted
+    assert rows.values({"step": 3, "loss": None, "left_out": "x", "a": True}).keys() == {"train/loss"}
+
+
+def test_variables_of_wandb_are_settings():
+    assert from_variables({}) == {}
+    assert from_variables({"WANDB_WATCH": "all", "WANDB_LOG_MODEL": "checkpoint"}) == {
+        "report.watch": "all",
+        "report.log_model": "checkpoint",
+    }
+    assert from_variables({"WANDB_WATCH": "false"}) == {"report.watch": "none"}
+    with pytest.raises(SettingError, match="WANDB_LOG_MODEL is 'maybe'; it should be end, checkpoint or false"):
+        from_variables({"WANDB_LOG_MODEL": "maybe"})
+
+
+def test_a_flag_counts_before_a_variable(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_WATCH", "gradients")
+    words = ["train", str(recipe_file), "--run", str(tmp_path / "run"), "--report.watch-every", "4", "--json"]
+    assert command([*words, "--train.steps", "4"]) == 0
+    assert command([*words, "--train.steps", "8", "--report.watch", "none"]) == 0
+    watched = [any("/" in name for name in record) for record in read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert watched == [False] * 3 + [True] + [False] * 4
