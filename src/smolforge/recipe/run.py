@@ -42,7 +42,7 @@ from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
 from smolforge.signals import EXIT_CODES, Stop, stop_signals
 from smolforge.tracking import Trackers, trackers
-from smolforge.tracking.events import Rewound, Saved, Started
+from smolforge.tracking.events import Rewound, Started
 from smolforge.training import Action, State, train
 
 log = logging.getLogger("smolforge")
@@ -157,13 +157,8 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     optimizers = optim.optimizers(model, recipe.optim)
     now = restore(Path(place), model, optimizers) if place else State()
     decisions = guard.decided(ranks.tell(lambda: taken_up(start, now, facts, first)))
-    judge = guard.Judge(
-        recipe.guard,
-        decisions,
-        now.step,
-        facts.get("recent_losses", []),
-        start.record if ranks.leads else lambda incident: None,
-    )
+    record = start.record if ranks.leads else lambda incident: None
+    judge = guard.Judge(recipe.guard, decisions, now.step, facts.get("recent_losses", []), record)
     profile = Profile(files.path, start.profile) if start.profile else None
     annotate = record_function if profile else nullcontext
     meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
@@ -172,13 +167,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     windows = windows_of(start.text, recipe)
     source = batches.stream(windows, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
-    saving = Saving(
-        recipe.train,
-        files,
-        start.reading,
-        hurried=start.stop.asked,
-        saved=lambda step: start.trackers(Saved(step, state.folder_of(files.path, step))),
-    )
+    saving = Saving(recipe.train, files, start.reading, start.stop.asked, start.saved)
     shop = Workshop(start, model, optimizers, judge, saving)
     actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
     start.stop.stepping = True
@@ -196,7 +185,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
                     meter,
                     judge,
                     ranks,
-                    looking=shop.watch.gradients if ranks.leads else lambda step: None,
+                    shop.looking,
                 )
             metrics = ranks.tell(lambda: concluded(start, shop, end))
     except guard.Rewind as wrong:

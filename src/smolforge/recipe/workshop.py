@@ -28,7 +28,7 @@ from smolforge.recipe.settle import fixed_settings
 from smolforge.runs import METRICS, SAMPLES, RunFolder
 from smolforge.signals import Stop
 from smolforge.tracking import Trackers
-from smolforge.tracking.events import Incident, Sampled, Stepped
+from smolforge.tracking.events import Incident, Sampled, Saved, Stepped
 from smolforge.tracking.watch import Watch, weight_norm
 from smolforge.training import Action, State
 
@@ -78,6 +78,10 @@ class Start:
         """Write down for good that numbers went wrong, and tell of it."""
         self.files.record_incident(incident)
         self.trackers(Incident(incident))
+
+    def saved(self, step: int) -> None:
+        """Tell that a checkpoint is safe."""
+        self.trackers(Saved(step, state.folder_of(self.files.path, step)))
 
 
 class Workshop:
@@ -161,6 +165,11 @@ class Workshop:
 
     def weigh(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         return {"weight_norm": weight_norm(self.model)}
+
+    def looking(self, step: int) -> None:
+        """At the gradients of a step, on rank 0."""
+        if self.ranks.leads:
+            self.watch.gradients(step)
 
     def look(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
         return self.watch.after(now.step)
