@@ -17,7 +17,8 @@ from smolforge.tokenizer import Tokenizer
 SCRATCH = Path(tempfile.mkdtemp(prefix="smolforge-hub-"))
 (SCRATCH / "mirror").mkdir()
 MIRROR = HubMirror(SCRATCH / "mirror").__enter__()
-os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(SCRATCH / "trackio")}
+os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+os.environ.setdefault("TRACKIO_DIR", str(SCRATCH / "trackio"))  # a child imports this file as well
 os.environ |= {"HF_ENDPOINT": MIRROR.url, "HF_HOME": str(SCRATCH / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
