@@ -61,6 +61,7 @@ def run_nano(kind: str, folder: Path, steps: int, every: int, answer: Connection
         "train.sample_every": "none",
         "optim.schedule.steps": 1000,
         "train.checkpoint_every": every,
+        "report.to": "none",
     }
     if kind == WITHOUT:
         Corpus.check = lambda _: None

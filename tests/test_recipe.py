@@ -284,6 +284,18 @@ def test_another_shape_by_name_is_refused_too(tmp_path, text_file):
         train("nano", tmp_path / "run", steps=3, **given | {"model.preset": "smollm2-135m"}, **short)
 
 
+def test_a_shape_changed_by_flags_resumes_with_the_same_flags(tmp_path, text_file):
+    """Also where the width of a head follows from them."""
+    given = {"model.preset": "smollm2-nano", "model.hidden_size": 48, "model.num_hidden_layers": 1}
+    given |= {"model.num_attention_heads": 4, "model.num_key_value_heads": 2, "model.vocab_size": 400}
+    short = {"train.sequence_length": 32, "train.batch_tokens": 64, "train.sample_every": "none"}
+    for steps in (2, 3):
+        run = train("nano", tmp_path / "run", data=str(text_file), steps=steps, **given, **short)
+    assert (run.metrics["step"], run.recipe.model.head_dim) == (3, 12)
+    with pytest.raises(SettingError, match=r"must not change: model\.head_dim \(12, now 16\)"):
+        train("nano", tmp_path / "run", data=str(text_file), steps=4, **given, **{"model.head_dim": 16}, **short)
+
+
 def test_free_settings_are_taken_from_flags_and_the_stored_recipe_wins_otherwise():
     stored = replaced(settle(to_recipe(NANO)), {"train.steps": 30})
     assert stored.optim.schedule.steps == 8

@@ -16,6 +16,8 @@ from smolforge.settings import FREE, fields, leaves, place, replaced
 log = logging.getLogger("smolforge")
 NOT_AGAIN = ("budget", "init_from")
 """What only the first start applies."""
+SIZES_A_HEAD = ("model.hidden_size", "model.num_attention_heads")
+"""What head_dim follows from, where it is not given."""
 ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
@@ -84,11 +86,12 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     for dotted, value in overrides.items():
         place(tree, dotted, value)
     now = with_schedule_over(to_recipe(tree), horizon)
+    resized = not overrides.keys().isdisjoint(SIZES_A_HEAD)
     before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
     fixed = []
     for name in fixed_settings(stored):
         derived = (stored.budget is not None and name in BUDGETED) or (
-            stored.init_from is not None and name.startswith("model.")
+            (stored.init_from is not None and name.startswith("model.")) or (resized and name == "model.head_dim")
         )
         left_open = file[name] is None or (name in DECIDED and file[name] == "auto")
         differs = not left_open and file[name] != before[name] and not derived and name not in overrides

@@ -7,7 +7,6 @@ events ->  Trackers  ->  one adapter each, made when the run starts
 import json
 import logging
 import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -30,11 +29,8 @@ class Trackers:
 
     def __init__(self, makers: Mapping[str, Maker]) -> None:
         self.makers, self.listening = makers, dict[str, Tracker]()
-        self.seconds = 0.0
-        """Spent in here, for benchmarks."""
 
     def __call__(self, event: Event) -> None:
-        begun = time.perf_counter()
         if isinstance(event, Started):
             for name, make in self.makers.items():
                 with self._left_out_if_it_fails(name):
@@ -42,7 +38,6 @@ class Trackers:
         for name, tracker in list(self.listening.items()):
             with self._left_out_if_it_fails(name):
                 tracker(event)
-        self.seconds += time.perf_counter() - begun
 
     @contextmanager
     def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
