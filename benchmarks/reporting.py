@@ -19,6 +19,7 @@ from typing import Any
 
 from reliability import in_process, spread, timed
 
+APART = "start and end"
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"report.to": "none", "report.norms_every": "none"},
     "default": {},
@@ -30,8 +31,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
     """Train; send (seconds, seconds by part)."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
-    from smolforge import runs, tracking
     from smolforge.device.usage import Usage
+
+    from smolforge import runs, tracking
     from smolforge.recipe import run, train, workshop
     from smolforge.tracking.watch import Watch
 
@@ -50,7 +52,7 @@ def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
         before = spent["trackers"]
         begun(trackers, event)
         if isinstance(event, tracking.Started | tracking.Ended):
-            spent["start and end"] += spent["trackers"] - before
+            spent[APART] += spent["trackers"] - before
             spent["trackers"] = before
 
     tracking.Trackers.__call__ = after_the_start
@@ -69,24 +71,19 @@ def main() -> None:
         for kind, results in found.items():
             with tempfile.TemporaryDirectory() as folder:
                 results.append(in_process(run_nano, kind, Path(folder), options.steps))
-    print(
-        f"| told to | share of training | milliseconds a step | times the seconds of none | start and end |\n|{'---|' * 5}"
-    )
+    print("| told to | share of training | milliseconds a step | times the seconds of none | start and end |")
+    print("|---|---|---|---|---|")
     for kind, results in found.items():
-        inside = [sum(parts.values()) - parts.get("start and end", 0.0) for _, parts in results]
+        inside = [sum(parts.values()) - parts.get(APART, 0.0) for _, parts in results]
         shares = [within / whole for within, (whole, _) in zip(inside, results, strict=True)]
         ratios = [whole / none for (whole, _), (none, _) in zip(results, found["none"], strict=True)]
         each = statistics.median(inside) / options.steps * 1e3
-        apart = statistics.median(parts.get("start and end", 0.0) for _, parts in results)
+        apart = statistics.median(parts.get(APART, 0.0) for _, parts in results)
         print(f"| {kind} | {spread(shares, '{:.2%}')} | {each:.2f} | {spread(ratios)} | {apart:.1f} s |")
-    parts = {
-        name: statistics.median(parts.get(name, 0) for _, parts in found["all three"])
-        for name in found["all three"][0][1]
-    }
-    print(
-        "\nall three, milliseconds a step: "
-        + ", ".join(f"{name} {1e3 * s / options.steps:.2f}" for name, s in parts.items() if name != "start and end")
-    )
+    for kind, results in found.items():
+        parts = {name: statistics.median(part[name] for _, part in results) for name in results[0][1] if name != APART}
+        said = ", ".join(f"{name} {1e3 * seconds / options.steps:.2f}" for name, seconds in parts.items())
+        print(f"\n{kind}, milliseconds a step: {said}")
 
 
 if __name__ == "__main__":

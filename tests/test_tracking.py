@@ -109,8 +109,9 @@ def test_tensorboard_has_each_metric_at_each_step_once_over_two_kills(recipe_fil
     assert {("train/weight_norm", 3), ("validation/loss", 4), ("seconds/data", 8), ("speed/mfu", 1)} <= found.keys()
     samples = read_records(run / "samples.jsonl")
     for number, prompt in enumerate(("", "The")):
-        wanted = [(each["step"], f"**{prompt}**{each['text']}") for each in samples if each["prompt"] == prompt]
-        assert texts(events, f"samples/{number}") == wanted
+        drawn = [(each["step"], prompt + each["text"]) for each in samples if each["prompt"] == prompt]
+        shown = [(step, said.replace("\n    ", "\n")) for step, said in texts(events, f"samples/{number}")]
+        assert shown == [(step, f"    {said}") for step, said in drawn]
     assert len(list((run / "tensorboard").iterdir())) == 3
 
 

@@ -58,14 +58,14 @@ class TensorBoard:
         match event:
             case Started():
                 for name, told in (("recipe", event.recipe.model_dump(mode="json")), ("machine", event.environment)):
-                    self.say(event.step + 1, text(name, f"```\n{json.dumps(told, indent=2)}\n```"))
+                    self.say(event.step + 1, text(name, as_it_is(json.dumps(told, indent=2))))
             case Rewound():
                 self.take_back(event.step)
                 self.say(event.step, text("incidents", self.rewind))
             case Stepped():
                 self.say(event.metrics["step"], scalars(event.metrics))
             case Sampled():
-                self.say(event.step, text(f"samples/{event.number}", f"**{event.prompt}**{event.text}"))
+                self.say(event.step, text(f"samples/{event.number}", as_it_is(event.prompt + event.text)))
             case Watched():
                 self.say(event.step, [histogram(name, each) for name, each in event.histograms.items()])
             case Incident():
@@ -104,6 +104,11 @@ def scalars(metrics: dict[str, Any]) -> list[Summary.Value]:
 
 def text(tag: str, said: str) -> list[Summary.Value]:
     return list(text_pb(tag, said).value)
+
+
+def as_it_is(said: str) -> str:
+    """Markdown that shows a text with its own lines and signs."""
+    return "\n".join(f"    {line}" for line in said.split("\n"))
 
 
 def histogram(tag: str, spread: Histogram) -> Summary.Value:
