@@ -48,7 +48,7 @@ BUSY_GPU = 80
 TAKEN_CORES = 0.5
 """Cores that other programs keep busy, in the median, before they are worth a sentence."""
 USUAL_MFU = {
-    "cpu": (1_000_000, 0.40, "0.4 to 0.7, nano in bfloat16 and SmolLM2-135M in fp32"),
+    "cpu": (1_000_000, 0.40, "0.4 to 0.8, as nano has in bfloat16 and SmolLM2-135M in fp32"),
     "cuda": (100_000_000, 0.40, "0.4 to 0.6 for 100M parameters and more, as llm.c has on A100"),
 }
 """For so many parameters and more: what is usual, in words too. Smaller ones on a GPU are nowhere near, and may be."""
@@ -109,6 +109,7 @@ def pauses(run: Evidence) -> list[Finding]:
 
 
 def pause(run: Evidence, cost: Cost, share: float) -> str:
+    """What it takes, and how to have it less often, or shorter."""
     took = f"takes {percent(share)} of the time, {cost.seconds:.2g} s"
     if not cost.kinds:
         return (
@@ -189,6 +190,7 @@ def first_step(run: Evidence) -> list[Finding]:
 
 
 def micro_batches(run: Evidence) -> list[Finding]:
+    """Whether a GPU gets its batch in crumbs."""
     train, busy = run.recipe.train, BUSY_TOKENS.get(run.device)
     share_of_rows = max(1, train.rows // run.ranks)
     rows = min(train.micro_rows, share_of_rows)

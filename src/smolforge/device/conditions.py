@@ -134,10 +134,10 @@ def tracing() -> list[str]:
 
 def is_monitored() -> bool:
     """Whether a tool asked Python 3.12 or later for some kind of event."""
-    if sys.version_info < (3, 12):
-        return False
-    tools = [tool for tool in range(6) if sys.monitoring.get_tool(tool) is not None]
-    return any(sys.monitoring.get_events(tool) for tool in tools)
+    if sys.version_info >= (3, 12):
+        tools = [tool for tool in range(6) if sys.monitoring.get_tool(tool) is not None]
+        return any(sys.monitoring.get_events(tool) for tool in tools)
+    return False
 
 
 def is_ptraced(status: Path = STATUS) -> bool:
@@ -166,8 +166,9 @@ def hurting(seen: Mapping[str, Any], threads: int, device: str = "cpu", ranks: i
 
 def hurts(name: str, value: str, device: str) -> bool:
     habit = HABITS.get(name)
-    concerned = habit is not None and habit.device in (None, device)
-    return concerned and re.fullmatch(habit.values, value, re.IGNORECASE | re.DOTALL) is not None
+    if habit is None or habit.device not in (None, device):
+        return False
+    return re.fullmatch(habit.values, value, re.IGNORECASE | re.DOTALL) is not None
 
 
 def shown(value: str) -> str:
@@ -201,7 +202,5 @@ def about_load(seen: Mapping[str, Any], threads: int) -> list[str]:
     wanted = min(threads, seen.get("cores") or threads)
     if cores - load > wanted - 0.5:
         return []
-    return [
-        f"other programs keep about {load:.1f} of the machine's {cores} cores busy, and {wanted:g} are wanted here; "
-        "end them, or wait"
-    ]
+    more = f"{wanted:g} more {'is' if wanted == 1 else 'are'} wanted here"
+    return [f"programs kept {load:.1f} of {cores} cores busy in the last minute, and {more}; end them, or wait"]
