@@ -133,10 +133,9 @@ def tracing() -> list[str]:
 
 
 def is_monitored() -> bool:
-    """Whether a tool asked Python 3.12 or later for some kind of event."""
+    """Whether a tool hears of events of Python 3.12 or later."""
     if sys.version_info >= (3, 12):
-        tools = [tool for tool in range(6) if sys.monitoring.get_tool(tool) is not None]
-        return any(sys.monitoring.get_events(tool) for tool in tools)
+        return any(sys.monitoring.get_tool(tool) is not None for tool in range(6))
     return False
 
 
@@ -172,8 +171,8 @@ def hurts(name: str, value: str, device: str) -> bool:
 
 
 def shown(value: str) -> str:
-    """Short, and in one line."""
-    plain = " ".join(value.split())
+    """Short, in one line, and nothing a terminal would obey."""
+    plain = "".join(each if each.isprintable() else "?" for each in " ".join(value.split()))
     return plain if len(plain) <= 60 else f"...{plain[-57:]}"
 
 
@@ -183,7 +182,7 @@ def about_threads(seen: Mapping[str, Any], threads: int) -> list[str]:
     if not cores:
         return []
     named = next((f"{name}={said[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in said), None)
-    if threads > CROWDED * cores:
+    if threads > max(1, CROWDED * cores):
         fitting = max(1, int(cores))
         return [f"{threads} threads on {cores:g} usable cores wait for each other; set OMP_NUM_THREADS={fitting}"]
     whole = min(cores, seen.get("physical_cores") or cores)

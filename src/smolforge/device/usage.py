@@ -10,7 +10,7 @@ from smolforge.device.nvml import find, uuid_of
 
 EVERY_SECONDS = 1
 
-Gauge = Callable[[], dict[str, float]]
+Gauge = Callable[[], dict[str, float | int]]
 """Figures of now, or since it was asked before. Never raises: what cannot be asked gives nothing."""
 
 
@@ -28,7 +28,7 @@ class Usage:
         for gauge in self._gauges:  # rates are since now
             gauge()
 
-    def after_a_step(self) -> dict[str, float]:
+    def after_a_step(self) -> dict[str, float | int]:
         """The gauges' figures, at most once in EVERY_SECONDS."""
         if self._now() - self._asked_at < EVERY_SECONDS:
             return {}
@@ -45,7 +45,7 @@ def processors() -> Gauge:
     """`cpu_percent` of this process, 100 is one core; `machine_cpu_percent` of all cores; `memory_bytes` it holds."""
     process = psutil.Process()
 
-    def read() -> dict[str, float]:
+    def read() -> dict[str, float | int]:
         try:
             return {
                 "cpu_percent": process.cpu_percent(),
@@ -65,13 +65,13 @@ def gpu(uuid: str) -> list[Gauge]:
         return []
     library, handle = found
 
-    def busy() -> dict[str, float]:
+    def busy() -> dict[str, float | int]:
         try:
             return {"gpu_percent": float(library.nvmlDeviceGetUtilizationRates(handle).gpu)}
         except library.NVMLError:
             return {}
 
-    def held() -> dict[str, float]:
+    def held() -> dict[str, float | int]:
         try:
             return {"gpu_memory_bytes": library.nvmlDeviceGetMemoryInfo(handle).used}
         except library.NVMLError:
