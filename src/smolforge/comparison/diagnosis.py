@@ -110,7 +110,7 @@ def pauses(run: Evidence) -> list[Finding]:
 
 def pause(run: Evidence, cost: Cost, share: float) -> str:
     """What it takes, and how to have it less often, or shorter."""
-    took = f"takes {percent(share)} of the time, {cost.seconds:.2g} s"
+    took = f"take{'s' * (len(cost.kinds) < 2)} {percent(share)} of the time, {cost.seconds:.2g} s"
     if not cost.kinds:
         return (
             f"What is written down after every step {took} each; fewer trackers (--report.to none) or a faster disk "
