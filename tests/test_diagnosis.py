@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli
+from smolforge.comparison import diagnosis
 from smolforge.comparison.between import costs
 from smolforge.comparison.diagnosis import FEWEST_STEPS, USUAL_MFU, diagnose
 from smolforge.comparison.evidence import PARTS, shares, time_shares, timed_steps
 from smolforge.config import Recipe
+from smolforge.device.peaks import published
 from smolforge.recipe import train
 from smolforge.recipe.read import read_recipe
 from smolforge.runs.journal import read_records
@@ -161,6 +163,10 @@ CASES = {
         (slowed(history(), range(10, 30, 2), 3), CPU, ON_CPU, "One step in twenty takes 3.0 times the median or "
          "longer, which loses 15 % of the time: other programs, a disk that is slow at times, or a machine that is "
          "shared."),
+        (slowed(history(), range(10, 24, 2), 2.1), CPU, ON_CPU, "One step in twenty takes 2.1 times the median or "
+         "longer, which loses 6 % of the time: other programs, a disk that is slow at times, or a machine that is "
+         "shared."),
+        (slowed(history(), range(10, 20, 2), 2.1), CPU, ON_CPU, None),
         (slowed(history(), range(10, 30, 2), 1.9), CPU, ON_CPU, None),
         (slowed(history(), range(10, 18, 2), 3), CPU, ON_CPU, None),
     ],
@@ -211,6 +217,14 @@ def test_what_a_machine_is_fastest_in_may_be_known():
     (said,) = diagnose(history(), with_recipe(train__dtype="float32"), ON_CPU, "bfloat16")
     assert "--train.dtype bfloat16" in said
     assert "Nothing" in diagnose(history(), CPU, ON_CPU, "bfloat16")[0]
+
+
+def test_half_the_precision_must_be_worth_it(monkeypatch):
+    row = published("NVIDIA H200")
+    for bfloat16, told in ((1.6 * row.float32, True), (1.4 * row.float32, False), (None, False)):
+        monkeypatch.setattr(diagnosis, "published", lambda name, row=row._replace(bfloat16=bfloat16): row)
+        said = diagnose(history(), replaced(GPU, {"train.dtype": "float32"}), ON_GPU)
+        assert ("bfloat16" in said[0]) == told
 
 
 def test_only_the_last_start_counts_and_not_its_first_step():
