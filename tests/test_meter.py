@@ -101,6 +101,16 @@ def test_a_long_action_between_steps_counts_for_the_time_left_and_not_for_the_ra
     assert figures["seconds_left"] == pytest.approx(100 * (2 + 30 / 4))
 
 
+def test_what_passes_between_steps_is_said_of_the_step_after(hand):
+    meter, between = Meter(WORK, 9, hand.clock()), []
+    for seconds in (7, 0, 3):
+        hand.step(meter, data=1, forward=2)
+        between.append(meter.read()["seconds_between"])
+        hand.time += seconds
+    hand.step(meter, forward=2)
+    assert [*between, meter.read()["seconds_between"]] == [0, 7, 0, 3]
+
+
 def test_steps_to_go_are_those_of_this_start(hand):
     """A run resumed at 990 of 1000: its first step compiles again and is left out again."""
     meter = Meter(WORK, 1000 - 990, hand.clock())
@@ -174,7 +184,7 @@ def test_whatever_the_steps(steps, peak, devices):
     hand = Hand()
     work = replace(WORK, peak_flops_per_second=peak, devices=devices)
     meter, plain = Meter(work, len(steps), hand.clock()), Meter(WORK, len(steps), hand.clock())
-    wholes, rates = [], []
+    wholes, rates, before = [], [], 0.0
     for parts, between in steps:
         start = hand.time
         with plain.step():
@@ -184,8 +194,10 @@ def test_whatever_the_steps(steps, peak, devices):
         assert sum(figures[f"seconds_{name}"] for name in PARTS) == pytest.approx(wholes[-1])
         assert figures["mfu"] * peak * devices == pytest.approx(other["mfu"] * WORK.peak_flops_per_second)
         assert figures["mfu_full_attention"] == pytest.approx(1.5 * figures["mfu"])
+        assert figures["seconds_between"] == pytest.approx(before, rel=1e-6, abs=1e-6)
         rates.append(figures["tokens_per_second"])
         hand.time += between
+        before = between
     recent = rates[1:][-WINDOW:]
     assert min(recent) * 0.999 <= figures["tokens_per_second_median"] <= max(recent) * 1.001
     assert figures["tokens_per_second_median"] == pytest.approx(1000 / statistics.median(wholes[1:][-WINDOW:]))
@@ -223,10 +235,12 @@ def test_a_gpus_time_is_its_streams_and_only_reading_waits_for_it(monkeypatch):
                 stream.queued += seconds
             with meter.part("optimizer"):
                 stream.queued += 1
+        stream.queued += 0.5
     assert stream.time == 0
     assert meter.read()["seconds_forward"] == 4
-    assert meter.read()["seconds_optimizer"] == 1
-    assert stream.time == 8, "the third step is still under way"
+    second = meter.read()
+    assert (second["seconds_optimizer"], second["seconds_between"]) == (1, 0.5)
+    assert stream.time == 8.5, "the third step is still under way"
     assert streams[0].time == 0
 
 

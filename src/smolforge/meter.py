@@ -145,18 +145,20 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Figures of the oldest step not read yet, once the device has finished it.
 
-        Running ones leave out the first step, which compiles and allocates, and are not there for it.
+        `seconds_between` is what passed since the step before, in none of the parts: measuring, sampling, saving.
+        Running figures leave out the first step, which compiles and allocates, and are not there for it.
         """
         marks = self._unread.popleft()
         parts = dict.fromkeys(get_args(Part), 0.0)
         for (name, begin), (_, end) in pairwise(marks):
             parts[name] += self.clock.seconds(begin, end)
-        whole = sum(parts.values())
+        whole, between = sum(parts.values()), 0.0
         if self._read:
             self._recent.append(whole)
-            self._between += self.clock.seconds(self._end, marks[0][1])
-        self._read, self._end = self._read + 1, marks[-1][1]
+            between = self.clock.seconds(self._end, marks[0][1])
+        self._read, self._end, self._between = self._read + 1, marks[-1][1], self._between + between
         told = self.work.rates(whole) | {f"seconds_{name}": seconds for name, seconds in parts.items()}
+        told["seconds_between"] = between
         return told | self._running() if self._recent else told
 
     def _running(self) -> dict[str, float]:

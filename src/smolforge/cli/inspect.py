@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from smolforge.cli import speed
 from smolforge.cli.flags import parse
 from smolforge.errors import SettingError
 
@@ -156,6 +157,7 @@ def _run(path: Path) -> dict[str, Any]:
         "validation_loss": measured[-1]["validation_loss"] if measured else None,
         "checkpoints": [folder.name for folder in state.all_of(path)],
         "parameters": _model(recipe.model)["parameters"],
+        **speed.of_run(path, recipe, records),
     }
 
 
@@ -173,16 +175,17 @@ def _machine() -> dict[str, Any]:
         "float32_flops_per_second": matrix_flops_per_second(device, torch.float32),
         "bfloat16_flops_per_second": matrix_flops_per_second(device, torch.bfloat16),
         "packages": versions(),
+        **speed.of_machine(device.type, torch.get_num_threads()),
     }
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     """The parameter table, where there is one, and then one fact a line, the values below each other."""
     table = facts.get("table", [])
-    rows = _flat({key: value for key, value in facts.items() if key != "table"})
+    rows = _flat({key: value for key, value in facts.items() if key not in ("table", "time", "slow")})
     width = max(len(key) for key, _ in rows) + 2
     told = [*_table(table), *_about_the_head(facts), ""] if table else []
-    return [*told, *(f"{key:<{width}}{_said(key, value)}" for key, value in rows)]
+    return [*told, *(f"{key:<{width}}{_said(key, value)}" for key, value in rows), *speed.lines(facts)]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

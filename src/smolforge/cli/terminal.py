@@ -2,36 +2,43 @@
 
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
+from smolforge.cli.board import Board, packed
 from smolforge.config import Optim, Recipe, Train
 from smolforge.recipe.plan import Plan
 from smolforge.training import State
 
 PLAIN_SECONDS = 10
+MEASURED = 3
+"""Parts of a line that stay above the live view: it has the others."""
+NAMES = 12
+"""Columns of what a plan names."""
 
 
 class Display:
-    """An observer of runs that shows them on standard error."""
+    """An observer of runs that shows them on standard error: live on a terminal, unless `plain` lines are wanted."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, plain: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self.loud = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
+        self.plain = plain or quiet or not self.console.is_terminal or self.console.is_dumb_terminal
         self.live: Live | None = None
+        bar = BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan")
         self.progress = Progress(
-            TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.console
+            TextColumn("step"), bar, MofNCompleteColumn(), TimeElapsedColumn(), console=self.console, expand=True
         )
+        self.board = Board(self.progress)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.sample, self.news = "", False
+        self.news = False
         self.steps, self.told = 0, 0.0
         self.handler = RichHandler(logging.WARNING, self.loud, show_time=False, show_path=False)
 
@@ -54,53 +61,62 @@ class Display:
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
         self.stop()
         for line in plan_lines(recipe, plan, start):
-            self.say(line)
+            self.say(line if self.plain else textwrap.fill(line, self.console.width, subsequent_indent=" " * NAMES))
         self.steps = recipe.train.steps
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
-        if self.console.is_terminal and not self.console.quiet:
-            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.board = Board(self.progress)
+        if not self.plain:
+            self.live = Live(self.board, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
 
     def preparing(self, counts: dict[str, int]) -> None:
         self.say(corpus_line(counts))
 
     def sampled(self, text: str) -> None:
-        self.sample, self.news = text, True
+        self.board.sample, self.news = text, True
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """Show a step: always in the live view, else when there is news or after a while."""
         for listener in self.listeners:
             listener(metrics)
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
-        line = metrics_line(metrics)
         measured = "validation_loss" in metrics
         if self.live is not None:
+            self.board.stepped(metrics, figures(metrics))
             if measured:
-                self.console.print(f"step {metrics['step']:,}: {line}", markup=False)
-            sample = Panel(Text(" ".join(self.sample.split())[-600:]), title="last sample") if self.sample else Text("")
-            self.live.update(Group(self.progress, Text(line), sample))
+                parts = [f"step {metrics['step']:,}", *metrics_parts(metrics)[:MEASURED]]
+                self.say("\n  ".join(packed(parts, self.console.width - 2)))
         elif measured or time.perf_counter() - self.told > PLAIN_SECONDS or metrics["step"] == self.steps:
             self.told = time.perf_counter()
-            self.say(f"step {metrics['step']:,}/{self.steps:,}  {line}")
-            if self.news and self.sample.strip():
-                self.say(f"  sample: {' '.join(self.sample.split())[:200]}")
+            self.say(f"step {metrics['step']:,}/{self.steps:,}  {metrics_line(metrics)}")
+            if self.news and self.board.sample.strip():
+                self.say(f"  sample: {' '.join(self.board.sample.split())[:200]}")
                 self.news = False
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:
+    return "  ".join(metrics_parts(metrics))
+
+
+def metrics_parts(metrics: dict[str, Any]) -> list[str]:
     """One step in one line: the rate is the running median, or this step's where it is the first."""
     rate = metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
-    parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", f"MFU {metrics['mfu']:.0%}"]
-    parts += [f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
-    parts += [f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB"]
-    if "seconds_left" in metrics:
-        parts.append(f"{duration(metrics['seconds_left'])} left")
+    parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", *figures(metrics)]
     if "validation_loss" in metrics:
         bits = metrics["validation_bits_per_byte"]
         parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
-    return "  ".join(parts)
+    return parts
+
+
+def figures(metrics: dict[str, Any]) -> list[str]:
+    """What there is to say of a step besides loss and rate."""
+    parts = [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
+    parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if "seconds_left" in metrics:
+        parts.append(f"{duration(metrics['seconds_left'])} left")
+    return parts
 
 
 def corpus_line(counts: dict[str, int]) -> str:
@@ -123,7 +139,7 @@ def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
         "memory": f"about {plan.memory_bytes / 2**30:.1f} GiB of {plan.available_bytes / 2**30:.1f}",
         "disk": f"up to {plan.disk_bytes / 2**20:,.0f} MiB of checkpoints",
     }
-    return [f"{name:<12}{value}" for name, value in said.items()]
+    return [f"{name:<{NAMES}}{value}" for name, value in said.items()]
 
 
 def arithmetic_line(train: Train) -> str:

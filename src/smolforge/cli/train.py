@@ -53,7 +53,7 @@ def train(
     world = world_of(os.environ)
     if world.rank > 0:  # rank 0 speaks for all
         logging.getLogger("smolforge").setLevel(logging.ERROR)
-    with Display(quiet=json_ or world.rank > 0) as display:
+    with Display(quiet=json_ or world.rank > 0, plain=world.size > 1) as display:
         result = resume_or_start(recipe, run, overrides, fresh, display, world, profile)
     if world.rank > 0:
         return

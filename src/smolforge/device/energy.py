@@ -6,10 +6,11 @@ A GPU counts itself alone. A processor counts its packages and memory, and whate
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
+
+from smolforge.device.nvml import find, uuid_of
 
 READ_SECONDS = 10
 POWERCAP = Path("/sys/class/powercap")
@@ -59,26 +60,20 @@ class PerToken:
 def energy(device: torch.device) -> Energy:
     """What the device draws from now on."""
     if device.type == "cuda":
-        return Energy(nvml(str(torch.cuda.get_device_properties(device).uuid)))
+        return Energy(nvml(uuid_of(device)))
     return Energy(rapl() if device.type == "cpu" else [])
 
 
 def nvml(uuid: str) -> list[Counter]:
-    """The counter of one GPU, in millijoules since its driver was loaded; none without nvidia-ml-py, or before Volta.
-
-    By its uuid, since CUDA_VISIBLE_DEVICES renumbers what torch sees and not what NVML sees.
-    """
-    try:
-        pynvml = import_module("pynvml")
-    except ModuleNotFoundError:
+    """The counter of one GPU, in millijoules since its driver was loaded; none before Volta, or without NVML."""
+    gpu = find(uuid)
+    if gpu is None:
         return []
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except pynvml.NVMLError:
+        gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)
+    except gpu.library.NVMLError:
         return []
-    return [Counter(lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)]
+    return [Counter(lambda: gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1e3)]
 
 
 def rapl(folder: Path = POWERCAP) -> list[Counter]:
