@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from smolforge.cli.compare import inspect_runs, runs_named
 from smolforge.cli.flags import parse
 from smolforge.errors import SettingError
 
@@ -21,10 +22,13 @@ def inspect(
     ----------
     what
         A model folder, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe takes the
-        same dotted flags as train.
+        same dotted flags as train. Several runs, or a folder of runs, are shown as a table.
     json_
         Print it as one JSON object.
     """
+    if runs := runs_named(what, settings):
+        inspect_runs(runs, json_)
+        return
     overrides = parse(settings)
     facts = _facts(what, overrides)
     if json_:
