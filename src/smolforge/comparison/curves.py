@@ -10,14 +10,14 @@ from jaxtyping import Float, Int
 
 from smolforge.comparison.history import History
 
-Curve = tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]
+Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 """x and y."""
 Over = Literal["tokens", "steps", "seconds"]
 """What a curve runs over."""
 UNITS: dict[Over, list[tuple[float, str]]] = {
-    "tokens": [(1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1, "tokens")],
-    "steps": [(1, "step")],
-    "seconds": [(3600, "hours of training"), (60, "minutes of training"), (1, "seconds of training")],
+    "tokens": [(1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens")],
+    "steps": [(1.0, "step")],
+    "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
 }
 ENOUGH_OF_A_UNIT = 1.5
 SMOOTHED_SHARE = 1 / 50
@@ -43,9 +43,7 @@ def unit(over: Over, longest: float) -> tuple[float, str]:
     return next((each for each in UNITS[over] if longest >= ENOUGH_OF_A_UNIT * each[0]), UNITS[over][-1])
 
 
-def thinned(
-    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], most: int
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+def thinned(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], most: int) -> Curve:
     """At most so many points (3 or more): the first, the last, and means of equally many points between them."""
     if len(x) <= most:
         return x, y
@@ -76,15 +74,15 @@ def known(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Curve:
     return x[there], y[there]
 
 
-def ceiling(curves: list[Float[np.ndarray, " n"]]) -> float | None:
+def ceiling(curves: list[Float[np.ndarray, " _"]]) -> float | None:
     """Where a plot of losses may end: neither the first steps nor a run that broke press all others flat.
 
-    That is the highest value after the very beginning, or a little above what runs begin with. None has no numbers.
+    That is the highest value after the very beginning, or twice what runs begin with. None where there is no number.
     """
     there = [curve[np.isfinite(curve)] for curve in curves]
     there = [curve for curve in there if len(curve)]
     if not there:
         return None
-    begun = max(max(float(curve[0]), float(np.median(curve))) for curve in there)
+    begun = max(float(curve[0]) for curve in there)
     later = max(float(curve[int(len(curve) * STEEP_SHARE) :].max()) for curve in there)
-    return min(later, 1.25 * begun)
+    return min(later, 2 * begun)

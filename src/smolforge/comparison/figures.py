@@ -21,6 +21,7 @@ from smolforge.comparison.history import History, read
 from smolforge.comparison.marks import SIGNS, happened, mark_axes, mark_curve
 from smolforge.comparison.parts import step_time
 from smolforge.comparison.style import Look
+from smolforge.errors import InvalidFile
 
 POINTS, FEWEST = 5000, 120
 """Drawn in a figure in all, and of each curve at least: a file stays small, and print shows no more."""
@@ -43,18 +44,24 @@ def loss_curve(run: Path, out: Path, title: str) -> None:
     """The loss of one run over tokens, as one file, a PNG or an SVG."""
     with style.styled(out.stem):
         figure = loss([read(run)])
-        figure.suptitle(title, fontsize=9.5)
+        if figure is None:
+            raise InvalidFile(f"{run} has no loss to draw: no step was trained")
+        figure.suptitle(title, fontsize=10)
         style.write(figure, out)
 
 
-def loss(runs: Sequence[History], over: Over = "tokens") -> Figure:
+def loss(runs: Sequence[History], over: Over = "tokens") -> Figure | None:
     """Training and held-out loss over tokens, steps or seconds."""
+    top = ceiling([run.column(column) for run in runs for column in ("loss", "validation_loss")])
+    if top is None:
+        return None
     figure = style.canvas()
     axes = figure.subplots()
     scale, name = unit(over, max((along(run, over)[-1] for run in runs if run.metrics), default=0.0))
     x = [along(run, over) / scale for run in runs]
     key = _loss_alone(axes, runs[0], x[0]) if len(runs) == 1 else _loss_among(axes, runs, x)
-    _end_above(axes, ceiling([run.column(column) for run in runs for column in ("loss", "validation_loss")]))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, top + 0.04 * abs(top - low)))
     axes.set(xlabel=name, ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(STEPS)
     style.ruled(axes)
@@ -72,7 +79,7 @@ def _loss_alone(axes: Axes, run: History, x: Float[np.ndarray, " n"]) -> style.K
     return key + ([("held out", _sample(HELD_OUT, marked=True))] if len(held[0]) else [])
 
 
-def _loss_among(axes: Axes, runs: Sequence[History], x: list[Float[np.ndarray, " n"]]) -> style.Key:
+def _loss_among(axes: Axes, runs: Sequence[History], x: list[Float[np.ndarray, " _"]]) -> style.Key:
     looks, each = style.looks(len(runs)), max(FEWEST, POINTS // 2 // len(runs))
     any_held = False
     for run, look, at in zip(runs, looks, x, strict=True):
@@ -191,12 +198,6 @@ def _names(runs: Sequence[History], looks: list[Look], marked: bool = False) -> 
     used = {word for run in runs for _, word in happened(run)}
     signs = {word: sign for word, sign in SIGNS.items() if word in used}
     return key + [(word, Line2D([], [], color=style.QUIET, linestyle="", marker=sign)) for word, sign in signs.items()]
-
-
-def _end_above(axes: Axes, top: float | None) -> None:
-    if top is not None:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, min(high, top + 0.04 * abs(top - low)))
 
 
 FIGURES: dict[str, Callable[[Sequence[History]], Figure | None]] = {

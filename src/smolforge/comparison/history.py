@@ -4,10 +4,10 @@ Nothing is written and nothing is waited for, so a run may be trained meanwhile.
 not have are columns of NaN.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from smolforge.errors import InvalidFile
 from smolforge.meter import Part
 from smolforge.recipe.read import read_recipe
 from smolforge.runs import INCIDENTS, METRICS, RECIPE, SAMPLES, RunFolder
-from smolforge.runs.environment import ENVIRONMENT, starts
+from smolforge.runs.environment import ENVIRONMENT
 from smolforge.runs.journal import read_records
 
 State = Literal["running", "finished", "stopped", "diverged", "failed", "killed", "not begun"]
@@ -37,11 +37,11 @@ class History:
     path: Path
     name: str
     """What to call it among others."""
-    recipe: Recipe
-    metrics: list[Record]
-    samples: list[Record]
-    incidents: list[Record]
-    starts: list[Record]
+    recipe: Recipe = field(repr=False)
+    metrics: list[Record] = field(repr=False)
+    samples: list[Record] = field(repr=False)
+    incidents: list[Record] = field(repr=False)
+    starts: list[Record] = field(repr=False)
     state: State
     why: str
     """Why it is in this state, in one sentence."""
@@ -155,8 +155,8 @@ def _records(path: Path, **needed: type) -> list[Record]:
 def _starts(folder: Path) -> list[Record]:
     path = folder / ENVIRONMENT
     try:
-        found = starts(folder)
-    except (JSONDecodeError, UnicodeDecodeError) as error:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    except ValueError as error:
         raise InvalidFile(f"{path} is not JSON: {error}") from None
     if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
         raise InvalidFile(f"{path} is not a list of starts")

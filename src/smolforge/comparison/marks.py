@@ -8,6 +8,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from smolforge.comparison import style
+from smolforge.comparison.curves import Curve
 from smolforge.comparison.history import History
 
 SIGNS = {"resumed": "|", "rewound": "<", "left out": "x"}
@@ -26,7 +27,7 @@ def mark_curve(
     axes: Axes,
     run: History,
     x: Float[np.ndarray, " n"],
-    curve: tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]],
+    curve: Curve,
     color: str,
 ) -> None:
     """Signs on the curve of one run among several."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from smolforge import commit
 from smolforge.comparison import style, table
@@ -55,7 +55,7 @@ def write(selection: Selection, out: Path) -> list[Path]:
     """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
     commit.make_folder(out)
     drawn = draw_all(selection.runs, out)
-    figures = {name: inlined(files[0].read_text("utf-8"), name) for name, files in drawn.items()}
+    figures = {name: inlined(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in drawn.items()}
     page = out / PAGE
     page.write_text(render(selection, figures), "utf-8", errors="replace")
     return [page, *(file for files in drawn.values() for file in files)]
@@ -115,11 +115,12 @@ def inlined(svg: str, label: str) -> Markup:
 
     def in_page(tag: re.Match[str]) -> str:
         text = re.sub(r' (?:id="[\w.]+_\d+"|xmlns(?::\w+)?="[^"]*")', "", tag[0])
-        text = re.sub(r'(?<=^<svg) (.*?)(?: (?:width|height)="[^"]*")+', r" \1", text)
+        if text.startswith("<svg"):
+            text = re.sub(r' (?:width|height)="[^"]*"', "", text)
         return re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
 
     body = re.sub(r"<[^>]*>", in_page, body)
-    return Markup(body.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
 def _variable(color: str) -> str:

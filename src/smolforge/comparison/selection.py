@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from smolforge.comparison.history import History, read
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
-from smolforge.runs import RunFolder
+from smolforge.runs import LOCK, LOG, RECIPE
 
 DEEPEST = 2
 """Levels below a folder at which runs are looked for."""
@@ -41,11 +41,16 @@ def select(folders: Sequence[Path]) -> Selection:
 
 def holds_runs(folder: Path) -> bool:
     """Whether it is no run itself, but has some in it."""
-    return folder.is_dir() and not RunFolder(folder).exists and next(_runs_below(folder), None) is not None
+    return folder.is_dir() and not _is_run(folder) and next(_runs_below(folder), None) is not None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run was begun in it; a lock alone may be anybody's."""
+    return (folder / RECIPE).is_file() or ((folder / LOCK).is_file() and (folder / LOG).is_file())
 
 
 def _expanded(folder: Path) -> list[Path]:
-    if RunFolder(folder).exists:
+    if _is_run(folder):
         return [folder]
     if found := list(_runs_below(folder)):
         return found
@@ -54,7 +59,7 @@ def _expanded(folder: Path) -> list[Path]:
 
 def _runs_below(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
     for child in _folders(folder) if depth else []:
-        if RunFolder(child).exists:
+        if _is_run(child):
             yield child
         else:
             yield from _runs_below(child, depth - 1)
@@ -74,7 +79,7 @@ def _counted(path: Path) -> list[tuple[int, str]]:
 
 def _is_none(folder: Path) -> str:
     """Why there is no run under a name, and what may be meant."""
-    inside = next((parent for parent in folder.absolute().parents if RunFolder(parent).exists), None)
+    inside = next((parent for parent in folder.absolute().parents if _is_run(parent)), None)
     if inside is not None and folder.exists():
         return f"{folder} is a part of the run {inside}; give that"
     if folder.is_dir():

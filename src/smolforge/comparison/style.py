@@ -22,8 +22,8 @@ INK, QUIET, RULE, PAPER = "#1c1c1c", "#6f6f6f", "#dcdcdc", "#ffffff"
 DARK, LIGHT = "#111111", "#fefefe"
 """Of words on a colour, which stay as they are when a page turns dark."""
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK)
-SOLID = (0, ())
-DASHES = (SOLID, (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1.5, 1)))
+SOLID = (0.0, ())
+DASHES = (SOLID, (0.0, (5.0, 1.5)), (0.0, (5.0, 1.5, 1.0, 1.5)), (0.0, (1.5, 1.0)))
 MARKERS = "os^Dv"
 WIDTH = 7.0
 """Inches: a text's width."""
