@@ -274,10 +274,13 @@ def test_smoothing_begins_as_the_curve_does_and_stays_inside(values):
 
 
 def test_a_broken_run_does_not_press_the_others_flat():
-    good, broken = np.linspace(9, 3, 100), np.concatenate([np.linspace(9, 5, 50), np.full(50, 1e6)])
-    assert curves.ceiling([good, broken]) == curves.ceiling([np.append(good, 1e6)]) == 18
-    assert curves.ceiling([good]) < 9
-    assert curves.ceiling([np.array([np.nan])]) is None
+    good, broken = np.linspace(9, 3, 100), np.concatenate([np.linspace(9, 5, 60), np.full(40, 1e6)])
+    low, high = curves.extent([good, broken])
+    assert (low, high) == curves.extent([np.append(good, 1e6)])
+    assert 2.5 < low < 3 < 11.25 < high < 11.8
+    assert curves.extent([good])[1] < 9.2
+    assert curves.extent([np.full(9, 2.0)]) == (1.5, 2.5)
+    assert curves.extent([np.array([np.nan])]) is None
     assert curves.unit("tokens", 2e6) == (1e6, "million tokens")
     assert curves.unit("tokens", 12.0) == (1, "tokens")
 
@@ -295,16 +298,17 @@ def test_what_happened_is_marked(runs):
 
 
 def test_words_that_would_touch_are_left_out(tmp_path):
-    starts = [start(step, **ended("stopped")) for step in (0, 100, 110, 480)]
+    starts = [start(step, **ended("stopped")) for step in (0, 100, 110, 150, 160, 480)]
     run = read(make_run(tmp_path / "run", 500, starts, train__steps=500))
     with style.styled("test"):
         figure = figures.loss([run])
         (axes,) = figure.axes
         figure.canvas.draw()
-    assert [text.get_text() for text in axes.texts] == ["resumed at step 100", "resumed at step 480"]
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert not boxes[0].overlaps(boxes[1])
-    assert boxes[1].x1 <= figure.bbox.x1
+    assert [text.get_text() for text in axes.texts] == [f"resumed at step {step}" for step in (100, 150, 480)]
+    first, second, last = (text.get_window_extent() for text in axes.texts)
+    assert not first.overlaps(second)
+    assert not second.overlaps(last)
+    assert last.x1 <= figure.bbox.x1
 
 
 def test_the_loss_is_drawn_as_it_was(runs):

@@ -25,6 +25,8 @@ SMOOTHED_SHARE = 1 / 50
 
 STEEP_SHARE = 0.03
 """Of a run, at its beginning, that a plot need not show to its height."""
+BROKEN = 1.25
+"""Times what a run begins with, or half of it stays below: a loss above that need not be shown to its height either."""
 
 
 def along(history: History, over: Over) -> Float[np.ndarray, " n"]:
@@ -74,15 +76,17 @@ def known(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Curve:
     return x[there], y[there]
 
 
-def ceiling(curves: list[Float[np.ndarray, " _"]]) -> float | None:
-    """Where a plot of losses may end: neither the first steps nor a run that broke press all others flat.
+def extent(curves: list[Float[np.ndarray, " _"]]) -> tuple[float, float] | None:
+    """From where to where a plot of losses goes: neither first steps nor a run that broke press the others flat.
 
-    That is the highest value after the very beginning, or twice what runs begin with. None where there is no number.
+    That is up to the highest value after the very beginning, if that is not far from what is usual. None has no numbers.
     """
     there = [curve[np.isfinite(curve)] for curve in curves]
     there = [curve for curve in there if len(curve)]
     if not there:
         return None
-    begun = max(float(curve[0]) for curve in there)
+    usual = max(max(float(curve[0]), float(np.median(curve))) for curve in there)
     later = max(float(curve[int(len(curve) * STEEP_SHARE) :].max()) for curve in there)
-    return min(later, 2 * begun)
+    low, high = min(float(curve.min()) for curve in there), min(later, BROKEN * usual)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from smolforge.comparison import style
-from smolforge.comparison.curves import Curve, Over, along, ceiling, known, smoothed, thinned, unit
+from smolforge.comparison.curves import Curve, Over, along, extent, known, smoothed, thinned, unit
 from smolforge.comparison.history import History, read
 from smolforge.comparison.marks import SIGNS, happened, mark_axes, mark_curve
 from smolforge.comparison.parts import step_time
@@ -27,8 +27,8 @@ POINTS, FEWEST = 5000, 120
 """Drawn in a figure in all, and of each curve at least: a file stays small, and print shows no more."""
 MARKERS = 25
 """On a curve at most."""
-ALONE, AMONG = 0.3, 0.16
-"""How faint single steps are, of one run and of several."""
+ALONE, AMONG, FEW = 0.3, 0.16, 4
+"""How faint single steps are, of one run and of a few; of more, only means are shown."""
 STEPS = FuncFormatter(lambda value, _: f"{value:,.6g}")
 TRAINING, HELD_OUT = (Look(color, style.SOLID, "o") for color in (style.BLUE, style.VERMILLION))
 """Of one run, which has colours to spare."""
@@ -52,17 +52,15 @@ def loss_curve(run: Path, out: Path, title: str) -> None:
 
 def loss(runs: Sequence[History], over: Over = "tokens") -> Figure | None:
     """Training and held-out loss over tokens, steps or seconds."""
-    top = ceiling([run.column(column) for run in runs for column in ("loss", "validation_loss")])
-    if top is None:
+    frame = extent([run.column(column) for run in runs for column in ("loss", "validation_loss")])
+    if frame is None:
         return None
     figure = style.canvas()
     axes = figure.subplots()
     scale, name = unit(over, max((along(run, over)[-1] for run in runs if run.metrics), default=0.0))
     x = [along(run, over) / scale for run in runs]
     key = _loss_alone(axes, runs[0], x[0]) if len(runs) == 1 else _loss_among(axes, runs, x)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, min(high, top + 0.04 * abs(top - low)))
-    axes.set(xlabel=name, ylabel="loss (nats per token)")
+    axes.set(xlabel=name, ylabel="loss (nats per token)", ylim=frame)
     axes.xaxis.set_major_formatter(STEPS)
     style.ruled(axes)
     style.legend(figure, key)
@@ -138,31 +136,28 @@ def _over_steps(
     there = {key: name for key, name in columns.items() if any(np.isfinite(run.column(key)).any() for run in runs)}
     if not there:
         return None, {}
-    figure = style.canvas(1.3 + 1.8 * len(there))
+    figure = style.canvas(1.0 + 1.9 * len(there))
     rows = dict(zip(there, figure.subplots(len(there), sharex=True, squeeze=False)[:, 0], strict=True))
-    looks = style.looks(len(runs))
+    looks, alone = style.looks(len(runs)), len(runs) == 1
+    most = max(FEWEST, POINTS // (2 * len(runs) * len(rows)))
     for key, axes in rows.items():
         for run, look in zip(runs, looks, strict=True):
-            _column(axes, run, key, look, smooth, alone=len(runs) == 1, words=key == next(iter(rows)))
+            steps = run.at.astype(np.float64)
+            curve = thinned(steps, run.column(key), most)
+            if smooth and len(runs) <= FEW:
+                _line(axes, curve, look, faint=ALONE if alone else AMONG)
+            curve = _mean(curve) if smooth else curve
+            _line(axes, curve, look)
+            if alone:
+                mark_axes(axes, run, steps, words=key == next(iter(rows)))
+            else:
+                mark_curve(axes, run, steps, curve, look.color)
         axes.set_ylabel(there[key])
         style.ruled(axes)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(STEPS)
-    style.legend(figure, _names(runs, looks) if len(runs) > 1 else [])
+    style.legend(figure, [] if alone else _names(runs, looks))
     return figure, rows
-
-
-def _column(axes: Axes, run: History, key: str, look: Look, smooth: bool, alone: bool, words: bool) -> None:
-    x = run.at.astype(np.float64)
-    curve = thinned(x, run.column(key), max(FEWEST, POINTS // 8))
-    if smooth:
-        _line(axes, curve, look, faint=ALONE if alone else AMONG)
-    mean = _mean(curve) if smooth else curve
-    _line(axes, mean, look)
-    if alone:
-        mark_axes(axes, run, x, words)
-    else:
-        mark_curve(axes, run, x, mean, look.color)
 
 
 def _held_out(run: History, x: Float[np.ndarray, " n"], most: int) -> Curve:

@@ -13,8 +13,8 @@ from smolforge.comparison.history import History
 
 SIGNS = {"resumed": "|", "rewound": "<", "left out": "x"}
 """What marks on a curve mean."""
-NEAR = 0.28
-"""Of the width: words above a plot that are nearer to each other would touch."""
+LETTER, SAME, LANES = 0.0108, 0.03, 2
+"""Of a plot's width: what a letter takes, and how near the same has to happen again to need no word; words' lines."""
 
 
 def happened(run: History) -> list[tuple[int, str]]:
@@ -41,21 +41,27 @@ def mark_curve(
 
 def mark_axes(axes: Axes, run: History, x: Float[np.ndarray, " n"], words: bool = True) -> None:
     """Dotted lines for the only run there is, with words above them where there is room."""
-    events = happened(run)
-    taken, length = -np.inf, float(x[-1] - x[0]) if events else 0.0
-    for step, word in events:
+    ends, last = [-np.inf] * LANES, ("", -np.inf)
+    for step, word in happened(run):
         place = _place(run, x, step)
         axes.axvline(place, color=style.QUIET, linestyle=":", linewidth=1)
-        share = (place - float(x[0])) / (length or 1.0)
-        if words and share - taken >= NEAR:
-            taken = share
-            _word(axes, place, share, f"{word} at step {step:,}")
+        share = (place - float(x[0])) / (float(x[-1] - x[0]) or 1.0)
+        if not words or (word == last[0] and share - last[1] < SAME):
+            continue
+        said = f"{word} at step {step:,}"
+        side, begin = _side(share, LETTER * len(said))
+        lane = next((lane for lane, end in enumerate(ends) if begin > end), None)
+        if lane is not None:
+            ends[lane], last = begin + LETTER * len(said), (word, share)
+            above = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+            axes.annotate(said, (place, 1), (0, 3 + 11 * lane), **above, ha=side, fontsize=8.5, color=style.QUIET)
 
 
-def _word(axes: Axes, place: float, share: float, said: str) -> None:
-    side = "left" if share < NEAR / 2 else "right" if share > 1 - NEAR / 2 else "center"
-    above = axes.get_xaxis_transform()
-    axes.text(place, 1.02, said, transform=above, ha=side, va="bottom", fontsize=8.5, color=style.QUIET)
+def _side(share: float, width: float) -> tuple[str, float]:
+    """How a word is set at a share of the plot's width, so that it stays within, and where it then begins."""
+    if share < width / 2:
+        return "left", share
+    return ("right", share - width) if share > 1 - width / 2 else ("center", share - width / 2)
 
 
 def _place(run: History, x: Float[np.ndarray, " n"], step: int) -> float:

@@ -75,7 +75,7 @@ def render(selection: Selection, figures: dict[str, Markup]) -> str:
     return shelf.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         rows=table.rows(selection),
-        columns=table.COLUMNS,
+        columns={name: say for name, say in table.COLUMNS.items() if name != "last change"},
         words=table.WORDS,
         swatches=swatches(len(runs)),
         best=_best(table.rows(selection)),

@@ -42,7 +42,7 @@ def step_time(runs: Sequence[History]) -> Figure | None:
         return None
     longest = max(sum(parts.values()) for _, parts in known)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
-    figure = style.canvas(1.1 + 0.42 * len(known))
+    figure = style.canvas(0.7 + 0.42 * len(known))
     axes = figure.subplots()
     for row, (_, parts) in enumerate(known):
         _bar(axes, row, {part: seconds * scale for part, seconds in parts.items()}, longest * scale, unit)

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind people tell apart (https://jfly.
 differ as well, for print without colour. A page may put its own in their place: each is one word of an SVG.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,9 +29,9 @@ MARKERS = "os^Dv"
 WIDTH = 7.0
 """Inches: a text's width."""
 DPI = 300
-LONGEST_NAME = 36
-LETTERS_A_LINE = 84
-"""Of a legend."""
+LONGEST_NAME = 30
+LINE, SAMPLE, LINE_HEIGHT = 88, 7, 0.18
+"""Letters in a line of a legend, those a sample takes, and its inches."""
 NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 """What an SVG says of itself, so that the same runs make the same file."""
 STYLE = {
@@ -81,27 +82,33 @@ def looks(count: int) -> list[Look]:
     return [Look(*each) for each in islice(every, count)]
 
 
-def canvas(height: float = 3.9) -> Figure:
-    """An empty figure, `height` inches high."""
+def canvas(height: float = 3.6) -> Figure:
+    """An empty figure, `height` inches high without its legend."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def legend(figure: Figure, key: Key) -> None:
-    """Above the axes, where no data is, in as many columns as have room."""
-    if key:
-        names = [drawable(name) for name, _ in key]
-        columns = max(1, min(len(names), LETTERS_A_LINE // (max(map(len, names)) + 7)))
-        lines = [line for _, line in key]
-        by_row = [index for column in range(columns) for index in range(column, len(key), columns)]
-        figure.legend(
-            [lines[index] for index in by_row],
-            [names[index] for index in by_row],
-            loc="outside upper left",
-            ncols=columns,
-            fontsize=9,
-        )
+    """Above the axes, where no data is, in as many columns as have room; the figure grows by what it takes."""
+    if not key:
+        return
+    names, lines = [drawable(name) for name, _ in key], [line for _, line in key]
+    columns = next(count for count in range(len(names), 0, -1) if count == 1 or _letters_wide(names, count) <= LINE)
+    by_row = [index for column in range(columns) for index in range(column, len(key), columns)]
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * math.ceil(len(key) / columns))
+    figure.legend(
+        [lines[index] for index in by_row],
+        [names[index] for index in by_row],
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=9,
+    )
+
+
+def _letters_wide(names: list[str], columns: int) -> int:
+    """How wide a legend of so many columns is, with a sample before each name."""
+    return sum(max(map(len, names[column::columns])) + SAMPLE for column in range(columns))
 
 
 def drawable(name: str) -> str:
