@@ -480,6 +480,7 @@ def test_what_happened_is_told_in_order(runs):
     assert second.facts == {"threads": "4"}
     assert told.settings([twice, through])["optim.learning_rate"] == ["0.002", "0.003"]
     assert told.settings([twice, through])["optim.betas"] == ["0.9, 0.95"]
+    assert told.written(0.1 + 0.2) != told.written(0.3)
 
 
 def test_compare(runs, tmp_path, capsys, monkeypatch):

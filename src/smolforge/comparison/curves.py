@@ -79,7 +79,7 @@ def known(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Curve:
 def extent(curves: list[Float[np.ndarray, " _"]]) -> tuple[float, float] | None:
     """From where to where a plot of losses goes: neither first steps nor a run that broke press the others flat.
 
-    That is up to the highest value after the very beginning, if that is not far from what is usual. None has no numbers.
+    That is up to the highest value after the very beginning, if that is near what is usual. None has no numbers.
     """
     there = [curve[np.isfinite(curve)] for curve in curves]
     there = [curve for curve in there if len(curve)]

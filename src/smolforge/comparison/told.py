@@ -88,7 +88,7 @@ def written(value: Any) -> str:
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return ", ".join(map(written, value)) or "nothing"
-    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+    return str(value) or '""'
 
 
 def timeline(run: History) -> Iterator[Event]:
