@@ -111,7 +111,7 @@ class Proof:
         (self.results / "hashes.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
         shutil.copy(stopped / METRICS, self.results / METRICS)
         title = f"{Path(self.asked.recipe).stem}, {self.end} steps"
-        loss_curve(stopped, self.results / "loss.svg", title, dict.fromkeys(found["stops"], "stopped"))
+        loss_curve(stopped, self.results / "loss.svg", title)
         for line in report(found):
             self.say(line)
         return found["equal"] and not self.failed

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from smolforge.cli import speed
+from smolforge.cli.compare import inspect_runs, runs_named
 from smolforge.cli.flags import parse
 from smolforge.errors import SettingError
 
@@ -22,10 +23,13 @@ def inspect(
     ----------
     what
         A model folder, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe takes the
-        same dotted flags as train.
+        same dotted flags as train. Several runs, or a folder of runs, are shown as a table.
     json_
         Print it as one JSON object.
     """
+    if runs := runs_named(what, settings):
+        inspect_runs(runs, json_)
+        return
     overrides = parse(settings)
     facts = _facts(what, overrides)
     if json_:
@@ -141,23 +145,19 @@ def _corpus(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     from smolforge.checkpoint import state
-    from smolforge.recipe.read import read_recipe
-    from smolforge.runs import METRICS, RECIPE
-    from smolforge.runs.journal import read_records
+    from smolforge.comparison import history
 
-    recipe = read_recipe(path / RECIPE)
-    records = read_records(path / METRICS) if (path / METRICS).is_file() else []
-    last = records[-1] if records else {"step": 0}
-    measured = [record for record in records if "validation_loss" in record]
+    run = history.read(path)
     return {
-        "state": "finished" if last["step"] >= recipe.train.steps else "unfinished",
-        "step": last["step"],
-        "steps": recipe.train.steps,
-        "loss": last.get("loss"),
-        "validation_loss": measured[-1]["validation_loss"] if measured else None,
+        "state": run.state,
+        "why": run.why,
+        "step": run.step,
+        "steps": run.steps,
+        "loss": run.newest("loss"),
+        "validation_loss": run.newest("validation_loss"),
         "checkpoints": [folder.name for folder in state.all_of(path)],
-        "parameters": _model(recipe.model)["parameters"],
-        **speed.of_run(path, recipe, records),
+        "parameters": _model(run.recipe.model)["parameters"],
+        **speed.of_run(run),
     }
 
 

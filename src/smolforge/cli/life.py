@@ -26,7 +26,6 @@ from smolforge.recipe import Run, resume_or_start
 from smolforge.recipe.plan import tokens_per_second
 from smolforge.recipe.read import read_recipe
 from smolforge.runs import RECIPE
-from smolforge.runs.environment import starts
 
 CHECKPOINT_EVERY, FEWEST_REPEATED = 25, 20
 PROMPTS = ("The", "Return the")
@@ -51,12 +50,7 @@ def live(out: Path, seconds: int, show: Display, recipe: str = "nano") -> dict[s
     summary["resume"] = prove_resume(out)
     show.say(proof_lines(summary["resume"]))
     summary["figure"] = str(out / "loss.png")
-    loss_curve(
-        out,
-        out / "loss.png",
-        f"{steps} steps on the documentation of Python {python}",
-        {step: "stopped, resumed" for step in resumes(out) if step < steps},
-    )
+    loss_curve(out, out / "loss.png", f"{steps} steps on the documentation of Python {python}")
     summary["seconds"] = time.perf_counter() - begun
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     show.say(f"\n   the loss curve is in {summary['figure']}; all of this took {summary['seconds']:.0f} s")
@@ -111,11 +105,6 @@ def interrupting(show: Display, step: int) -> Iterator[list[int]]:
         yield sent
     finally:
         show.listeners.remove(told)
-
-
-def resumes(out: Path) -> list[int]:
-    """The steps at which the run was started again."""
-    return [start["step"] for start in starts(out)[1:]]
 
 
 def score(run: Run, text: corpus.Corpus) -> dict[str, Any]:

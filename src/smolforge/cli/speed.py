@@ -3,8 +3,7 @@
 import os
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from smolforge.cli.blocks import bar
@@ -13,15 +12,14 @@ WIDEST, BAR = 100, 40
 PARTS = {"data": "waiting for data", "other": "rest of a step", "between": "between steps"}
 
 
-def of_run(path: Path, recipe: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`time`, the share of each part, and `slow`, what to do about it."""
+def of_run(run: Any) -> dict[str, Any]:
+    """`time`, the share of each part, and `slow`, what to do about it, of a run's history."""
     from smolforge.comparison.diagnosis import diagnose
     from smolforge.comparison.evidence import time_shares
-    from smolforge.runs.environment import starts
 
-    start = (starts(path) or [{}])[-1]
-    said = diagnose(records, recipe, start, _fastest_dtype(recipe, start)) if records else []
-    return {"time": time_shares(records, start), "slow": said}
+    start = (run.starts or [{}])[-1]
+    said = diagnose(run.metrics, run.recipe, start, _fastest_dtype(run.recipe, start)) if run.metrics else []
+    return {"time": time_shares(run.metrics, start), "slow": said}
 
 
 def _fastest_dtype(recipe: Any, start: Mapping[str, Any]) -> str | None:

@@ -48,13 +48,14 @@ def train(
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
     with stop_signals():  # also while the imports take their seconds
         from smolforge.cli.terminal import Display
+        from smolforge.device.conditions import surroundings
         from smolforge.ranks import world_of
         from smolforge.recipe import resume_or_start
     world = world_of(os.environ)
     if world.rank > 0:  # rank 0 speaks for all
         logging.getLogger("smolforge").setLevel(logging.ERROR)
     with Display(quiet=json_ or world.rank > 0, plain=world.size > 1) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display, world, profile)
+        result = resume_or_start(recipe, run, overrides, fresh, display, world, profile, surroundings(os.environ))
     if world.rank > 0:
         return
     if json_:

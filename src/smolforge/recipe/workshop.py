@@ -17,6 +17,7 @@ from smolforge.config import Recipe
 from smolforge.data import corpus
 from smolforge.device import autocast
 from smolforge.device.energy import Energy, PerToken, energy
+from smolforge.device.usage import Usage
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.guard import Judge
@@ -102,6 +103,7 @@ class Workshop:
         self.save_wanted = False
         counted = energy(start.device) if self.ranks.size == 1 else Energy([])
         self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
+        self.usage = Usage(start.device)
         self.watch = Watch(model, start.recipe.report, start.trackers)
 
     def actions(self) -> list[Action]:
@@ -176,7 +178,7 @@ class Workshop:
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
         metrics["batch"] = self.judge.decisions.batch(now.step - 1)
-        metrics |= self.drawn.after_a_step()
+        metrics |= self.drawn.after_a_step() | self.usage.after_a_step()
         self.metrics = metrics
         self.files.append(METRICS, metrics)
         self.observer.stepped(metrics)

@@ -1,0 +1,82 @@
+"""`smolforge compare`, and the table of runs that `inspect` shows as well."""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smolforge.errors import MissingResource, SettingError
+
+
+def compare(
+    *what: str,
+    out: Path = Path("comparison"),
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Runs side by side: a table, figures for print, and one page that has everything.
+
+    Parameters
+    ----------
+    what
+        Run folders, or folders of runs; one that is being trained shows what it has so far.
+    out
+        Where index.html and the figures go, each as SVG and PNG.
+    json_
+        Print the table as one JSON object, with the files that were written.
+    """
+    if not what:
+        raise SettingError("compare needs RUN...: run folders, or a folder of runs")
+    from smolforge.comparison.page import write
+    from smolforge.comparison.selection import select
+    from smolforge.comparison.table import rows
+
+    selection = select([Path(each) for each in what])
+    if not selection.runs:
+        raise SettingError(f"no run can be read there: {next(iter(selection.broken.values()))}")
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out} is a file; it should be a folder, which is made where there is none")
+    try:
+        files = write(selection, out)
+    except OSError as error:
+        raise MissingResource(f"{error.filename or out} could not be written: {error.strerror}") from None
+    if json_:
+        print(json.dumps({"runs": [row.as_json() for row in rows(selection)], "files": [str(file) for file in files]}))
+        return
+    show(rows(selection))
+    print(f"\n{files[0]} has the figures, the samples and the settings")
+
+
+def runs_named(what: str, more: Sequence[str]) -> list[str]:
+    """The folders that `inspect` was given, where they are several, or one that holds runs; else none."""
+    from smolforge.comparison.selection import holds_runs
+
+    names = [what, *takewhile(lambda word: not word.startswith("--"), more)]
+    several = len(names) > 1 and any(Path(name).is_dir() for name in names)
+    if not several and not (Path(what).is_dir() and holds_runs(Path(what))):
+        return []
+    if flags := more[len(names) - 1 :]:
+        raise SettingError(f"settings such as {flags[0]} are for recipes; {what} is none")
+    return names
+
+
+def inspect_runs(folders: Sequence[str], as_json: bool) -> None:
+    """Print the table of some runs."""
+    from smolforge.comparison.selection import select
+    from smolforge.comparison.table import rows
+
+    table = rows(select([Path(folder) for folder in folders]))
+    if as_json:
+        print(json.dumps({"runs": [row.as_json() for row in table]}))
+    else:
+        show(table)
+
+
+def show(table: Sequence) -> None:
+    """Print it, with nothing in it that a terminal would obey."""
+    from smolforge.cli import one_line
+    from smolforge.comparison.table import lines
+
+    print("\n".join(lines(table, one_line)))

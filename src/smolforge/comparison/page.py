@@ -1,0 +1,127 @@
+"""One page that tells of some runs by itself: no script, nothing fetched, whatever a run wrote shown as text.
+
+index.html   table, figures, samples, settings, what happened        NAME.svg, NAME.png   the same figures for print
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from smolforge import commit
+from smolforge.comparison import style, table
+from smolforge.comparison.figures import draw_all
+from smolforge.comparison.selection import Selection
+from smolforge.comparison.told import environments, samples, settings, timeline
+
+PAGE = "index.html"
+TABS = {"loss-tokens": "tokens", "loss-steps": "steps", "loss-seconds": "time"}
+CAPTIONS = {
+    "learning-rate": ("Learning rate", ""),
+    "gradient-norm": ("Gradient norm", "Of all gradients together, before clipping."),
+    "speed": ("Speed", "Without the time between steps. Utilisation counts causal attention, after PaLM."),
+    "step-time": (
+        "Where a step's time goes",
+        "Mean of all steps but the first after a start. Between steps lie measuring, sampling and saving.",
+    ),
+}
+COLORS = {
+    style.INK: ("ink", "#e6e6e3"),
+    style.QUIET: ("quiet", "#9a9a96"),
+    style.RULE: ("rule", "#34363a"),
+    style.PAPER: ("paper", "#16181b"),
+    style.LIGHT: ("on-deep", style.DARK),
+    style.BLUE: ("blue", "#4ba3e3"),
+    style.VERMILLION: ("vermillion", "#f07f3c"),
+    style.GREEN: ("green", "#2fbf94"),
+    style.PURPLE: ("purple", "#df9cc3"),
+    style.ORANGE: ("orange", "#f2b632"),
+    style.SKY: ("sky", "#9ad4f7"),
+}
+"""A figure's colours: their names on the page, and what they are where it is dark."""
+
+
+class Swatch(NamedTuple):
+    """A run's line, as figures have it."""
+
+    color: str
+    dashes: str
+
+
+def write(selection: Selection, out: Path) -> list[Path]:
+    """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
+    commit.make_folder(out)
+    drawn = draw_all(selection.runs, out)
+    figures = {name: inlined(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in drawn.items()}
+    page = out / PAGE
+    page.write_text(render(selection, figures), "utf-8", errors="replace")
+    return [page, *(file for files in drawn.values() for file in files)]
+
+
+def render(selection: Selection, figures: dict[str, Markup]) -> str:
+    """The page, around figures made ready by `inlined`."""
+    runs = selection.runs
+    shelf = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shelf.filters["number"] = table.number
+    return shelf.get_template("page.html").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        rows=table.rows(selection),
+        columns={name: say for name, say in table.COLUMNS.items() if name != "last change"},
+        words=table.WORDS,
+        swatches=swatches(len(runs)),
+        best=_best(table.rows(selection)),
+        colors=COLORS,
+        tabs={name: word for name, word in TABS.items() if name in figures},
+        captions={name: said for name, said in CAPTIONS.items() if name in figures},
+        figures=figures,
+        runs=runs,
+        samples=samples(runs),
+        settings=settings(runs),
+        timelines={run.name: list(timeline(run)) for run in runs},
+        environments={run.name: list(environments(run)) for run in runs},
+    )
+
+
+def _best(rows: Sequence[table.Row]) -> str | None:
+    """The run with the lowest held-out loss, where there are several to choose from."""
+    known = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
+    return min(known)[1] if len(known) > 1 else None
+
+
+def swatches(count: int) -> list[Swatch]:
+    """How each run's line looks, in the page's colours; one run alone needs none."""
+    if count == 1:
+        return []
+    return [Swatch(_variable(look.color), _dashes(look.dashes[1])) for look in style.looks(count)]
+
+
+def _dashes(lengths: tuple[float, ...]) -> str:
+    """Of a line 2.4 wide, whose width matplotlib's lengths are times of, as SVG says them."""
+    return " ".join(f"{2.4 * each:g}" for each in lengths)
+
+
+def inlined(svg: str, label: str) -> Markup:
+    """An SVG file as a part of the page: in its colours and size, without addresses and repeated ids."""
+    body = svg[svg.index("<svg") :]
+
+    def in_page(tag: re.Match[str]) -> str:
+        text = re.sub(r' (?:id="[\w.]+_\d+"|xmlns(?::\w+)?="[^"]*")', "", tag[0])
+        if text.startswith("<svg"):
+            text = re.sub(r' (?:width|height)="[^"]*"', "", text)
+        return re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
+
+    body = re.sub(r"<[^>]*>", in_page, body)
+    return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
+
+
+def _variable(color: str) -> str:
+    return f"var(--{COLORS[color][0]})" if color in COLORS else color
