@@ -35,19 +35,21 @@ def home(tmp_path, monkeypatch):
 
 SHORT = {
     "train": ["--model.num-hidden-layers", "1", "--model.vocab-size", "400", "--train.batch-tokens", "512"],
-    "generate": [],
 }
 
 
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_commands(home, capsys, shortened):
-    lines = blocks("bash")[0].strip().splitlines()
-    assert len(lines) == 2
+    lines = "".join(blocks("bash")[:2]).strip().splitlines()
+    assert len(lines) == 4
     for line in lines:
         program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens") if shortened else line)
         assert program == "smolforge"
-        assert cli.run([verb, *words, *(SHORT[verb] if shortened else [])]) == 0
-    assert capsys.readouterr().out.startswith("Once upon a time")
+        assert cli.run([verb, *words, *(SHORT.get(verb, []) if shortened else [])]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Once upon a time")
+    assert "where the time goes" in out
+    assert "<svg" in (home / "report" / "index.html").read_text()
 
 
 def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
@@ -56,7 +58,7 @@ def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
     weights.save(model, home / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", home / "small")
     monkeypatch.setattr(verification, "published", list)
-    for line in blocks("bash")[1].strip().splitlines():
+    for line in blocks("bash")[2].strip().splitlines():
         program, verb, *words = shlex.split(line.replace("--budget 10m", "--train.batch-tokens 2048 --train.steps 2"))
         assert program == "smolforge"
         short = ["--optim.schedule.warmup-steps", "0", "--optim.schedule.decay-steps", "1"] if verb == "train" else []
