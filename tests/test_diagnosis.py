@@ -222,8 +222,9 @@ def test_what_a_machine_is_fastest_in_may_be_known():
 def test_half_the_precision_must_be_worth_it(monkeypatch):
     row = published("NVIDIA H200")
     for bfloat16, told in ((1.6 * row.float32, True), (1.4 * row.float32, False), (None, False)):
-        monkeypatch.setattr(diagnosis, "published", lambda name, row=row._replace(bfloat16=bfloat16): row)
-        said = diagnose(history(), replaced(GPU, {"train.dtype": "float32"}), ON_GPU)
+        made_up = {"what": row._replace(bfloat16=bfloat16)}
+        monkeypatch.setattr(diagnosis, "published", made_up.get)
+        said = diagnose(history(), replaced(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="what"))
         assert ("bfloat16" in said[0]) == told
 
 

@@ -145,7 +145,7 @@ def test_the_live_view_fits_any_terminal(width):
     assert BROKEN in loss
     assert " 4,000  ▇" in speed
     assert set(speed.split("0  ")[1].split()[0]) == {"▇"}, "the first step's speed is no part of the curve"
-    assert ("4 to 8.95" in loss and "0 to 4,000" in speed) == (width >= 60)
+    assert ("4.00 to 8.95" in loss and "0 to 4,000" in speed) == (width >= 60)
     parts = ("MFU 40%", "lr 1.00e-03", "grad 0.50", "1.00 GiB", "61 s left")
     assert all(any(part in line for line in lines) for part in parts), "none is broken over two lines"
 

@@ -88,7 +88,7 @@ class Board:
             return
         rate = self.now.get("tokens_per_second_median", self.now["tokens_per_second"])
         yield from rows(
-            Shown("loss", f"{self.now['loss']:.3f}", self.loss.values(), "{:.3g}".format, "cyan"),
+            Shown("loss", f"{self.now['loss']:.3f}", self.loss.values(), "{:.2f}".format, "cyan"),
             Shown("tokens/s", f"{rate:,.0f}", self.speed.values(), "{:,.0f}".format, "green", from_zero=True),
             width=width,
         )
