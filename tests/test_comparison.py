@@ -294,6 +294,7 @@ def test_what_happened_is_marked(runs):
         (axes,) = figures.loss([twice], over="steps").axes
     assert [text.get_text() for text in axes.texts] == ["resumed at step 4"]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [4.0]
+    assert read(make_run(runs / "again", starts=[*FINISHED, start(8, **ended("finished"))])).resumes == []
     assert over.tolist() == list(range(1, 9))
 
 

@@ -111,7 +111,8 @@ class History:
     @property
     def rewinds(self) -> list[int]:
         """Steps it was taken back to."""
-        return [incident.get("to", incident["step"]) for incident in self.incidents if incident["kind"] == "rewind"]
+        taken = [incident for incident in self.incidents if incident["kind"] == "rewind"]
+        return [to if isinstance(to := each.get("to"), int) else each["step"] for each in taken]
 
     @property
     def left_out(self) -> list[int]:
