@@ -27,6 +27,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/reporting.py
 
 faults: $(VENV)/.test
 	$(BIN)/python tests/campaigns.py
