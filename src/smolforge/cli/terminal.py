@@ -67,9 +67,6 @@ class Display:
             self.progress.remove_task(task)
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
         self.board = Board(self.progress)
-        if not self.plain:
-            self.live = Live(self.board, console=self.console, refresh_per_second=4, transient=True)
-            self.live.start()
 
     def preparing(self, counts: dict[str, int]) -> None:
         self.say(corpus_line(counts))
@@ -81,6 +78,9 @@ class Display:
         """Show a step: always in the live view, else when there is news or after a while."""
         for listener in self.listeners:
             listener(metrics)
+        if self.live is None and not self.plain:  # not before: until then trackers may ask who a person is
+            self.live = Live(self.board, console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
         measured = "validation_loss" in metrics
         if self.live is not None:

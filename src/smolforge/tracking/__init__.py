@@ -45,7 +45,7 @@ class Trackers:
             yield
         except Exception as error:
             self.listening.pop(name, None)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             log.warning("%s hears no more of this run: %s. Training goes on; metrics.jsonl has all", name, reason)
 
     def end(self, state: str, reason: str) -> None:
