@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolforge import device as device_module
-from smolforge.device import matrix_flops_per_second, name_of, peaks, pick_device
+from smolforge.device import best_product, matrix_flops_per_second, name_of, peaks, pick_device
 from smolforge.device.energy import Counter, Energy, PerToken, energy, nvml, rapl
 from smolforge.device.peaks import DEVICES, flops_per_second, peak, published
 
@@ -115,8 +115,22 @@ def test_what_is_not_published_is_measured_and_called_so(monkeypatch, name, dtyp
 
 def test_a_measured_peak_leaves_the_random_state_alone():
     before = torch.get_rng_state()
-    assert matrix_flops_per_second(CPU, torch.float32) > 1e9
+    assert best_product(CPU, torch.float32, runs=1) > 1e9
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_speed_of_matrices_is_measured_once_for_so_many_threads(monkeypatch):
+    asked, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(device_module, "best_product", lambda device, dtype, runs: asked.append(dtype) or 5e9)
+    device_module._measured_once.cache_clear()
+    try:
+        for count in (1, 1, 2, 1):
+            torch.set_num_threads(count)
+            assert [matrix_flops_per_second(CPU, dtype) for dtype in (torch.float32, torch.float64)] == [5e9, 5e9]
+        assert len(asked) == 4
+    finally:
+        torch.set_num_threads(threads)
+        device_module._measured_once.cache_clear()
 
 
 def test_a_processor_has_a_name():
@@ -210,7 +224,7 @@ def test_the_fastest_dtype_does_not_hang_on_one_measurement(monkeypatch, times, 
         alone = times if dtype == torch.bfloat16 else 1.0
         return alone / 10 if (seen[dtype], dtype) in ((2, torch.bfloat16), (4, torch.float32)) else alone
 
-    monkeypatch.setattr(device_module, "matrix_flops_per_second", measured)
+    monkeypatch.setattr(device_module, "best_product", measured)
     device_module.fastest_dtype.cache_clear()
     assert device_module.fastest_dtype(CPU) == name
     device_module.fastest_dtype.cache_clear()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -181,8 +182,19 @@ def wandb_records(run):
                 whole = b""
 
 
+def wandb_records_of_all(run):
+    """The same once W&B's own process has written the end of a run of this one, which it does by and by."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        found = list(wandb_records(run))
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.05)
+    raise TimeoutError("W&B writes no end")
+
+
 def wandb_rows(run):
-    for record in wandb_records(run):
+    for record in wandb_records_of_all(run):
         if record.HasField("history"):
             yield {"/".join(each.nested_key) or each.key: json.loads(each.value_json) for each in record.history.item}
 
@@ -224,7 +236,7 @@ def test_wandb_numbers_a_step_that_is_done_again_anew(rewound, tmp_path):
 def test_wandb_gets_checkpoints_where_that_is_asked_for(recipe_file, tmp_path):
     for asked, wanted in ((None, []), ("end", [8]), ("checkpoint", [2, 4, 6, 8])):
         run = train(recipe_file, tmp_path / str(asked), **{"report.to": ["wandb"], "report.log_model": asked})
-        given = [record.artifact for record in wandb_records(run.folder) if record.HasField("artifact")]
+        given = [record.artifact for record in wandb_records_of_all(run.folder) if record.HasField("artifact")]
         models = [each for each in given if each.type == "model"]
         assert [json.loads(each.metadata)["step"] for each in models] == wanted
         for artifact in models:

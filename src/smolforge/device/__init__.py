@@ -71,7 +71,7 @@ def fastest_dtype(device: torch.device) -> str:
     if device.type != "cpu":
         return "float32"
     dtypes = (torch.bfloat16, torch.float32)
-    pairs = [[matrix_flops_per_second(device, dtype, runs=2) for dtype in dtypes] for _ in range(5)]
+    pairs = [[best_product(device, dtype, runs=2) for dtype in dtypes] for _ in range(5)]
     ratio = statistics.median(half / full for half, full in pairs)  # in turn, so that other programs hit both alike
     return "bfloat16" if ratio > CLEARLY else "float32"
 
@@ -88,8 +88,18 @@ def autocast(dtype: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, picked) if picked == torch.bfloat16 else nullcontext()
 
 
-def matrix_flops_per_second(device: torch.device, dtype: torch.dtype, runs: int = 6) -> float:
-    """The best of a few runs of one matrix product, in a fraction of a second.
+def matrix_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """How fast the device multiplies matrices, measured once by each process that has so many threads."""
+    return _measured_once(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@functools.cache
+def _measured_once(device: torch.device, dtype: torch.dtype, *circumstances: object) -> float:
+    return best_product(device, dtype, runs=6)
+
+
+def best_product(device: torch.device, dtype: torch.dtype, runs: int) -> float:
+    """FLOP/s of the best of a few runs of one matrix product, in a fraction of a second.
 
     Random numbers, since a GPU is some 10 % faster with constants:
     https://www.thonking.ai/p/strangely-matrix-multiplications
