@@ -10,7 +10,7 @@ quickstart: $(VENV)/.base
 	$(BIN)/smolforge quickstart
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal
 
 test-long: $(VENV)/.test
 	$(BIN)/pytest
