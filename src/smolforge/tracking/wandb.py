@@ -51,7 +51,7 @@ def unwritten(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     seconds, count = 0.0, 0
     while seconds < MEMORY_SECONDS and count < len(history):
         count += 1
-        seconds += sum(value for name, value in history[-count].items() if name.startswith("seconds_"))
+        seconds += sum(value or 0 for name, value in history[-count].items() if name.startswith("seconds_"))
     return history[len(history) - count :]
 
 
@@ -67,6 +67,7 @@ def begin(started: Started) -> WandB:
         dir=None if "root_dir" in said else str(started.folder),
         config={"recipe": started.recipe.model_dump(mode="json"), "machine": started.environment},
         resume="allow",
+        allow_val_change=True,  # where to stop, above all
         settings=wandb.Settings(console=theirs.console if "console" in said else "off"),  # a live view is no log
     )
     run.define_metric("*", step_metric=GLOBAL_STEP)
