@@ -465,6 +465,10 @@ def test_samples_lie_side_by_side(tmp_path):
     assert [each.step for each in right if each] == [10, 300]
     (one,) = told.samples([read(make_run(tmp_path / "one", samples=texts(5)))])
     assert one.rows == [[told.Sample(5, "at 5")]]
+    late = read(make_run(tmp_path / "late", samples=texts(1000, 2000, 3000)))
+    short = read(make_run(tmp_path / "short", samples=texts(20, 40)))
+    (ended,) = told.samples([late, short])
+    assert [row[1] and row[1].step for row in ended.rows] == [40, None, None]
 
 
 def test_what_happened_is_told_in_order(runs):

@@ -56,12 +56,15 @@ def samples(runs: Sequence[History]) -> list[Samples]:
 
 
 def _of_prompt(prompt: str, runs: Sequence[History]) -> Samples:
-    """Steps spread evenly over those of the run that has most samples, its last included."""
+    """Steps spread evenly over those of the run that has most samples; one that ended before them shows its last."""
     by_run = [{each["step"]: each["text"] for each in run.samples if each["prompt"] == prompt} for run in runs]
     steps = sorted(max(by_run, key=len))
     count = min(MOST_SAMPLES, len(steps))
     chosen = [steps[(len(steps) - 1) * index // max(1, count - 1)] for index in range(count)] if count > 1 else steps
     rows = [[_nearest(texts, step, steps) for texts in by_run] for step in chosen]
+    for place, texts in enumerate(by_run):
+        if texts and all(row[place] is None for row in rows):
+            rows[0][place] = _sample(texts, max(texts))
     return Samples(prompt, rows, len(steps) - len(chosen))
 
 
@@ -71,8 +74,12 @@ def _nearest(texts: dict[int, str], step: int, steps: list[int]) -> Sample | Non
     near = min(texts, key=lambda each: abs(each - step), default=None)
     if near is None or 2 * abs(near - step) > apart:
         return None
-    text = re.sub(r"\n\s*\n", "\n\n", texts[near].strip())  # what early models write most is empty lines
-    return Sample(near, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} ...")
+    return _sample(texts, near)
+
+
+def _sample(texts: dict[int, str], step: int) -> Sample:
+    text = re.sub(r"\n\s*\n", "\n\n", texts[step].strip())  # what early models write most is empty lines
+    return Sample(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} ...")
 
 
 def settings(runs: Sequence[History]) -> dict[str, list[str]]:
