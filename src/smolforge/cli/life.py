@@ -177,5 +177,6 @@ def next_commands(out: Path) -> str:
     return f"""
 Next:
    smolforge generate {out} --prompt "def "
+   smolforge compare {out} --out report
    smolforge train nano --run runs/mine --data.sources FILE_OR_FOLDER_OF_TEXT --budget 5m
    smolforge inspect smollm2-135m"""

@@ -46,7 +46,7 @@ def loss_curve(run: Path, out: Path, title: str) -> None:
         figure = loss([read(run)])
         if figure is None:
             raise InvalidFile(f"{run} has no loss to draw: no step was trained")
-        figure.suptitle(title, fontsize=10)
+        style.headed(figure, title)
         style.write(figure, out)
 
 
@@ -73,7 +73,7 @@ def _loss_alone(axes: Axes, run: History, x: Float[np.ndarray, " n"]) -> style.K
     _line(axes, _mean(training), TRAINING)
     _line(axes, held, HELD_OUT, marked=True)
     mark_axes(axes, run, x)
-    key: style.Key = [("training, each step", _sample(TRAINING, ALONE)), ("its running mean", _sample(TRAINING))]
+    key: style.Key = [("training", _sample(TRAINING, ALONE)), ("its running mean", _sample(TRAINING))]
     return key + ([("held out", _sample(HELD_OUT, marked=True))] if len(held[0]) else [])
 
 

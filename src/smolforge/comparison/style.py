@@ -106,6 +106,14 @@ def legend(figure: Figure, key: Key) -> None:
     )
 
 
+def headed(figure: Figure, title: str) -> None:
+    """A title over the legend, which has the top of the figure; it grows by that."""
+    for each in figure.legends:
+        each.set_title(title, prop={"size": 10})
+        each.set_alignment("left")
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT)
+
+
 def _letters_wide(names: list[str], columns: int) -> int:
     """How wide a legend of so many columns is, with a sample before each name."""
     return sum(max(map(len, names[column::columns])) + SAMPLE for column in range(columns))
