@@ -362,6 +362,14 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert "finished at step 8" in (run.folder / "run.log").read_text()
 
 
+@pytest.mark.parametrize("content", ["{", "3", '["x"]'])
+def test_a_damaged_environment_is_said(tmp_path, recipe_file, content):
+    train(recipe_file, tmp_path / "run", steps=2)
+    (tmp_path / "run" / "environment.json").write_text(content)
+    with pytest.raises(InvalidFile, match=r"environment.json is not (JSON|a list of starts)"):
+        train(recipe_file, tmp_path / "run", steps=4)
+
+
 def test_source_that_is_not_installed_runs(monkeypatch):
     assert environment.versions()["smolforge"] == __version__
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))

@@ -22,7 +22,7 @@ from smolforge import tracking
 from smolforge.cli import run as command
 from smolforge.cli.flags import from_variables
 from smolforge.config import Report
-from smolforge.errors import MissingResource, SettingError
+from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.recipe import resume_or_start, train
 from smolforge.recipe import workshop as workshop_module
 from smolforge.recipe.workshop import Silent
@@ -283,6 +283,15 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(recipe_file, tmp
     assert scalars(run.folder)[1] == told(run.folder, precise=False)
     (said,) = [record.message for record in caplog.records if record.name == "smolforge" and record.levelno > 20]
     assert said.startswith("wandb hears no more of this run: no answer from api.wandb.ai. Training goes on")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '"id"', "\x00"])
+def test_an_id_that_is_lost_is_said(tmp_path, content):
+    (tmp_path / "tracking.json").write_text(content)
+    with pytest.raises(InvalidFile, match=r"tracking.json has no id; without that file the run gets a new one"):
+        tracking.identity(tmp_path)
+    (tmp_path / "tracking.json").unlink()
+    assert tracking.identity(tmp_path) == tracking.identity(tmp_path)
 
 
 def test_a_full_disk_ends_tensorboard_and_not_the_run(recipe_file, tmp_path, caplog):

@@ -4,7 +4,6 @@ Nothing is written and nothing is waited for, so a run may be trained meanwhile.
 not have are columns of NaN.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ from smolforge.errors import InvalidFile
 from smolforge.meter import Part
 from smolforge.recipe.read import read_recipe
 from smolforge.runs import INCIDENTS, METRICS, RECIPE, SAMPLES, RunFolder
-from smolforge.runs.environment import ENVIRONMENT
+from smolforge.runs.environment import ENVIRONMENT, starts
 from smolforge.runs.journal import read_records
 
 State = Literal["running", "finished", "stopped", "diverged", "failed", "killed", "not begun"]
@@ -154,14 +153,8 @@ def _records(path: Path, **needed: type) -> list[Record]:
 
 
 def _starts(folder: Path) -> list[Record]:
-    path = folder / ENVIRONMENT
-    try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else []
-    except ValueError as error:
-        raise InvalidFile(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
-        raise InvalidFile(f"{path} is not a list of starts")
-    _check(path, found, "start", {"step": int})
+    found = starts(folder)
+    _check(folder / ENVIRONMENT, found, "start", {"step": int})
     return found
 
 

@@ -17,6 +17,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, QUIET, RULE, PAPER = "#1c1c1c", "#6f6f6f", "#dcdcdc", "#ffffff"
@@ -109,7 +110,7 @@ def legend(figure: Figure, key: Key) -> None:
 def headed(figure: Figure, title: str) -> None:
     """A title over the legend, which has the top of the figure; it grows by that."""
     for each in figure.legends:
-        each.set_title(title, prop={"size": 10})
+        each.set_title(title, prop=FontProperties(size=10))
         each.set_alignment("left")
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT)
 

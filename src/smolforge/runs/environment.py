@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge import commit
+from smolforge.errors import InvalidFile
 
 log = logging.getLogger("smolforge")
 ENVIRONMENT = "environment.json"
@@ -21,9 +22,15 @@ MAY_DIFFER = ("commit", "seen")
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first."""
+    """All starts of a run, oldest first. Raises InvalidFile where the file is damaged."""
     path = folder / ENVIRONMENT
-    return json.loads(path.read_text("utf-8")) if path.is_file() else []
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    except ValueError as error:
+        raise InvalidFile(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
+        raise InvalidFile(f"{path} is not a list of starts")
+    return found
 
 
 def record_start(folder: Path, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:

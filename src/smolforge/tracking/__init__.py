@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from smolforge import commit
-from smolforge.errors import MissingResource
+from smolforge.errors import InvalidFile, MissingResource
 from smolforge.runs import TRACKING
 from smolforge.tracking.events import Ended, Event, Started
 
@@ -68,8 +68,11 @@ def import_maker(name: str) -> Maker:
 
 
 def identity(folder: Path) -> str:
-    """The id of a run where others keep it, made once and kept in its folder."""
+    """The id of a run where others keep it, made once and kept in its folder. Raises InvalidFile where it is lost."""
     path = folder / TRACKING
     if not path.is_file():
         commit.replace(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
-    return json.loads(path.read_text("utf-8"))["id"]
+    try:
+        return json.loads(path.read_text("utf-8"))["id"]
+    except (ValueError, TypeError, KeyError):
+        raise InvalidFile(f"{path} has no id; without that file the run gets a new one") from None
