@@ -362,6 +362,20 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert "finished at step 8" in (run.folder / "run.log").read_text()
 
 
+def test_a_start_that_cannot_be_written_down_is_the_error(tmp_path, recipe_file, monkeypatch):
+    """And nothing else that then cannot be written either."""
+    replace = commit.replace
+
+    def refuse(path, text):
+        if path.name == "environment.json":
+            raise commit.unwritten(path, OSError(28, "No space left on device"), len(text))
+        replace(path, text)
+
+    monkeypatch.setattr(commit, "replace", refuse)
+    with pytest.raises(MissingResource, match=r"environment.json needs [\d,]+ bytes"):
+        train(recipe_file, tmp_path / "run", steps=2)
+
+
 @pytest.mark.parametrize("content", ["{", "3", '["x"]'])
 def test_a_damaged_environment_is_said(tmp_path, recipe_file, content):
     train(recipe_file, tmp_path / "run", steps=2)

@@ -145,8 +145,9 @@ class RunFolder:
 
     def record_start(self, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
         """Write down where and with what the run starts; when it ends, how is added. See `environment.record_start`."""
+        added = record_start(self.path, step, machine, seen)
         self.started = True
-        return record_start(self.path, step, machine, seen)
+        return added
 
     def holder(self) -> str | None:
         """Which process trains into it now, if one does: `1234 on host`."""
