@@ -76,7 +76,7 @@ def begin(started: Started) -> WandB:
         run.log,
         known,
         started.again,
-        table=lambda columns, data: wandb.Table([*columns], data),
+        table=lambda columns, data: wandb.Table([*columns], [*data]),
         histogram=lambda pair: wandb.Histogram(np_histogram=pair),
     )
     for metrics in unwritten(started.history()) if offline_before else started.history():
