@@ -7,4 +7,5 @@ multiple_choice  accuracy on items, with its standard error          published  
 from smolforge.evaluation.text import loss_by_position as loss_by_position
 from smolforge.evaluation.text import measure as measure
 from smolforge.evaluation.text import measure_corpus as measure_corpus
+from smolforge.evaluation.text import measure_text as measure_text
 from smolforge.evaluation.text import windows as windows
