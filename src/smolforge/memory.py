@@ -1,8 +1,8 @@
 """What queries may look at: the only difference between training, decoding and packing.
 
 A memory is handed every layer's queries, keys and values and gives back what they attended to. `Causal`
-keeps nothing; `Documents` are several in one row, none of which sees another; a `Cache` keeps what was
-seen, so that a new token costs one token.
+keeps nothing; `Documents` are several in one row, none of which sees another; `Branches` are several ends
+of one beginning in one row; a `Cache` keeps what was seen, so that a new token costs one token.
 
 Axes: b batch, t new tokens, s tokens attended to, h query heads, k key heads, d head width.
 """
@@ -119,6 +119,23 @@ def compiled_flex() -> tuple[Callable, Callable]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+
+
+class Branches:
+    """A beginning and several ways to go on, in one row; nothing is kept.
+
+    `branch` is 0 for the beginning, which every branch sees, and numbers the branches, none of which sees
+    another. So the keys and values of the beginning are computed once for all of them. A model is given
+    positions with this, which go on from the beginning's in each branch.
+    """
+
+    def __init__(self, branch: Int[Tensor, "b t"]) -> None:
+        order = torch.arange(branch.shape[1], device=branch.device)
+        keys = branch[:, None, :]
+        self.mask = ((order[:, None] >= order) & ((keys == 0) | (keys == branch[..., None])))[:, None]  # b 1 t t
+
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=True)
 
 
 class Cache:

@@ -30,6 +30,7 @@ COMMANDS = {
     "verify": "Prove that a model is what it says: Transformers, published references, itself.",
     "export": "Hand a model on, checked by a round trip.",
     "compare": "Runs side by side: a table, figures for print, one page.",
+    "evaluate": "How good a model is: on a text, HellaSwag, ARC and others, or items of your own.",
     "inspect": "What a model, recipe, corpus or run is, and what it will need.",
 }
 

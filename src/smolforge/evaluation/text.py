@@ -8,6 +8,7 @@ first tokens have at least `sequence_length - stride` tokens before them.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import InvalidFile
+from smolforge.generation.stream import own
 from smolforge.loss import IGNORED
 from smolforge.memory import packing
 from smolforge.model import LanguageModel
@@ -48,6 +50,20 @@ def measure_corpus(
     return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
 
 
+def measure_text(
+    model: LanguageModel,
+    text: str,
+    sequence_length: int,
+    stride: int | None = None,
+    done: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
+    """loss, perplexity, bits_per_byte (of UTF-8), accuracy, tokens of a text as one document."""
+    tokenizer = own(model)
+    ids = np.array(tokenizer.encode(text))
+    result = measure(model, ids, tokenizer.eos_id, sequence_length, stride, done=done)
+    return result | {"bits_per_byte": result["loss"] * len(ids) / math.log(2) / len(text.encode())}
+
+
 @torch.inference_mode()
 def measure(
     model: LanguageModel,
@@ -57,10 +73,12 @@ def measure(
     stride: int | None = None,
     precision: AbstractContextManager | None = None,
     intra_document_masking: bool = False,
+    done: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
     """loss (nats a token), perplexity, accuracy and tokens of a text given by its ids.
 
     With `intra_document_masking` nothing is seen of documents before, as a model that trained so knows them.
+    `done` hears how many more tokens are counted.
     """
     device, training = model.head.device, model.training
     separator = eos_id if intra_document_masking else None
@@ -76,7 +94,9 @@ def measure(
         flat = targets.flatten()
         loss += F.cross_entropy(logits, flat, reduction="sum", ignore_index=IGNORED).item()
         right += int((logits.argmax(-1) == flat).sum())
-        counted += int((flat != IGNORED).sum())
+        here = int((flat != IGNORED).sum())
+        counted += here
+        done(here)
     model.train(training)
     mean = loss / counted
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / counted, "tokens": counted}

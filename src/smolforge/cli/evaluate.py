@@ -1,0 +1,208 @@
+"""`smolforge evaluate`."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from smolforge.errors import InvalidFile, SettingError
+
+if TYPE_CHECKING:
+    from smolforge.evaluation.multiple_choice import Score
+    from smolforge.evaluation.tasks import Task
+    from smolforge.model import LanguageModel
+
+WINDOW = 2048
+"""Longest window over a text unless another is asked for."""
+Bar = Callable[[int], None]
+
+
+def evaluate(
+    model: str,
+    *,
+    tasks: str | None = None,
+    text: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    limit: int | None = None,
+    few_shot: int = 0,
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    log: Path | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    random: bool = False,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """How good a model is: at choosing answers, and at predicting a text.
+
+    Parameters
+    ----------
+    model
+        A Hub id, a model folder, a run folder or one of its checkpoints.
+    tasks
+        Names and files, with commas between: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa,
+        commonsense_qa, lambada, mmlu_cloze, or a .jsonl file whose lines have query, choices and gold.
+    text
+        Text files, and prepared corpora, whose held-out part is measured.
+    limit
+        So many items of each task, from its beginning.
+    few_shot
+        So many examples with answers before each query: a named task's first training items, or a file's first ones.
+    sequence_length
+        Window over a text, in tokens; by default the model's context, at most 2048.
+    stride
+        Tokens from one window to the next; by default half a window, so that each token has that much before it.
+    log
+        A file for one JSON object an item: id, gold, log-probabilities, predictions.
+    dtype
+        float32, bfloat16, float16 or float64.
+    device
+        cpu, cuda or mps; auto takes the fastest present.
+    random
+        Let a preset be measured with random weights.
+    json_
+        Print tasks.NAME.{acc, acc_norm, acc_chars, acc_stderr, n} or {loss, perplexity, bits_per_byte, accuracy,
+        tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's own figures are.
+    """
+    words = [word for word in (tasks or "").split(",") if word.strip()]
+    _check(words, text or [], limit, few_shot, log)
+    from smolforge.checkpoint.resolve import load
+    from smolforge.device import pick_device
+    from smolforge.evaluation.published import published
+    from smolforge.evaluation.tasks import find
+
+    asked = [find(word.strip(), limit, few_shot) for word in words]
+    loaded = load(model, dtype, str(pick_device(device)), random)
+    window, step = _window(loaded, sequence_length, stride)
+    results = {path.stem: _text(loaded, path, window, step) for path in text or []}
+    scores = {task.name: _scored(loaded, task) for task in asked}
+    if log is not None:
+        _write(log, scores)
+    results |= {task.name: _summary(scores[task.name], task, few_shot) for task in asked}
+    chars = {name: found["acc_chars"] for name, found in results.items() if "acc_chars" in found and not few_shot}
+    beside = published(model, chars)
+    if json_:
+        theirs = {name: score for name, (_, score) in beside.items()}
+        content = {"model": model, "dtype": dtype, "tasks": results, "published": theirs, "versions": _versions()}
+        print(json.dumps(content))
+        return
+    for line in _lines(results):
+        print(line)
+    for name, (ours, theirs) in beside.items():
+        print(f"{name}: acc_chars {ours:.1%}, published {theirs:.1%}{' over all items' if limit else ''}")
+
+
+def _check(words: Sequence[str], texts: Sequence[Path], limit: int | None, few_shot: int, log: Path | None) -> None:
+    """Raises SettingError for what cannot be meant, before anything is loaded."""
+    if not words and not texts:
+        raise SettingError("there is nothing to measure; name --tasks (hellaswag,arc_easy,items.jsonl) or --text FILE")
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit is {limit}; it should be at least 1")
+    if few_shot < 0:
+        raise SettingError(f"few-shot is {few_shot}; it should be at least 0")
+    if log is not None and not log.parent.is_dir():
+        raise SettingError(f"there is no folder {log.parent} for the log")
+    names = [Path(word.strip()).stem for word in words] + [path.stem for path in texts]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise SettingError(f"two of what is measured are called {twice[0]}; name each once, or rename a file")
+
+
+def _window(model: "LanguageModel", length: int | None, stride: int | None) -> tuple[int, int]:
+    limit = model.config.max_position_embeddings
+    length = min(WINDOW, limit) if length is None else length
+    if not 1 <= length <= limit:
+        raise SettingError(f"sequence-length is {length}; it should be 1 to {limit}, this model's context")
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise SettingError(f"stride is {stride}; it should be 1 to {length}, the length of a window")
+    return length, stride
+
+
+def _text(model: "LanguageModel", path: Path, length: int, stride: int) -> dict[str, Any]:
+    """A text, or the held-out part of a corpus."""
+    from smolforge.data.corpus import Corpus
+    from smolforge.data.documents import read_text
+    from smolforge.evaluation import measure_corpus, measure_text
+    from smolforge.generation.stream import own
+
+    if path.is_dir():
+        corpus = Corpus.open(path)
+        if corpus.facts["tokenizer"] != own(model).fingerprint:
+            raise InvalidFile(f"the tokens of {path} were made with another tokenizer than this model's")
+        return measure_corpus(model, corpus, length, stride=stride)
+    if not path.is_file():
+        raise InvalidFile(f"there is no text or corpus at {path}")
+    content = read_text(path)
+    if not content:
+        raise InvalidFile(f"{path} is empty")
+    total = len(own(model).encode(content))
+    with _Progress(path.stem, total) as done:
+        return measure_text(model, content, length, stride, done)
+
+
+def _scored(model: "LanguageModel", task: "Task") -> list["Score"]:
+    from smolforge.evaluation.multiple_choice import score
+
+    with _Progress(task.name, sum(len(set(item.queries)) for item in task.items)) as done:
+        return score(model, task.items, scored=done)
+
+
+def _summary(scores: Sequence["Score"], task: "Task", few_shot: int) -> dict[str, Any]:
+    from smolforge.evaluation.multiple_choice import summary
+
+    return summary(scores) | {"few_shot": few_shot, "source": task.source}
+
+
+class _Progress:
+    """A bar on standard error while something is counted; nothing where that is no terminal."""
+
+    def __init__(self, name: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(name, total=total)
+
+    def __enter__(self) -> Bar:
+        self.bar.start()
+        return lambda more: self.bar.advance(self.task, more)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _write(log: Path, scores: dict[str, list["Score"]]) -> None:
+    lines = [json.dumps({"task": name, **score.as_json()}) for name, found in scores.items() for score in found]
+    log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from smolforge import __version__
+
+    return {"smolforge": __version__} | {name: version(name) for name in ("torch", "tokenizers")}
+
+
+def _lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """One line a task, one a text."""
+    width, lines = max(map(len, results)) + 2, []
+    for name, found in results.items():
+        if "acc" not in found:
+            said = f"loss {found['loss']:.4f}  perplexity {found['perplexity']:.2f}  "
+            said += (
+                f"bits/byte {found['bits_per_byte']:.4f}  accuracy {found['accuracy']:.1%}  {found['tokens']:,} tokens"
+            )
+        else:
+            said = "  ".join(_share(each, found) for each in ("acc", "acc_norm", "acc_chars")) + f"  n {found['n']:,}"
+        lines.append(f"{name:<{width}}{said}")
+    return lines
+
+
+def _share(name: str, found: dict[str, Any]) -> str:
+    error = found[f"{name}_stderr"]
+    return f"{name} {found[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")

@@ -1,0 +1,11 @@
+"""How good a model is: at predicting a text, and at choosing an answer.
+
+text             loss, perplexity, bits per byte, token accuracy     tasks       where items come from, by name
+multiple_choice  accuracy on items, with its standard error          published   what SmolLM2's authors measured
+"""
+
+from smolforge.evaluation.text import loss_by_position as loss_by_position
+from smolforge.evaluation.text import measure as measure
+from smolforge.evaluation.text import measure_corpus as measure_corpus
+from smolforge.evaluation.text import measure_text as measure_text
+from smolforge.evaluation.text import windows as windows

@@ -1,0 +1,323 @@
+"""`smolforge evaluate`: what it prints for people and scripts, where items come from, a sentence for every mistake."""
+
+import json
+import math
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolforge import cli
+from smolforge.checkpoint import weights
+from smolforge.config import Data
+from smolforge.data.shards import prepare
+from smolforge.errors import InvalidFile, MissingResource
+from smolforge.evaluation import measure, measure_text, tasks, text
+from smolforge.evaluation.multiple_choice import score, score_slowly, summary
+from smolforge.evaluation.published import published
+from smolforge.evaluation.tasks import NAMED, find, read_items
+from smolforge.testing import sentences, tiny_model, tiny_tokenizer
+
+LINES = [
+    {"id": "first", "query": "the model reads", "choices": ["a token", "the token and another"], "gold": 0},
+    {"query": "7: a token", "choices": ["follows.", "and", "so"], "gold": 2},
+    {"query": ["the model reads a", "the model reads so"], "choices": ["token", "token"], "gold": 1},
+    {"id": 4, "query": "another token\n", "choices": ["\u00e9t\u00e9\u2028", "it learns"], "gold": 1},
+]
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    model = tiny_model()
+    weights.save(model, tmp_path / "model", model.tokenizer)
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def items(tmp_path):
+    return str(write(tmp_path / "mine.jsonl", LINES))
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+    return path
+
+
+def call(capsys, *words):
+    """(exit code, standard output, standard error)"""
+    code = cli.run(["evaluate", *map(str, words)])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_json_has_what_is_promised(capsys, model_folder, items, tmp_path, text_file):
+    log = tmp_path / "log.jsonl"
+    words = [model_folder, "--tasks", items, "--text", text_file, "--log", log, "--json"]
+    code, out, _ = call(capsys, *words)
+    assert code == 0
+    found = json.loads(out)
+    expected = summary([score_slowly(tiny_model(), item) for item in read_items(tmp_path / "mine.jsonl")])
+    mine = found["tasks"]["mine"]
+    assert {name: mine[name] for name in expected} == pytest.approx(expected)
+    assert mine["n"] == 4
+    assert "sha256:" in mine["source"]
+    written = found["tasks"]["text"]
+    assert written["perplexity"] == pytest.approx(math.exp(written["loss"]))
+    assert written["tokens"] == len(tiny_tokenizer().encode(text_file.read_text()))
+    assert {"accuracy", "bits_per_byte"} <= written.keys()
+    assert found["versions"].keys() == {"smolforge", "torch", "tokenizers"}
+    assert found["published"] == {}
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["id"] for line in logged] == ["first", "2", "3", "4"]
+    assert Counter(line["right"]["acc"] for line in logged)[True] == round(mine["acc"] * 4)
+    assert logged[0].keys() == {"task", "id", "gold", "logprobs", "greedy", "predictions", "right"}
+
+
+def test_lines_for_people(capsys, model_folder, items, text_file):
+    code, out, err = call(capsys, model_folder, "--tasks", items, "--limit", 2, "--text", text_file)
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first.startswith("text  loss ")
+    assert "bits/byte" in first
+    assert second.startswith("mine  acc ")
+    assert second.endswith("n 2")
+    assert second.count("±") == 3
+
+
+def test_a_corpus_is_measured_on_what_it_held_out(capsys, model_folder, tmp_path, text_file):
+    prepare(Data(sources=(str(text_file),), held_out=0.2), tmp_path / "corpus", tiny_tokenizer())
+    code, out, _ = call(capsys, model_folder, "--text", tmp_path / "corpus", "--json", "--stride", 7)
+    held = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["splits"]["held_out"]
+    found = json.loads(out)["tasks"]["corpus"]
+    assert code == 0
+    assert found["tokens"] == held["tokens"]
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * held["tokens"] / math.log(2) / held["bytes"])
+    prepare(Data(sources=(str(text_file),), held_out=0.2), tmp_path / "other", tiny_tokenizer(300))
+    assert "another tokenizer" in call(capsys, model_folder, "--text", tmp_path / "other")[2]
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_bits_per_byte_does_not_depend_on_batches(monkeypatch, stride):
+    """And is what each token costs, computed one at a time."""
+    model, written = tiny_model(), sentences(12) + "\u00e9\u4f60\U0001f600"
+    ids, length, bits = [0, *model.tokenizer.encode(written)], 16, 0.0
+    window = 0
+    for place in range(1, len(ids)):
+        if place > window + length:
+            window += stride
+        row = np.array(ids[window:place])
+        logits = model(torch.from_numpy(row)[None])[0, -1]
+        bits -= F.log_softmax(logits.double(), -1)[ids[place]].item() / math.log(2)
+    found = []
+    for tokens in (1, 64, 100_000):
+        monkeypatch.setattr(text, "TOKENS", tokens)
+        found.append(measure_text(model, written, length, stride)["bits_per_byte"])
+    assert found == pytest.approx([bits / len(written.encode())] * 3, rel=1e-5)
+
+
+def test_progress_counts_every_token():
+    heard = []
+    measure(tiny_model(), np.arange(3, 103), 0, 16, 5, done=heard.append)
+    assert sum(heard) == 100
+    heard.clear()
+    asked = find_items(LINES[:2])
+    score(tiny_model(), asked, batch_tokens=1, scored=heard.append)
+    assert heard == [1, 1]
+
+
+def find_items(lines):
+    return [tasks._item(json.dumps(line), f"line {number}", str(number)) for number, line in enumerate(lines, 1)]
+
+
+def test_few_shot_examples_are_shown_and_not_measured(items):
+    plain, shown = find(items), find(items, few_shot=2)
+    assert [item.id for item in shown.items] == ["3", "4"]
+    before = "the model reads a token\n\n7: a token so\n\n"
+    assert shown.items[0].queries == tuple(before + query for query in plain.items[2].queries)
+    assert len(find(items, limit=1, few_shot=2).items) == 1
+
+
+def test_published_scores_stand_beside_ours(capsys, hub, tmp_path, items, monkeypatch):
+    ours = {"hellaswag": 0.4, "arc_easy": 0.6, "arc_challenge": 0.3, "winogrande": 0.5, "mine": 0.1}
+    assert published("HuggingFaceTB/SmolLM2-135M@main", ours) == {
+        "hellaswag": (0.4, pytest.approx(0.421)),
+        "arc": (pytest.approx(0.45), pytest.approx(0.439)),
+    }
+    assert published("someone/else", ours) == {}
+    assert published("HuggingFaceTB/SmolLM2-1.7B", {"mmlu_cloze": 0.3}) == {}
+    model = tiny_model()
+    weights.save(model, tmp_path / "small", model.tokenizer)
+    hub.add("HuggingFaceTB/SmolLM2-135M", tmp_path / "small")
+    monkeypatch.setattr(tasks, "rows", lambda name, split, limit=None: find_items(LINES)[:limit])
+    words = ["HuggingFaceTB/SmolLM2-135M", "--tasks", "hellaswag", "--limit", 2]
+    assert "published 42.1% over all items" in call(capsys, *words)[1]
+    assert json.loads(call(capsys, *words, "--json")[1])["published"] == {"hellaswag": pytest.approx(0.421)}
+    assert "published" not in call(capsys, *words, "--few-shot", 1)[1]
+
+
+ROWS = {
+    "hellaswag": (
+        {
+            "activity_label": "Tango",
+            "ctx_a": "A man [header] How to dance [title] Begin.  Now",
+            "ctx_b": "they",
+            "endings": ["dance  well. [step] Go.", " sit."],
+            "label": "1",
+        },
+        (["Tango: A man How to dance. Begin. Now They"], ["dance well. Go.", "sit."], 1),
+    ),
+    "arc_easy": (
+        {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        (["Question: Why?\nAnswer:"], ["x", "y"], 1),
+    ),
+    "piqa": (
+        {"goal": "Open it", "sol1": "pull", "sol2": "push", "label": 1},
+        (["Question: Open it\nAnswer:"], ["pull", "push"], 1),
+    ),
+    "winogrande": (
+        {"sentence": "Ann saw Bo as _ was tall.", "option1": "Ann", "option2": "Bo", "answer": "2"},
+        (["Ann saw Bo as Ann", "Ann saw Bo as Bo"], ["was tall.", "was tall."], 1),
+    ),
+    "openbookqa": (
+        {"question_stem": "The sun", "choices": {"text": ["is hot", "is cold"], "label": ["A", "B"]}, "answerKey": "A"},
+        (["The sun"], ["is hot", "is cold"], 0),
+    ),
+    "commonsense_qa": (
+        {"question": "Where?", "choices": {"text": ["here", "there"], "label": ["A", "B"]}, "answerKey": "B"},
+        (["Where?"], ["here", "there"], 1),
+    ),
+    "lambada": ({"text": "she opened the door"}, (["she opened the"], ["door"], 0)),
+    "mmlu_cloze": (
+        {"question": "2+2?", "subject": "abstract_algebra", "choices": ["3", "4"], "answer": 1},
+        (["The following are questions about abstract algebra.\nQuestion: 2+2?\nAnswer:"], ["3", "4"], 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_how_rows_are_asked(name):
+    row, expected = ROWS[name]
+    assert tuple(NAMED[name].ask(row)) == expected
+
+
+def test_hellaswag_and_arc_are_prepared_as_the_harness_does():
+    """Its own functions, on rows with everything its data has."""
+    utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
+    row = ROWS["hellaswag"][0]
+    query, choices, gold = NAMED["hellaswag"].ask(row)
+    label = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    assert (query, choices, gold) == ([utils.preprocess(label)], [utils.preprocess(e) for e in row["endings"]], 1)
+
+
+def test_a_named_task_is_read_from_the_hub(hub, tmp_path, monkeypatch):
+    """By the real client, from a Hub of our own."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    row = ROWS["arc_easy"][0]
+    lines = "".join(json.dumps({**row, "question": f"Why {n}?"}) + "\n" for n in range(5)).encode()
+    files = {"ARC-Easy/test.jsonl": lines, "ARC-Easy/train.jsonl": lines}
+    configs = "configs:\n- config_name: ARC-Easy\n  data_files:\n"
+    configs += "".join(f"  - split: {split}\n    path: ARC-Easy/{split}.jsonl\n" for split in ("test", "train"))
+    hub.add("allenai/ai2_arc", {**files, "README.md": f"---\n{configs}---\n".encode()}, kind="dataset")
+    found = find("arc_easy", limit=3, few_shot=1)
+    assert found.source == "allenai/ai2_arc ARC-Easy test"
+    assert [item.queries[0] for item in found.items] == [
+        f"Question: Why 0?\nAnswer: y\n\nQuestion: Why {n}?\nAnswer:" for n in range(3)
+    ]
+    with pytest.raises(MissingResource, match="piqa could not be read from baber/piqa"):
+        find("piqa")
+
+
+def test_without_datasets_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingResource, match=r"pip install 'smolforge\[data\]'"):
+        find("hellaswag")
+
+
+def test_rows_of_another_form_are_refused():
+    row = ROWS["hellaswag"][0] | {"label": ""}  # as in its test split
+    with pytest.raises(InvalidFile, match="hellaswag test, row 3 has another form"):
+        tasks._asked(NAMED["hellaswag"].ask, row, "hellaswag test, row 3", 3)
+
+
+GOOD = LINES[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ("7", "line 2 is no item; it should have query, choices and gold"),
+        ({"query": "q", "choices": ["a"]}, "line 2 is no item"),
+        (GOOD | {"query": 7}, "query is 7; it should be a text"),
+        (GOOD | {"query": ["a", "b", "c"]}, "or a list of one for each choice"),
+        (GOOD | {"query": []}, "query is []"),
+        (GOOD | {"choices": []}, "choices is []; it should be a list of texts, none of them empty"),
+        (GOOD | {"choices": ["a", " "]}, 'choices is ["a", " "]'),
+        (GOOD | {"choices": "ab"}, 'choices is "ab"'),
+        (GOOD | {"choices": ["a", 7]}, 'choices is ["a", 7]'),
+        (GOOD | {"gold": 2}, "gold is 2; it should be the number of a choice, 0 to 1"),
+        (GOOD | {"gold": -1}, "gold is -1"),
+        (GOOD | {"gold": True}, "gold is true"),
+        (GOOD | {"gold": "a"}, 'gold is "a"'),
+        ('{"query": "\\ud800", "choices": ["a"], "gold": 0}', "half of a surrogate pair"),
+        (GOOD | {"query": "the model " * 200}, "more than this model's context of 128"),
+    ],
+)
+def test_malformed_items_are_named_by_file_and_line(capsys, model_folder, tmp_path, line, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
+    code, out, err = call(capsys, model_folder, "--tasks", path)
+    assert (code, out) == (3, "")
+    assert len(err.splitlines()) == 1
+    assert "bad.jsonl, line 2" in err
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([], 2, "there is nothing to measure; name --tasks"),
+        (["--tasks", "hellaswga"], 2, "there is no task 'hellaswga'.* Did you mean hellaswag?"),
+        (["--tasks", "missing.jsonl"], 3, "there is no file of items at missing.jsonl"),
+        (["--tasks", "EMPTY"], 3, "has no items"),
+        (["--tasks", "MINE", "--limit", "0"], 2, "limit is 0; it should be at least 1"),
+        (["--tasks", "MINE", "--few-shot", "-1"], 2, "few-shot is -1"),
+        (["--tasks", "MINE", "--few-shot", "4"], 2, "has 4 items, and --few-shot 4 shows them all"),
+        (["--tasks", "lambada", "--few-shot", "1"], 2, "lambada has no examples to show"),
+        (["--tasks", "MINE,MINE"], 2, "two of what is measured are called mine"),
+        (["--text", "missing.txt"], 3, "there is no text or corpus at missing.txt"),
+        (["--text", "EMPTY"], 3, "is empty"),
+        (["--text", "MINE", "--stride", "0"], 2, "stride is 0; it should be 1 to 128"),
+        (["--text", "MINE", "--sequence-length", "129"], 2, "it should be 1 to 128, this model's context"),
+        (["--tasks", "MINE", "--log", "no/where.jsonl"], 2, "there is no folder no for the log"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, model_folder, items, tmp_path, words, code, said):
+    (tmp_path / "empty.jsonl").touch()
+    places = {"MINE": items, "EMPTY": str(tmp_path / "empty.jsonl")}
+    for short, path in places.items():
+        words = [word.replace(short, path) for word in words]
+    found, out, err = call(capsys, model_folder, *words)
+    assert (found, out) == (code, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(said, err)
+
+
+def test_a_preset_is_refused_unless_random_is_meant(capsys, items):
+    code, _, err = call(capsys, "smollm2-135m", "--tasks", items)
+    assert code == 2
+    assert "HuggingFaceTB/SmolLM2-135M" in err
+    assert "--random insists" in err
+
+
+def test_a_model_without_a_tokenizer_is_refused(capsys, tmp_path, items):
+    weights.save(tiny_model(), tmp_path / "bare")
+    code, _, err = call(capsys, tmp_path / "bare", "--tasks", items)
+    assert code == 3
+    assert "without a tokenizer" in err
