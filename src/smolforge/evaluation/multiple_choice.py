@@ -146,7 +146,7 @@ def score(
 ) -> list[Score]:
     """The scores of items, in their order. `scored` hears how many more rows are done.
 
-    Raises InvalidFile for an item longer than the model's context.
+    Raises InvalidFile for an item longer than the model's context, and for a model that gives no numbers.
     """
     tokens = batch_tokens or (CPU_TOKENS if model.head.device.type == "cpu" else GPU_TOKENS)
     logprobs = [[0.0] * len(item.choices) for item in items]
@@ -156,6 +156,8 @@ def score(
             logprobs[item][choice] -= loss
             greedy[item][choice] &= hit
         scored(len(batch))
+    if any(math.isnan(value) for found in logprobs for value in found):
+        raise InvalidFile("this model's log-probabilities are no numbers; `smolforge verify` says where it is broken")
     return [Score(*each) for each in zip(items, map(tuple, logprobs), map(tuple, greedy), strict=True)]
 
 
