@@ -31,9 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
     """Train; send (seconds, seconds by part)."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
-    from smolforge.device.usage import Usage
-
     from smolforge import runs, tracking
+    from smolforge.device.usage import Usage
     from smolforge.recipe import run, train, workshop
     from smolforge.tracking.watch import Watch
 

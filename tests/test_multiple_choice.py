@@ -158,6 +158,14 @@ def test_an_item_longer_than_the_context_is_refused_by_its_place():
         score(MODEL, [item])
 
 
+def test_a_model_without_numbers_has_no_scores():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InvalidFile, match="are no numbers"):
+        score(model, questions(2))
+
+
 @pytest.mark.long
 def test_a_thousand_hellaswag_items(shared):
     lines = (shared / "hellaswag" / "hellaswag_val_1000.jsonl").read_text().splitlines()

@@ -28,8 +28,8 @@ from smolforge.memory import Branches
 from smolforge.model import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
-BATCH_TOKENS = 2048
-"""Tokens in one forward pass, padding included."""
+CPU_TOKENS, GPU_TOKENS = 256, 16384
+"""Tokens in one forward pass, padding included: a processor is busy with few, and then less of them is padding."""
 HEAD_TOKENS = 1024
 """Tokens whose logits exist at the same time."""
 DELIMITER = " "
@@ -141,20 +141,23 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
 def score(
     model: LanguageModel,
     items: Sequence[Item],
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     scored: Callable[[int], None] = lambda rows: None,
 ) -> list[Score]:
     """The scores of items, in their order. `scored` hears how many more rows are done.
 
-    Raises InvalidFile for an item longer than the model's context.
+    Raises InvalidFile for an item longer than the model's context, and for a model that gives no numbers.
     """
+    tokens = batch_tokens or (CPU_TOKENS if model.head.device.type == "cpu" else GPU_TOKENS)
     logprobs = [[0.0] * len(item.choices) for item in items]
     greedy = [[True] * len(item.choices) for item in items]
-    for batch in batches(encoded(model, items), batch_tokens):
+    for batch in batches(encoded(model, items), tokens):
         for item, choice, loss, hit in _forward(model, batch):
             logprobs[item][choice] -= loss
             greedy[item][choice] &= hit
         scored(len(batch))
+    if any(math.isnan(value) for found in logprobs for value in found):
+        raise InvalidFile("this model's log-probabilities are no numbers; `smolforge verify` says where it is broken")
     return [Score(*each) for each in zip(items, map(tuple, logprobs), map(tuple, greedy), strict=True)]
 
 
