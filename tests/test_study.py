@@ -351,7 +351,13 @@ def test_the_report_says_what_was_found(done):
     out = folder / "out"
     report, page = (out / "report.md").read_text(), (out / "index.html").read_text()
     muon = found.variants[1]
-    for shown in (f"{muon.mean:.4f} ± {muon.spread:.4f}", f"{muon.difference.mean:+.4f}", muon.verdict, "512 tokens"):
+    for shown in (
+        f"{muon.mean:.4f} ± {muon.spread:.4f}",
+        f"{muon.difference.mean:+.4f}",
+        muon.verdict,
+        "512 tokens",
+        "tiny with train.evaluate_every 2, train",
+    ):
         assert shown in report
         assert shown in page
     tables = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)

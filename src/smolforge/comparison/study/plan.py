@@ -42,10 +42,10 @@ def planned(study: Study, out: Path) -> Plan:
     if path.is_file():
         try:
             stored = json.loads(path.read_text("utf-8"))
-            plan = Plan(**stored["plan"])
+            plan, before = Plan(**stored["plan"]), stored["study"]
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidFile(f"{path} is broken: {error!r}; give another --out") from None
-        check_same(stored["study"], told, out)
+        check_same(before, told, out)
         return plan
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SettingError(f"--out {out} exists and is not a study's folder; give another name")

@@ -103,8 +103,10 @@ class Study:
     path: Path
     recipe: Path
     settings: StudySettings
+    common: dict[str, Any]
+    """What all variants change in the recipe, by dotted name."""
     changes: dict[str, dict[str, Any]]
-    """Each variant's settings by dotted name, those of all variants included."""
+    """Each variant's, those of all included."""
     own: dict[str, dict[str, Any]]
     """Those of the variant alone."""
     recipes: dict[str, Recipe]
@@ -136,7 +138,7 @@ def read(what: str | Path) -> Study:
     own = {name: changes_of(name, table, path) for name, table in variants.items()}
     changes = {name: common | each for name, each in own.items()}
     recipes = {name: recipe_of(recipe, each, f"{path}: variants.{name}: ") for name, each in changes.items()}
-    study = Study(path, recipe, head.study, changes, own, recipes)
+    study = Study(path, recipe, head.study, common, changes, own, recipes)
     check_comparable(study)
     return study
 

@@ -121,11 +121,13 @@ def learning_rates(found: Findings) -> Table:
 def opening(found: Findings) -> list[str]:
     """What was chosen before the first run, and how to read it."""
     settings, count = found.study.settings, len(found.variants) - 1
-    budget = f"{settings.budget.amount:,.6g} {BUDGETS[settings.budget.kind]}"
+    amount, common = settings.budget.amount, found.study.common
+    budget = f"{f'{amount:,.0f}' if 100 <= amount < 1e12 else f'{amount:g}'} {BUDGETS[settings.budget.kind]}"
+    changed = ", ".join(f"{name} {written(value)}" for name, value in common.items())
     several = f", after Holm for {count} variants" if count > 1 else ""
     return [
         f"Every run had {budget}; seeds {', '.join(map(str, settings.seeds))}; all else is the recipe "
-        f"{found.study.recipe.stem}.",
+        f"{found.study.recipe.stem}{f' with {changed}' if changed else ''}.",
         f"Differences are to {settings.baseline}, in {UNITS[settings.metric]}, less is better. Chosen before the runs: "
         f"{settings.test}, alpha {settings.alpha:g}{several}. A true difference as large as the smallest visible one "
         f"would have been called {POWER:.0%} of the time.",
