@@ -357,7 +357,6 @@ def test_the_report_says_what_was_found(done):
         muon.verdict,
         "512 tokens",
         "tiny with train.evaluate_every 2, train",
-        "tiny with train.evaluate_every 2, train",
     ):
         assert shown in report
         assert shown in page
