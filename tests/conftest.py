@@ -9,6 +9,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 
 from smolforge.testing import HubMirror, sentences, tiny_config, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
@@ -24,6 +25,9 @@ for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE
     os.environ.pop(name, None)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+settings.register_profile("unhurried", deadline=None)  # other programs may be busy
+settings.load_profile("unhurried")
 
 NANO = {
     "seed": 3,

@@ -28,7 +28,7 @@ from smolforge import cli
 from smolforge.config import Recipe
 from smolforge.settings import fields, leaves, place
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 SECONDS, LONGEST = 2, 1250
 JARGON = ("Traceback", "Input should be", "type=", "For further information", "should not have happened", "unable to")
 FIELDS = {name: field.annotation for name, field in fields(Recipe)}

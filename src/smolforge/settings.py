@@ -121,6 +121,7 @@ def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, toget
     if not dotted:
         return f"{where}there is no setting {value}."
     said = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
+    said = "is not given" if kind == "missing" and not in_list else said
     return f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}"
 
 

@@ -60,6 +60,11 @@ def active_parameters(config: ModelConfig) -> int:
     return sum(counts.values()) - counts.get("experts", 0) * idle // config.num_local_experts
 
 
+def kv_bytes_per_token(config: ModelConfig, width: int = 4) -> int:
+    """What a token's keys and values take in the cache, at `width` bytes a number."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * width
+
+
 def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attention = "causal") -> int:
     """Matrix FLOPs of one training token, forward and backward: 6 N + a L W t.
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "generate": "Continue a text, streaming.",
     "verify": "Prove that a model is what it says: Transformers, published references, itself.",
     "export": "Hand a model on, checked by a round trip.",
-    "compare": "Runs side by side: a table, figures for print, one page.",
+    "compare": "Runs side by side, or ideas by a study: a table, figures for print, one page.",
     "evaluate": "How good a model is: on a text, HellaSwag, ARC and others, or items of your own.",
     "inspect": "What a model, recipe, corpus or run is, and what it will need.",
 }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smolforge.errors import MissingResource, SettingError
+from smolforge.signals import stop_signals
 
 
 def compare(
@@ -16,19 +18,28 @@ def compare(
     out: Path = Path("comparison"),
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Runs side by side: a table, figures for print, and one page that has everything.
+    """Runs side by side, or a study: a table, figures for print, and one page that has everything.
+
+    A study is a TOML file with variants of a recipe, seeds, and a budget that is held equal. Its runs are trained
+    into OUT/runs one after the other; the same command goes on where it was stopped.
 
     Parameters
     ----------
     what
-        Run folders, or folders of runs; one that is being trained shows what it has so far.
+        Run folders, or folders of runs; one that is being trained shows what it has so far. Or one study, as a file
+        or by the name of one that comes with smolforge.
     out
-        Where index.html and the figures go, each as SVG and PNG.
+        Where index.html and the figures go, each as SVG and PNG; of a study its runs and numbers too.
     json_
-        Print the table as one JSON object, with the files that were written.
+        Print the table as one JSON object, with the files that were written; of a study, all its numbers.
     """
     if not what:
-        raise SettingError("compare needs RUN...: run folders, or a folder of runs")
+        raise SettingError("compare needs RUN... or STUDY: run folders, a folder of runs, or a study's file")
+    if is_study(what):
+        with stop_signals():  # also while the imports take their seconds
+            from smolforge.cli.study import study
+        study(what[0], out, json_)
+        return
     from smolforge.comparison.page import write
     from smolforge.comparison.selection import select
     from smolforge.comparison.table import rows
@@ -47,6 +58,20 @@ def compare(
         return
     show(rows(selection))
     print(f"\n{files[0]} has the figures, the samples and the settings")
+
+
+def is_study(what: Sequence[str]) -> bool:
+    """Whether a study is meant: one file of settings, or the name of a shipped one where no run is called so."""
+    from smolforge.recipe.read import FOLDERS, find
+    from smolforge.recipe.syntax import PARSERS
+
+    if len(what) != 1 or Path(what[0]).is_dir():
+        return False
+    if Path(what[0]).suffix in PARSERS:
+        return True
+    with suppress(SettingError):
+        return find(what[0], "study").parent.name == FOLDERS["study"]
+    return False
 
 
 def runs_named(what: str, more: Sequence[str]) -> list[str]:

@@ -69,12 +69,11 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: Any) -> dict[str, Any]:
-    from smolforge.sizes import active_parameters, flops_per_token, parameter_counts, table
+    from smolforge.sizes import active_parameters, flops_per_token, kv_bytes_per_token, parameter_counts, table
 
     counts = parameter_counts(config)
     total = sum(counts.values())
     untied = counts.get("lm_head", 0)
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * 4
     return {
         "config": {name: config.__dict__[name] for name in config.own_fields()},
         "table": [row._asdict() | {"parameters": row.parameters} for row in table(config)],
@@ -86,7 +85,7 @@ def _model(config: Any) -> dict[str, Any]:
             **{name: count for name, count in counts.items() if name != "embedding"},
         },
         "flops_per_token": flops_per_token(config, config.max_position_embeddings),
-        "kv_bytes_per_token": kv_bytes,
+        "kv_bytes_per_token": kv_bytes_per_token(config),
         "memory_bytes": 4 * total,
     }
 

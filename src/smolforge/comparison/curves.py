@@ -9,15 +9,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from smolforge.comparison.history import History
+from smolforge.sizes import flops_per_token
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 """x and y."""
-Over = Literal["tokens", "steps", "seconds"]
+Over = Literal["tokens", "steps", "seconds", "flops"]
 """What a curve runs over."""
 UNITS: dict[Over, list[tuple[float, str]]] = {
     "tokens": [(1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens")],
     "steps": [(1.0, "step")],
     "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
+    "flops": [(1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")],
 }
 ENOUGH_OF_A_UNIT = 1.5
 SMOOTHED_SHARE = 1 / 50
@@ -30,7 +32,7 @@ BROKEN = 1.25
 
 
 def along(history: History, over: Over) -> Float[np.ndarray, " n"]:
-    """Where each step lies, in tokens, steps or seconds."""
+    """Where each step lies, in tokens, steps, seconds or FLOPs."""
     match over:
         case "tokens":
             return history.tokens
@@ -38,6 +40,9 @@ def along(history: History, over: Over) -> Float[np.ndarray, " n"]:
             return history.at.astype(np.float64)
         case "seconds":
             return history.seconds
+        case "flops":
+            recipe = history.recipe
+            return history.tokens * flops_per_token(recipe.model, recipe.train.sequence_length)
 
 
 def unit(over: Over, longest: float) -> tuple[float, str]:

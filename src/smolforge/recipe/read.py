@@ -7,7 +7,7 @@ keys change.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
@@ -16,6 +16,9 @@ from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.recipe import syntax
 from smolforge.settings import NONE, place, shown, validated
+
+FOLDERS = {"recipe": "", "study": "studies"}
+"""Of shipped files, below recipes/."""
 
 
 def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -72,18 +75,18 @@ def write_recipe(recipe: Recipe) -> str:
     return text
 
 
-def find(source: str | Path) -> Path:
-    """A recipe file, or one of those that come with the package."""
+def find(source: str | Path, kind: Literal["recipe", "study"] = "recipe") -> Path:
+    """A recipe file, or a study's, or one of those that come with the package."""
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {file.stem: file for folder in _shipped() for file in folder.rglob("*.toml")}
-    if path.stem in shipped and path.parent.name in ("", "recipes"):
+    shipped = {file.stem: file for folder in _shipped() for file in (folder / FOLDERS[kind]).glob("*.toml")}
+    if path.stem in shipped and path.parent.name in ("", "recipes", FOLDERS[kind]):
         return shipped[path.stem]
     if os.path.lexists(path):
-        raise SettingError(f"{path} is no file, but a folder, a device or a link to nothing; a recipe is a file")
+        raise SettingError(f"{path} is no file, but a folder, a device or a link to nothing; a {kind} is a file")
     raise SettingError(
-        f"there is no recipe {shown(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
+        f"there is no {kind} {shown(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
         + did_you_mean(path.stem, shipped)
     )
 

@@ -1,0 +1,124 @@
+"""What each variant's runs will be: steps that make budgets equal, and what this machine decides, once for all.
+
+Written into OUT/plan.json before the first run. A study that goes on reads it: seconds are not measured again, and
+a dtype or micro-batch is the same in all runs of a variant.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolforge import __version__, commit
+from smolforge.comparison.study.read import Budget, Study
+from smolforge.config import Recipe
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.recipe.machine import DECIDED
+from smolforge.recipe.plan import tokens_per_second
+from smolforge.recipe.settle import settle
+from smolforge.settings import leaves, replaced
+from smolforge.sizes import flops_per_token
+
+PLAN = "plan.json"
+FAIR = 0.05
+"""Of the budget, that whole steps may miss it by."""
+UNITS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of each variant, by its name."""
+
+    steps: dict[str, int]
+    decided: dict[str, dict[str, Any]]
+    """Values of DECIDED."""
+
+
+def planned(study: Study, out: Path) -> Plan:
+    """The plan in `out`, or a new one written there. Raises SettingError where it is another study's."""
+    told = as_json(study)
+    path = out / PLAN
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text("utf-8"))
+            plan, before = Plan(**stored["plan"]), stored["study"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidFile(f"{path} is broken: {error!r}; give another --out") from None
+        check_same(before, told, out)
+        return plan
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SettingError(f"--out {out} exists and is not a study's folder; give another name")
+    plan = made(study)
+    commit.make_folder(out)
+    content = {"version": __version__, "study": told, "plan": {"steps": plan.steps, "decided": plan.decided}}
+    commit.replace(path, json.dumps(content, indent=2) + "\n")
+    return plan
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """All that defines the study, for its folder to be held to."""
+    recipes = {name: leaves(recipe) for name, recipe in study.recipes.items()}
+    return json.loads(json.dumps({"settings": leaves(study.settings), "variants": recipes}))
+
+
+def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Seeds and tests chosen before the runs stay, or the p values would mean nothing."""
+    flat_stored, flat_now = ({**each["settings"], **_by_variant(each["variants"])} for each in (stored, now))
+    differing = [name for name in flat_stored | flat_now if flat_stored.get(name) != flat_now.get(name)]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise SettingError(
+            f"{out} holds a study that was begun with other settings: {', '.join(differing[:3])}{more}; "
+            "what is chosen before the runs stays, so give another --out"
+        )
+
+
+def _by_variant(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"variants.{name}.{setting}": value for name, each in variants.items() for setting, value in each.items()}
+
+
+def made(study: Study) -> Plan:
+    """Steps by the budget, and what `auto` comes to on this machine."""
+    steps: dict[str, int] = {}
+    decided: dict[str, dict[str, Any]] = {}
+    for name, recipe in study.recipes.items():
+        recipe = settle(replaced(recipe, {"optim.schedule.steps": None}))
+        steps[name] = steps_within(study.settings.budget, recipe, f"{study.path}: variants.{name}: ")
+        values = leaves(settle(replaced(study.recipes[name], schedule_of(steps[name]) | dtype_of(recipe))))
+        decided[name] = {setting: values[setting] for setting in DECIDED}
+    return Plan(steps, decided)
+
+
+def schedule_of(steps: int) -> dict[str, Any]:
+    """A run of so many steps, whose schedule ends with it."""
+    return {"train.steps": steps, "optim.schedule.steps": None}
+
+
+def dtype_of(recipe: Recipe) -> dict[str, Any]:
+    return {"train.dtype": recipe.train.dtype}
+
+
+def steps_within(budget: Budget, recipe: Recipe, where: str) -> int:
+    """How many steps come nearest to a budget. Raises SettingError where whole steps would miss it by much."""
+    per_step = cost_of_a_step(budget, recipe)
+    steps = max(1, round(budget.amount / per_step))
+    if abs(steps * per_step / budget.amount - 1) > FAIR:
+        unit = UNITS[budget.kind]
+        raise SettingError(
+            f"{where}a step takes {per_step:,.4g} {unit}, so no number of steps comes within {FAIR:.0%} of the budget "
+            f"of {budget.amount:,.4g} {unit}; a larger study.budget or a smaller train.batch_tokens would"
+        )
+    return steps
+
+
+def cost_of_a_step(budget: Budget, recipe: Recipe) -> float:
+    """In what the budget counts."""
+    tokens = recipe.train.batch_tokens
+    match budget.kind:
+        case "tokens":
+            return float(tokens)
+        case "flops":
+            return float(tokens * flops_per_token(recipe.model, recipe.train.sequence_length))
+        case _:
+            return tokens / tokens_per_second(recipe)
