@@ -20,6 +20,7 @@ from smolforge.evaluation import measure, measure_text, tasks, text
 from smolforge.evaluation.multiple_choice import score, score_slowly, summary
 from smolforge.evaluation.published import published
 from smolforge.evaluation.tasks import NAMED, find, read_items
+from smolforge.runs.environment import PACKAGES
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 
 LINES = [
@@ -69,7 +70,7 @@ def test_json_has_what_is_promised(capsys, model_folder, items, tmp_path, text_f
     assert written["perplexity"] == pytest.approx(math.exp(written["loss"]))
     assert written["tokens"] == len(tiny_tokenizer().encode(text_file.read_text()))
     assert {"accuracy", "bits_per_byte"} <= written.keys()
-    assert found["versions"].keys() == {"smolforge", "torch", "tokenizers"}
+    assert found["versions"].keys() == set(PACKAGES)
     assert found["published"] == {}
     logged = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["id"] for line in logged] == ["first", "2", "3", "4"]

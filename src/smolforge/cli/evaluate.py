@@ -71,6 +71,7 @@ def evaluate(
     from smolforge.device import pick_device
     from smolforge.evaluation.published import published
     from smolforge.evaluation.tasks import find
+    from smolforge.runs.environment import versions
 
     asked = [find(word.strip(), limit, few_shot) for word in words]
     loaded = load(model, dtype, str(pick_device(device)), random)
@@ -84,7 +85,7 @@ def evaluate(
     beside = published(model, chars)
     if json_:
         theirs = {name: score for name, (_, score) in beside.items()}
-        content = {"model": model, "dtype": dtype, "tasks": results, "published": theirs, "versions": _versions()}
+        content = {"model": model, "dtype": dtype, "tasks": results, "published": theirs, "versions": versions()}
         print(json.dumps(content))
         return
     for line in _lines(results):
@@ -178,14 +179,6 @@ class _Progress:
 def _write(log: Path, scores: dict[str, list["Score"]]) -> None:
     lines = [json.dumps({"task": name, **score.as_json()}) for name, found in scores.items() for score in found]
     log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from smolforge import __version__
-
-    return {"smolforge": __version__} | {name: version(name) for name in ("torch", "tokenizers")}
 
 
 def _lines(results: dict[str, dict[str, Any]]) -> list[str]:
