@@ -13,7 +13,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal
 
 test-long: $(VENV)/.test
-	$(BIN)/pytest
+	$(BIN)/pytest --hypothesis-profile new
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

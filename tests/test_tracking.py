@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NANO
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServerAccumulator
@@ -366,6 +366,10 @@ def test_norms_of_tensors_are_parts_of_the_whole(recipe_file, tmp_path):
 
 
 @given(st.lists(st.floats(width=32), max_size=200))
+@example([3.4028234663852886e38, -1.0141204801825835e31])
+@example([3.4028234663852886e38, -3.4028234663852886e38])
+@example([2.0**100])
+@example([2.0**-149, 3 * 2.0**-149])
 def test_a_histogram_counts_every_finite_value(values):
     counts, edges = watch.histogram(torch.tensor(values))
     finite = [value for value in values if math.isfinite(value)]

@@ -5,6 +5,7 @@ Nothing is looked at but at the steps, and of the kind, that a recipe asks for.
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,9 +50,10 @@ def histogram(tensor: Tensor) -> Histogram:
     values = values[values.isfinite()]
     low, high = (float(each) for each in values.aminmax()) if values.numel() else (0.0, 0.0)
     if low == high:
-        low, high = low - 0.5, high + 0.5
-    counts = torch.histc(values, BINS, low, high)
-    return Histogram(counts.cpu().numpy(), torch.linspace(low, high, BINS + 1).numpy())
+        half = max(abs(low), 1.0) / 2
+        low, high = low - half, high + half
+    counts = torch.histc(values / 4, BINS, low / 4, high / 4)  # a quarter: their range is a finite number too
+    return Histogram(counts.cpu().numpy(), np.linspace(low, high, BINS + 1))
 
 
 def weight_norm(model: nn.Module) -> float:
