@@ -94,7 +94,7 @@ def added_bytes(config: ModelConfig, name: str, length: int, mean: int, answer: 
     model, ids = build(config), texts(1, length, mean)
     packed = Documents(documents(ids, SEPARATOR))
     if name == MASKED:
-        packed.inside = lambda q, k, v: masked(packed.positions, q, k, v)
+        packed.inside = lambda q, k, v, window: masked(packed.positions, q, k, v, window)
     model.hidden(ids[:, :64]).sum().backward()  # gradients, and what libraries keep
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes the present
     before = highest_bytes()

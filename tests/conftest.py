@@ -34,7 +34,7 @@ settings.load_profile("same")
 
 NANO = {
     "seed": 3,
-    "model": tiny_config().model_dump(),
+    "model": tiny_config().model_dump(exclude_none=True),
     "optim": {
         "learning_rate": 3e-3,
         "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4},

@@ -2,7 +2,8 @@
 
 A memory is handed every layer's queries, keys and values and gives back what they attended to. `Causal`
 keeps nothing; `Documents` are several in one row, none of which sees another; `Branches` are several ends
-of one beginning in one row; a `Cache` keeps what was seen, so that a new token costs one token.
+of one beginning in one row; a `Cache` keeps what was seen, so that a new token costs one token. `Within` lets any
+of them look back no further than a window.
 
 Axes: b batch, t new tokens, s tokens attended to, h query heads, k key heads, d head width.
 """
@@ -20,25 +21,37 @@ from smolforge.config import ModelConfig
 
 Heads = Float[Tensor, "b h t d"]
 KeyHeads = Float[Tensor, "b k t d"]
-Attend = Callable[[Heads, KeyHeads, KeyHeads], Heads]
+Attend = Callable[[Heads, KeyHeads, KeyHeads, int | None], Heads]
 
 
 @runtime_checkable
 class Memory(Protocol):
-    """`attend` is called once a layer, in order."""
+    """`attend` is called once a layer, in order; of so many tokens as `window` says, its own included, if it says."""
 
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads: ...
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads: ...
 
 
-def causal(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+class Within:
+    """The same memory, of which a token sees the last `window` tokens alone, itself among them."""
+
+    def __init__(self, memory: Memory, window: int) -> None:
+        self.memory, self.window = memory, window
+
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
+        return self.memory.attend(layer, q, k, v, min(self.window, window or self.window))
+
+
+def causal(q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
+    if window is None or window >= q.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return masked(torch.arange(q.shape[2], device=q.device)[None], q, k, v, window)
 
 
 class Causal:
     """Every token attends to itself and all before it in its row; nothing is kept."""
 
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        return causal(q, k, v)
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
+        return causal(q, k, v, window)
 
 
 class Documents:
@@ -54,8 +67,8 @@ class Documents:
         # FlexAttention has a backward pass on GPUs only.
         self.inside = flex(document) if document.is_cuda else slices(self.positions)
 
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        return self.inside(q, k, v)
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
+        return self.inside(q, k, v, window)
 
 
 def documents(ids: Int[Tensor, "b t"], separator: int) -> Int[Tensor, "b t"]:
@@ -80,21 +93,22 @@ def slices(positions: Int[Tensor, "b t"]) -> Attend:
     starts = (positions == 0).flatten().nonzero().flatten()
     lengths = starts.diff(append=starts.new_tensor([positions.numel()])).tolist()
 
-    def inside(q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+    def inside(q: Heads, k: KeyHeads, v: KeyHeads, window: int | None) -> Heads:
         if torch.compiler.is_compiling():  # every batch has other lengths, and would have a program of its own
-            return masked(positions, q, k, v)
+            return masked(positions, q, k, v, window)
         pieces = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, 2) for x in (q, k, v)]
-        found = torch.cat([causal(*piece) for piece in zip(*pieces, strict=True)], 2)
+        found = torch.cat([causal(*piece, window=window) for piece in zip(*pieces, strict=True)], 2)
         return found[0].unflatten(1, positions.shape).transpose(0, 1)
 
     return inside
 
 
-def masked(positions: Int[Tensor, "b t"], q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+def masked(positions: Int[Tensor, "#b t"], q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
     """The same over whole rows: a key is seen if it is no further back than the query is into its document."""
     places = torch.arange(positions.shape[1], device=positions.device)
     back = places[:, None] - places
-    mask = (back >= 0) & (back <= positions[..., None])
+    reach = positions if window is None else positions.clamp(max=window - 1)
+    mask = (back >= 0) & (back <= reach[..., None])
     return F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
 
 
@@ -102,15 +116,22 @@ def flex(document: Int[Tensor, "b t"]) -> Attend:
     """FlexAttention in one kernel, which leaves out blocks of tokens of different documents."""
     rows, length = document.shape
     flex_attention, create_block_mask = compiled_flex()
-    mask = create_block_mask(
-        lambda row, head, query, key: (query >= key) & (document[row, query] == document[row, key]),
-        B=rows,
-        H=None,
-        Q_LEN=length,
-        KV_LEN=length,
-        device=document.device,
-    )
-    return functools.partial(flex_attention, block_mask=mask, enable_gqa=True)
+
+    @functools.cache
+    def mask(window: int) -> object:
+        return create_block_mask(
+            lambda row, head, query, key: (
+                (query >= key) & (query - key < window) & (document[row, query] == document[row, key])
+            ),
+            B=rows,
+            H=None,
+            Q_LEN=length,
+            KV_LEN=length,
+            device=document.device,
+        )
+
+    mask(length)
+    return lambda q, k, v, window: flex_attention(q, k, v, block_mask=mask(window or length), enable_gqa=True)
 
 
 @functools.cache
@@ -134,8 +155,12 @@ class Branches:
         keys = branch[:, None, :]
         self.mask = ((order[:, None] >= order) & ((keys == 0) | (keys == branch[..., None])))[:, None]  # b 1 t t
 
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
-        return F.scaled_dot_product_attention(q, k, v, self.mask, enable_gqa=True)
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
+        mask = self.mask
+        if window is not None:
+            places = mask.sum(-1)  # a token sees all before it in its branch, and so knows its place
+            mask = mask & (places[..., None] - places[..., None, :] < window)
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 class Cache:
@@ -167,11 +192,13 @@ class CacheWindow:
         self.positions = positions
         self.end = int(positions.max()) + 1
         seen = torch.arange(self.end, device=positions.device)
-        self.mask = (seen <= positions[..., None])[:, None]  # b 1 t s
+        self.back = (positions[..., None] - seen)[:, None]  # b 1 t s
+        self.mask = self.back >= 0
 
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads) -> Heads:
+    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.rows, :, self.positions] = k.transpose(1, 2)
         values[self.rows, :, self.positions] = v.transpose(1, 2)
         seen_keys, seen_values = keys[:, :, : self.end], values[:, :, : self.end]
-        return F.scaled_dot_product_attention(q, seen_keys, seen_values, self.mask, enable_gqa=True)
+        mask = self.mask if window is None else self.mask & (self.back < window)
+        return F.scaled_dot_product_attention(q, seen_keys, seen_values, mask, enable_gqa=True)

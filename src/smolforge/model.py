@@ -5,6 +5,9 @@
 Four families share it: Llama, Qwen3 (norms on queries and keys), Mixtral (a mixture of experts for the
 mlp) and Starcoder2 (LayerNorm and a two-matrix GELU mlp).
 
+A class of one's own may take the place of attention, feed-forward or norm (own.py): it is made as ours are, from the
+config, attention from its layer's number too, and called as they are.
+
 Parameters have Hugging Face's names, so a checkpoint loads strictly and without renaming. What is
 attended to is a value: `hidden(ids, positions, memory)` hands every layer's queries, keys and values to
 `memory.attend`, and plain causal attention, a cache or packed documents differ only there.
@@ -22,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from smolforge import own
 from smolforge.activations import Through, plainly
 from smolforge.config import ModelConfig
 from smolforge.experts import Balance, Experts
@@ -118,15 +122,26 @@ class PlainMLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.0
 
 
+def attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention of a layer."""
+    if config.attention is not None:
+        return own.made("model.attention", config.attention, nn.Module, config, layer)
+    return Attention(config, layer)
+
+
 def norm(config: ModelConfig) -> nn.Module:
     """The family's norm over the residual stream."""
+    if config.normalization is not None:
+        return own.made("model.normalization", config.normalization, nn.Module, config)
     if config.model_type == "starcoder2":
         return nn.LayerNorm(config.hidden_size, config.norm_epsilon)
     return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 def feed_forward(config: ModelConfig) -> nn.Module:
-    """The family's feed-forward. All return their output and a balance loss, which only experts have."""
+    """The family's feed-forward. Ours return their output and a balance loss, which only experts have."""
+    if config.feed_forward is not None:
+        return own.made("model.feed_forward", config.feed_forward, nn.Module, config)
     match config.model_type:
         case "llama" | "qwen3":
             return MLP(config)
@@ -142,13 +157,14 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = norm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = attention(config, layer)
         self.post_attention_layernorm = norm(config)
         self.mlp = feed_forward(config)
 
     def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> tuple[Hidden, Balance | float]:
         x = x + self.self_attn(self.input_layernorm(x), angles, memory)
-        added, balance = self.mlp(self.post_attention_layernorm(x))
+        added = self.mlp(self.post_attention_layernorm(x))
+        added, balance = added if isinstance(added, tuple) else (added, 0.0)
         return x + added, balance
 
 
@@ -215,7 +231,9 @@ class LanguageModel(nn.Module):
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model with fresh weights that depend on nothing but config and seed."""
-    model = allocate(config, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a class of one's own may draw from it
+        model = allocate(config, dtype)
     initialize(model, seed)
     return model
 
@@ -250,6 +268,8 @@ class Unfilled(TorchFunctionMode):
 def initialize(model: LanguageModel, seed: int) -> None:
     """nanotron's scheme (scaling/parametrization.py): N(0, s) for embedding, head and inputs of a block,
     N(0, s / sqrt(2 layers)) for what a block adds to the residual stream, 1 for norms, 0 for their biases.
+
+    What a class of one's own names otherwise is N(0, s) too if it is a matrix, and else stays as the class made it.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -268,8 +288,10 @@ def initialize(model: LanguageModel, seed: int) -> None:
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
             case "gate_proj" | "up_proj" | "c_fc" | "gate":
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
-            case _:
+            case _ if not model.config.own_classes:
                 raise AssertionError(f"no rule to initialise {name}")
+            case _ if weight.ndim > 1:
+                weight.copy_(noise.normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
         config = model.config
-        self.through = checkpointing(checkpoint, config.intermediate_size if config.model_type != "mixtral" else None)
+        known = config.model_type != "mixtral" and config.feed_forward is None
+        self.through = checkpointing(checkpoint, config.intermediate_size if known else None)
         self.body = compiled_or_not(model.hidden_and_balance) if compiled else model.hidden_and_balance
 
     @classmethod

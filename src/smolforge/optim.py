@@ -3,6 +3,7 @@
 gradients -> AdamW, Muon -> weights -> Average -> `averaged`: what is measured, sampled and saved as the model
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from smolforge import own
 from smolforge.config import Optim, Schedule
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFile, SettingError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -37,8 +39,8 @@ def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
                 Muon(inner, settings.matrix_learning_rate, settings.momentum, settings.weight_decay),
                 adamw(outer, vectors, settings),
             ]
-        case _:
-            assert_never(settings.name)
+        case name:
+            chosen = [own_optimizer(name, groups(matrices.values(), vectors, settings), settings)]
     owned = [id(weight) for each in chosen for group in each.param_groups for weight in group["params"]]
     assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter is forgotten or owned twice"
     return chosen if settings.ema_decay is None else [*chosen, Average(model.parameters(), settings.ema_decay)]
@@ -46,11 +48,47 @@ def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
 
 def adamw(matrices: Iterable[nn.Parameter], vectors: Iterable[nn.Parameter], settings: Optim) -> AdamW:
     """Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101."""
-    groups = [
+    decayed = groups(matrices, vectors, settings)
+    return AdamW(decayed, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def groups(matrices: Iterable[nn.Parameter], vectors: Iterable[nn.Parameter], settings: Optim) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not."""
+    return [
         {"params": list(matrices), "weight_decay": settings.weight_decay},
         {"params": list(vectors), "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def own_optimizer(name: str, decayed: list[dict[str, Any]], settings: Optim) -> Optimizer:
+    """A class of a person's own, made of these groups, lr, and what else of the recipe's its constructor names.
+
+    It needs to know nothing of updates that are left out: `step` is then not called. What it remembers must be tensors
+    in its `state`, or a run could not be resumed; its first step raises SettingError where it is not.
+    """
+    said = {"betas": settings.betas, "eps": settings.eps, "momentum": settings.momentum}
+    asked = inspect.signature(own.admitted("optim.name", name)).parameters
+    given = {key: value for key, value in said.items() if key in asked}
+    chosen = own.made("optim.name", name, Optimizer, decayed, lr=settings.learning_rate, **given)
+    plain = chosen.step
+
+    def step(closure: Any = None) -> None:
+        unwanted = vars(chosen).pop("found_inf", None)  # torch's own would take it for a scaler's
+        if unwanted is None or not unwanted.item():
+            plain(closure)
+            check_remembered(name, chosen)
+
+    vars(chosen)["step"] = step
+    return chosen
+
+
+def check_remembered(name: str, chosen: Optimizer) -> None:
+    """Raises SettingError for what a checkpoint could not hold."""
+    for kept in chosen.state.values():
+        for what, value in kept.items():
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise SettingError(f"optim.name: {name} keeps {what} as {kind}; a checkpoint can hold tensors only")
 
 
 class Muon(Optimizer):
@@ -138,6 +176,10 @@ class Average(Optimizer):
         for weight, state in self.state.items():
             here, there = ("average", "training") if "average" in state else ("training", "average")
             weight.data, state[there] = state.pop(here), weight.data
+
+
+OURS = (AdamW, Muon, Average)
+"""Of these it is known what they remember."""
 
 
 def swap_average(chosen: Sequence[Optimizer]) -> None:
@@ -228,10 +270,11 @@ def load_state_tensors(chosen: Sequence[Optimizer], model: nn.Module, tensors: d
     for key, tensor in tensors.items():
         what, _, name = key.partition(".")
         owner = owners.get((name, what in Average.STATE))
-        if owner is None or tensor.shape not in (weights[name].shape, torch.Size([])):
+        fits = not isinstance(owner, OURS) or tensor.shape in (weights[name].shape, torch.Size([]))
+        if owner is None or not fits:
             raise InvalidFile(f"the optimizer state has {key!r}, which does not fit this model")
         # A copy: where they lie in the file, tensors are not aligned as those of a run that goes on are.
         owner.state[weights[name]][what] = tensor.to(weights[name].device, copy=True)
     for (name, _), owner in owners.items():
-        if tensors and not owner.state[weights[name]]:
+        if tensors and isinstance(owner, OURS) and not owner.state[weights[name]]:
             raise InvalidFile(f"the optimizer state lacks {name!r}")

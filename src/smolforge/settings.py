@@ -143,6 +143,8 @@ def in_words(schema: Mapping[str, Any]) -> str:
             return f"{', '.join(words)} or {last}" if words else str(last)
         case {"const": word}:
             return str(word)
+        case {"type": "string", "title": str(said), "pattern": _}:
+            return said
         case {"type": "array", "prefixItems": [each, *_] as places}:
             return f"a list of {len(places)}, each {in_words(each)}"
         case {"type": "array", "items": each}:

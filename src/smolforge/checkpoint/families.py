@@ -11,9 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smolforge import own
 from smolforge.config import ModelConfig
+from smolforge.config.model import PARTS
 from smolforge.errors import InvalidFile
 
+OWN = "smolforge"
+"""model_type of a model with classes of a person's own, which Transformers must not take for one it knows."""
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 INERT = frozenset(
@@ -116,6 +120,7 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
     content = dict(content)
     if "auto_map" in content:
         raise InvalidFile(f"{path} asks for code of its own (auto_map), which is never run; only {_known()} load")
+    classes = _take_own_classes(content, path)
     family = FAMILIES.get(str(content.get("model_type", "llama")))
     if family is None:
         raise InvalidFile(f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_known()} are")
@@ -129,18 +134,31 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
         if key in fixed:
             if value != fixed[key]:
                 raise InvalidFile(f"{path}: {key} is {value!r}, which is not implemented; only {fixed[key]!r} is")
-        elif key in ModelConfig.model_fields:
+        elif key in ModelConfig.model_fields and key not in PARTS:
             settings[key] = value
         elif key not in INERT and value is not None:
             raise InvalidFile(f"{path} has a setting {key!r} that is not known here, so the model might differ")
     if settings["num_key_value_heads"] is None:  # every head has its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     try:
-        return ModelConfig.model_validate(settings, strict=True)
+        return ModelConfig.model_validate(settings | classes, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise InvalidFile(f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _take_own_classes(content: dict[str, Any], path: str) -> dict[str, str]:
+    """What stands in the place of which part, where a person has admitted it; the rest is then one of our families."""
+    if content.get("model_type") != OWN:
+        return {}
+    said = content.pop(OWN, None)
+    if not isinstance(said, dict) or not {"model_type"} < said.keys() <= {"model_type", *PARTS}:
+        raise InvalidFile(f"{path}: model_type is {OWN}, but its table {OWN} does not say of what classes")
+    content["model_type"] = said.pop("model_type")
+    for part, name in said.items():
+        own.refuse_unless_admitted(f"model.{part}", str(name), f"{path}: ")
+    return said
 
 
 def _known() -> str:
@@ -174,12 +192,17 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[config.model_type]
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     shape = {name: config.__dict__[name] for name in config.own_fields()}
-    return {"architectures": [family.architecture], **shape, **family.fixed, "rope_parameters": rope}
+    content = {"architectures": [family.architecture], **shape, **family.fixed, "rope_parameters": rope}
+    if config.own_classes:
+        plain = {key: value for key, value in content.items() if key not in config.own_classes}
+        table = {"model_type": config.model_type, **config.own_classes}
+        return plain | {"architectures": ["LanguageModel"], "model_type": OWN, OWN: table}
+    return content
 
 
 def names_on_disk(name: str, config: ModelConfig) -> list[str]:
     """Where a parameter is in the file: under its own name, or in one tensor for each expert, as Mixtral has them."""
-    if config.model_type != "mixtral" or ".mlp." not in name:
+    if config.model_type != "mixtral" or config.feed_forward is not None or ".mlp." not in name:
         return [name]
     layer, _, rest = name.partition(".mlp.")
     if rest == "gate.weight":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from smolforge.checkpoint import hub, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 from smolforge.model import LanguageModel, build
+from smolforge.own import admit
 from smolforge.tokenizer import FILES, Tokenizer
 
 log = logging.getLogger("smolforge")
@@ -18,13 +20,19 @@ READ = (weights.CONFIG, weights.WEIGHTS, *FILES)
 
 
 def load(
-    model: str | Path, dtype: str | torch.dtype = torch.float32, device: str = "cpu", random: bool = False
+    model: str | Path,
+    dtype: str | torch.dtype = torch.float32,
+    device: str = "cpu",
+    random: bool = False,
+    own: Sequence[str] = (),
 ) -> LanguageModel:
     """Any MODEL, with its tokenizer as `.tokenizer` (None where its folder has none).
 
-    A preset has random weights, so it is refused unless `random` says that is meant. Raises SettingError
+    A preset has random weights, so it is refused unless `random` says that is meant; a model with classes of your own,
+    unless `own` names them as module:Class, since a model's files never have code run. Raises SettingError
     for a name that is nothing, InvalidFile for a model that is broken, MissingResource where the Hub is out of reach.
     """
+    admit(own)
     dtype = torch_dtype(dtype)
     if not Path(model).exists() and str(model) in presets.names():
         if not random:

@@ -161,22 +161,23 @@ def tensor_count(config: ModelConfig) -> int:
 def wanted_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """(name on disk, shape) of every tensor of a model."""
     for name, weight in outline(config).named_parameters():
-        stacked = weight.ndim == 3
-        yield from ((each, tuple(weight.shape[stacked:])) for each in names_on_disk(name, config))
+        yield from ((each, tuple(place.shape)) for each, place in parts(name, weight, config))
 
 
 @torch.no_grad()
 def fill(model: LanguageModel, tensors: Tensors) -> None:
     """Copy the files' values into the model's parameters, whatever the dtypes."""
     for name, weight in model.named_parameters():
-        disk = names_on_disk(name, model.config)
-        for place, each in zip(parts(weight), disk, strict=True):
+        for each, place in parts(name, weight, model.config):
             place.copy_(tensors[each])
 
 
-def parts(weight: Tensor) -> list[Tensor]:
+def parts(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
     """A parameter as the tensors it is on disk: the experts' stacked matrices one by one, any other whole."""
-    return list(weight) if weight.ndim == 3 else [weight]
+    disk = names_on_disk(name, config)
+    if disk == [name]:
+        return [(name, weight)]
+    return list(zip(disk, weight if weight.ndim == 3 else [weight], strict=True))
 
 
 def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
     return {
         each: place.detach()
         for name, weight in model.named_parameters()
-        for place, each in zip(parts(weight), names_on_disk(name, model.config), strict=True)
+        for each, place in parts(name, weight, model.config)
     }
 
 

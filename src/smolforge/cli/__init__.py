@@ -17,11 +17,16 @@ from difflib import get_close_matches
 
 from smolforge import __version__
 from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.own import admit, blamed
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
+HELP = """SmolLM2-135M and its kin, through their whole life.
+
+With any command, --own module:Class lets models be loaded that have this class of yours in them, and --debug shows
+where an error came from."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards that train reads.",
@@ -56,9 +61,10 @@ def _run(argv: Sequence[str]) -> int:
 
     words = [word for word in argv if word != "--debug"]
     debug = len(words) < len(argv)
+    words, own = _own_classes(words)
     app = App(
         name="smolforge",
-        help="SmolLM2-135M and its kin, through their whole life.",
+        help=HELP,
         version=__version__,
         help_format="plaintext",
         result_action="return_value",
@@ -67,6 +73,7 @@ def _run(argv: Sequence[str]) -> int:
     for name, help_text in COMMANDS.items():
         app.command(f"smolforge.cli.{name}:{name}", name=name, help=help_text)
     try:
+        admit(own)
         return app(words, exit_on_error=False, print_error=False) or 0
     except CycloptsError as error:
         return _say(SettingError(_usage(error, words)), USAGE, debug)
@@ -81,6 +88,20 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     except Exception as error:
         return _say(*_known(error), debug)
+
+
+def _own_classes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command line without --own, and what each says."""
+    rest, own, left = [], [], list(words)
+    while left:
+        flag, equals, value = left.pop(0).partition("=")
+        if flag != "--own":
+            rest.append(f"{flag}{equals}{value}")
+        elif equals or left:
+            own.append(value if equals else left.pop(0))
+        else:
+            rest.append(flag)
+    return rest, own
 
 
 def _usage(error: Exception, words: Sequence[str]) -> str:
@@ -111,6 +132,8 @@ def _usage(error: Exception, words: Sequence[str]) -> str:
 def _known(error: Exception) -> tuple[Exception, int]:
     """What a person should know of an error that none of ours announces, and its exit code."""
     said = str(error)
+    if place := blamed(error):
+        return SettingError(f"{place}: {type(error).__name__}: {said}"), USAGE
     match error:
         case OSError(errno=errno.ENAMETOOLONG):
             return SettingError("that name is longer than any file's"), USAGE

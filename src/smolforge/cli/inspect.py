@@ -44,7 +44,7 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
     from smolforge.checkpoint.hub import is_id
     from smolforge.checkpoint.resolve import read_config
     from smolforge.checkpoint.weights import INDEX, WEIGHTS
-    from smolforge.recipe.read import find, read_recipe
+    from smolforge.recipe.read import admitted, find, read_recipe
     from smolforge.recipe.settle import settle
     from smolforge.runs import RECIPE
 
@@ -65,7 +65,7 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
         if is_id(what) and not overrides:
             return _model(read_config(what))
         raise SettingError(f"{what!r} is no model, corpus or run, and {error}") from None
-    return _recipe(settle(read_recipe(recipe, overrides), overrides.keys()))
+    return _recipe(settle(admitted(read_recipe(recipe, overrides), recipe), overrides.keys()))
 
 
 def _model(config: Any) -> dict[str, Any]:

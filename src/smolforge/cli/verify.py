@@ -1,12 +1,18 @@
 """`smolforge verify`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResource, SettingError
+
+if TYPE_CHECKING:
+    from smolforge.verification.report import Check, Report
+
+    Tell = Callable[[Check], None]
 
 
 def verify(
@@ -24,10 +30,12 @@ def verify(
     Parameters
     ----------
     model
-        A Hub id, a model folder, a run folder (whose checkpoints and corpus are checked too) or one of its checkpoints.
+        A Hub id, a model folder, a run folder (whose checkpoints and corpus are checked too) or one of its checkpoints;
+        or a recipe file that names classes of your own, which are held to what training and generation rely on.
     against
         transformers (its implementation on the same files) and golden (what is known of released models), by
-        default both; files alone holds each checkpoint of a run to its manifest and stops there.
+        default both; files alone holds each checkpoint of a run to its manifest and stops there. For a recipe,
+        built-in: your classes must say what ours say.
     max_length
         Longest row to compare, in tokens; by default the model's whole context.
     out
@@ -36,14 +44,15 @@ def verify(
         Print the report as one JSON object instead of lines.
     """
     from smolforge.cli import one_line
-    from smolforge.verification import ORACLES, verify
+    from smolforge.recipe.syntax import PARSERS
     from smolforge.verification.report import Check
 
     def line(check: Check) -> None:
         if not json_:
             print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{one_line(check.said)}", flush=True)
 
-    report = verify(model, tuple(against or ORACLES), max_length, tell=line)
+    is_recipe = Path(model).suffix in PARSERS and Path(model).is_file()
+    report = _of_recipe(model, against, line) if is_recipe else _of_model(model, against, max_length, line)
     content = report.as_json()
     try:
         out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -56,3 +65,19 @@ def verify(
     else:
         print(f"something does not hold; the likeliest cause: {one_line(report.cause or '')}")
     return 0 if report.holds else 1
+
+
+def _of_model(model: str, against: list[str] | None, max_length: int | None, tell: "Tell") -> "Report":
+    from smolforge.verification import ORACLES, verify
+
+    return verify(model, tuple(against or ORACLES), max_length, tell=tell)
+
+
+def _of_recipe(recipe: str, against: list[str] | None, tell: "Tell") -> "Report":
+    from smolforge.recipe.read import admitted, read_recipe
+    from smolforge.verification.classes import AGAINST, verify_classes
+
+    if against and against != [AGAINST]:
+        raise SettingError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")
+    config = admitted(read_recipe(recipe), recipe).model
+    return verify_classes(recipe, config, bool(against), tell)

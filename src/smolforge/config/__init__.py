@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from smolforge.config.model import ModelConfig
+from smolforge.config.model import ModelConfig, OwnClass
 from smolforge.settings import FREE, Settings
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -62,8 +62,9 @@ class Schedule(Settings):
 class Optim(Settings):
     """The optimizer and its learning rates."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """adamw is the published recipes'; muon orthogonalises the layers' matrices, AdamW has the rest."""
+    name: Literal["adamw", "muon"] | OwnClass = "adamw"
+    """adamw is the published recipes'; muon orthogonalises the layers' matrices, AdamW has the rest; or a class of your
+    own, as mylab:Lion."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
     matrix_learning_rate: PositiveFloat = 0.02
@@ -230,6 +231,12 @@ class Recipe(Settings):
     """Who hears of the run."""
     sample: Generation = Generation()
     """How text samples are drawn while training; without a seed of its own, from the run's."""
+
+    @property
+    def own_classes(self) -> list[str]:
+        """Names of the classes of a person's own that it is made of."""
+        optimizer = [self.optim.name] if ":" in self.optim.name else []
+        return [*self.model.own_classes.values(), *optimizer]
 
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":

@@ -10,6 +10,11 @@ Width = Annotated[int, Field(gt=0, le=2**20)]
 Count = Annotated[int, Field(gt=0, le=2**12)]
 # The limits on shapes are far beyond any model; a file that asks for more is refused before anything is built.
 
+OWN_CLASS = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+OwnClass = Annotated[str, Field(pattern=f"^{OWN_CLASS}$", title="a class as module:Class")]
+PARTS = ("attention", "feed_forward", "normalization")
+"""What a class of one's own may take the place of."""
+
 OF_ONE_FAMILY = {
     "rms_norm_eps": ("llama", "qwen3", "mixtral"),
     "norm_epsilon": ("starcoder2",),
@@ -57,6 +62,12 @@ class ModelConfig(Settings):
     """mixtral only: experts that each token goes to."""
     router_aux_loss_coef: NonNegativeFloat = 0.001
     """mixtral only: weight of the loss that keeps the experts equally busy."""
+    attention: OwnClass | None = None
+    """A class of your own for attention, as mylab:SlidingAttention; by default the family's."""
+    feed_forward: OwnClass | None = None
+    """A class of your own for the feed-forward; by default the family's."""
+    normalization: OwnClass | None = None
+    """A class of your own for the norms over the residual stream; by default the family's."""
     initializer_range: PositiveFloat = 1 / 24
     """Standard deviation of the initial weights (residual outputs: divided by sqrt(2 layers))."""
 
@@ -97,7 +108,13 @@ class ModelConfig(Settings):
 
     def own_fields(self) -> list[str]:
         """Names of the settings that mean something to this model's family."""
-        return [name for name in type(self).model_fields if self.model_type in OF_ONE_FAMILY.get(name, self.model_type)]
+        names = (name for name in type(self).model_fields if name not in PARTS or name in self.own_classes)
+        return [name for name in names if self.model_type in OF_ONE_FAMILY.get(name, self.model_type)]
+
+    @property
+    def own_classes(self) -> dict[str, str]:
+        """The classes of a person's own that it names, by what they take the place of."""
+        return {part: self.__dict__[part] for part in PARTS if self.__dict__[part] is not None}
 
     @property
     def head_size(self) -> int:

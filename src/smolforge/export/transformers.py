@@ -50,6 +50,9 @@ def to_transformers(
     require()
     source = resolve.find(model)
     loaded = resolve.load(source)
+    if loaded.config.own_classes:
+        names = ", ".join(loaded.config.own_classes.values())
+        raise SettingError(f"{model} has classes of your own ({names}), which Transformers does not have")
     target = resolve.torch_dtype(dtype) if dtype else stored_dtype(source)
     checked: list[Any] = []
 

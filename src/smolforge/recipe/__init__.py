@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smolforge import own
 from smolforge.config import Recipe
+from smolforge.config.model import PARTS
 from smolforge.errors import SettingError
 from smolforge.ranks import World, joined
-from smolforge.recipe.read import model_settings, read_recipe
+from smolforge.recipe.read import admitted, find, model_settings, read_recipe
 from smolforge.recipe.run import Run, run_settled
 from smolforge.recipe.settle import check_shares, resumed, settle
 from smolforge.recipe.workshop import Observer
@@ -15,6 +17,8 @@ from smolforge.runs import RECIPE
 from smolforge.settings import validated
 
 PRESET = "model.preset"
+OF_OWN = {"optim.name", *(f"model.{part}" for part in PARTS)}
+"""Settings that may name a class of a person's own."""
 ALONE = World()
 
 
@@ -61,18 +65,24 @@ def resume_or_start(
     """
     with joined(world) as ranks:
         tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size).model_dump())
-        return run_settled(validated(Recipe, tree), Path(run), observer, ranks, profile, seen)
+        return run_settled(admitted(validated(Recipe, tree), recipe), Path(run), observer, ranks, profile, seen)
 
 
 def settled(recipe: str | Path, run: Path, overrides: Mapping[str, Any], fresh: bool, ranks: int) -> Recipe:
     """What a start on so many ranks will do, by the recipe or by the run that is there."""
     stored = run / RECIPE
     if not stored.is_file():
-        decided = settle(read_recipe(recipe, overrides), overrides.keys(), model_settings(recipe), ranks)
+        wanted = admitted(read_recipe(recipe, overrides), recipe)
+        decided = settle(wanted, overrides.keys(), model_settings(recipe), ranks)
     elif fresh:
         raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
     else:
-        decided = resumed(read_recipe(stored), read_recipe(recipe), spelled_out(recipe, overrides))
+        written = admitted(read_recipe(recipe), recipe)
+        said = (str(overrides[name]) for name in OF_OWN & overrides.keys())
+        own.admit((name for name in said if ":" in name), [find(recipe).parent])
+        decided = resumed(read_recipe(stored), written, spelled_out(recipe, overrides))
+        for name in decided.own_classes:
+            own.refuse_unless_admitted("a class of this run", name)
     check_shares(decided, ranks)
     return decided
 

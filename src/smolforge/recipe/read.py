@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from smolforge import presets
+from smolforge import own, presets
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.recipe import syntax
@@ -35,6 +35,15 @@ def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     for dotted, value in overrides.items():
         place(tree, dotted, value)
     return to_recipe(tree, "", f"{path} with {', '.join(overrides)} changed: ")
+
+
+def admitted(recipe: Recipe, source: str | Path) -> Recipe:
+    """The same, once the classes it names are imported, from beside the file that names them or where Python looks.
+
+    Only for what a person wrote, and never for a recipe that was found in a run.
+    """
+    own.admit(recipe.own_classes, [find(source).parent])
+    return recipe
 
 
 def model_settings(source: str | Path) -> set[str]:

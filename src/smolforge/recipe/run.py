@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from smolforge import guard, optim
+from smolforge import guard, optim, own
 from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
@@ -135,6 +135,7 @@ def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> li
         files.write(RECIPE, write_recipe(recipe))
         settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
         machine = describe(start.device) | settings | {"ranks": start.ranks.size}
+        machine |= {"own_classes": own.fingerprints(recipe.own_classes)} if recipe.own_classes else {}
         machine = files.record_start(now.step, machine, dict(start.seen))
     files.rewind(now.step, facts.get("incidents", []))
     state.set_aside(files.path, now.step)

@@ -15,7 +15,7 @@ from smolforge.checkpoint import resolve, weights
 from smolforge.commit import MANIFEST
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
-from smolforge.verification import causes, checks
+from smolforge.verification import causes, checks, classes
 from smolforge.verification.files import files
 from smolforge.verification.oracle import Oracle, require
 from smolforge.verification.releases import Release, identify, published, sha256
@@ -89,6 +89,8 @@ def _verify(
     if not done(checks.finite(loaded)).holds:
         return None
     cause = None
+    if loaded.config.own_classes:
+        return of_itself(loaded, done)
     if "transformers" in against:
         limit = loaded.config.max_position_embeddings
         cause = against_transformers(loaded, folder, min(max_length or limit, limit), done)
@@ -101,6 +103,15 @@ def _verify(
             done(Check("golden", False, "no published reference is known for it; --against transformers compares"))
     done(checks.tied(loaded))
     return cause
+
+
+def of_itself(model: LanguageModel, done: Callable[[Check], Check]) -> None:
+    """A model with classes of a person's own, which no other implementation has."""
+    ids = torch.tensor([text_ids(model, min(SHORT, model.config.max_position_embeddings))])
+    done(classes.causal(model, ids))
+    done(checks.cached(model, ids[0].tolist()))
+    done(classes.documents(model, ids))
+    done(checks.tied(model))
 
 
 def against_transformers(model: LanguageModel, folder: Path, limit: int, done: Callable[[Check], Check]) -> str | None:

@@ -18,7 +18,7 @@ from smolforge.comparison.statistics import Test
 from smolforge.config import Recipe, Seed, Share, Text
 from smolforge.errors import SettingError, did_you_mean
 from smolforge.recipe import syntax
-from smolforge.recipe.read import find, read_recipe
+from smolforge.recipe.read import admitted, find, read_recipe
 from smolforge.settings import Settings, leaves, shown, validated
 
 TABLES = ("recipe", "study", "settings", "variants")
@@ -137,7 +137,7 @@ def read(what: str | Path) -> Study:
     read_recipe(recipe)
     own = {name: changes_of(name, table, path) for name, table in variants.items()}
     changes = {name: common | each for name, each in own.items()}
-    recipes = {name: recipe_of(recipe, each, f"{path}: variants.{name}: ") for name, each in changes.items()}
+    recipes = {name: recipe_of(path, recipe, each, f"{path}: variants.{name}: ") for name, each in changes.items()}
     study = Study(path, recipe, head.study, common, changes, own, recipes)
     check_comparable(study)
     return study
@@ -174,10 +174,10 @@ def check(changes: Mapping[str, Any], where: str) -> None:
             raise SettingError(f"{where}{setting} is the study's to decide: {why}")
 
 
-def recipe_of(recipe: Path, changes: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe of a variant. Raises SettingError that says which."""
+def recipe_of(path: Path, recipe: Path, changes: Mapping[str, Any], where: str) -> Recipe:
+    """The recipe of a variant of the study at `path`. Raises SettingError that says which."""
     try:
-        return read_recipe(recipe, changes)
+        return admitted(read_recipe(recipe, changes), path)
     except SettingError as error:
         raise SettingError(f"{where}{error}") from None
 
