@@ -22,13 +22,14 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
-    """The optimizers of a recipe; together they own every parameter exactly once. An average of them all comes last.
+    """The optimizers of a recipe; together they own every parameter that learns exactly once. An average comes last.
 
     adamw: matrices decay, vectors do not. muon: the matrices inside the layers are orthogonalised;
     embedding, head and norms are AdamW's, as Muon's author advises.
     """
-    matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
-    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = {name: weight for name, weight in learning.items() if weight.ndim > 1}
+    vectors = [weight for weight in learning.values() if weight.ndim <= 1]
     match settings.name:
         case "adamw":
             chosen: list[Optimizer] = [adamw(matrices.values(), vectors, settings)]
@@ -42,8 +43,8 @@ def optimizers(model: nn.Module, settings: Optim) -> list[Optimizer]:
         case name:
             chosen = [own_optimizer(name, groups(matrices.values(), vectors, settings), settings)]
     owned = [id(weight) for each in chosen for group in each.param_groups for weight in group["params"]]
-    assert sorted(owned) == sorted(map(id, model.parameters())), "a parameter is forgotten or owned twice"
-    return chosen if settings.ema_decay is None else [*chosen, Average(model.parameters(), settings.ema_decay)]
+    assert sorted(owned) == sorted(map(id, learning.values())), "a parameter is forgotten or owned twice"
+    return chosen if settings.ema_decay is None else [*chosen, Average(learning.values(), settings.ema_decay)]
 
 
 def adamw(matrices: Iterable[nn.Parameter], vectors: Iterable[nn.Parameter], settings: Optim) -> AdamW:

@@ -1,4 +1,4 @@
-"""MODEL, the same everywhere: a model folder, a run or one of its steps, a preset, or org/name on the Hub."""
+"""MODEL, the same everywhere: a folder of a model or an adapter, a run or one of its steps, a preset, a Hub id."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from smolforge import commit, presets
-from smolforge.checkpoint import hub, state, weights
+from smolforge.checkpoint import adapter, hub, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 from smolforge.model import LanguageModel, build
@@ -40,7 +40,11 @@ def load(
         loaded = build(ModelConfig.model_validate(presets.shape(str(model))), dtype=dtype)
         return loaded.to(device).eval()
     folder = find(model)
-    loaded = weights.load(folder, dtype)
+    if adapter.is_adapter(folder):
+        loaded = load(adapter.base_of(folder), dtype)
+        adapter.apply(loaded, folder)
+    else:
+        loaded = weights.load(folder, dtype)
     if (folder / "tokenizer.json").is_file():
         loaded.tokenizer = Tokenizer.load(folder)
         if loaded.tokenizer.largest_id >= loaded.config.vocab_size:
@@ -89,6 +93,8 @@ def read_config(model: str | Path) -> ModelConfig:
     if not Path(model).exists() and str(model) in presets.names():
         return ModelConfig.model_validate(presets.shape(str(model)))
     folder = hub.fetch(str(model), [weights.CONFIG]) if _on_hub(model) else find(model)
+    if adapter.is_adapter(folder):
+        return read_config(adapter.base_of(folder))
     return weights.read_config(folder / weights.CONFIG)
 
 

@@ -2,6 +2,7 @@
 
 optimizer.safetensors   moments and step counts, named by parameter; where the model's weights are an average
                         (optim.ema_decay), also those that training goes on with: `training.<parameter>`
+../adapter/             low-rank updates, where it is they that learn; the model's files have them added
 random.safetensors      the random states of torch, NumPy and Python, as tensors: nothing is pickled
 state.json              step, tokens, corpus, validation loss, incidents so far
 """
@@ -23,8 +24,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smolforge import commit
-from smolforge.checkpoint import tensors, weights
+from smolforge import commit, lora
+from smolforge.checkpoint import adapter, tensors, weights
 from smolforge.config import ModelConfig
 from smolforge.device import synchronize
 from smolforge.errors import InvalidFile, LaterFormat
@@ -62,12 +63,20 @@ class Snapshot:
     """By their names on disk."""
     optimizer: dict[str, Tensor]
     random: dict[str, Tensor]
+    adapter: dict[str, Tensor]
+    """What learns, where low-rank updates do."""
+    adapter_settings: dict[str, Any]
+    """What peft is told of it."""
     facts: dict[str, Any]
     """For state.json; `step` among them."""
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for group in (self.weights, self.optimizer, self.random) for tensor in group.values())
+        return sum(
+            tensor.nbytes
+            for group in (self.weights, self.optimizer, self.random, self.adapter)
+            for tensor in group.values()
+        )
 
 
 class Staging:
@@ -88,7 +97,11 @@ class Staging:
 
 
 def snapshot(
-    model: LanguageModel, optimizer: dict[str, Tensor], facts: dict[str, Any], staging: Staging | None = None
+    model: LanguageModel,
+    optimizer: dict[str, Tensor],
+    facts: dict[str, Any],
+    staging: Staging | None = None,
+    adapter_settings: dict[str, Any] | None = None,
 ) -> Snapshot:
     """This moment, copied into `staging`; without one it holds only until the next step."""
     copy = staging.copy if staging else _contiguous
@@ -98,6 +111,8 @@ def snapshot(
         weights=copy(weights.named_tensors(model)),
         optimizer=copy(optimizer) if optimizer else {},
         random=random_tensors(),
+        adapter=copy(adapters) if (adapters := lora.adapters(model)) else {},
+        adapter_settings=adapter_settings or {},
         facts=facts,
     )
 
@@ -116,6 +131,8 @@ def save(folder: Path, moment: Snapshot, going_on: Callable[[], None] = lambda: 
         (temporary / TRAINING).mkdir()
         tensors.write(temporary / TRAINING / OPTIMIZER, moment.optimizer, going_on=going_on)
         tensors.write(temporary / TRAINING / RANDOM, moment.random, going_on=going_on)
+        if moment.adapter:
+            adapter.write(temporary / adapter.FOLDER, moment.adapter_settings, moment.adapter)
         content = json.dumps({"format_version": FORMAT_VERSION, **moment.facts}, indent=2)
         (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
 
@@ -128,9 +145,12 @@ def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[st
     The folder must have passed `commit.check`.
     """
     facts = read_facts(folder)
-    with weights.Tensors(folder) as found:
-        weights.check_names(found, model.config)
-        weights.fill(model, found)
+    if lora.adapters(model):  # the rest is in the model that it began from
+        adapter.fill(model, adapter.read(folder / adapter.FOLDER), folder / adapter.FOLDER)
+    else:
+        with weights.Tensors(folder) as found:
+            weights.check_names(found, model.config)
+            weights.fill(model, found)
     set_random_tensors(load_file(folder / TRAINING / RANDOM))
     return load_file(folder / TRAINING / OPTIMIZER), facts
 

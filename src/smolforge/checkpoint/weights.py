@@ -20,6 +20,7 @@ from smolforge.checkpoint import tensors as tensor_file
 from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile
+from smolforge.lora import folded
 from smolforge.model import LanguageModel, allocate, outline
 from smolforge.tokenizer import Tokenizer
 
@@ -181,12 +182,8 @@ def parts(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Ten
 
 
 def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """Every tensor of a model by its name on disk: the live ones, where they are."""
-    return {
-        each: place.detach()
-        for name, weight in model.named_parameters()
-        for each, place in parts(name, weight, model.config)
-    }
+    """Every tensor of a model by its name on disk: the live ones where they are, low-rank updates added."""
+    return {each: place.detach() for name, weight in folded(model) for each, place in parts(name, weight, model.config)}
 
 
 def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

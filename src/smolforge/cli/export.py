@@ -15,7 +15,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def export(
     model: str,
     *,
-    to: Literal["transformers"],
+    to: Literal["transformers", "adapter"],
     out: Path,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -29,7 +29,7 @@ def export(
         A Hub id, a model folder, a run folder or one of its checkpoints.
     to
         transformers: a clean folder that AutoModelForCausalLM loads, with tokenizer and chat template; it appears
-        only if Transformers says the same with it.
+        only if Transformers says the same with it. adapter: what training with --lora.rank learned, for peft.
     out
         The folder to write; it must not be there yet.
     dtype
@@ -40,6 +40,9 @@ def export(
         Print files, max_abs_logit_diff and greedy_match as one JSON object.
     """
     largest = _bytes(max_shard_size)
+    if to == "adapter":
+        _adapter(model, out, json_)
+        return
     from smolforge.export.transformers import to_transformers
 
     made = to_transformers(model, out, dtype, largest)
@@ -53,6 +56,18 @@ def export(
         f"Transformers loads it and says the same: logits within {made.max_abs_logit_diff:.1e}, greedy text equal"
         + (rounded if made.rounding_logit_diff else "")
     )
+
+
+def _adapter(model: str, out: Path, json_: bool) -> None:
+    from smolforge.export.adapter import to_adapter
+
+    files, worst = to_adapter(model, out)
+    if json_:
+        print(json.dumps({"files": files, "max_abs_logit_diff": worst}))
+        return
+    for name, size in files.items():
+        print(f"{size:>14,}  {out / name}")
+    print(f"added to its base it says the same: logits within {worst:.1e}; PeftModel.from_pretrained takes it")
 
 
 def _bytes(size: str) -> int:

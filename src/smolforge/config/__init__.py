@@ -33,6 +33,20 @@ class Data(Settings):
     """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
 
 
+class Lora(Settings):
+    """Low-rank updates that learn in place of the weights they are added to."""
+
+    rank: PositiveInt | None = None
+    """Rank of the updates; none trains the weights themselves. Needs init_from."""
+    alpha: PositiveFloat = 16.0
+    """What is added is alpha / rank times the updates."""
+    targets: Annotated[tuple[Text, ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    """Names of the linear layers that get one; starcoder2's feed-forward has c_fc and c_proj."""
+
+
 class Schedule(Settings):
     """Learning rate over optimizer steps: a linear warm-up, a plateau, a decay."""
 
@@ -225,6 +239,8 @@ class Recipe(Settings):
     """The optimizer and its schedule."""
     train: Train = Train()
     """The loop."""
+    lora: Lora = Lora()
+    """Low-rank updates in place of the weights."""
     guard: Guard = Guard()
     """What happens when numbers go wrong."""
     report: Report = Report()
@@ -251,6 +267,10 @@ class Recipe(Settings):
                 f"optim.schedule.warmup_steps ({schedule.warmup_steps}) and decay_steps "
                 f"({schedule.decay_steps or 0}) together are more than the {schedule.steps} steps of the schedule"
             )
+        if self.lora.rank is not None and self.init_from is None:
+            raise ValueError("lora.rank is given, but no model whose weights it would change: name one with init_from")
+        if self.lora.rank is not None and self.special_tokens:
+            raise ValueError("special_tokens need an embedding that learns, and under lora.rank it does not")
         if schedule.final_learning_rate > self.optim.learning_rate:
             raise ValueError(
                 f"optim.schedule.final_learning_rate ({schedule.final_learning_rate}) is above "

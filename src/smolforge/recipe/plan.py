@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from smolforge import lora
 from smolforge.activations import Checkpointing
 from smolforge.checkpoint.state import SOUND_KEPT
 from smolforge.config import ModelConfig, Recipe
@@ -24,7 +25,7 @@ from smolforge.model import build
 from smolforge.objective import Objective
 from smolforge.optim import optimizers
 from smolforge.settings import replaced
-from smolforge.sizes import flops_per_token, parameter_counts
+from smolforge.sizes import flops_per_token, parameter_counts, table
 from smolforge.training import Action, State, train
 
 EFFICIENCY = 0.45
@@ -125,8 +126,12 @@ def training_bytes(recipe: Recipe) -> int:
     kept = int(kept * COMPILED_SHARE) if compiled and again is None else kept
     kept += bytes_kept(model, None, width, low) if again else 0
     weights = sum(parameter_counts(model).values()) * width
-    copies = 4 + (recipe.optim.ema_decay is not None)
-    rest = copies * weights + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows)
+    copies = 3 + (recipe.optim.ema_decay is not None)
+    rest = (
+        weights
+        + copies * width * learning(recipe)
+        + head_bytes(recipe, tokens, width, accumulates=train.micro_rows < train.rows)
+    )
     rest += weights * low // width if low < width else 0  # what autocast casts
     if device.type == "cuda":
         return rest + tokens * kept
@@ -179,8 +184,15 @@ def disk_bytes(recipe: Recipe) -> int:
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Weights, two moments and an average, and a little for the rest."""
     width = 8 if recipe.train.dtype == "float64" else 4
-    copies = 3 + (recipe.optim.ema_decay is not None)
-    return copies * width * sum(parameter_counts(recipe.model).values()) + (4 << 20)
+    copies = 2 + (recipe.optim.ema_decay is not None) + (recipe.lora.rank is not None)
+    return width * (sum(parameter_counts(recipe.model).values()) + copies * learning(recipe)) + (4 << 20)
+
+
+def learning(recipe: Recipe) -> int:
+    """Numbers that training changes."""
+    if recipe.lora.rank is None:
+        return sum(parameter_counts(recipe.model).values())
+    return sum(row.times * lora.size(row.name, row.shape, recipe.lora) for row in table(recipe.model))
 
 
 def parse_budget(budget: str) -> tuple[float | None, int | None]:

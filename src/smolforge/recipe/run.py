@@ -18,19 +18,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import record_function
 
-from smolforge import guard, optim, own
-from smolforge.checkpoint import resolve, state, weights
+from smolforge import guard, lora, optim, own
+from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
 from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
 from smolforge.errors import MissingResource, Stopped
 from smolforge.meter import Meter, clock
-from smolforge.model import LanguageModel, adapted, allocate, build
+from smolforge.model import LanguageModel
 from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
+from smolforge.recipe.base import initial_model
 from smolforge.recipe.plan import plan_of_ranks, work
 from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
@@ -193,6 +193,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
         ranks.tell(partial(take_back, start, decisions, wrong))
         return None
     optim.swap_average(optimizers)
+    lora.merge(model)
     return Run(files.path, model.eval(), recipe, metrics)
 
 
@@ -228,19 +229,6 @@ def announce(start: Start, now: State) -> None:
     start.observer.planned(start.recipe, expected, now)
     for warning in expected.warnings():
         log.warning(warning)
-
-
-def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> LanguageModel:
-    """Fresh weights, those to start from, or none yet where a checkpoint or rank 0 is about to fill them."""
-    dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
-    if filled_later:
-        model = allocate(recipe.model, dtype)
-    elif recipe.init_from is not None:
-        model = adapted(weights.load(resolve.find(recipe.init_from), dtype), recipe.model)
-    else:
-        model = build(recipe.model, recipe.seed, dtype)
-    model.tokenizer = text.tokenizer()
-    return model
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,10 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
     """
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
-        recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": resolve.pinned(recipe.init_from)})
+        begun = resolve.pinned(recipe.init_from)
+        if recipe.lora.rank is not None and begun == recipe.init_from:  # it will be read again, from wherever that is
+            begun = str(resolve.find(begun).resolve())
+        recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
     recipe = in_the_fastest_dtype(recipe)
     if recipe.budget is not None:
         given = leaves(recipe)

@@ -23,6 +23,7 @@ from smolforge.generation.stream import generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
 from smolforge.ranks import Ranks
+from smolforge.recipe.base import told_of_base
 from smolforge.recipe.plan import Plan
 from smolforge.recipe.saving import Background, Saving, Take
 from smolforge.recipe.settle import fixed_settings
@@ -104,6 +105,7 @@ class Workshop:
         counted = energy(start.device) if self.ranks.size == 1 else Energy([])
         self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
         self.usage = Usage(start.device)
+        self.base, self.adapter = told_of_base(start.recipe) if self.ranks.leads else ({}, None)
         self.watch = Watch(model, start.recipe.report, start.trackers)
 
     def actions(self) -> list[Action]:
@@ -197,17 +199,23 @@ class Workshop:
         """How a snapshot of this moment is taken."""
 
         def take(staging: state.Staging | None) -> state.Snapshot:
-            loss = self.metrics.get("validation_loss")
-            facts = {
-                "step": now.step,
-                "tokens": now.tokens,
-                "corpus": self.text.fingerprint,
-                "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
-                "recipe": fixed_settings(self.recipe),
-                "incidents": self.files.incidents(),
-                "recent_losses": list(self.judge.recent),
-            }
+            facts = self.facts(now)
             with optim.averaged(self.optimizers):
-                return state.snapshot(self.model, optim.state_tensors(self.optimizers, self.model), facts, staging)
+                moments = optim.state_tensors(self.optimizers, self.model)
+                return state.snapshot(self.model, moments, facts, staging, self.adapter)
 
         return take
+
+    def facts(self, now: State) -> dict[str, Any]:
+        """What state.json says of this moment."""
+        loss = self.metrics.get("validation_loss")
+        return {
+            "step": now.step,
+            "tokens": now.tokens,
+            "corpus": self.text.fingerprint,
+            "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
+            "recipe": fixed_settings(self.recipe),
+            "incidents": self.files.incidents(),
+            "recent_losses": list(self.judge.recent),
+            **self.base,
+        }

@@ -1,0 +1,44 @@
+"""The model that a run begins from: fresh weights, somebody's, or somebody's that stay while low-rank updates learn."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolforge import lora
+from smolforge.checkpoint import adapter, resolve, weights
+from smolforge.config import Recipe
+from smolforge.data import corpus
+from smolforge.errors import InvalidFile
+from smolforge.model import LanguageModel, adapted, allocate, build
+
+
+def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> LanguageModel:
+    """Fresh weights, those to start from, or none yet where a checkpoint or rank 0 is about to fill them."""
+    dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
+    low_rank = recipe.lora.rank is not None
+    if filled_later and not low_rank:
+        model = allocate(recipe.model, dtype)
+    elif recipe.init_from is not None:
+        model = adapted(weights.load(resolve.find(recipe.init_from), dtype), recipe.model)
+    else:
+        model = build(recipe.model, recipe.seed, dtype)
+    if low_rank:
+        lora.adapt(model, recipe.lora, recipe.seed)
+    model.tokenizer = text.tokenizer()
+    return model
+
+
+def told_of_base(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a checkpoint of low-rank updates says of the model they change: for us, and for peft."""
+    if recipe.lora.rank is None or recipe.init_from is None:
+        return {}, None
+    base = {"base": adapter.fingerprint(resolve.find(recipe.init_from))}
+    return base, adapter.settings_of(recipe.lora, recipe.init_from)
+
+
+def check_base(recipe: Recipe, checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Raises InvalidFile where the model that low-rank updates belong to is another by now."""
+    now, _ = told_of_base(recipe)
+    if now and now["base"] != facts.get("base"):
+        raise InvalidFile(f"{checkpoint} changes the model {recipe.init_from}, whose weights are others now")

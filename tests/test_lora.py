@@ -1,0 +1,260 @@
+"""Low-rank updates: against peft on the same numbers, merged, resumed, and files that are not what they should be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import tomli_w
+import torch
+from conftest import NANO
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from smolforge import cli, load, lora, train
+from smolforge.checkpoint import adapter, state, weights
+from smolforge.config import Lora
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.loss import loss_sum
+from smolforge.model import build
+from smolforge.recipe.plan import learning
+from smolforge.recipe.read import to_recipe
+from smolforge.testing import in_child, tiny_config, tiny_model
+from smolforge.testing.processes import die
+
+TARGETS = Lora().targets
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of Transformers
+
+
+def call(capsys, *words: object) -> tuple[int, str, str]:
+    code = cli.run([str(word) for word in words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def disturbed(model: nn.Module) -> None:
+    """Give B values, so that the updates do something."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in lora.adapters(model).items():
+        if name.endswith(lora.B):
+            value.data.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A model folder that Transformers reads."""
+    model = tiny_model()
+    weights.save(model, tmp_path / "base", model.tokenizer)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def recipe(tmp_path, base, text_file) -> Path:
+    tree = NANO | {"data": {"sources": [str(text_file)]}, "init_from": str(base), "tokenizer": str(base)}
+    tree |= {"lora": {"rank": 4, "alpha": 8.0}, "optim": NANO["optim"] | {"learning_rate": 1e-2}}
+    path = tmp_path / "lora.toml"
+    path.write_text(tomli_w.dumps(tree))
+    return path
+
+
+@given(st.sampled_from(["llama", "qwen3", "starcoder2", "mixtral"]), st.integers(1, 8), st.floats(0.5, 32))
+def test_merged_says_the_same(family, rank, alpha):
+    model = build(tiny_config(model_type=family))
+    targets = ("c_fc", "o_proj") if family == "starcoder2" else ("q_proj", "v_proj")
+    ids = torch.arange(20)[None]
+    before = model(ids)
+    lora.adapt(model, Lora(rank=rank, alpha=alpha, targets=targets), seed=0)
+    assert torch.equal(model(ids), before), "B is 0 at first"
+    disturbed(model)
+    unmerged, folded = model(ids), dict(lora.folded(model))
+    assert not torch.allclose(unmerged, before)
+    lora.merge(model)
+    torch.testing.assert_close(model(ids), unmerged, atol=1e-5, rtol=0)
+    assert folded.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(folded[name], weight) for name, weight in model.named_parameters())
+
+
+def test_full_rank_reaches_every_matrix():
+    """What full tuning can do, updates of full rank can: here the very matrix of another model."""
+    model, other = build(tiny_config(), 1), build(tiny_config(), 2)
+    full = min(model.config.hidden_size, model.config.intermediate_size)
+    lora.adapt(model, Lora(rank=full, alpha=float(full)), seed=0)
+    theirs = dict(other.named_modules())
+    for name, layer in lora.low_rank(model).items():
+        u, s, v = torch.linalg.svd((theirs[name].weight - layer.weight).double(), full_matrices=False)
+        pad = full - len(s)
+        layer.lora_B.data.copy_(nn.functional.pad(u * s, (0, pad)))
+        layer.lora_A.data.copy_(nn.functional.pad(v, (0, 0, 0, pad)))
+    lora.merge(model)
+    for name, weight in other.named_parameters():
+        if name.removesuffix(".weight").rpartition(".")[2] in TARGETS:
+            torch.testing.assert_close(model.get_parameter(name), weight, atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_updates_learn_and_are_counted():
+    model = build(tiny_config())
+    lora.adapt(model, Lora(rank=3), seed=0)
+    ids = torch.arange(20)[None]
+    loss, _ = loss_sum(model.hidden(ids), model.head, ids)
+    loss.backward()
+    have = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    assert have == lora.adapters(model).keys()
+    tree = NANO | {"init_from": "x", "lora": {"rank": 3}}
+    assert learning(to_recipe(tree)) == sum(value.numel() for value in lora.adapters(model).values())
+
+
+def test_peft_says_the_same_and_learns_the_same(base):
+    """Logits, loss gradients of A and B, on the same numbers; then the file both ways."""
+    ours = load(base)
+    settings = Lora(rank=4, alpha=8.0)
+    lora.adapt(ours, settings, seed=0)
+    disturbed(ours)
+    folder = base.parent / "adapter"
+    adapter.write(folder, adapter.settings_of(settings, str(base)), lora.adapters(ours))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True)
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    loss, _ = loss_sum(ours.hidden(ids)[:, :-1], ours.head, ids[:, 1:])
+    (loss / 23).backward()
+    theirs(ids, labels=ids).loss.backward()
+    found = {name.removeprefix(adapter.PREFIX): each for name, each in theirs.named_parameters() if each.requires_grad}
+    assert len(found) == len(lora.adapters(ours))
+    for name, weight in lora.adapters(ours).items():
+        other = found[f"{name}.default.weight"]
+        torch.testing.assert_close(weight.grad, other.grad, atol=1e-6, rtol=1e-4)
+    theirs.save_pretrained(base.parent / "theirs")
+    torch.testing.assert_close(load(base.parent / "theirs")(ids), ours(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_its_files_and_peft(recipe, base, tmp_path, capsys):
+    run = train(recipe, tmp_path / "run")
+    newest = state.all_of(run.folder)[-1]
+    ids = torch.arange(24)[None]
+    merged, before = load(run.folder), load(base)
+    assert torch.equal(merged(ids), run.model(ids))
+    assert not torch.equal(merged(ids), before(ids))
+    for name, weight in before.named_parameters():
+        if name.removesuffix(".weight").rpartition(".")[2] not in TARGETS:
+            assert torch.equal(weight, merged.get_parameter(name)), name
+    assert AutoModelForCausalLM.from_pretrained(newest).config.model_type == "llama"
+    code, out, _ = call(capsys, "export", run.folder, "--to", "adapter", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out)["max_abs_logit_diff"] <= 1e-5
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
+    torch.testing.assert_close(theirs(ids).logits, merged(ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "out")(ids), merged(ids), atol=1e-5, rtol=1e-5)
+    code, _, err = call(capsys, "export", base, "--to", "adapter", "--out", tmp_path / "none")
+    assert code == 2
+    assert "was not trained with --lora.rank" in err
+    assert call(capsys, "generate", tmp_path / "out", "--prompt", "a")[0] == 0
+
+
+def killed_after(recipe: Path, run: Path, step: int) -> None:
+    class Observer:
+        planned = preparing = sampled = lambda *given: None
+
+        def stepped(self, metrics):
+            if metrics["step"] == step:
+                die()
+
+    from smolforge.recipe import resume_or_start
+
+    resume_or_start(recipe, run, {}, observer=Observer())
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5, "name": "muon"}])
+def test_killed_and_resumed_to_the_bit(recipe, tmp_path, changes):
+    tree = recipe.read_text().replace("[optim]", f"[optim]\n{tomli_w.dumps(changes)}")
+    recipe.write_text(tree)
+    whole = train(recipe, tmp_path / "whole")
+    assert in_child(killed_after, recipe, tmp_path / "parts", 6) == -9
+    parts = train(recipe, tmp_path / "parts")
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, parts.model.state_dict()[name]), name
+    one, other = (state.all_of(run.folder)[-1] for run in (whole, parts))
+    for file in ("adapter/adapter_model.safetensors", "training/optimizer.safetensors"):
+        assert (one / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_another_base_is_noticed(recipe, base, tmp_path, capsys):
+    train(recipe, tmp_path / "run", steps=4)
+    model = tiny_model()
+    model.model.norm.weight.data += 1
+    weights.save(model, base, model.tokenizer)
+    code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", "--train.steps", 6)
+    assert code == 3
+    assert "whose weights are others now" in err
+    shutil.rmtree(base)
+    code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", "--train.steps", 6)
+    assert code == 2
+    assert "there is no model" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora.targets": "q_proj,wq"}, "lora.targets has 'wq'; the linear layers of this model are q_proj"),
+        ({"lora.rank": 0}, "lora.rank is"),
+        ({"init_from": "none"}, "name one with init_from"),
+        ({"special_tokens": "<a>"}, "need an embedding that learns"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, said):
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", *flags)
+    assert code == 2, err
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"use_dora": True}, "use_dora is 'True', which is not implemented"),
+        ({"peft_type": "IA3"}, "only LORA is implemented"),
+        ({"r": 5}, "has rank 4"),
+        ({"r": "4"}, "r is '4'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"base_model_name_or_path": None}, "does not say which model"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+    ],
+)
+def test_adapters_that_compute_something_else_are_refused(base, tmp_path, change, said):
+    settings = Lora(rank=4, targets=("q_proj",))
+    model = load(base)
+    lora.adapt(model, settings, 0)
+    adapter.write(tmp_path / "a", adapter.settings_of(settings, str(base)) | change, lora.adapters(model))
+    with pytest.raises((InvalidFile, SettingError), match=said):
+        load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("fault", ["cut", "lacks", "shape", "where", "name"])
+def test_broken_adapter_files(base, tmp_path, fault):
+    settings = Lora(rank=4, targets=("q_proj",))
+    model = load(base)
+    lora.adapt(model, settings, 0)
+    adapter.write(tmp_path / "a", adapter.settings_of(settings, str(base)), lora.adapters(model))
+    file = tmp_path / "a" / adapter.WEIGHTS
+    found = load_file(file)
+    first = next(name for name in found if name.endswith("lora_B.weight"))
+    match fault:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-10])
+        case "lacks":
+            del found[first]
+        case "shape":
+            found[first] = found[first][:-1].contiguous()
+        case "where":
+            found = {name.replace("layers.0", "layers.99"): each for name, each in found.items()}
+        case "name":
+            found["other"] = torch.zeros(1)
+    if fault != "cut":
+        save_file(found, file)
+    with pytest.raises(InvalidFile, match="adapter_model"):
+        load(tmp_path / "a")
