@@ -117,16 +117,20 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
         """Of what follows each context; one bar, while rows are scored."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        return super().loglikelihood(list(requests), disable_tqdm=True)
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[Answer]:
         rows = rows_of(self._fitting(requests), tokens_at_once(self.model))
         with tqdm(total=len(rows), desc="rows scored", disable=None) as bar:
-            found = log_probabilities(self.model, rows, scored=bar.update)
+
+            def advance(more: int) -> None:
+                bar.update(more)
+
+            found = log_probabilities(self.model, rows, scored=advance)
         answers = [found[0, number] for number in range(len(requests))]
-        for (asked, _, _), answer in zip(requests, answers, strict=True):
-            if asked is not None:
-                self.cache_hook.add_partial("loglikelihood", asked, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def _fitting(self, requests: Sequence[Encoded]) -> Iterator[tuple[list[int], list[int]]]:
@@ -221,7 +225,7 @@ def generation(asked: dict[str, Any]) -> Generation:
 
     Raises SettingError for what we do not have.
     """
-    given = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
+    given: dict[str, Any] = {**normalize_gen_kwargs(asked, MAX_NEW_TOKENS)}
     stop = [word for word in given.pop("until") if word]
     most, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
     for name, value in given.items():
