@@ -154,6 +154,7 @@ def _run(path: Path) -> dict[str, Any]:
     from smolforge.comparison import history
 
     run = history.read(path)
+    scored = {key.removeprefix("task_") for record in run.metrics for key in record if key.startswith("task_")}
     return {
         "state": run.state,
         "why": run.why,
@@ -161,6 +162,7 @@ def _run(path: Path) -> dict[str, Any]:
         "steps": run.steps,
         "loss": run.newest("loss"),
         "validation_loss": run.newest("validation_loss"),
+        **({"tasks": {key: run.newest(f"task_{key}") for key in sorted(scored)}} if scored else {}),
         "checkpoints": [folder.name for folder in state.all_of(path)],
         "parameters": _model(run.recipe.model)["parameters"],
         **speed.of_run(run),
