@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli import speed
+from smolforge.cli import overlap, speed
 from smolforge.cli.compare import inspect_runs, runs_named
 from smolforge.cli.flags import parse
 from smolforge.errors import SettingError
@@ -15,6 +15,7 @@ from smolforge.errors import SettingError
 def inspect(
     what: str,
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+    tasks: str | None = None,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """What a model, recipe, corpus or run is, and what it will need.
@@ -24,14 +25,20 @@ def inspect(
     what
         A model folder, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe takes the
         same dotted flags as train. Several runs, or a folder of runs, are shown as a table.
+    tasks
+        Of a corpus: say how many items of these tasks, named as for evaluate, share 13 words in a row with it.
     json_
         Print it as one JSON object.
     """
+    if tasks is not None and not (Path(what) / "corpus.json").is_file():
+        raise SettingError(f"--tasks is for a prepared corpus; {what} is none")
     if runs := runs_named(what, settings):
         inspect_runs(runs, json_)
         return
     overrides = parse(settings)
     facts = _facts(what, overrides)
+    if tasks is not None:
+        facts["overlap"] = overlap.of_corpus(Path(what), tasks)
     if json_:
         print(json.dumps(facts))
         return
@@ -147,6 +154,7 @@ def _run(path: Path) -> dict[str, Any]:
     from smolforge.comparison import history
 
     run = history.read(path)
+    scored = {key.removeprefix("task_") for record in run.metrics for key in record if key.startswith("task_")}
     return {
         "state": run.state,
         "why": run.why,
@@ -154,6 +162,7 @@ def _run(path: Path) -> dict[str, Any]:
         "steps": run.steps,
         "loss": run.newest("loss"),
         "validation_loss": run.newest("validation_loss"),
+        **({"tasks": {key: run.newest(f"task_{key}") for key in sorted(scored)}} if scored else {}),
         "checkpoints": [folder.name for folder in state.all_of(path)],
         "parameters": _model(run.recipe.model)["parameters"],
         **speed.of_run(run),
@@ -181,10 +190,11 @@ def _machine() -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[str]:
     """The parameter table, where there is one, and then one fact a line, the values below each other."""
     table = facts.get("table", [])
-    rows = _flat({key: value for key, value in facts.items() if key not in ("table", "time", "slow")})
+    rows = _flat({key: value for key, value in facts.items() if key not in ("table", "time", "slow", "overlap")})
     width = max(len(key) for key, _ in rows) + 2
     told = [*_table(table), *_about_the_head(facts), ""] if table else []
-    return [*told, *(f"{key:<{width}}{_said(key, value)}" for key, value in rows), *speed.lines(facts)]
+    facts_told = [f"{key:<{width}}{_said(key, value)}" for key, value in rows]
+    return [*told, *facts_told, *speed.lines(facts), *overlap.lines(facts.get("overlap", {}))]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

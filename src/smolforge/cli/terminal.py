@@ -82,7 +82,7 @@ class Display:
             self.live = Live(self.board, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
-        measured = "validation_loss" in metrics
+        measured = any(name.startswith(("validation_loss", "task_")) for name in metrics)
         if self.live is not None:
             self.board.stepped(metrics, figures(metrics))
             if measured:
@@ -107,6 +107,9 @@ def metrics_parts(metrics: dict[str, Any]) -> list[str]:
     if "validation_loss" in metrics:
         bits = metrics["validation_bits_per_byte"]
         parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
+    scored = [name for name in metrics if name.startswith("task_") and name.endswith("_acc")]
+    if scored:
+        parts.insert(1, ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in scored))
     return parts
 
 

@@ -135,6 +135,10 @@ class Train(Settings):
     """Steps between measurements on the held-out text."""
     evaluate_tokens: Annotated[PositiveInt | None, FREE] = 65_536
     """Held-out tokens used by each measurement while training; none uses all."""
+    evaluate_tasks: Annotated[tuple[Text, ...] | None, FREE] = None
+    """Tasks by name and .jsonl files of items, scored whenever the held-out text is measured."""
+    evaluate_task_items: Annotated[PositiveInt | None, FREE] = 200
+    """First items of each task used by each measurement while training; none uses all."""
     sample_every: Annotated[PositiveInt | None, FREE] = 500
     """Steps between text samples."""
     sample_prompts: Annotated[tuple[str, ...], FREE] = ("",)

@@ -6,6 +6,7 @@ The shards, DIR/{train,held_out}/00000.ds, are datatrove's: `.ds` little-endian 
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from smolforge.tokenizer import Tokenizer
 FORMAT_VERSION = 1
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = (TRAIN, HELD_OUT)
+AT_ONCE = 1 << 16
+"""Tokens to read at a time, where a text is read from its beginning to its end."""
+CHARACTER = 4
+"""Tokens that one character is made of at most, a byte each."""
 
 
 class Corpus:
@@ -56,6 +61,18 @@ class Corpus:
         """The text behind the tokens, documents joined."""
         ids = self.tokens(split)[:]
         return self.tokenizer().decode(ids[ids != self.facts["eos_id"]].tolist())
+
+    def texts(self, split: str, at_once: int = AT_ONCE) -> Iterator[tuple[str, bool, int]]:
+        """The text in pieces of about `at_once` tokens or a document: its text, whether the document ends with it, and
+        how many tokens that are. Joined, the pieces of a document are its text.
+        """
+        ids, eos_id, pieces = self.tokens(split), self.facts["eos_id"], Pieces(self.tokenizer())
+        for start in range(0, len(ids), at_once):
+            window = ids[start : start + at_once]
+            for part in np.split(window, np.flatnonzero(window == eos_id) + 1):
+                if len(part):
+                    ends = int(part[-1]) == eos_id
+                    yield pieces.push(part[: len(part) - ends].tolist(), ends), ends, len(part)
 
     def size(self, split: str) -> dict[str, int]:
         """documents, tokens and bytes (of UTF-8 text) of one split."""
@@ -103,3 +120,29 @@ class Tokens:
             parts.append(self.shards[first][start - offset : stop - offset])
             start, first = int(self.starts[first + 1]), first + 1
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+class Pieces:
+    """Runs of a document's ids in, its text out as far as its characters are whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.settled: list[int] = []  # the last ids that were given out: decoders treat the first of a text differently
+        self.waiting: list[int] = []
+
+    def push(self, ids: list[int], ends: bool) -> str:
+        """The text these ids bring; all there is where the document ends."""
+        ids = self.waiting + ids
+        whole = len(ids) if ends else self._whole(ids)
+        before = self.tokenizer.decode(self.settled)
+        text = self.tokenizer.decode(self.settled + ids[:whole])[len(before) :]
+        self.settled = [] if ends else (self.settled + ids[:whole])[-CHARACTER:]
+        self.waiting = ids[whole:]
+        return text
+
+    def _whole(self, ids: list[int]) -> int:
+        """How many of the ids end with a whole character."""
+        for length in range(len(ids), max(0, len(ids) - CHARACTER), -1):
+            if not self.tokenizer.decode(ids[max(0, length - CHARACTER) : length]).endswith("\ufffd"):
+                return length
+        return len(ids) if len(ids) >= CHARACTER else 0

@@ -2,6 +2,7 @@
 
 text             loss, perplexity, bits per byte, token accuracy     tasks       where items come from, by name
 multiple_choice  accuracy on items, with its standard error          published   what SmolLM2's authors measured
+harness          lm-evaluation-harness asks our model                overlap     items that stand in a corpus
 """
 
 from smolforge.evaluation.text import loss_by_position as loss_by_position

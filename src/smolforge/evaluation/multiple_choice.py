@@ -148,30 +148,49 @@ def score(
 
     Raises InvalidFile for an item longer than the model's context, and for a model that gives no numbers.
     """
-    tokens = batch_tokens or (CPU_TOKENS if model.head.device.type == "cpu" else GPU_TOKENS)
-    logprobs = [[0.0] * len(item.choices) for item in items]
-    greedy = [[True] * len(item.choices) for item in items]
-    for batch in batches(encoded(model, items), tokens):
+    rows = encoded(own(model), items, model.config.max_position_embeddings)
+    found = log_probabilities(model, rows, batch_tokens, scored)
+    answers = [[found[number, choice] for choice in range(len(item.choices))] for number, item in enumerate(items)]
+    return [Score(item, *map(tuple, zip(*answer, strict=True))) for item, answer in zip(items, answers, strict=True)]
+
+
+def log_probabilities(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    batch_tokens: int | None = None,
+    scored: Callable[[int], None] = lambda rows: None,
+) -> dict[tuple[int, int], tuple[float, bool]]:
+    """In nats, of each continuation by (item, choice), and whether it is what greedy decoding gives.
+
+    Raises InvalidFile for a model that gives no numbers.
+    """
+    found: dict[tuple[int, int], tuple[float, bool]] = {}
+    for batch in batches(rows, batch_tokens or tokens_at_once(model)):
         for item, choice, loss, hit in _forward(model, batch):
-            logprobs[item][choice] -= loss
-            greedy[item][choice] &= hit
+            logprob, greedy = found.get((item, choice), (0.0, True))
+            found[item, choice] = logprob - loss, greedy and hit
         scored(len(batch))
-    if any(math.isnan(value) for found in logprobs for value in found):
+    if any(math.isnan(logprob) for logprob, _ in found.values()):
         raise InvalidFile("this model's log-probabilities are no numbers; `smolforge verify` says where it is broken")
-    return [Score(*each) for each in zip(items, map(tuple, logprobs), map(tuple, greedy), strict=True)]
+    return found
 
 
-def encoded(model: LanguageModel, items: Sequence[Item]) -> list[Row]:
+def tokens_at_once(model: LanguageModel) -> int:
+    """Tokens of one forward pass that keep the model's device busy."""
+    return CPU_TOKENS if model.head.device.type == "cpu" else GPU_TOKENS
+
+
+def encoded(tokenizer: Tokenizer, items: Sequence[Item], limit: int) -> list[Row]:
     """The rows of each item: one, unless its choices have queries of their own.
 
-    Raises InvalidFile where one is longer than the model's context.
+    Raises InvalidFile where one is longer than `limit`, the model's context.
     """
-    pairs = iter(encode_pairs(own(model), [(q, DELIMITER + text) for item in items for q, text in item.pairs()]))
+    pairs = iter(encode_pairs(tokenizer, [(q, DELIMITER + text) for item in items for q, text in item.pairs()]))
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
     for number, item in enumerate(items):
         for choice in range(len(item.choices)):
             context, continuation = next(pairs)
-            length, limit = len(context) + len(continuation) - 1, model.config.max_position_embeddings
+            length = len(context) + len(continuation) - 1
             if length > limit:
                 raise InvalidFile(
                     f"{item.place or item.id}: query and choice {choice} have {length:,} tokens, more than this "

@@ -139,9 +139,16 @@ def _overlap(text: str, word: str) -> int:
 def pieces(model: LanguageModel, prompts: Sequence[str], options: Generation) -> Iterator[tuple[int, Piece]]:
     """(row, piece) of all prompts, as they come. An empty prompt starts a new document."""
     tokenizer = own(model)
+    yield from pieces_behind(model, [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts], options)
+
+
+def pieces_behind(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], options: Generation
+) -> Iterator[tuple[int, Piece]]:
+    """The same, of prompts given by their ids."""
+    tokenizer = own(model)
     rows = [Text(tokenizer, options.stop) for _ in prompts]
-    ids = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts]
-    source = tokens(model, ids, sampling(options), options.max_new_tokens, tokenizer.eos_id, options.seed)
+    source = tokens(model, prompts, sampling(options), options.max_new_tokens, tokenizer.eos_id, options.seed)
     token = next(source)
     while True:
         piece = rows[token.row].push(token, tokenizer.eos_id)

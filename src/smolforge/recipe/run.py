@@ -11,7 +11,7 @@ whatever looks at the folder and decides, writes, or speaks.
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from smolforge.config import Recipe
 from smolforge.data import batches, corpus
 from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
 from smolforge.errors import MissingResource, Stopped
+from smolforge.evaluation.tasks import Task
 from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel
 from smolforge.objective import Objective
@@ -36,7 +37,7 @@ from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.standing import check_disk, restore, standing, take_back
-from smolforge.recipe.text import check_prompts, open_corpus, windows_of
+from smolforge.recipe.text import check_items, check_prompts, open_corpus, tasks_of, windows_of
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
@@ -78,12 +79,16 @@ def run_settled(
         heard_by = hearing(recipe, held, ranks)
         stop = held.enter_context(stop_signals())
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
-        text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, observer))))
+        asked: list[Task] = []  # stays empty where rank 0 is another
+        ranks.tell(lambda: asked.extend(tasks_of(recipe)))
+        text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, asked, observer))))
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
         to_profile = profile if ranks.leads else None
-        start = Start(recipe, files, text, reading, observer, heard_by, stop, ranks, device, to_profile, seen or {})
+        start = Start(
+            recipe, files, text, asked, reading, observer, heard_by, stop, ranks, device, to_profile, seen or {}
+        )
         run = attempt(start, first=True)
         while run is None:
             run = attempt(start)
@@ -117,11 +122,12 @@ def hearing_the_end(heard_by: Trackers) -> Iterator[None]:
     heard_by.end(*how_it_ended(None))
 
 
-def prepared(recipe: Recipe, files: RunFolder, observer: Observer) -> str:
+def prepared(recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer) -> str:
     """Where the run's text is, once all is there that can be without a model. Rank 0 does this, and so the next two."""
     state.clear(files.path)
     text = open_corpus(recipe, files.path, files.stored_recipe() is not None, observer)
     check_prompts(recipe, text.tokenizer())
+    check_items(asked, recipe, text.tokenizer())
     windows_of(text, recipe)
     return str(text.folder)
 

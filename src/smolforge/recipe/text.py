@@ -1,12 +1,16 @@
 """The text of a run: the corpus its recipe names, or one made from its sources, by a tokenizer that all agree on."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from smolforge.checkpoint import resolve
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus, shards
 from smolforge.errors import SettingError
+from smolforge.evaluation import tasks
+from smolforge.evaluation.multiple_choice import encoded
+from smolforge.evaluation.tasks import Task
 from smolforge.recipe.workshop import Observer
 from smolforge.tokenizer import Tokenizer
 
@@ -68,9 +72,29 @@ def windows_of(text: corpus.Corpus, recipe: Recipe) -> batches.Windows:
     return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
 
 
+def tasks_of(recipe: Recipe) -> list[Task]:
+    """What to score while training.
+
+    Raises SettingError, InvalidFile or MissingResource for what is no task, or cannot be read.
+    """
+    settings = recipe.train
+    words = settings.evaluate_tasks if settings.evaluate_tasks and settings.evaluate_every else ()
+    found = [tasks.find(word, settings.evaluate_task_items) for word in words]
+    names = [task.name for task in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingError(f"two of train.evaluate_tasks are called {twice[0]}; name each once, or rename a file")
+    return found
+
+
 def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
     limit = recipe.model.max_position_embeddings
     for prompt in recipe.train.sample_prompts if recipe.train.sample_every else ():
         if len(tokenizer.encode(prompt)) >= limit:
             raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
+
+
+def check_items(asked: Sequence[Task], recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Refuse items beyond the model's context before the first step rather than at their first turn."""
+    for task in asked:
+        encoded(tokenizer, task.items, recipe.model.max_position_embeddings)

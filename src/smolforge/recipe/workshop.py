@@ -5,7 +5,7 @@ Rank 0 does it. The others have the same actions in the same turn, and wait; not
 
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,8 @@ from smolforge.device import autocast
 from smolforge.device.energy import Energy, PerToken, energy
 from smolforge.device.usage import Usage
 from smolforge.evaluation import measure_corpus
+from smolforge.evaluation.multiple_choice import score, summary
+from smolforge.evaluation.tasks import Task
 from smolforge.generation.stream import generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
@@ -64,6 +66,8 @@ class Start:
     files: RunFolder
     """Only rank 0 writes into it, and has it locked."""
     text: corpus.Corpus
+    tasks: Sequence[Task]
+    """What is scored beside the held-out text, on rank 0."""
     reading: Background
     """The check of the text, which rank 0 does."""
     observer: Observer
@@ -98,7 +102,7 @@ class Workshop:
         saving: Saving,
     ) -> None:
         self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
-        self.stop, self.ranks, self.trackers = start.stop, start.ranks, start.trackers
+        self.tasks, self.stop, self.ranks, self.trackers = start.tasks, start.stop, start.ranks, start.trackers
         self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
         self.metrics: dict[str, Any] = {}
         self.save_wanted = False
@@ -112,7 +116,7 @@ class Workshop:
         """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
         settings, report = self.recipe.train, self.recipe.report
         actions = []
-        if settings.evaluate_every and self.text.size(corpus.HELD_OUT)["tokens"]:
+        if settings.evaluate_every and (self.held_out or settings.evaluate_tasks):
             actions.append(Action(settings.evaluate_every, self.led(self.measure)))
         if settings.sample_every:
             actions.append(Action(settings.sample_every, self.led(self.sample)))
@@ -141,17 +145,37 @@ class Workshop:
             self.stop.asked_by = signal.Signals(asked_by)
         return asked_by is not None
 
+    @property
+    def held_out(self) -> bool:
+        """Whether there is text to measure on."""
+        return self.text.size(corpus.HELD_OUT)["tokens"] > 0
+
     def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
-        settings = self.recipe.train
+        """On the held-out text, and on tasks."""
         with optim.averaged(self.optimizers):
-            found = measure_corpus(
-                self.model,
-                self.text,
-                settings.sequence_length,
-                settings.evaluate_tokens,
-                precision=autocast(settings.dtype, self.model.head.device),
-                intra_document_masking=self.recipe.data.intra_document_masking,
-            )
+            return (self.measured() if self.held_out else {}) | self.scored()
+
+    def scored(self) -> dict[str, float]:
+        """Accuracies of each task, by each way of counting."""
+        found: dict[str, float] = {}
+        self.model.eval()
+        for task in self.tasks:
+            with autocast(self.recipe.train.dtype, self.model.head.device):
+                told = summary(score(self.model, task.items))
+            found |= {f"task_{task.name}_{name}": told[name] for name in ("acc", "acc_norm", "acc_chars")}
+        self.model.train()
+        return found
+
+    def measured(self) -> dict[str, float]:
+        settings = self.recipe.train
+        found = measure_corpus(
+            self.model,
+            self.text,
+            settings.sequence_length,
+            settings.evaluate_tokens,
+            precision=autocast(settings.dtype, self.model.head.device),
+            intra_document_masking=self.recipe.data.intra_document_masking,
+        )
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def sample(self, now: State, metrics: dict[str, Any]) -> None:

@@ -5,7 +5,13 @@ from typing import Any
 
 from smolforge.tracking.events import Event, Incident, Rewound, Sampled, Stepped, Watched
 
-GROUPS = {"validation_": "validation", "seconds_": "seconds", "tokens_per_second": "speed", "mfu": "speed"}
+GROUPS = {
+    "validation_": "validation",
+    "task_": "tasks",
+    "seconds_": "seconds",
+    "tokens_per_second": "speed",
+    "mfu": "speed",
+}
 GROUPS |= dict.fromkeys(("joules_", "peak_memory", "memory_", "cpu_", "machine_", "gpu_"), "machine")
 """Beginning of a metric's name -> where it is shown."""
 GLOBAL_STEP = "train/global_step"
@@ -17,7 +23,7 @@ def tag(metric: str) -> str:
     if "/" in metric:
         return metric
     start, group = next(((start, group) for start, group in GROUPS.items() if metric.startswith(start)), ("", "train"))
-    return f"{group}/{metric.removeprefix(start) if group in ('validation', 'seconds') else metric}"
+    return f"{group}/{metric.removeprefix(start) if group in ('validation', 'tasks', 'seconds') else metric}"
 
 
 def values(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,42 @@
+"""Bars on standard error for what takes a while, on a terminal only."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+
+
+class Progress:
+    """A bar on standard error while something is counted; nothing where that is no terminal."""
+
+    def __init__(self, name: str, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        self.bar = progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(name, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.bar.start()
+        return lambda more: self.bar.advance(self.task, more)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+@contextmanager
+def quiet_library(name: str) -> Iterator[None]:
+    """While a library runs that prints: on standard error, warnings apart from its own log, bars on a terminal only."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger(name).setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):
+        yield
