@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from smolforge.comparison.statistics import Test
 from smolforge.config import Recipe, Seed, Share, Text
@@ -59,6 +59,20 @@ class Budget(Settings):
         return float(next(iter(self.model_dump(exclude_none=True).values())))
 
 
+class Law(Settings):
+    """The table [study.law]: variants of growing size, and what the loss of the largest follows from.
+
+    metric = floor + A / N^alpha, fitted to the means over seeds of all variants but the predicted.
+    """
+
+    predicted: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Variants that are left out of the fit, and held against what it says of them."""
+    over: Literal["parameters", "flops"] = "parameters"
+    """N: all parameters, as Hoffmann et al. 2022 count, or the FLOPs of a run."""
+    floor: NonNegativeFloat | Literal["fitted"] = 0.0
+    """What no size goes below. Few sizes do not tell it apart from alpha, so it is chosen before the runs."""
+
+
 class StudySettings(Settings):
     """The table [study]."""
 
@@ -78,6 +92,10 @@ class StudySettings(Settings):
     """Factors of the learning rates; each variant first takes its best of them, on seeds of their own."""
     learning_rate_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1000,)
     """The seeds those are tried with."""
+    tasks: tuple[Text, ...] = ()
+    """Multiple choice that each finished run is measured on, as evaluate takes it: names, and files of items."""
+    law: Law | None = None
+    """Sizes that predict a larger one."""
 
     @model_validator(mode="after")
     def _seeds_are_their_own(self) -> "StudySettings":
