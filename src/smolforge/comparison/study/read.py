@@ -146,9 +146,7 @@ def read(what: str | Path) -> Study:
     variants, common = tree.get("variants", {}), flat(tree.get("settings", {}))
     if not isinstance(variants, dict) or len(variants) < 2:
         raise SettingError(f"{path}: a study needs two variants or more, each a table [variants.NAME]")
-    if head.study.baseline not in variants:
-        near = did_you_mean(head.study.baseline, variants)
-        raise SettingError(f"{path}: study.baseline is {shown(head.study.baseline)}, which is no variant.{near}")
+    check_names(head.study, variants, path)
     beside = path.parent / head.recipe
     recipe = beside if beside.is_file() else find(head.recipe)
     check(common, f"{path}: settings: ")
@@ -159,6 +157,21 @@ def read(what: str | Path) -> Study:
     study = Study(path, recipe, head.study, common, changes, own, recipes)
     check_comparable(study)
     return study
+
+
+def check_names(settings: StudySettings, variants: Mapping[str, Any], path: Path) -> None:
+    """Refuse variants that are named and not there, and a law through fewer sizes than it has numbers and one more."""
+    law = settings.law
+    named = [("study.baseline is", settings.baseline)]
+    named += [("study.law.predicted has", name) for name in (law.predicted if law else ())]
+    for what, name in named:
+        if name not in variants:
+            raise SettingError(f"{path}: {what} {shown(name)}, which is no variant.{did_you_mean(name, variants)}")
+    fewest = 4 if law and law.floor == "fitted" else 3
+    if law and len(set(variants) - set(law.predicted)) < fewest:
+        raise SettingError(
+            f"{path}: study.law is fitted to the variants that are not predicted, and needs {fewest} of them or more"
+        )
 
 
 def flat(table: Any, prefix: str = "") -> dict[str, Any]:
