@@ -1,7 +1,7 @@
 """Write docs/results: a page for each study.json kept there, and a table of all. A test holds the pages to them.
 
-python docs/results.py                 make the pages again
-python docs/results.py OUT/NAME ...    first take study.json from these folders of `smolforge compare NAME --out OUT/NAME`
+python docs/results.py                 make them again
+python docs/results.py OUT/NAME ...    first take the study.json that `smolforge compare NAME --out OUT/NAME` wrote
 """
 
 import sys
@@ -43,14 +43,12 @@ def rows(found: Findings) -> list[str]:
     predicted = {each.name: each for each in found.law.predictions} if found.law else {}
     lines = []
     for place, each in enumerate(found.variants):
-        said = each.verdict
+        said, _, _ = each.verdict.partition("; one of")
         if each.name in predicted:
             law = predicted[each.name]
             said = f"predicted {law.predicted:.4f} ({law.low:.4f} to {law.high:.4f}) from smaller sizes"
-        _, n, loss = losses(each)
-        lines.append(
-            f"| {link if not place else ''} | {each.name} | {n} | {loss} | {' | '.join(differing(each))} | {said} |"
-        )
+        cells = [link if not place else "", *losses(each), *differing(each), said]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

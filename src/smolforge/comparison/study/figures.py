@@ -36,7 +36,8 @@ def points(run: Run, metric: str, over: Over, flops_per_token: int) -> Points:
     for record, seconds in zip(run.measured, run.speed["seconds"], strict=True):
         step, tokens, value = record["step"], record["tokens"], record[metric]
         if step is not None and tokens is not None and value is not None:
-            found[step] = {"tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}[over], value
+            along = {"tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}[over]
+            found[float(step)] = float(along), float(value)
     return found
 
 

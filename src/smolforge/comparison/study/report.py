@@ -30,6 +30,7 @@ CAPTIONS = {
 
 def write(found: Findings, out: Path) -> list[Path]:
     """Write all of it into a folder; returns the files, the page first. Raises OSError."""
+    commit.make_folder(out)
     drawn = {name: style.save(partial(draw, found), out / name) for name, draw in FIGURES.items()}
     drawn = {name: files for name, files in drawn.items() if files}
     pages = {page.PAGE: html(found, drawn), REPORT: markdown(found, list(drawn)), NUMBERS: numbers(found)}
