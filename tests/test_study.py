@@ -379,7 +379,9 @@ def test_the_report_says_what_was_found(done):
     assert len(tables) == 5
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
+    for table in tables[:-1]:
         assert [line.split()[1] for line in table.splitlines()[2:]] == ["plain", "muon"]
+    assert tables[-1].splitlines()[::2] == ["| setting | plain | muon |", "| optim.name | - | muon |"]
     assert "<script" not in page
     assert "http:" not in page
     assert "https:" not in page

@@ -105,6 +105,9 @@ def test_a_power_law_is_found_again(floor, asked):
     assert said.predicted == pytest.approx(floor + 300 * 3e7**-0.3, rel=1e-4)
     assert said.low == pytest.approx(said.high, rel=1e-3)
     assert found.fitted == ["a", "b", "c", "d"]
+    elsewhere = law(chosen, SIZES, values | {"e": dict.fromkeys(range(5), 9.0)}, 0.05)
+    assert elsewhere.power == found.power
+    assert elsewhere.predictions[0].measured == 9.0
 
 
 def test_a_prediction_is_as_sure_as_its_seeds():

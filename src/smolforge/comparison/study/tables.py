@@ -1,4 +1,4 @@
-"""A study's tables, as both reports have them: rows of words, the first column the variant."""
+"""A study's tables, as both reports have them: rows of words, the first column of most the variant."""
 
 import statistics
 from collections.abc import Sequence
@@ -119,12 +119,13 @@ def predictions(found: Findings) -> Table:
 
 
 def changes(found: Findings) -> Table:
+    """A row for each setting, since they are many and variants few."""
     names = list(dict.fromkeys(name for each in found.variants for name in each.changes))
     rows = [
-        [each.name, *(written(each.changes[name]) if name in each.changes else NOTHING for name in names)]
-        for each in found.variants
+        [name, *(written(each.changes[name]) if name in each.changes else NOTHING for each in found.variants)]
+        for name in names
     ]
-    return Table("What each changes in the recipe", ["variant", *names], rows)
+    return Table("What each changes in the recipe", ["setting", *(each.name for each in found.variants)], rows)
 
 
 def learning_rates(found: Findings) -> Table:
