@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-long check bench faults clean
+.PHONY: quickstart test test-long check bench faults studies clean
+STUDIES := $(basename $(notdir $(wildcard recipes/studies/*.toml)))
 
 quickstart: $(VENV)/.base
 	$(BIN)/smolforge quickstart
@@ -32,6 +33,11 @@ bench: $(VENV)/.test
 faults: $(VENV)/.test
 	$(BIN)/python tests/campaigns.py
 	$(BIN)/python tests/mutations.py 5000
+
+# Two hours on one core; each study goes on where it was stopped. `make studies STUDIES=ladder` runs one.
+studies: $(VENV)/.test
+	for name in $(STUDIES); do OMP_NUM_THREADS=1 $(BIN)/smolforge compare $$name --out runs/studies/$$name || exit; done
+	$(BIN)/python docs/results.py $(addprefix runs/studies/,$(STUDIES))
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -8,7 +8,8 @@ from smolforge.cli import one_line
 from smolforge.cli.terminal import Display
 from smolforge.comparison.study import conduct
 from smolforge.comparison.study.read import read
-from smolforge.comparison.study.report import numbers, results, shortfalls, write
+from smolforge.comparison.study.report import numbers, shortfalls, write
+from smolforge.comparison.study.tables import results
 from smolforge.config import Recipe
 from smolforge.device.conditions import surroundings
 from smolforge.errors import MissingResource
@@ -27,6 +28,10 @@ class Watching:
     def beginning(self, name: str, number: int, of: int) -> None:
         self.display.stop()
         self.display.say(f"run {number} of {of}: {name}")
+
+    def measuring(self, what: str) -> None:
+        self.display.stop()
+        self.display.say(f"measuring {what} of each variant")
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
         shape = (str(recipe.model), str(recipe.optim), str(start.step))

@@ -94,6 +94,8 @@ def find(source: str | Path, kind: Literal["recipe", "study"] = "recipe") -> Pat
         return shipped[path.stem]
     if os.path.lexists(path):
         raise SettingError(f"{path} is no file, but a folder, a device or a link to nothing; a {kind} is a file")
+    if kind == "recipe" and any((folder / FOLDERS["study"] / f"{path}.toml").is_file() for folder in _shipped()):
+        raise SettingError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
     raise SettingError(
         f"there is no {kind} {shown(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
         + did_you_mean(path.stem, shipped)
@@ -108,6 +110,8 @@ def _shipped() -> list[Path]:
 def _load(path: Path) -> dict[str, Any]:
     """The tree of a file, where a preset's name alone is a table as well, so that overrides find their place in it."""
     tree = syntax.read(path)
+    if "study" in tree and "variants" in tree:
+        raise SettingError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
     model = tree.get("model")
     return tree | {"model": {"preset": model}} if isinstance(model, str) else tree
 

@@ -1,29 +1,59 @@
 """An idea against another, with evidence: variants x seeds at an equal budget -> paired differences, a report.
 
-STUDY.toml -> read -> plan (steps, kept) -> trials (ordinary runs) -> findings -> report.md, index.html, study.json
-                                            rates first, on seeds of their own
+STUDY.toml -> read -> plan (steps, kept) -> trials (ordinary runs) -> machine -> findings -> report.md, index.html,
+                                            rates first, on seeds of           (law)     study.json
+                                            their own; then scores
 
 Each part of it finds what is done and goes on, so the same command again goes on where a study was stopped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolforge.comparison.study.findings import Findings, findings
+from smolforge.comparison.study import machine
+from smolforge.comparison.study.findings import findings
 from smolforge.comparison.study.plan import planned
 from smolforge.comparison.study.read import Study
-from smolforge.comparison.study.trials import Audience, Trials, best
+from smolforge.comparison.study.record import Findings
+from smolforge.comparison.study.scores import Exam
+from smolforge.comparison.study.trials import Audience, Outcome, Trial, Trials, best
 
 
-def conduct(study: Study, out: Path, audience: Audience, seen: Mapping[str, Any] | None = None) -> Findings:
+def conduct(
+    study: Study, out: Path, audience: Audience, seen: Mapping[str, Any] | None = None, measuring: bool = True
+) -> Findings:
     """Run what is not run yet, and put numbers to it.
 
     Raises SettingError or InvalidFile before the first run for what is wrong, Stopped when a signal ended it with
     everything saved. A run that fails or diverges is among the findings. `seen` is what each
-    run's environment.json should say of the surroundings.
+    run's environment.json should say of the surroundings; `measuring` is whether decoding and memory are measured
+    at the end, where they are not known yet.
     """
-    trials = Trials(study, planned(study, out), out, audience, seen or {})
+    exam = Exam(study.settings.tasks, study.path.parent, out)
+    exam.prepare([Trial(name, seed).name for seed in study.settings.seeds for name in study.recipes])
+    trials = Trials(study, planned(study, out), out, audience, seen or {}, exam)
     tried = trials.choosing()
     judged = trials.judged({name: best(tried[name]) for name in study.recipes})
-    return findings(study, trials.plan, tried, judged)
+    return findings(study, trials.plan, tried, judged, measured(trials, judged, measuring))
+
+
+def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring: bool) -> machine.Measured:
+    """Decoding and memory of the variants that have a finished run."""
+    done = {name: next((each for each in those if each.value is not None), None) for name, those in judged.items()}
+    whole = {name: (each.trial, each.history) for name, each in done.items() if each and each.history}
+    plan, recipe, out = trials.plan, trials.study.recipe, trials.out
+
+    def decoding() -> dict[str, list[float]]:
+        trials.audience.measuring("decoding")
+        return machine.decoding({name: (run.path, run.recipe.train.device) for name, (_, run) in whole.items()})
+
+    def memory() -> dict[str, int | None]:
+        trials.audience.measuring("the memory of training")
+        changes = {name: trials.overrides(trial) for name, (trial, _) in whole.items()}
+        return {name: machine.peak_memory(recipe, each, plan.steps[name]) for name, each in changes.items()}
+
+    return machine.Measured(
+        machine.kept(out / machine.DECODING, whole, decoding if measuring else None),
+        machine.kept(out / machine.MEMORY, whole, memory if measuring else None),
+    )

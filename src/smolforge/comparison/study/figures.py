@@ -9,13 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from smolforge.comparison import style
-from smolforge.comparison.curves import Over, along, unit
-from smolforge.comparison.history import History
-from smolforge.comparison.study.findings import UNITS, Findings
+from smolforge.comparison.curves import Over, unit
+from smolforge.comparison.study.record import Findings, Run
 
+UNITS = {"validation_loss": "nats a token", "validation_bits_per_byte": "bits a byte"}
 NAMES = {"validation_loss": "held-out loss", "validation_bits_per_byte": "held-out bits per byte"}
+SIZES = {"parameters": "parameters", "flops": "FLOPs of a run"}
 BEGINNING = 0.1
 """Of a budget; what lies above what comes after it is cut."""
 BAND = 0.18
@@ -24,27 +26,38 @@ BELOW = 0.2
 """Of a row, that single seeds are drawn below its mean."""
 
 
+Points = dict[float, tuple[float, float]]
+"""By step: where it lies, and what was measured there."""
+
+
+def points(run: Run, metric: str, over: Over, flops_per_token: int) -> Points:
+    """What one run measured."""
+    found: Points = {}
+    for record, seconds in zip(run.measured, run.speed["seconds"], strict=True):
+        step, tokens, value = record["step"], record["tokens"], record[metric]
+        if step is not None and tokens is not None and value is not None:
+            along = {"tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}[over]
+            found[float(step)] = float(along), float(value)
+    return found
+
+
 def curve(
-    runs: list[History], metric: str, over: Over
+    found: Findings, variant: str, metric: str, over: Over
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]] | None:
     """Where a variant's runs were all measured, as a mean over them, and what each measured there."""
-    values = [run.column(metric) for run in runs]
-    at = [
-        {int(step): place for place, step in enumerate(run.at) if np.isfinite(column[place])}
-        for run, column in zip(runs, values, strict=True)
-    ]
-    steps = sorted(set.intersection(*map(set, at))) if at else []
+    flops = next(each.cost["flops_per_token"] for each in found.variants if each.name == variant)
+    runs = [points(run, metric, over, flops) for run in found.of(variant)]
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
     if not steps:
         return None
-    x = np.mean([[along(run, over)[places[step]] for step in steps] for run, places in zip(runs, at, strict=True)], 0)
-    y = np.array([[column[places[step]] for step in steps] for column, places in zip(values, at, strict=True)])
-    return x, y
+    both = np.array([[run[step] for step in steps] for run in runs])
+    return both[:, :, 0].mean(axis=0), both[:, :, 1]
 
 
 def loss(found: Findings, over: Over) -> Figure | None:
     """Means as lines, from the lowest to the highest seed as a band."""
-    metric = found.study.settings.metric
-    curves = {name: curve(runs, metric, over) for name, runs in found.histories.items()}
+    metric = found.settings.metric
+    curves = {each.name: curve(found, each.name, metric, over) for each in found.variants}
     known = [each for each in curves.values() if each is not None]
     if not known:
         return None
@@ -77,7 +90,7 @@ def frame(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], longest: floa
 
 def difference(found: Findings) -> Figure | None:
     """Each variant minus the baseline: every seed, their mean, its interval."""
-    base = found.study.settings.baseline
+    base = found.settings.baseline
     theirs = next(variant.values for variant in found.variants if variant.name == base)
     places = [each.name for each in found.variants]
     rows = [(each, each.difference) for each in found.variants if each.difference and each.difference.mean is not None]
@@ -94,16 +107,54 @@ def difference(found: Findings) -> Figure | None:
         axes.plot(seeds, [row + BELOW] * len(seeds), "o", color=look.color, markersize=4, alpha=0.6, markeredgewidth=0)
         axes.plot(float(np.mean(seeds)), row, "D", color=look.color, markersize=5.5)
     axes.set_yticks(range(len(rows)), [style.drawable(variant.name) for variant, _ in rows])
-    metric = found.study.settings.metric
+    metric = found.settings.metric
     axes.set(xlabel=f"{NAMES[metric]} minus that of {base} ({UNITS[metric]})", ylim=(len(rows) - 0.5, -0.5))
     style.ruled(axes)
     signs = [("mean", "D"), ("a seed", "o")]
     key: style.Key = [
         (name, Line2D([], [], color=style.QUIET, marker=sign, linestyle="", markersize=4.5)) for name, sign in signs
     ]
-    sure = f"{1 - found.study.settings.alpha:.0%} interval"
+    sure = f"{1 - found.settings.alpha:.0%} interval"
     style.legend(figure, [*key, (sure, Line2D([], [], color=style.QUIET))])
     return figure
+
+
+def law(found: Findings) -> Figure | None:
+    """Both axes logarithmic: every seed, the means, the line through those fitted, what it says of the others."""
+    if (made := found.law) is None:
+        return None
+    figure = style.canvas()
+    axes = figure.subplots()
+    metric, sizes = found.settings.metric, made.sizes
+    axes.set(xscale="log", yscale="log", xlabel=SIZES[made.over], ylabel=f"{NAMES[metric]} ({UNITS[metric]})")
+    for each, look in zip(found.variants, style.looks(len(found.variants)), strict=True):
+        values = [each.values[seed] for seed in made.seeds]
+        face = look.color if each.name in made.fitted else style.PAPER
+        axes.plot([sizes[each.name]] * len(values), values, ".", color=look.color, alpha=0.5, markeredgewidth=0)
+        axes.plot(sizes[each.name], float(np.mean(values)), "D", color=look.color, markersize=6, markerfacecolor=face)
+    border = max(sizes[name] for name in made.fitted)
+    for low, high, dashes in ((min(sizes.values()), border, "-"), (border, max(sizes.values()), "--")):
+        x = np.geomspace(low, high, 50)
+        axes.plot(x, made.power.at(x), color=style.INK, linestyle=dashes, linewidth=1)
+    for each in made.predictions:
+        axes.plot([each.size] * 2, [each.low, each.high], color=style.INK, linewidth=6, alpha=BAND, zorder=1)
+    logarithmic(axes, sorted(set(sizes.values())))
+    sample = partial(Line2D, [], [], color=style.QUIET)
+    empty = sample(marker="D", linestyle="", markerfacecolor=style.PAPER)
+    key: style.Key = [("a seed", sample(marker=".", linestyle="")), ("mean, fitted", sample(marker="D", linestyle=""))]
+    key += [("mean, predicted", empty), ("the law", sample()), ("its interval", Patch(color=style.QUIET, alpha=BAND))]
+    style.legend(figure, key)
+    return figure
+
+
+def logarithmic(axes: Axes, sizes: list[float]) -> None:
+    """Ticks at the sizes themselves, and at round losses."""
+    axes.set_xticks(sizes, [f"{size:,.3g}" if size < 1e3 or size >= 1e12 else f"{size / 1e6:,.3g}M" for size in sizes])
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(length=3, width=0.6)
 
 
 FIGURES: dict[str, Callable[[Findings], Figure | None]] = {
@@ -111,5 +162,6 @@ FIGURES: dict[str, Callable[[Findings], Figure | None]] = {
     "loss-flops": partial(loss, over="flops"),
     "loss-seconds": partial(loss, over="seconds"),
     "difference": difference,
+    "law": law,
 }
 """By the name of their files."""

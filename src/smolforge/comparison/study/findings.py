@@ -1,103 +1,29 @@
-"""What a study found: of each variant its losses, its difference to the baseline, what it costs, in words too.
-
-Whatever depends on how fast the machine was stands under `speed`; all else is the same however often a study was
-stopped and went on.
-"""
+"""Numbers from what the runs say: of each variant its losses, its difference to the baseline, what it costs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from smolforge import __version__
 from smolforge.comparison.history import History
 from smolforge.comparison.statistics import FEWEST, POWER, Difference, differences
-from smolforge.comparison.study.plan import Plan, as_json
-from smolforge.comparison.study.read import Study
+from smolforge.comparison.study.law import LawFound, law
+from smolforge.comparison.study.machine import Measured
+from smolforge.comparison.study.plan import Plan
+from smolforge.comparison.study.read import Study, StudySettings
+from smolforge.comparison.study.record import Findings, Mean, Rates, Run, Variant
 from smolforge.comparison.study.trials import Outcome, best
 from smolforge.recipe.plan import training_bytes
 from smolforge.sizes import active_parameters, flops_per_token, kv_bytes_per_token, parameter_counts
 
-UNITS = {"validation_loss": "nats a token", "validation_bits_per_byte": "bits a byte"}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How a variant came to its learning rate."""
-
-    means: dict[float, float | None]
-    """The metric's mean at each factor; None where a run failed."""
-    factor: float | None
-    at_the_end: bool
-    """Whether the best is the first or the last that was tried, so that a better one may lie beyond."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One line of the table."""
-
-    name: str
-    changes: dict[str, Any]
-    values: dict[int, float]
-    """The metric by seed, of the runs that came to their end."""
-    failed: dict[str, str]
-    """Why each other run did not, by its name."""
-    mean: float | None
-    spread: float | None
-    """Standard deviation over seeds."""
-    difference: Difference | None
-    """To the baseline; None of the baseline itself."""
-    verdict: str
-    rates: Rates | None
-    steps: int
-    cost: dict[str, int]
-    """parameters, active, flops_per_token, kv_bytes_per_token, tokens, flops, predicted_memory_bytes."""
-    speed: dict[str, float]
-    """Means over runs: tokens_per_second, seconds."""
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that a study found."""
-
-    study: Study
-    variants: list[Variant]
-    histories: dict[str, list[History]]
-    """Of the runs that came to their end, by variant."""
-
-    @property
-    def complete(self) -> bool:
-        return not any(variant.failed for variant in self.variants)
-
-    def as_json(self) -> dict[str, Any]:
-        """Every number, as study.json has it."""
-        return {
-            "study": self.study.name,
-            "version": __version__,
-            "metric": self.study.settings.metric,
-            "baseline": self.study.settings.baseline,
-            "power": POWER,
-            **{key: value for key, value in as_json(self.study).items() if key == "settings"},
-            "variants": {variant.name: asdict(variant) for variant in self.variants},
-            "runs": {run.name: of_run(run) for runs in self.histories.values() for run in runs},
-        }
-
-
-def of_run(run: History) -> dict[str, Any]:
-    """What a run measured on held-out text, and when."""
-    measured = [record for record in run.metrics if "validation_loss" in record]
-    keys = ("step", "tokens", "validation_loss", "validation_bits_per_byte", "validation_accuracy")
-    speed = {"tokens_per_second": run.tokens_per_second, "seconds": float(run.seconds[-1])}
-    return {"measured": [{key: record.get(key) for key in keys} for record in measured], "speed": speed}
+ACCURACIES = ("acc", "acc_norm", "acc_chars")
+MEASURED = ("step", "tokens", "validation_loss", "validation_bits_per_byte", "validation_accuracy")
+Tried = Mapping[float, Sequence[Outcome]]
+"""Outcomes by the factor of the learning rate."""
 
 
 def findings(
-    study: Study,
-    plan: Plan,
-    tried: Mapping[str, Mapping[float, Sequence[Outcome]]],
-    judged: Mapping[str, Sequence[Outcome]],
+    study: Study, plan: Plan, tried: Mapping[str, Tried], judged: Mapping[str, Sequence[Outcome]], here: Measured
 ) -> Findings:
     """Put numbers to what the runs say."""
     settings, base = study.settings, study.settings.baseline
@@ -107,35 +33,70 @@ def findings(
     }
     others = {name: each for name, each in values.items() if name != base}
     against = differences(others, values[base], settings.test, settings.alpha)
+    done = {name: [each for each in outcomes if each.value is not None] for name, outcomes in judged.items()}
+    histories = {name: [each.history for each in outcomes if each.history] for name, outcomes in done.items()}
     variants = [
         Variant(
             name=name,
-            changes=study.own[name],
+            changes=dict(study.own[name]),
             values=values[name],
             failed=failures([*outcomes, *(each for those in tried.get(name, {}).values() for each in those)]),
             mean=statistics.fmean(values[name].values()) if values[name] else None,
             spread=statistics.stdev(values[name].values()) if len(values[name]) > 1 else None,
+            also=also(done[name]),
             difference=against.get(name),
             verdict=verdict(against[name]) if name in against else "the baseline",
             rates=rates(tried.get(name, {})),
             steps=plan.steps[name],
             cost=cost(study, plan, name),
-            speed=speed([each.history for each in outcomes if each.history and each.value is not None]),
+            speed=speed(histories[name], here.decoding.get(name), here.memory.get(name)),
         )
         for name, outcomes in judged.items()
     ]
-    done = {
-        name: [each.history for each in those if each.history and each.value is not None]
-        for name, those in judged.items()
-    }
-    return Findings(study, variants, done)
+    runs = {run.name: of_run(name, run) for name, those in histories.items() for run in those}
+    found = law_through(settings, variants)
+    return Findings(study.name, study.recipe.stem, dict(study.common), settings, variants, runs, found)
+
+
+def of_run(variant: str, run: History) -> Run:
+    """What a run measured on held-out text, and when."""
+    places = [place for place, record in enumerate(run.metrics) if "validation_loss" in record]
+    measured = [{key: run.metrics[place].get(key) for key in MEASURED} for place in places]
+    seconds = [float(run.seconds[place]) for place in places]
+    start = run.starts[-1] if run.starts else {}
+    threads = start.get("threads", 0)
+    where = f"{start.get('name', 'unknown')}, {threads} thread{'s' if threads != 1 else ''}"
+    return Run(variant, measured, {"machine": where, "tokens_per_second": run.tokens_per_second, "seconds": seconds})
+
+
+def law_through(settings: StudySettings, variants: Sequence[Variant]) -> LawFound | None:
+    """What the sizes of a ladder say; None of another study."""
+    if settings.law is None:
+        return None
+    sizes = {each.name: float(each.cost[settings.law.over]) for each in variants}
+    return law(settings.law, sizes, {each.name: each.values for each in variants}, settings.alpha)
+
+
+def also(outcomes: Sequence[Outcome]) -> dict[str, Mean]:
+    """Held-out accuracy after the last step, and every accuracy of every task."""
+    runs = [run for each in outcomes if (run := each.history)]
+    found = {"validation_accuracy": [value for run in runs if (value := run.newest("validation_accuracy")) is not None]}
+    for outcome in outcomes:
+        for task, scores in (outcome.scores or {}).items():
+            for name in ACCURACIES:
+                found.setdefault(f"{task}.{name}", []).append(scores[name])
+    return {name: mean_of(values) for name, values in found.items() if values}
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    return Mean(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def failures(outcomes: Sequence[Outcome]) -> dict[str, str]:
     return {each.trial.name: each.why for each in outcomes if each.value is None}
 
 
-def rates(tried: Mapping[float, Sequence[Outcome]]) -> Rates | None:
+def rates(tried: Tried) -> Rates | None:
     """What was tried, and whether the best of it may not be the best there is."""
     if not tried:
         return None
@@ -164,11 +125,16 @@ def cost(study: Study, plan: Plan, name: str) -> dict[str, int]:
     }
 
 
-def speed(runs: Sequence[History]) -> dict[str, float]:
-    """Of runs one after the other on a machine that may have other things to do."""
-    rate = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
-    seconds = [float(run.seconds[-1]) for run in runs]
-    return {"tokens_per_second": float(np.mean(rate)), "seconds": float(np.mean(seconds))} if rate else {}
+def speed(runs: Sequence[History], decoding: Sequence[float] | None, memory: int | None) -> dict[str, Any]:
+    """Of runs one after the other on a machine that may have other things to do, and of measuring in turn."""
+    found: dict[str, Any] = {}
+    if rate := [each for run in runs if (each := run.tokens_per_second) is not None]:
+        found["tokens_per_second"] = asdict(mean_of(rate))
+    if runs:
+        found["seconds"] = asdict(mean_of([float(run.seconds[-1]) for run in runs]))
+    if decoding:
+        found["decode_tokens_per_second"] = list(decoding)
+    return found | ({} if memory is None else {"peak_memory_bytes": memory})
 
 
 def verdict(found: Difference) -> str:

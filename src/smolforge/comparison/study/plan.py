@@ -59,7 +59,8 @@ def planned(study: Study, out: Path) -> Plan:
 def as_json(study: Study) -> dict[str, Any]:
     """All that defines the study, for its folder to be held to."""
     recipes = {name: leaves(recipe) for name, recipe in study.recipes.items()}
-    return json.loads(json.dumps({"settings": leaves(study.settings), "variants": recipes}))
+    settings = leaves(study.settings) | {"law": study.settings.law and study.settings.law.model_dump()}
+    return json.loads(json.dumps({"settings": settings, "variants": recipes}))
 
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from smolforge.comparison.statistics import Test
 from smolforge.config import Recipe, Seed, Share, Text
@@ -59,6 +59,20 @@ class Budget(Settings):
         return float(next(iter(self.model_dump(exclude_none=True).values())))
 
 
+class Law(Settings):
+    """The table [study.law]: variants of growing size, and what the loss of the largest follows from.
+
+    metric = floor + A / N^alpha, fitted to the means over seeds of all variants but the predicted.
+    """
+
+    predicted: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Variants that are left out of the fit, and held against what it says of them."""
+    over: Literal["parameters", "flops"] = "parameters"
+    """N: all parameters, as Hoffmann et al. 2022 count, or the FLOPs of a run."""
+    floor: NonNegativeFloat | Literal["fitted"] = 0.0
+    """What no size goes below. Few sizes do not tell it apart from alpha, so it is chosen before the runs."""
+
+
 class StudySettings(Settings):
     """The table [study]."""
 
@@ -78,6 +92,10 @@ class StudySettings(Settings):
     """Factors of the learning rates; each variant first takes its best of them, on seeds of their own."""
     learning_rate_seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1000,)
     """The seeds those are tried with."""
+    tasks: tuple[Text, ...] = ()
+    """Multiple choice that each finished run is measured on, as evaluate takes it: names, and files of items."""
+    law: Law | None = None
+    """Sizes that predict a larger one."""
 
     @model_validator(mode="after")
     def _seeds_are_their_own(self) -> "StudySettings":
@@ -128,9 +146,7 @@ def read(what: str | Path) -> Study:
     variants, common = tree.get("variants", {}), flat(tree.get("settings", {}))
     if not isinstance(variants, dict) or len(variants) < 2:
         raise SettingError(f"{path}: a study needs two variants or more, each a table [variants.NAME]")
-    if head.study.baseline not in variants:
-        near = did_you_mean(head.study.baseline, variants)
-        raise SettingError(f"{path}: study.baseline is {shown(head.study.baseline)}, which is no variant.{near}")
+    check_names(head.study, variants, path)
     beside = path.parent / head.recipe
     recipe = beside if beside.is_file() else find(head.recipe)
     check(common, f"{path}: settings: ")
@@ -141,6 +157,21 @@ def read(what: str | Path) -> Study:
     study = Study(path, recipe, head.study, common, changes, own, recipes)
     check_comparable(study)
     return study
+
+
+def check_names(settings: StudySettings, variants: Mapping[str, Any], path: Path) -> None:
+    """Refuse variants that are named and not there, and a law through fewer sizes than it has numbers and one more."""
+    law = settings.law
+    named = [("study.baseline is", settings.baseline)]
+    named += [("study.law.predicted has", name) for name in (law.predicted if law else ())]
+    for what, name in named:
+        if name not in variants:
+            raise SettingError(f"{path}: {what} {shown(name)}, which is no variant.{did_you_mean(name, variants)}")
+    fewest = 4 if law and law.floor == "fitted" else 3
+    if law and len(set(variants) - set(law.predicted)) < fewest:
+        raise SettingError(
+            f"{path}: study.law is fitted to the variants that are not predicted, and needs {fewest} of them or more"
+        )
 
 
 def flat(table: Any, prefix: str = "") -> dict[str, Any]:

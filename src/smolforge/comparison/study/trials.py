@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from smolforge.comparison.history import History, read
 from smolforge.comparison.study.plan import Plan
 from smolforge.comparison.study.read import Study, words_of
+from smolforge.comparison.study.scores import Exam, Scores
 from smolforge.data.corpus import HELD_OUT
 from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError
 from smolforge.recipe import resume_or_start
@@ -50,13 +51,16 @@ class Outcome(NamedTuple):
     """Why it did not come to its end; empty if it did."""
     value: float | None
     """The metric after its last step."""
+    scores: Scores | None = None
+    """Of the study's tasks."""
 
 
 @runtime_checkable
 class Audience(Observer, Protocol):
-    """Who watches a study: its runs, and which of how many begins."""
+    """Who watches a study: its runs, which of how many begins, and what is measured after them."""
 
     def beginning(self, name: str, number: int, of: int) -> None: ...
+    def measuring(self, what: str) -> None: ...
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Trials:
     out: Path
     audience: Audience
     seen: Mapping[str, Any]
+    exam: Exam
     done: int = 0
     texts: dict[Any, Path] = field(default_factory=dict)
 
@@ -91,8 +96,15 @@ class Trials:
     def judged(self, factors: Mapping[str, float | None]) -> dict[str, list[Outcome]]:
         """The runs that count, seed by seed, so that a study stopped early has some of every variant."""
         order = [(name, seed) for seed in self.study.settings.seeds for name in self.study.recipes]
-        found = [self.run(Trial(name, seed, factors[name])) for name, seed in order]
+        found = [self.examined(self.run(Trial(name, seed, factors[name]))) for name, seed in order]
         return {name: [each for each in found if each.trial.variant == name] for name in self.study.recipes}
+
+    def examined(self, outcome: Outcome) -> Outcome:
+        """A finished run's scores beside its metric."""
+        if outcome.history is None or outcome.value is None:
+            return outcome
+        folder, device = outcome.history.path, outcome.history.recipe.train.device
+        return outcome._replace(scores=self.exam.of(outcome.trial.name, folder, device))
 
     def run(self, trial: Trial) -> Outcome:
         """Its run, from wherever it stands. Raises Stopped when a signal ended it."""
