@@ -238,7 +238,7 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     assert study.recipes["full"].model.attention is None
 
     class Nobody:
-        beginning = planned = preparing = stepped = sampled = lambda *given: None
+        beginning = planned = preparing = stepped = sampled = measuring = lambda *given: None
 
     found = conduct(study, tmp_path / "out", Nobody())
     assert found.complete
