@@ -61,7 +61,7 @@ class ChatTemplate:
         return self._written(hidden, add_generation_prompt), back
 
     def render_turns(self, messages: Any, first: int = 0) -> Turns:
-        """The conversation, and where in it stands what an assistant said in message `first` or later.
+        """The conversation, and where in it an assistant spoke, from message `first` on.
 
         A turn is what the template adds to the prompt that asks for it: before it stands what `render` gives of the
         messages before it, whatever the template strips or joins. An assistant who speaks before anybody else was
@@ -77,8 +77,8 @@ class ChatTemplate:
                 if not (before.startswith(text) and after.startswith(before)):
                     raise InvalidFile(
                         f"the chat template ({' '.join(self.source.split())[:60]}...) writes what stands before message "
-                        f"{place + 1} differently once that is there, so what the assistant said cannot be told from "
-                        "the rest; use a template that only adds"
+                        f"{place + 1} differently once that is there, so what the assistant says cannot be told "
+                        "from the rest; use a template that only adds"
                     )
                 text = after
                 spans.append((len(before), len(after)))

@@ -31,7 +31,7 @@ def generate(
     random: bool = False,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Continue a text, streaming.
+    """Continue a text, streaming; or chat, on a terminal, with a model that was taught to.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def generate(
         A Hub id, a model folder, a run folder or one of its checkpoints.
     prompt
         The text to continue; special tokens in it (<|im_end|>) are not parsed but read as plain text. Without
-        one, standard input is read, line by line on a terminal.
+        one, standard input is read, line by line on a terminal, where a model with a chat template answers.
     max_new_tokens
         Longest answer, in tokens.
     temperature
@@ -85,14 +85,14 @@ def generate(
     loaded = load(model, dtype, str(pick_device(device)), random)
     own(loaded)
 
-    def answer(text: str) -> None:
-        """Print the continuation of one text as it comes."""
+    def answer(text: str, said: list[dict[str, str]] | None = None) -> str:
+        """Print the continuation of a text as it comes, or the answer to what was said, and return it."""
         if lost := loaded.tokenizer.lost_bytes(text):
             print(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})", file=sys.stderr)
         begun, pieces = time.perf_counter(), []
-        if not json_:
+        if not json_ and said is None:
             print(text, end="", flush=True)
-        for piece in stream(loaded, text, **options.model_dump()):
+        for piece in stream(loaded, said or text, **options.model_dump()):
             pieces.append(piece)
             if not json_:
                 print(piece.text, end="", flush=True)
@@ -105,11 +105,18 @@ def generate(
         if whole.finish_reason == "length" and len(whole.token_ids) < max_new_tokens:
             limit = loaded.config.max_position_embeddings
             print(f"(stopped at the end of the model's context, {limit:,} tokens)", file=sys.stderr)
+        return whole.text
 
     if prompt is not None:
         answer(prompt)
     elif not sys.stdin.isatty():
         answer(_piped())
+    elif loaded.tokenizer.template is not None:
+        print("Say something; the model answers, and remembers what was said. Ctrl-D ends.", file=sys.stderr)
+        said: list[dict[str, str]] = []
+        while line := _line():
+            said.append({"role": "user", "content": line})
+            said.append({"role": "assistant", "content": answer(line, said)})
     else:
         print("Type the beginning of a text; the model goes on. Ctrl-D ends.", file=sys.stderr)
         while line := _line():

@@ -73,9 +73,10 @@ def prepare(
     train, held = sizes
     print(f"{out}: {train['tokens']:,} tokens to train on, {held['tokens']:,} held out")
     if made.is_chat:
-        learned, unanswered = train.get("learned_tokens", 0), made.facts["unanswered"]
+        learned, dropped = train.get("learned_tokens", 0), made.facts["dropped"]
         print(
             f"{train['documents']:,} conversations, of whose tokens {learned / max(1, train['tokens']):.0%} are learned"
         )
-        if unanswered:
-            print(f"{unanswered:,} more are left out: there is no answer in them to learn")
+        if any(dropped.values()):
+            unanswered = dropped.get("unanswered", 0)
+            print(f"left out: {dropped['repeated']:,} repeated, {unanswered:,} without an answer to learn")

@@ -22,7 +22,7 @@ class Data(Settings):
     sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
     """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
     format: Literal["text", "chat"] = "text"
-    """chat reads conversations, messages or a prompt and a completion a .jsonl line, and learns what the assistant says."""
+    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's."""
     text_key: Text = "text"
     """Key of the text in a .jsonl line."""
     group_key: Text | None = None

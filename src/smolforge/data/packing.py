@@ -110,7 +110,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 def scattered(numbers: np.ndarray, seed: int) -> np.ndarray:
     """A key for each number by which equal lengths lose the order of their files: splitmix64's finaliser."""
-    x = numbers.astype(np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
+    x = numbers.astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -71,7 +71,8 @@ def prepare(
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
     plans = {source: survey(source, data) for source in data.sources}
     if tokenizer is None:
-        texts = (FORMS[data.format].words(document) for split, document in _split(plans, data) if split == TRAIN)
+        read = _split(plans, data, Counter())
+        texts = (FORMS[data.format].words(document) for split, document in read if split == TRAIN)
         tokenizer = for_format(data, Tokenizer.train(texts, vocab_size))
         assert tokenizer is not None
     room = dict.fromkeys(SPLITS, math.inf)
@@ -84,7 +85,9 @@ def prepare(
 
     def fill(temporary: Path) -> None:
         tokenizer.save(temporary / "tokenizer")
-        facts = _write(temporary, _split(plans, data), tokenizer, data.format, room, report)
+        dropped: Counter[str] = Counter(repeated=0)
+        facts = _write(temporary, _split(plans, data, dropped), tokenizer, data.format, room, dropped, report)
+        facts["dropped"] = dict(dropped)
         (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
 
     if folder.exists():
@@ -177,14 +180,16 @@ def survey(source: str, data: Data) -> Plan:
     return Plan(groups, data.held_out, FORMS[data.format].divisible)
 
 
-def _split(plans: dict[str, Plan], data: Data) -> Iterator[tuple[str, Document]]:
-    """Every document once, with its split. Empty ones and exact repetitions are dropped."""
+def _split(plans: dict[str, Plan], data: Data, dropped: Counter[str]) -> Iterator[tuple[str, Document]]:
+    """Every document once, with its split. Empty ones and exact repetitions are dropped, these counted."""
     seen: set[bytes] = set()
     for source, plan in plans.items():
         start = 0
         for document in FORMS[data.format].read(source, data):
             digest = _digest(document.text)
-            if document.text.strip() and digest not in seen:
+            if digest in seen:
+                dropped["repeated"] += 1
+            elif document.text.strip():
                 seen.add(digest)
                 yield from plan.pieces(document, start)
             start += len(document.text)
@@ -200,19 +205,19 @@ def _write(
     tokenizer: Tokenizer,
     form: str,
     room: dict[str, float],
+    dropped: Counter[str],
     report: Report,
 ) -> dict[str, Any]:
     """Tokenise and write all pieces; returns what corpus.json says of them."""
     token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
     writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
     lost: Counter[int] = Counter()
-    unanswered = 0
     wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
     for batch in _batches(wanted):
         encoded = FORMS[form].encode(tokenizer, [document for _, document in batch])
         for (split, _), whole in zip(batch, encoded, strict=True):
             if whole is None:
-                unanswered += 1
+                dropped["unanswered"] += 1
                 continue
             lost.update(whole.lost)
             part = FORMS[form].fitting(tokenizer, whole, room[split] - writers[split].size["tokens"])
@@ -228,14 +233,11 @@ def _write(
         named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
         log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
     digests = [writer.digest.hexdigest() for writer in writers.values()]
-    said_of_chat = {}
     if form == "chat":
         digests += [writer.loss_digest.hexdigest() for writer in writers.values()]
-        said_of_chat = {"unanswered": unanswered}
     return {
         "format": form,
         "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
-        **said_of_chat,
         "token_bytes": token_bytes,
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
