@@ -86,7 +86,7 @@ def written(path: Path, *records) -> Path:
 
 def chats(number: int) -> list[dict]:
     """Different conversations of several lengths, that begin with a system message."""
-    words = "the model reads a token and learns what follows".split()
+    words = ["the", "model", "reads", "a", "token", "and", "learns", "what", "follows"]
     made = []
     for place in range(number):
         turns = [words[(place + step) % len(words)] * (1 + (place * step) % 3) for step in range(2 * (1 + place % 3))]
@@ -208,7 +208,7 @@ def test_a_template_of_its_own_says_what_ends_a_turn():
         (
             "{% for m in messages %}{{ '<|im_start|>' + m.role + (m.content if loop.last else '') + '<|im_end|>' }}"
             "{% endfor %}{{ '<|im_start|>assistant' if add_generation_prompt }}",
-            r"template \(.*\) writes what stands before message 2 differently once that is there",
+            r"template \(.*\) writes what is before message 2 differently once that is there",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_rows_are_the_same_for_any_workers_and_ranks_and_come_in_other_orders(tm
     assert all(torch.equal(one, torch.cat(parts)) for one, *parts in zip(whole, *shares, strict=True))
     assert not torch.equal(rows.batch(0, rows.count).ids, rows.batch(1, rows.count).ids)
     assert not torch.equal(rows.batch(0, 4).ids, PackedRows(Corpus(tmp_path, {**FACTS}), TRAIN, 24, 6).batch(0, 4).ids)
-    assert rows.padding == (rows.batch(0, rows.count).ids == 7).float().mean().item()
+    assert rows.padding == (rows.batch(0, rows.count).ids == 7).double().mean().item()
 
 
 def test_little_is_filled_up_where_lengths_are_as_chats_have_them():
@@ -426,7 +426,7 @@ def test_no_room_for_an_answer_is_said(tmp_path):
 
 
 def test_loss_and_gradients_are_those_of_trl(tmp_path):
-    """On the same conversations and weights: its collator and Transformers' model and mask; rows apart there, packed here."""
+    """On the same conversations and weights: its collator, Transformers' model and mask, a conversation a row."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 

@@ -76,7 +76,7 @@ class ChatTemplate:
                 after = self._written(hidden | {"messages": turns[: place + 1]}, False)
                 if not (before.startswith(text) and after.startswith(before)):
                     raise InvalidFile(
-                        f"the chat template ({' '.join(self.source.split())[:60]}...) writes what stands before message "
+                        f"the chat template ({' '.join(self.source.split())[:60]}...) writes what is before message "
                         f"{place + 1} differently once that is there, so what the assistant says cannot be told "
                         "from the rest; use a template that only adds"
                     )
