@@ -404,7 +404,7 @@ def test_rows_are_the_same_for_any_workers_and_ranks_and_come_in_other_orders(tm
     assert all(torch.equal(one, torch.cat(parts)) for one, *parts in zip(whole, *shares, strict=True))
     assert not torch.equal(rows.batch(0, rows.count).ids, rows.batch(1, rows.count).ids)
     assert not torch.equal(rows.batch(0, 4).ids, PackedRows(Corpus(tmp_path, {**FACTS}), TRAIN, 24, 6).batch(0, 4).ids)
-    assert rows.padding == (rows.batch(0, rows.count).ids == 7).double().mean().item()
+    assert rows.padding == pytest.approx((rows.batch(0, rows.count).ids == 7).double().mean().item())
 
 
 def test_little_is_filled_up_where_lengths_are_as_chats_have_them():
