@@ -316,10 +316,10 @@ def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank
     forward, backward, count = Objective.forward, training.backward, iter(range(10**6))
     number = 0
 
-    def losing(self, ids, labels):
+    def losing(self, *batch):
         nonlocal number
         number = next(count)
-        found = forward(self, ids, labels)
+        found = forward(self, *batch)
         return found if number not in gradients else {name: value * float("nan") for name, value in found.items()}
 
     def after(*given):

@@ -80,8 +80,14 @@ def documents(ids: Int[Tensor, "b t"], separator: int) -> Int[Tensor, "b t"]:
     return F.pad(ends[:, :-1] & ~ends[:, 1:], (1, 0)).cumsum(1)
 
 
-def packing(ids: Int[Tensor, "b t"], separator: int | None) -> tuple[Int[Tensor, "b t"] | None, Documents | None]:
-    """Positions and memory of rows whose documents end with `separator`; without one, those of plain rows."""
+def packing(
+    ids: Int[Tensor, "b t"], separator: int | None, positions: Int[Tensor, "b t"] | None = None
+) -> tuple[Int[Tensor, "b t"] | None, Documents | None]:
+    """Positions and memory of rows whose documents begin where `positions` are 0, or else end with `separator`; without
+    either, those of plain rows.
+    """
+    if positions is not None:
+        return positions, Documents((positions == 0).cumsum(1))
     if separator is None:
         return None, None
     packed = Documents(documents(ids, separator))

@@ -27,7 +27,8 @@ log = logging.getLogger("smolforge")
 class Objective(nn.Module):
     """Called with a micro-batch, it gives sums over its labels by name; `objective` is to be minimised.
 
-    `separator` keeps documents that end with it apart; `checkpoint` says how little layers keep for their backward.
+    Positions that begin anew keep documents apart, and so does a `separator` that ends each of them; `checkpoint` says
+    how little layers keep for their backward.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Objective(nn.Module):
             settings.compile is True,
         )
 
-    def forward(self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"]) -> dict[str, Tensor]:
+    def forward(
+        self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"], positions: Int[Tensor, "b t"] | None = None
+    ) -> dict[str, Tensor]:
         with autocast(self.dtype, ids.device):
-            hidden, balance = self.body(ids, *packing(ids, self.separator), self.through)
+            hidden, balance = self.body(ids, *packing(ids, self.separator, positions), self.through)
             total, z = loss_sum(hidden, self.model.head, labels, self.z_loss)
         sums = {"objective": total, "loss": total.detach() - z}
         if self.z_loss:

@@ -148,7 +148,7 @@ def launch(
             batch = next(batches)
             labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
             labels = sum(count for (count,) in ranks.gather(labels))
-            batch = Batch(*(moved(side, device) for side in batch))
+            batch = batch.each(lambda side: moved(side, device))
         losses = ranks.sum(backward(objective, batch, labels, rows, meter.part))
         looking(done + 1)
         with meter.part("optimizer"):

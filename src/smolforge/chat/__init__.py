@@ -6,15 +6,30 @@ What people wrote is told apart from what the template wrote, so that nobody's w
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from smolforge.chat.hiding import Hiding, strings
 from smolforge.chat.process import CHARACTERS, SECONDS, WORKER
-from smolforge.errors import SettingError
+from smolforge.errors import InvalidFile, SettingError
 
-__all__ = ["ChatTemplate"]
+__all__ = ["CHATML", "ChatTemplate", "Turns"]
+
+CHATML = Path(__file__).with_name("chatml.jinja").read_text("utf-8")
+"""The template of SmolLM2's instruct models, for tokenizers that come without one."""
 
 _READS_PARTS = re.compile(r"""\.text\b|['"]text['"]""")
+
+
+class Turns(NamedTuple):
+    """A conversation to learn from."""
+
+    text: str
+    """Up to the end of the assistant's last turn; every special token in it is the template's own."""
+    spans: list[tuple[int, int]]
+    """First and last + 1 of what the template writes of each turn to learn, after the prompt that asks for it."""
+    back: dict[int, str]
+    """The table for `str.translate` that makes the text readable."""
 
 
 class ChatTemplate:
@@ -42,14 +57,45 @@ class ChatTemplate:
         Raises SettingError for messages that are none, or that the template refuses; InvalidFile where the
         template is broken, breaks out, or takes more than its share of time, memory or text.
         """
+        hidden, back = self._hidden(messages, extra)
+        return self._written(hidden, add_generation_prompt), back
+
+    def render_turns(self, messages: Any, first: int = 0) -> Turns:
+        """The conversation, and where in it an assistant spoke, from message `first` on.
+
+        A turn is what the template adds to the prompt that asks for it: before it stands what `render` gives of the
+        messages before it, whatever the template strips or joins. An assistant who speaks before anybody else was
+        asked for nothing. Raises as `render_hidden`, and InvalidFile for a template that writes the beginning of a
+        conversation differently once it goes on.
+        """
+        hidden, back = self._hidden(messages, {})
+        turns, text, spans = hidden["messages"], "", []
+        for place in range(max(first, 1), len(messages)):
+            if messages[place]["role"] == "assistant":
+                before = self._written(hidden | {"messages": turns[:place]}, True)
+                after = self._written(hidden | {"messages": turns[: place + 1]}, False)
+                if not (before.startswith(text) and after.startswith(before)):
+                    raise InvalidFile(
+                        f"the chat template ({' '.join(self.source.split())[:60]}...) writes what is before message "
+                        f"{place + 1} differently once that is there, so what the assistant says cannot be told "
+                        "from the rest; use a template that only adds"
+                    )
+                text = after
+                spans.append((len(before), len(after)))
+        return Turns(text, spans, back)
+
+    def _hidden(self, messages: Any, extra: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
+        """The variables of a render without special tokens in them, and the table that brings those back."""
         said = {"messages": checked(messages, bool(_READS_PARTS.search(self.source))), **as_json(extra)}
         length = sum(map(len, strings(said)))
         if length > CHARACTERS:
             raise SettingError(f"the messages have {length:,} characters; a chat may have {CHARACTERS:,}")
-        hidden, back = self.hiding.hide(said, self.source)
+        return self.hiding.hide(said, self.source)
+
+    def _written(self, hidden: Mapping[str, Any], add_generation_prompt: bool) -> str:
         variables = {"tools": None, "documents": None, **self.named, **hidden}
         variables["add_generation_prompt"] = add_generation_prompt
-        return WORKER.render(self.source, variables, self.seconds), back
+        return WORKER.render(self.source, variables, self.seconds)
 
 
 def checked(messages: Any, parts: bool = True) -> list[dict[str, Any]]:

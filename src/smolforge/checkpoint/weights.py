@@ -230,6 +230,7 @@ def save_settings(
     special = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
         "eos_token_id": tokenizer.eos_id if tokenizer else None,
+        **({"pad_token_id": tokenizer.pad_id} if tokenizer and tokenizer.pad_id is not None else {}),
         **(special or {}),
     }
     said = {"torch_dtype": str(dtype).removeprefix("torch.")}

@@ -3,13 +3,16 @@
 import json
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile
 from smolforge.settings import validated
+
+if TYPE_CHECKING:
+    from smolforge.model import LanguageModel
 
 DEFAULTS = Generation()
 
@@ -31,7 +34,7 @@ def generate(
     random: bool = False,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Continue a text, streaming.
+    """Continue a text, streaming; or chat, on a terminal, with a model that was taught to.
 
     Parameters
     ----------
@@ -39,7 +42,7 @@ def generate(
         A Hub id, a model folder, a run folder or one of its checkpoints.
     prompt
         The text to continue; special tokens in it (<|im_end|>) are not parsed but read as plain text. Without
-        one, standard input is read, line by line on a terminal.
+        one, standard input is read, line by line on a terminal, where a model with a chat template answers.
     max_new_tokens
         Longest answer, in tokens.
     temperature
@@ -80,40 +83,51 @@ def generate(
     )
     from smolforge.checkpoint.resolve import load
     from smolforge.device import pick_device
-    from smolforge.generation.stream import join, own, stream
+    from smolforge.generation.stream import own
 
     loaded = load(model, dtype, str(pick_device(device)), random)
     own(loaded)
-
-    def answer(text: str) -> None:
-        """Print the continuation of one text as it comes."""
-        if lost := loaded.tokenizer.lost_bytes(text):
-            print(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})", file=sys.stderr)
-        begun, pieces = time.perf_counter(), []
-        if not json_:
-            print(text, end="", flush=True)
-        for piece in stream(loaded, text, **options.model_dump()):
-            pieces.append(piece)
-            if not json_:
-                print(piece.text, end="", flush=True)
-        whole = join(pieces)
-        if json_:
-            rate = len(whole.token_ids) / (time.perf_counter() - begun)
-            print(json.dumps({**whole.__dict__, "tokens_per_second": rate}))
-        else:
-            print()
-        if whole.finish_reason == "length" and len(whole.token_ids) < max_new_tokens:
-            limit = loaded.config.max_position_embeddings
-            print(f"(stopped at the end of the model's context, {limit:,} tokens)", file=sys.stderr)
-
     if prompt is not None:
-        answer(prompt)
+        _answer(loaded, prompt, options, json_)
     elif not sys.stdin.isatty():
-        answer(_piped())
-    else:
+        _answer(loaded, _piped(), options, json_)
+    elif loaded.tokenizer.template is None:
         print("Type the beginning of a text; the model goes on. Ctrl-D ends.", file=sys.stderr)
         while line := _line():
-            answer(line)
+            _answer(loaded, line, options, json_)
+    else:
+        print("Say something; the model answers, and remembers what was said. Ctrl-D ends.", file=sys.stderr)
+        said: list[dict[str, str]] = []
+        while line := _line():
+            said.append({"role": "user", "content": line})
+            said.append({"role": "assistant", "content": _answer(loaded, line, options, json_, said)})
+
+
+def _answer(
+    model: "LanguageModel", text: str, options: Generation, json_: bool, said: list[dict[str, str]] | None = None
+) -> str:
+    """Print the continuation of a text as it comes, or the answer to what was `said`, and return it."""
+    from smolforge.generation.stream import join, stream
+
+    if lost := model.tokenizer.lost_bytes(text):
+        print(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})", file=sys.stderr)
+    begun, pieces = time.perf_counter(), []
+    if not json_ and said is None:
+        print(text, end="", flush=True)
+    for piece in stream(model, text if said is None else said, **options.model_dump()):
+        pieces.append(piece)
+        if not json_:
+            print(piece.text, end="", flush=True)
+    whole = join(pieces)
+    if json_:
+        rate = len(whole.token_ids) / (time.perf_counter() - begun)
+        print(json.dumps({**whole.__dict__, "tokens_per_second": rate}))
+    else:
+        print()
+    if whole.finish_reason == "length" and len(whole.token_ids) < options.max_new_tokens:
+        limit = model.config.max_position_embeddings
+        print(f"(stopped at the end of the model's context, {limit:,} tokens)", file=sys.stderr)
+    return whole.text
 
 
 def _piped() -> str:

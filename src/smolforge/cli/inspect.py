@@ -42,7 +42,13 @@ def inspect(
     if json_:
         print(json.dumps(facts))
         return
+    shown = facts.pop("picture", None)
     print("\n".join(_lines(facts)))
+    if shown:
+        from smolforge.cli.mask import show
+
+        print()
+        show(shown)
 
 
 def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +126,9 @@ def _recipe(recipe: Any) -> dict[str, Any]:
     from smolforge.recipe.plan import plan
 
     expected = plan(recipe)
+    warnings = expected.warnings()
+    if recipe.train.epochs is not None:
+        warnings.append(f"how many steps {recipe.train.epochs:g} epochs are is known when train has counted the text")
     shape = {key: value for key, value in _model(recipe.model).items() if key != "table"}
     return shape | {
         "settings": recipe.model_dump(mode="json", exclude={"model"}),
@@ -128,12 +137,13 @@ def _recipe(recipe: Any) -> dict[str, Any]:
         "memory_bytes": expected.memory_bytes,
         "disk_bytes": expected.disk_bytes,
         "seconds": expected.seconds,
-        "warnings": expected.warnings(),
+        "warnings": warnings,
     }
 
 
 def _corpus(path: Path) -> dict[str, Any]:
-    from smolforge.data.corpus import SPLITS, TRAIN, Corpus
+    from smolforge.cli import mask
+    from smolforge.data.corpus import SPLITS, Corpus
 
     corpus = Corpus.open(path)
     sizes = {split: corpus.size(split) for split in SPLITS}
@@ -145,8 +155,12 @@ def _corpus(path: Path) -> dict[str, Any]:
         "fingerprint": corpus.fingerprint,
         "lost_bytes": corpus.facts.get("lost_bytes", {}) or None,
         "sources": corpus.facts["request"]["data"]["sources"],
-        "beginning": corpus.tokenizer().decode(corpus.tokens(TRAIN)[:64].tolist()),
+        **(mask.facts(corpus) if corpus.is_chat else {"beginning": _beginning(corpus)}),
     }
+
+
+def _beginning(corpus: Any) -> str:
+    return corpus.tokenizer().decode(corpus.tokens("train")[:64].tolist())
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -17,6 +17,7 @@ def prepare(
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     tokens: str | None = None,
+    format_: Annotated[Literal["text", "chat"], Parameter(name="--format")] = "text",
     text_key: str = "text",
     group_key: str | None = None,
     held_out: float = 0.05,
@@ -36,6 +37,8 @@ def prepare(
         Size of the tokenizer that is trained.
     tokens
         Stop after this many, as 50000, 10M or 2B.
+    format_
+        chat reads conversations, messages or a prompt and a completion a .jsonl line, and marks what is to be learned.
     text_key
         Key of the text in a .jsonl line.
     group_key
@@ -51,7 +54,8 @@ def prepare(
     from smolforge.recipe.plan import parse_count
 
     chosen = {"sources": sources} if sources else {}
-    data = validated(Data, {**chosen, "text_key": text_key, "group_key": group_key, "held_out": held_out})
+    given = {"format": format_, "text_key": text_key, "group_key": group_key, "held_out": held_out}
+    data = validated(Data, chosen | given)
     begun = time.perf_counter()
     made = shards.prepare(
         data,
@@ -68,3 +72,11 @@ def prepare(
         return
     train, held = sizes
     print(f"{out}: {train['tokens']:,} tokens to train on, {held['tokens']:,} held out")
+    if made.is_chat:
+        learned, dropped = train.get("learned_tokens", 0), made.facts["dropped"]
+        print(
+            f"{train['documents']:,} conversations, of whose tokens {learned / max(1, train['tokens']):.0%} are learned"
+        )
+        if any(dropped.values()):
+            unanswered = dropped.get("unanswered", 0)
+            print(f"left out: {dropped['repeated']:,} repeated, {unanswered:,} without an answer to learn")

@@ -21,6 +21,8 @@ class Data(Settings):
 
     sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
     """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
+    format: Literal["text", "chat"] = "text"
+    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's."""
     text_key: Text = "text"
     """Key of the text in a .jsonl line."""
     group_key: Text | None = None
@@ -104,6 +106,8 @@ class Train(Settings):
 
     steps: Annotated[PositiveInt, FREE] = 1000
     """Optimizer steps after which to stop."""
+    epochs: PositiveFloat | None = None
+    """How often to go through the text: decides train.steps at the first start, and is the most that a budget does."""
     sequence_length: PositiveInt = 2048
     """Tokens in one row."""
     batch_tokens: PositiveInt = 1_048_576

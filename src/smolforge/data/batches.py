@@ -13,9 +13,9 @@ many threads ask. Where several ranks train, each asks for its share of the rows
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,15 +30,30 @@ _MASK = (1 << 64) - 1
 
 
 class Batch(NamedTuple):
-    """Rows of one optimizer step: token ids and the id that follows each."""
+    """Rows of one optimizer step: token ids, and the id that follows each, or IGNORED where it is not learned."""
 
     ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
+    positions: Int[Tensor, "b t"] | None = None
+    """0 where something begins that sees nothing of what stands before it; None for plain rows."""
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """Micro-batches of at most so many rows."""
-        for ids, labels in zip(self.ids.split(rows), self.labels.split(rows), strict=True):
-            yield Batch(ids, labels)
+        for start in range(0, len(self.ids), rows):
+            yield self.each(lambda side, start=start: side[start : start + rows])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every side changed."""
+        return Batch(change(self.ids), change(self.labels), None if self.positions is None else change(self.positions))
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """What batches are made of: so many rows an epoch, in an endless order."""
+
+    count: int
+
+    def batch(self, step: int, rows: int, share: range | None = None) -> Batch: ...
 
 
 class Windows:
@@ -97,17 +112,17 @@ def _mixed(x: int) -> int:
 
 
 def stream(
-    windows: Windows, numbers: Iterable[int], rows: int, num_workers: int, share: range | None = None
+    source: Rows, numbers: Iterable[int], rows: int, num_workers: int, share: range | None = None
 ) -> Iterator[Batch]:
     """The batches of these numbers in turn, or a share of each, read ahead by `num_workers` threads."""
     if num_workers == 0:
-        yield from (windows.batch(number, rows, share) for number in numbers)
+        yield from (source.batch(number, rows, share) for number in numbers)
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     ahead: deque[Future[Batch]] = deque()
     try:
         for number in numbers:
-            ahead.append(pool.submit(windows.batch, number, rows, share))
+            ahead.append(pool.submit(source.batch, number, rows, share))
             if len(ahead) > num_workers:
                 yield ahead.popleft().result()
         while ahead:

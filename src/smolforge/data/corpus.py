@@ -1,10 +1,12 @@
 """A prepared corpus: token ids on disk, read through memory maps.
 
 The shards, DIR/{train,held_out}/00000.ds, are datatrove's: `.ds` little-endian ids, `.ds.index` document ends,
-`.ds.metadata`. Beside them `corpus.json` says what went in, how much it is, and its fingerprint.
+`.ds.metadata`. Of conversations, each of which is a document, `.ds.loss` has a byte a token: whether it is learned.
+Beside them `corpus.json` says what went in, how much it is, and its fingerprint.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,18 +39,21 @@ class Corpus:
         try:
             facts = json.loads((folder / "corpus.json").read_text("utf-8"))
             splits, version = facts["splits"], facts["format_version"]
-            expected = {split: splits[split]["tokens"] * facts["token_bytes"] for split in SPLITS}
+            expected = {(split, ".ds"): splits[split]["tokens"] * facts["token_bytes"] for split in SPLITS}
+            if facts.get("format") == "chat":
+                expected |= {(split, ".ds.loss"): splits[split]["tokens"] for split in SPLITS}
         except FileNotFoundError:
             raise InvalidFile(f"{folder} is not a prepared corpus: it has no corpus.json") from None
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidFile(f"{folder / 'corpus.json'} is broken: {error!r}; prepare the corpus again") from None
         if version != FORMAT_VERSION:
             raise InvalidFile(f"{folder} has corpus format {version}; this version reads {FORMAT_VERSION}")
-        for split, size in expected.items():
-            found = sum(file.stat().st_size for file in (folder / split).glob("*.ds"))
+        for (split, kind), size in expected.items():
+            found = sum(file.stat().st_size for file in (folder / split).glob(f"*{kind}"))
             if found != size:
+                what = "tokens" if kind == ".ds" else "what is learned (.ds.loss)"
                 raise InvalidFile(
-                    f"{folder / split} holds {found:,} bytes of tokens where corpus.json says {size:,}; "
+                    f"{folder / split} holds {found:,} bytes of {what} where corpus.json says {size:,}; "
                     "prepare the corpus again"
                 )
         return cls(folder, facts)
@@ -56,6 +61,22 @@ class Corpus:
     def tokens(self, split: str) -> "Tokens":
         shards = sorted((self.folder / split).glob("*.ds"))
         return Tokens([np.memmap(shard, f"<u{self.facts['token_bytes']}", "r") for shard in shards])
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations, of which only a part is learned."""
+        return self.facts.get("format") == "chat"
+
+    def learned(self, split: str) -> "Tokens":
+        """1 for each token of conversations that is learned, else 0."""
+        return Tokens([np.memmap(shard, "u1", "r") for shard in sorted((self.folder / split).glob("*.ds.loss"))])
+
+    def ends(self, split: str) -> np.ndarray:
+        """Where each document ends in `tokens`."""
+        shards = [np.fromfile(index, "<u8") for index in sorted((self.folder / split).glob("*.ds.index"))]
+        before = np.cumsum([0, *(shard[-1] for shard in shards)])
+        parts = [shard + start for shard, start in zip(shards, before[:-1], strict=True)]
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
     def text(self, split: str) -> str:
         """The text behind the tokens, documents joined."""
@@ -88,9 +109,10 @@ class Corpus:
     def check(self) -> None:
         """Hold every token to the fingerprint, a gigabyte in half a second. Raises InvalidFile."""
         digests = []
-        for split in SPLITS:
+        kinds = ("*.ds", "*.ds.loss") if self.is_chat else ("*.ds",)
+        for kind, split in itertools.product(kinds, SPLITS):
             digest = hashlib.sha256()
-            for shard in sorted((self.folder / split).glob("*.ds")):
+            for shard in sorted((self.folder / split).glob(kind)):
                 with shard.open("rb") as file:
                     while part := file.read(1 << 20):
                         digest.update(part)

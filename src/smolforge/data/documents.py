@@ -13,7 +13,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from smolforge.config import Data
 from smolforge.errors import InvalidFile
@@ -26,6 +26,8 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 class Document(NamedTuple):
     group: str
     text: str
+    place: str = ""
+    """Where it is from, for a sentence about it; known of conversations."""
 
 
 def documents(source: str, data: Data) -> Iterator[Document]:
@@ -76,28 +78,39 @@ def read_text(path: Path) -> str:
 
 
 def _json_lines(path: Path, data: Data) -> Iterator[Document]:
+    for number, record in records(path):
+        if not isinstance(record, dict) or not isinstance(record.get(data.text_key), str):
+            talks = isinstance(record, dict) and ("messages" in record or {"prompt", "completion"} <= record.keys())
+            way_out = "it is a conversation, which --data.format chat reads" if talks else ""
+            raise InvalidFile(
+                f"{path}, line {number} has no text under the key {data.text_key!r}; "
+                f"{way_out or 'name the right one with --data.text-key'}"
+            )
+        yield Document(group_of(record, path, number, data), whole(record[data.text_key], path, number))
+
+
+def records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line that is not empty, from 1, and what its JSON says."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise InvalidFile(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(record, dict) or not isinstance(record.get(data.text_key), str):
-                raise InvalidFile(
-                    f"{path}, line {number} has no text under the key {data.text_key!r}; "
-                    "name the right one with --data.text-key"
-                )
-            group = f"{path.name}:{number}"
-            if data.group_key is not None:
-                if data.group_key not in record:
-                    raise InvalidFile(f"{path}, line {number} has no key {data.group_key!r} (data.group_key)")
-                group = str(record[data.group_key])
-            yield Document(group, _whole(record[data.text_key], path, number))
 
 
-def _whole(text: str, path: Path, number: int) -> str:
+def group_of(record: dict[str, Any], path: Path, number: int, data: Data) -> str:
+    """What a line's document must not be separated from."""
+    if data.group_key is None:
+        return f"{path.name}:{number}"
+    if data.group_key not in record:
+        raise InvalidFile(f"{path}, line {number} has no key {data.group_key!r} (data.group_key)")
+    return str(record[data.group_key])
+
+
+def whole(text: str, path: Path, number: int) -> str:
     """The text, unless JSON's escapes left half of a character in it."""
     try:
         text.encode()

@@ -2,7 +2,8 @@
 
     sources -> documents -> (drop duplicates, hold out) -> token ids -> DIR/{train,held_out}/00000.ds
 
-A corpus is whole or is not there.
+Conversations take the same way; of them only some ids are learned, which `.ds.loss` says. A corpus is whole or is not
+there.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,11 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smolforge import commit
+from smolforge.chat import CHATML
 from smolforge.config import Data
 from smolforge.data.corpus import FORMAT_VERSION, HELD_OUT, SPLITS, TRAIN, Corpus
-from smolforge.data.documents import PYTHON_DOCS, Document, documents, files
+from smolforge.data.documents import PYTHON_DOCS, Document, files
+from smolforge.data.encoding import FORMS, Encoded
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer.turns import chat_tokenizer
 
 log = logging.getLogger("smolforge")
 FEWEST_GROUPS = 20
@@ -52,12 +57,8 @@ def prepare(
     Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else,
     MissingResource when the disk is full.
     """
-    request = {
-        "data": data.model_dump(mode="json", exclude=set(OF_READING)),
-        "tokenizer": tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids",
-        "max_tokens": max_tokens,
-        "files": {source: stamp(source) for source in data.sources},
-    }
+    tokenizer = for_format(data, tokenizer)
+    request = request_of(data, tokenizer, vocab_size, max_tokens)
     if (folder / "corpus.json").is_file():
         corpus = Corpus.open(folder)
         if corpus.facts["request"] == request:
@@ -70,8 +71,10 @@ def prepare(
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
     plans = {source: survey(source, data) for source in data.sources}
     if tokenizer is None:
-        texts = (document.text for split, document in _split(plans, data) if split == TRAIN)
-        tokenizer = Tokenizer.train(texts, vocab_size)
+        read = _split(plans, data, Counter())
+        texts = (FORMS[data.format].words(document) for split, document in read if split == TRAIN)
+        tokenizer = for_format(data, Tokenizer.train(texts, vocab_size))
+        assert tokenizer is not None
     room = dict.fromkeys(SPLITS, math.inf)
     if max_tokens is not None:
         held_out = int(max_tokens * data.held_out)
@@ -82,7 +85,9 @@ def prepare(
 
     def fill(temporary: Path) -> None:
         tokenizer.save(temporary / "tokenizer")
-        facts = _write(temporary, _split(plans, data), tokenizer, room, report)
+        dropped: Counter[str] = Counter(repeated=0)
+        facts = _write(temporary, _split(plans, data, dropped), tokenizer, data.format, room, dropped, report)
+        facts["dropped"] = dict(dropped)
         (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
 
     if folder.exists():
@@ -91,13 +96,44 @@ def prepare(
     return Corpus.open(folder)
 
 
-class Plan:
-    """Which part of one source is held out."""
+def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Delete what `prepare` would find in the way, and nothing it would return."""
+    wanted = request_of(data, for_format(data, tokenizer), vocab_size, None)
+    try:
+        same = Corpus.open(folder).facts["request"] == wanted
+    except InvalidFile:
+        same = False
+    if not same:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    def __init__(self, groups: dict[str, int], held_out: float) -> None:
-        total = sum(groups.values())
-        self.train_characters = total * (1 - held_out)
-        self.by_group = len(groups) >= FEWEST_GROUPS and held_out > 0
+
+def for_format(data: Data, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer with what a format needs of it, if there is one yet."""
+    return chat_tokenizer(tokenizer) if tokenizer is not None and data.format == "chat" else tokenizer
+
+
+def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tokens: int | None) -> dict[str, Any]:
+    """All that decides what is in a corpus."""
+    made_by = tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids"
+    asked = {
+        "data": data.model_dump(mode="json", exclude=set(OF_READING)),
+        "tokenizer": made_by,
+        "max_tokens": max_tokens,
+        "files": {source: stamp(source) for source in data.sources},
+    }
+    if data.format == "chat":
+        template = tokenizer.template.source if tokenizer and tokenizer.template else CHATML
+        asked["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+    return asked
+
+
+class Plan:
+    """Which part of one source is held out: of few documents that are `divisible`, the end of the last."""
+
+    def __init__(self, groups: dict[str, int], held_out: float, divisible: bool = True) -> None:
+        total, fewest = sum(groups.values()), FEWEST_GROUPS if divisible else 2
+        self.by_group = len(groups) >= fewest and held_out > 0
+        self.train_characters = total * (1 - held_out) if divisible else math.inf
         self.held_out_groups: set[str] = set()
         if self.by_group:
             # In the order of a hash, every group that still fits into the share; never none at all.
@@ -137,21 +173,23 @@ def stamp(source: str) -> list[int]:
 def survey(source: str, data: Data) -> Plan:
     """One pass over a source: how its held-out part is chosen."""
     groups: dict[str, int] = defaultdict(int)
-    for document in documents(source, data):
+    for document in FORMS[data.format].read(source, data):
         groups[document.group] += len(document.text)
     if not sum(groups.values()):
         raise InvalidFile(f"the data source {source!r} is empty")
-    return Plan(groups, data.held_out)
+    return Plan(groups, data.held_out, FORMS[data.format].divisible)
 
 
-def _split(plans: dict[str, Plan], data: Data) -> Iterator[tuple[str, Document]]:
-    """Every document once, with its split. Empty ones and exact repetitions are dropped."""
+def _split(plans: dict[str, Plan], data: Data, dropped: Counter[str]) -> Iterator[tuple[str, Document]]:
+    """Every document once, with its split. Empty ones and exact repetitions are dropped, these counted."""
     seen: set[bytes] = set()
     for source, plan in plans.items():
         start = 0
-        for document in documents(source, data):
+        for document in FORMS[data.format].read(source, data):
             digest = _digest(document.text)
-            if document.text.strip() and digest not in seen:
+            if digest in seen:
+                dropped["repeated"] += 1
+            elif document.text.strip():
                 seen.add(digest)
                 yield from plan.pieces(document, start)
             start += len(document.text)
@@ -165,7 +203,9 @@ def _write(
     folder: Path,
     pieces: Iterable[tuple[str, Document]],
     tokenizer: Tokenizer,
+    form: str,
     room: dict[str, float],
+    dropped: Counter[str],
     report: Report,
 ) -> dict[str, Any]:
     """Tokenise and write all pieces; returns what corpus.json says of them."""
@@ -174,27 +214,30 @@ def _write(
     lost: Counter[int] = Counter()
     wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
     for batch in _batches(wanted):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        lost.update(byte for _, document in batch for byte in tokenizer.lost_bytes(document.text))
-        for (split, document), ids in zip(batch, encoded, strict=True):
-            left = room[split] - writers[split].size["tokens"]
-            text_bytes = len(document.text.encode())
-            if len(ids) >= left:  # the limit falls into this document
-                ids = ids[: max(0, int(left) - 1)]
-                text_bytes = len(tokenizer.decode(ids).encode())
-            if ids:
-                writers[split].add([*ids, tokenizer.eos_id], text_bytes)
+        encoded = FORMS[form].encode(tokenizer, [document for _, document in batch])
+        for (split, _), whole in zip(batch, encoded, strict=True):
+            if whole is None:
+                dropped["unanswered"] += 1
+                continue
+            lost.update(whole.lost)
+            part = FORMS[form].fitting(tokenizer, whole, room[split] - writers[split].size["tokens"])
+            if part is not None:
+                writers[split].add(part)
         report({key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")})
     if not any(writer.size["tokens"] for writer in writers.values()):
-        raise InvalidFile("the data sources hold nothing but white space")
+        what = "nothing but white space" if form == "text" else "no conversation in which an assistant answers"
+        raise InvalidFile(f"the data sources hold {what}")
     for writer in writers.values():
         writer.close()
     if lost:
         named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
         log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
-    fingerprint = hashlib.sha256("".join(writer.digest.hexdigest() for writer in writers.values()).encode())
+    digests = [writer.digest.hexdigest() for writer in writers.values()]
+    if form == "chat":
+        digests += [writer.loss_digest.hexdigest() for writer in writers.values()]
     return {
-        "fingerprint": fingerprint.hexdigest(),
+        "format": form,
+        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "token_bytes": token_bytes,
         "eos_id": tokenizer.eos_id,
         "tokenizer": tokenizer.fingerprint,
@@ -218,36 +261,54 @@ def _batches(pieces: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str,
 
 
 class ShardWriter:
-    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS."""
+    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS. Of conversations `.ds.loss` has a byte a
+    token, which says whether it is learned.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
         self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
         self.size = {"documents": 0, "tokens": 0, "bytes": 0}
-        self.digest = hashlib.sha256()
+        self.digest, self.loss_digest = hashlib.sha256(), hashlib.sha256()
         self.numbers = itertools.count()
         self.file: BinaryIO | None = None
+        self.loss_file: BinaryIO | None = None
         self.path = folder
         self.ends: list[int] = []
         folder.mkdir(parents=True)
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
+    def add(self, document: Encoded) -> None:
+        """Append a document, and begin another shard where this one is full."""
         if self.file is None:
             self.path = self.folder / f"{next(self.numbers):05d}.ds"
             self.file, self.ends = self.path.open("wb"), []
-        content = np.asarray(ids, f"<u{self.token_bytes}").tobytes()
+        content = np.asarray(document.ids, f"<u{self.token_bytes}").tobytes()
         self.file.write(content)
         self.digest.update(content)
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(ids))
-        for key, count in (("documents", 1), ("tokens", len(ids)), ("bytes", text_bytes)):
-            self.size[key] += count
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(document.ids))
+        counts = {"documents": 1, "tokens": len(document.ids), "bytes": document.text_bytes}
+        if document.learned is not None:
+            self._add_loss(document.learned)
+            counts |= {"learned_tokens": sum(document.learned), "learned_bytes": document.learned_bytes}
+        for key, count in counts.items():
+            self.size[key] = self.size.get(key, 0) + count
         if self.ends[-1] >= SHARD_TOKENS:
             self.close()
+
+    def _add_loss(self, learned: list[bool]) -> None:
+        if self.loss_file is None:
+            self.loss_file = self.path.with_suffix(".ds.loss").open("wb")
+        content = np.asarray(learned, "?").tobytes()
+        self.loss_file.write(content)
+        self.loss_digest.update(content)
 
     def close(self) -> None:
         if self.file is None:
             return
         self.file.close()
         self.file = None
+        if self.loss_file is not None:
+            self.loss_file.close()
+            self.loss_file = None
         self.path.with_suffix(".ds.index").write_bytes(np.asarray(self.ends, "<u8").tobytes())
         name = f"{self.tokenizer.fingerprint}|{self.token_bytes}"
         self.path.with_suffix(".ds.metadata").write_text(f"{name}\n{self.ends[-1]}\n{self.ends[-1]:,} T\n", "utf-8")

@@ -8,7 +8,7 @@ first tokens have at least `sequence_length - stride` tokens before them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from smolforge.data.batches import Batch
 from smolforge.data.corpus import HELD_OUT, Corpus
+from smolforge.data.packing import PackedRows
 from smolforge.errors import InvalidFile
 from smolforge.generation.stream import own
 from smolforge.loss import IGNORED
@@ -38,11 +40,18 @@ def measure_corpus(
 ) -> dict[str, Any]:
     """loss, perplexity, bits_per_byte, accuracy, tokens over the held-out part, or its first `max_tokens`.
 
+    Of conversations it is over what the assistant says, each seen by itself, in rows as they are trained on.
     Raises InvalidFile where nothing was held out.
     """
     size = corpus.size(HELD_OUT)
     if not size["tokens"]:
         raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
+    if corpus.is_chat:
+        rows = PackedRows(corpus, HELD_OUT, sequence_length, seed=0)
+        count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // sequence_length))
+        result = count_up(model, (rows.batch(number, 1) for number in range(count)), precision)
+        text_bytes = size["learned_bytes"] * result["tokens"] / size["learned_tokens"]
+        return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
     ids = corpus.tokens(HELD_OUT)[:max_tokens]
     result = measure(model, ids, corpus.facts["eos_id"], sequence_length, stride, precision, intra_document_masking)
     # Exact over the whole split; over a part, its bytes are taken in proportion to its tokens.
@@ -64,7 +73,6 @@ def measure_text(
     return result | {"bits_per_byte": result["loss"] * len(ids) / math.log(2) / len(text.encode())}
 
 
-@torch.inference_mode()
 def measure(
     model: LanguageModel,
     ids: np.ndarray,
@@ -80,21 +88,33 @@ def measure(
     With `intra_document_masking` nothing is seen of documents before, as a model that trained so knows them.
     `done` hears how many more tokens are counted.
     """
+    whole = Batch(*windows(ids, eos_id, sequence_length, stride or sequence_length))
+    batches = whole.split(max(1, TOKENS // sequence_length))
+    return count_up(model, batches, precision, eos_id if intra_document_masking else None, done)
+
+
+@torch.inference_mode()
+def count_up(
+    model: LanguageModel,
+    batches: Iterable[Batch],
+    precision: AbstractContextManager | None = None,
+    separator: int | None = None,
+    done: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
+    """The same over the labels of batches; documents that end with a `separator` are kept apart."""
     device, training = model.head.device, model.training
-    separator = eos_id if intra_document_masking else None
     model.eval()
     loss, right, counted = 0.0, 0, 0
-    inputs, labels = windows(ids, eos_id, sequence_length, stride or sequence_length)
-    at_once = max(1, TOKENS // sequence_length)
-    for rows, targets in zip(inputs.split(at_once), labels.split(at_once), strict=True):
-        rows, targets = rows.to(device), targets.to(device)
+    for batch in batches:
+        rows, targets, positions = batch.each(lambda side: side.to(device))
         with precision or nullcontext():
-            logits = model.logits(model.hidden(rows, *packing(rows, separator)).flatten(0, 1))
+            hidden = model.hidden(rows, *packing(rows, separator, positions))
+            logits = model.logits(hidden[targets != IGNORED])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        flat = targets.flatten()
-        loss += F.cross_entropy(logits, flat, reduction="sum", ignore_index=IGNORED).item()
+        flat = targets[targets != IGNORED]
+        loss += F.cross_entropy(logits, flat, reduction="sum").item()
         right += int((logits.argmax(-1) == flat).sum())
-        here = int((flat != IGNORED).sum())
+        here = len(flat)
         counted += here
         done(here)
     model.train(training)

@@ -22,6 +22,8 @@ from smolforge.settings import validated
 from smolforge.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+Prompt = str | list[dict[str, str]]
+"""A text to go on with, or messages to answer."""
 
 
 class Token(NamedTuple):
@@ -136,10 +138,17 @@ def _overlap(text: str, word: str) -> int:
     return next((size for size in range(min(len(word), len(text)), 0, -1) if text.endswith(word[:size])), 0)
 
 
-def pieces(model: LanguageModel, prompts: Sequence[str], options: Generation) -> Iterator[tuple[int, Piece]]:
-    """(row, piece) of all prompts, as they come. An empty prompt starts a new document."""
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """What a model is given: a text, of which an empty one starts a new document, or a chat up to its turn."""
+    if not isinstance(prompt, str):
+        return tokenizer.chat(prompt)
+    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+
+
+def pieces(model: LanguageModel, prompts: Sequence[Prompt], options: Generation) -> Iterator[tuple[int, Piece]]:
+    """(row, piece) of all prompts, as they come."""
     tokenizer = own(model)
-    yield from pieces_behind(model, [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in prompts], options)
+    yield from pieces_behind(model, [prompt_ids(tokenizer, prompt) for prompt in prompts], options)
 
 
 def pieces_behind(
@@ -160,8 +169,9 @@ def pieces_behind(
             return
 
 
-def stream(model: LanguageModel, prompt: str, **options: Any) -> Iterator[Piece]:
-    """Continue a text, piece by piece. Options are the fields of `config.Generation`.
+def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[Piece]:
+    """Continue a text, or answer a list of {"role", "content"}, piece by piece. Options are the fields of
+    `config.Generation`.
 
     Ends with finish_reason "stop" at the end-of-text token or a stop string (neither is part of the
     text), or "length" at max_new_tokens or the end of the model's context. Raises SettingError for an
@@ -171,7 +181,7 @@ def stream(model: LanguageModel, prompt: str, **options: Any) -> Iterator[Piece]
         yield piece
 
 
-def generate(model: LanguageModel, prompts: Sequence[str], **options: Any) -> list[Completion]:
+def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
     """The joined streams of several prompts, run as one batch. Options and errors as for `stream`."""
     rows: list[list[Piece]] = [[] for _ in prompts]
     if prompts:

@@ -1,6 +1,7 @@
 """A recipe and a folder -> a finished run."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from smolforge.ranks import World, joined
 from smolforge.recipe.read import admitted, find, model_settings, read_recipe
 from smolforge.recipe.run import Run, run_settled
 from smolforge.recipe.settle import check_shares, resumed, settle
-from smolforge.recipe.workshop import Observer
+from smolforge.recipe.text import count_rows
+from smolforge.recipe.workshop import Observer, Silent
 from smolforge.runs import RECIPE
 from smolforge.settings import validated
 
@@ -64,16 +66,24 @@ def resume_or_start(
     `seen` is what environment.json should say of the surroundings.
     """
     with joined(world) as ranks:
-        tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size).model_dump())
+        tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size, observer).model_dump())
         return run_settled(admitted(validated(Recipe, tree), recipe), Path(run), observer, ranks, profile, seen)
 
 
-def settled(recipe: str | Path, run: Path, overrides: Mapping[str, Any], fresh: bool, ranks: int) -> Recipe:
+def settled(
+    recipe: str | Path,
+    run: Path,
+    overrides: Mapping[str, Any],
+    fresh: bool,
+    ranks: int,
+    observer: Observer | None = None,
+) -> Recipe:
     """What a start on so many ranks will do, by the recipe or by the run that is there."""
     stored = run / RECIPE
     if not stored.is_file():
-        wanted = admitted(read_recipe(recipe, overrides), recipe)
-        decided = settle(wanted, overrides.keys(), model_settings(recipe), ranks)
+        counting = partial(count_rows, folder=run, observer=observer or Silent())
+        asked = admitted(read_recipe(recipe, overrides), recipe)
+        decided = settle(asked, overrides.keys(), model_settings(recipe), ranks, counting)
     elif fresh:
         raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
     else:

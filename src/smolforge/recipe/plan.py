@@ -215,8 +215,11 @@ def parse_count(count: str) -> int:
     return number
 
 
-def within_budget(recipe: Recipe, explicit: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
-    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine, or so many like it.
+def within_budget(
+    recipe: Recipe, explicit: Set[str] = frozenset(), ranks: int = 1, most_rows: int | None = None
+) -> Recipe:
+    """The recipe with steps, batch, warm-up and decay cut to its budget on this machine, or so many like it, and to
+    `most_rows` in all where its epochs end before that.
 
     The batch, unless it is among the `explicit` settings, halves until there are FEWEST_STEPS steps or a
     single row; warm-up and decay keep their share of the schedule, the warm-up at least a hundredth and
@@ -230,6 +233,7 @@ def within_budget(recipe: Recipe, explicit: Set[str] = frozenset(), ranks: int =
     train, schedule = recipe.train, recipe.optim.schedule.over(recipe.train.steps)
     rows = train.rows
     fixed, row_tokens = "train.batch_tokens" in explicit, train.sequence_length
+    tokens = tokens if most_rows is None else min(tokens, most_rows * row_tokens)
     while not fixed and rows // 2 >= ranks and tokens // (rows * row_tokens) < FEWEST_STEPS:
         rows //= 2
     steps = max(1, tokens // (rows * train.sequence_length))

@@ -37,7 +37,7 @@ from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.standing import check_disk, restore, standing, take_back
-from smolforge.recipe.text import check_items, check_prompts, open_corpus, tasks_of, windows_of
+from smolforge.recipe.text import check_items, check_prompts, open_corpus, rows_of, tasks_of, tell_of_cuts
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
@@ -128,7 +128,7 @@ def prepared(recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: 
     text = open_corpus(recipe, files.path, files.stored_recipe() is not None, observer)
     check_prompts(recipe, text.tokenizer())
     check_items(asked, recipe, text.tokenizer())
-    windows_of(text, recipe)
+    tell_of_cuts(rows_of(text, recipe), recipe)
     return str(text.folder)
 
 
@@ -171,8 +171,8 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
     rows = recipe.train.rows
     numbers = map(decisions.batch, itertools.count(now.step))
-    windows = windows_of(start.text, recipe)
-    source = batches.stream(windows, numbers, rows, recipe.data.num_workers, ranks.share(rows))
+    text = rows_of(start.text, recipe)
+    source = batches.stream(text, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
     saving = Saving(recipe.train, files, start.reading, start.stop.asked, start.saved)
     shop = Workshop(start, model, optimizers, judge, saving)

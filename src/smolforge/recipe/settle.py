@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from smolforge.checkpoint import resolve
@@ -22,11 +23,18 @@ ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
 
-def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] = frozenset(), ranks: int = 1) -> Recipe:
-    """Decide what a first start leaves open: shape to start from, budget's run, what fits the machine, horizon.
+def settle(
+    recipe: Recipe,
+    explicit: Set[str] = frozenset(),
+    written: Set[str] = frozenset(),
+    ranks: int = 1,
+    count_rows: Callable[[Recipe], int] | None = None,
+) -> Recipe:
+    """Decide what a first start leaves open: shape to start from, steps, budget's run, what fits the machine, horizon.
 
-    `explicit` names what was given by hand, which counts before what a budget derives; `written` the settings
-    of the model that stand in the recipe's file.
+    `explicit` names what was given by hand, which counts before what epochs or a budget derive; `written` the settings
+    of the model that stand in the recipe's file. `count_rows` says how many rows the text of a recipe is; without it
+    epochs stay unresolved.
     """
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
@@ -34,13 +42,16 @@ def settle(recipe: Recipe, explicit: Set[str] = frozenset(), written: Set[str] =
         if recipe.lora.rank is not None and begun == recipe.init_from:  # it will be read again, from wherever that is
             begun = str(resolve.find(begun).resolve())
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
-    recipe = in_the_fastest_dtype(recipe)
+    recipe, most = in_the_fastest_dtype(recipe), None
+    if recipe.train.epochs is not None and count_rows is not None and "train.steps" not in explicit:
+        most = math.ceil(count_rows(recipe) * recipe.train.epochs)
+        recipe = replaced(recipe, {"train.steps": math.ceil(most / recipe.train.rows)})
     if recipe.budget is not None:
         given = leaves(recipe)
         kept = {name: given[name] for name in BUDGETED if name in explicit}
         if "train.steps" in kept:
             kept.setdefault("optim.schedule.steps", None)
-        recipe = replaced(within_budget(recipe, explicit, ranks), kept)
+        recipe = replaced(within_budget(recipe, explicit, ranks, most), kept)
     return with_schedule_over(on_this_machine(recipe, ranks), recipe.train.steps)
 
 

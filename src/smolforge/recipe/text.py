@@ -1,26 +1,28 @@
 """The text of a run: the corpus its recipe names, or one made from its sources, by a tokenizer that all agree on."""
 
-import shutil
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from smolforge.checkpoint import resolve
 from smolforge.config import Recipe
-from smolforge.data import batches, corpus, shards
+from smolforge.data import batches, corpus, packing, shards
 from smolforge.errors import SettingError
 from smolforge.evaluation import tasks
 from smolforge.evaluation.multiple_choice import encoded
 from smolforge.evaluation.tasks import Task
-from smolforge.recipe.workshop import Observer
+from smolforge.generation.stream import prompt_ids
+from smolforge.recipe.workshop import Observer, prompts_of
+from smolforge.runs import RunFolder
 from smolforge.tokenizer import Tokenizer
+
+log = logging.getLogger("smolforge")
 
 
 def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
     """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
     if begun and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
-    if not begun:  # what a try that never came to its first step left, perhaps of other text
-        shutil.rmtree(folder / "corpus", ignore_errors=True)
     sources = recipe.data.sources
     named = {} if begun else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
     if recipe.special_tokens and not named and not begun:
@@ -30,12 +32,15 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
             if len(sources) > 1:
                 raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
             prepared = corpus.Corpus.open(Path(source))
+            check_same_format(prepared, recipe)
             check_same_tokenizer(prepared, named)
             check_vocabulary(len(prepared.tokenizer()), recipe)
             return prepared
     tokenizer = next(iter(named.values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
+    if not begun:  # what a try that never came to its first step left, unless it is of the same text
+        shards.clear(folder / "corpus", recipe.data, tokenizer, recipe.model.vocab_size)
     made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
     check_same_tokenizer(made, named)
     return made
@@ -59,6 +64,13 @@ def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> No
             raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
 
 
+def check_same_format(text: corpus.Corpus, recipe: Recipe) -> None:
+    """A recipe says what it learns from."""
+    if text.is_chat != (recipe.data.format == "chat"):
+        form = "chat" if text.is_chat else "text"
+        raise SettingError(f"the corpus {text.folder} is {form}; --data.format {form} learns from it as such")
+
+
 def check_vocabulary(ids: int, recipe: Recipe) -> None:
     if ids > recipe.model.vocab_size:
         raise SettingError(
@@ -67,8 +79,10 @@ def check_vocabulary(ids: int, recipe: Recipe) -> None:
         )
 
 
-def windows_of(text: corpus.Corpus, recipe: Recipe) -> batches.Windows:
-    """What batches are cut from. Raises InvalidFile where the text is less than one row."""
+def rows_of(text: corpus.Corpus, recipe: Recipe) -> batches.Rows:
+    """What batches are made of. Raises InvalidFile where the text is less than one row."""
+    if text.is_chat:
+        return packing.PackedRows(text, corpus.TRAIN, recipe.train.sequence_length, recipe.seed)
     return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
 
 
@@ -86,11 +100,28 @@ def tasks_of(recipe: Recipe) -> list[Task]:
     return found
 
 
+def tell_of_cuts(source: batches.Rows, recipe: Recipe) -> None:
+    """Say aloud what of the conversations is not learned because it is longer than a row."""
+    if isinstance(source, packing.PackedRows) and source.cut + source.left_out:
+        log.warning(
+            "of %s conversations %s are longer than a row of train.sequence_length (%s) tokens and cut after a whole "
+            "turn, or at the row's end where the first is too long; %s more, whose first answer begins beyond it, "
+            "are left out",
+            f"{len(source.lengths):,}", f"{source.cut:,}", f"{recipe.train.sequence_length:,}", f"{source.left_out:,}",
+        )  # fmt: skip
+
+
+def count_rows(recipe: Recipe, folder: Path, observer: Observer) -> int:
+    """Rows of one epoch, for which the text is prepared in the folder of a run that has not begun."""
+    with RunFolder.open(folder):
+        return rows_of(open_corpus(recipe, folder, False, observer), recipe).count
+
+
 def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
     limit = recipe.model.max_position_embeddings
-    for prompt in recipe.train.sample_prompts if recipe.train.sample_every else ():
-        if len(tokenizer.encode(prompt)) >= limit:
+    for prompt in prompts_of(recipe) if recipe.train.sample_every else ():
+        if len(prompt_ids(tokenizer, prompt)) >= limit:
             raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
 
 

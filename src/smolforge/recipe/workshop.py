@@ -21,7 +21,7 @@ from smolforge.device.usage import Usage
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.tasks import Task
-from smolforge.generation.stream import generate
+from smolforge.generation.stream import Prompt, generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
 from smolforge.ranks import Ranks
@@ -88,6 +88,13 @@ class Start:
     def saved(self, step: int) -> None:
         """Tell that a checkpoint is safe."""
         self.trackers(Saved(step, state.folder_of(self.files.path, step)))
+
+
+def prompts_of(recipe: Recipe) -> list[Prompt]:
+    """The recipe's prompts for samples: the beginning of a text each, or what a user says."""
+    if recipe.data.format == "text":
+        return list(recipe.train.sample_prompts)
+    return [[{"role": "user", "content": prompt}] for prompt in recipe.train.sample_prompts]
 
 
 class Workshop:
@@ -179,16 +186,17 @@ class Workshop:
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def sample(self, now: State, metrics: dict[str, Any]) -> None:
-        prompts, options = self.recipe.train.sample_prompts, self.recipe.sample.model_dump()
+        prompts, options = prompts_of(self.recipe), self.recipe.sample.model_dump()
         if options["seed"] is None:
             options["seed"] = self.recipe.seed + now.step
         self.model.eval()
         with optim.averaged(self.optimizers):
             found = generate(self.model, prompts, **options)
         self.model.train()
-        for number, (prompt, completion) in enumerate(zip(prompts, found, strict=True)):
+        between = "\n" if self.text.is_chat else ""
+        for number, (prompt, completion) in enumerate(zip(self.recipe.train.sample_prompts, found, strict=True)):
             self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
-            self.observer.sampled(prompt + completion.text)
+            self.observer.sampled(prompt + between + completion.text)
             self.trackers(Sampled(now.step, number, prompt, completion.text))
 
     def weigh(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -138,6 +138,12 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     @property
+    def pad_id(self) -> int | None:
+        """The id other programs fill rows up with."""
+        token = self._named("pad_token")
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of what decides the ids of a text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
@@ -227,11 +233,11 @@ class Tokenizer:
         """Ids of a text and its special tokens; `back` is applied to what is between them."""
         pieces = self.special.split(text)
         texts = [piece.translate(back) for piece in pieces if isinstance(piece, str)]
-        rows = iter(self.encode_batch(texts[:1]) + self._continued.encode_batch(texts[1:]))
+        rows = iter(self.encode_batch(texts[:1]) + self.continued.encode_batch(texts[1:]))
         return [token for piece in pieces for token in ([piece] if isinstance(piece, int) else next(rows))]
 
     @functools.cached_property
-    def _continued(self) -> "Tokenizer":
+    def continued(self) -> "Tokenizer":
         """For text behind a special token: one that does not mark a beginning, where this one does."""
         if not self._marks_beginning:
             return self

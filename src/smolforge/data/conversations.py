@@ -1,0 +1,94 @@
+"""Sources to conversations: JSON lines, each checked, as documents whose text is the conversation in one form.
+
+{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+{"prompt": "Hi", "completion": "Hello!"}                 the same; of a completion alone is learned,
+{"prompt": [messages...], "completion": [messages...]}   and not what an assistant says in the prompt
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from smolforge.config import Data
+from smolforge.data.documents import JSON_SUFFIXES, PYTHON_DOCS, Document, files, group_of, records, whole
+from smolforge.errors import InvalidFile
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def conversations(source: str, data: Data) -> Iterator[Document]:
+    """All conversations of one source, to be read by `messages_of`.
+
+    Raises InvalidFile, naming file and line, for whatever is none.
+    """
+    found = [path for path in (files(source) if source != PYTHON_DOCS else []) if path.suffix in JSON_SUFFIXES]
+    if not found:
+        raise InvalidFile(
+            f"there are no conversations in {source}: data.format is chat, which reads files that end in "
+            f"{' or '.join(JSON_SUFFIXES)}; --data.sources names them"
+        )
+    for path in found:
+        for number, record in records(path):
+            place = f"{path}, line {number}"
+            messages, first = conversation(record, place)
+            text = json.dumps({"messages": messages, "first": first}, ensure_ascii=False)
+            yield Document(group_of(record, path, number, data), whole(text, path, number), place)
+
+
+def messages_of(document: Document) -> tuple[list[dict[str, Any]], int]:
+    """The messages of a conversation, and the number of the first that may be learned."""
+    said = json.loads(document.text)
+    return said["messages"], said["first"]
+
+
+def conversation(record: Any, place: str) -> tuple[list[dict[str, Any]], int]:
+    """The same of a line. Raises InvalidFile, beginning with `place`, for what is no conversation."""
+    if isinstance(record, dict) and "messages" in record:
+        messages = record["messages"]
+        first = 0
+    elif isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
+        prompt, messages = _turns(record, "prompt", "user", place), _turns(record, "completion", "assistant", place)
+        first = len(prompt)
+        messages = prompt + messages
+    else:
+        text = isinstance(record, dict) and "text" in record
+        way_out = "; --data.format text reads plain text" if text else ""
+        raise InvalidFile(f"{place} is no conversation: it has neither messages nor a prompt and a completion{way_out}")
+    check(messages, place)
+    return [{key: value for key, value in message.items() if value is not None} for message in messages], first
+
+
+def _turns(record: dict[str, Any], key: str, role: str, place: str) -> list[Any]:
+    """A prompt or completion as messages: a text is one, by `role`."""
+    value = record[key]
+    if not isinstance(value, str | list):
+        raise InvalidFile(f"{place} has {_kind(value)} as its {key}; it should be text, or a list of messages")
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def check(messages: Any, place: str) -> None:
+    """Raises InvalidFile for what no template could make a conversation of."""
+    if not isinstance(messages, list) or not messages:
+        what = "no message in it" if messages == [] else f"{_kind(messages)} as its messages"
+        raise InvalidFile(f'{place} has {what}; it should be a list of {{"role": ..., "content": ...}}')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise InvalidFile(f'{place}: message {number} is {_kind(message)}, not {{"role": ..., "content": ...}}')
+        for key in ("role", "content"):
+            if message.get(key) is None:
+                raise InvalidFile(f"{place}: message {number} has no {key}")
+            if not isinstance(message[key], str):
+                raise InvalidFile(f"{place}: the {key} of message {number} is {_kind(message[key])}; it should be text")
+        if message["role"] not in ROLES:
+            raise InvalidFile(
+                f"{place}: message {number} has the role {message['role'][:40]!r}; it should be one of "
+                f"{', '.join(ROLES)}"
+            )
+        if message["role"] == "system" and number > 1:
+            raise InvalidFile(f"{place}: message {number} is a system message; there may be one, and it comes first")
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is."""
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
