@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smolforge.errors import SettingError
-from smolforge.generation.packed import Network, packed
+from smolforge.generation.packed import packed
 from smolforge.generation.samplers import Sampling
 from smolforge.memory import Cache
 from smolforge.model import LanguageModel

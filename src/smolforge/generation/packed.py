@@ -10,7 +10,7 @@ so rows are added until there are. Measured in docs/performance.md.
 Axes: b batch, t tokens, r rows at least `LEAST_ROWS`, c in, n out, v vocabulary.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class Matrix:
 class Block:
     """One layer: what `model.Layer` computes, with fewer and larger operations."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_size = attention.head_size
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
@@ -105,7 +105,8 @@ class Rows:
     def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
         if not self.added:
             return self.memory.attend(layer, q, k, v, window)
-        found = self.memory.attend(layer, *(each[: self.rows] for each in (q, k, v)), window)
+        q, k, v = (each[: self.rows] for each in (q, k, v))
+        found = self.memory.attend(layer, q, k, v, window)
         return F.pad(found, (0, 0, 0, 0, 0, 0, 0, self.added))
 
 
@@ -114,7 +115,7 @@ def added_rows(rows: int, length: int) -> int:
     return max(0, -(-LEAST_ROWS // length) - rows) if rows else 0
 
 
-def normed(norm: nn.Module, x: Hidden) -> Hidden:
+def normed(norm: Any, x: Hidden) -> Hidden:
     """RMSNorm in fp32, in torch's own words."""
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
 
@@ -126,7 +127,7 @@ def packed(model: LanguageModel) -> Network:
 
 def packable(model: LanguageModel) -> bool:
     """Whether every part is one that `Block` writes out: ours, unchanged, in fp32 on a processor with oneDNN."""
-    head = model.head
+    head, layers = model.head, list[Any](model.model.layers)
     if not (head.device.type == "cpu" and head.dtype == torch.float32 and torch.backends.mkldnn.is_available()):
         return False
     plain = all(
@@ -134,7 +135,7 @@ def packable(model: LanguageModel) -> bool:
         and type(layer.mlp) is MLP
         and type(layer.input_layernorm) is type(layer.post_attention_layernorm) is RMSNorm
         and type(layer.self_attn.q_norm) is nn.Identity
-        for layer in model.model.layers
+        for layer in layers
     )
     return plain and type(model.model.norm) is RMSNorm and not _hooked(model)
 

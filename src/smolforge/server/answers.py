@@ -116,13 +116,17 @@ class Answer:
         for place, pieces in enumerate(self.pieces):
             text = echoed[place] + "".join(piece.text for piece in pieces)
             tokens = [token for piece in pieces for token in piece.tokens]
-            choice = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            choice = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            )
             said = self.logprobs[place].of(tokens) if scored else None
             choices.append({"index": place, **choice, "logprobs": said, "finish_reason": pieces[-1].finish_reason})
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self.usage}
 
-    def chunk(self, place: int, said: str | dict[str, str], tokens: Sequence[Token] = (), why: str | None = None) -> str:
+    def chunk(
+        self, place: int, said: str | dict[str, str], tokens: Sequence[Token] = (), why: str | None = None
+    ) -> str:
         """One event: text of a completion or a delta of a chat, the tokens that are to be scored, and its end."""
         content = {"delta": said} if self.chat else {"text": said}
         scored = self.logprobs[place].of(tokens) if tokens else None

@@ -23,7 +23,7 @@ from smolforge.generation import engine
 from smolforge.server.answers import DONE, Answer, Words, event
 from smolforge.server.desk import Desk, Job, Ticket
 from smolforge.server.errors import Refused, of_validation
-from smolforge.server.fields import Asked, Chat, Completion, Detokenize, Message, Tokenize
+from smolforge.server.fields import Chat, Completion, Detokenize, Message, Tokenize
 from smolforge.server.guard import Guard, Rules
 from smolforge.server.metrics import Metrics
 from smolforge.tokenizer import Tokenizer
@@ -163,7 +163,7 @@ class Service:
         return self.tokenizer.decode(ids)
 
     def check_name(self, name: str | None) -> None:
-        if name not in (None, self.name):
+        if name is not None and name != self.name:
             raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}", "model", "model_not_found")
 
     def card(self) -> dict[str, Any]:
@@ -207,6 +207,8 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
 
 
 def openai_routes(app: FastAPI, service: Service) -> None:
+    """What OpenAI's clients call."""
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
@@ -230,6 +232,8 @@ def openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def token_routes(app: FastAPI, service: Service) -> None:
+    """The tokenizer, as vLLM's clients and lm-evaluation-harness ask for it."""
+
     @app.post("/tokenize")
     def tokenize(asked: Tokenize) -> dict[str, Any]:
         """Token ids of a text, in which special tokens are plain text, or of messages."""
@@ -256,6 +260,8 @@ def token_routes(app: FastAPI, service: Service) -> None:
 
 
 def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """What those who run a server ask of it."""
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives. Needs no key."""

@@ -3,6 +3,7 @@
 Nothing that a client wrote is logged but method and route: no prompt, no key, no path that could forge a line.
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -18,6 +19,7 @@ from smolforge.server.metrics import Metrics
 log = logging.getLogger("smolforge.server")
 PUBLIC = ("/", "/health")
 """Routes that need no key: the page, which asks for one, and the sign of life."""
+BODY_SECONDS = 30.0
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 
@@ -72,26 +74,29 @@ class Guard:
             raise Refused(403, "this server answers to localhost only; --host says where else", code="wrong_host")
         if self.rules.key is not None and scope["path"] not in PUBLIC:
             check_key(headers, self.rules.key)
-        said = headers.get(b"content-length", b"0")
-        if said.isdigit() and int(said[:20]) > self.rules.body_bytes:
-            raise self._too_large()
         if scope["method"] == "POST" and not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
             raise Refused(415, "the body should be JSON; send the header Content-Type: application/json")
-        await self.app(scope, self._bounded(receive), send)
+        await self.app(scope, replayed(await self._body(headers, receive), receive), send)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """What is received, as long as it is not too much; a length may be missing, or a lie."""
-        read = 0
-
-        async def bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self.rules.body_bytes:
-                raise self._too_large()
-            return message
-
-        return bounded
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        """All of it, as long as it is not too much and does not take for ever; its length may be missing, or a lie."""
+        said = headers.get(b"content-length", b"0")[:20]
+        if said.isdigit() and int(said) > self.rules.body_bytes:
+            raise self._too_large()
+        body, more = bytearray(), True
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(499, "the client has gone")
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.rules.body_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            raise Refused(408, f"the body did not come within {BODY_SECONDS:.0f} seconds") from None
+        return bytes(body)
 
     def _too_large(self) -> Refused:
         return Refused(413, f"a body may have {self.rules.body_bytes:,} bytes", code="body_too_large")
@@ -100,6 +105,20 @@ class Guard:
         """The client's own number of the request, where it is one that a log can take."""
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """What was received, once more, and then what follows it."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
 
 
 def check_key(headers: dict[bytes, bytes], key: str) -> None:

@@ -24,7 +24,9 @@ class Metrics:
         self.whole = measured(Histogram, "e2e_request_latency_seconds", "To the last token.", buckets=SECONDS)
         self.prompt = measured(Counter, "prompt_tokens", "Tokens of prompts.")
         self.generated = measured(Counter, "generation_tokens", "Tokens of answers.")
-        ended = Counter("vllm:request_success", "Sequences that ended.", ["model_name", "finished_reason"], registry=self.registry)
+        ended = Counter(
+            "vllm:request_success", "Sequences that ended.", ["model_name", "finished_reason"], registry=self.registry
+        )
         self.finished = {why: ended.labels(model, why) for why in ("stop", "length", "abort")}
         self.requests = Counter("http_requests", "Requests.", ["route", "code"], registry=self.registry)
         Info("build", "What runs.", registry=self.registry).info({"version": __version__})

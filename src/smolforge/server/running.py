@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 
@@ -79,7 +80,7 @@ def serve(server: uvicorn.Server, desk: Desk, ready: Callable[[], None]) -> None
     finally:
         server.should_exit = True
         thread.join()
-        desk.drain(0)
+        desk.drain(0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -91,7 +92,7 @@ def _run(server: uvicorn.Server) -> None:
         log.debug("the server did not start")
 
 
-def _signals(numbers: Sequence[int], handler: Callable[..., object]) -> dict[int, object]:
+def _signals(numbers: Sequence[int], handler: Callable[..., object]) -> dict[int, Any]:
     """Set handlers, where Python lets us; returns those that were."""
     if threading.current_thread() is not threading.main_thread():
         return {}
