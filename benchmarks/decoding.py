@@ -189,11 +189,10 @@ def main() -> None:
     names = list(turns)
     for name in names[1:]:
         agreed([turns[names[0]][0], *turns[name]], name, model, prompt)
+    what = f"{asked.preset}, fp32, {torch.get_num_threads()} threads, {asked.prompt} + {asked.new} tokens"
+    print(f"{what}, {asked.rounds} rounds")
     print(
-        f"{asked.preset}, fp32, {torch.get_num_threads()} threads, {asked.prompt} + {asked.new} tokens, {asked.rounds} rounds"
-    )
-    print(
-        "| contestant | tokens/s | GB/s | times transformers, clock (range) | processor | times F.linear alone, processor |"
+        "| contestant | tokens/s | GB/s | times transformers, clock (range) | processor | times F.linear, processor |"
     )
     print("|---|---|---|---|---|---|")
     for name, own in turns.items():

@@ -121,7 +121,8 @@ def told(host: str, port: int, name: str, keyed: bool, chats: bool) -> str:
     quoted = name.replace("\\", "\\\\").replace('"', '\\"')
     if chats:
         route, ask = "chat/completions", f'"model": "{quoted}", "messages": [{{"role": "user", "content": "Hello!"}}]'
-        call = 'client.chat.completions.create(model="%s", messages=[{"role": "user", "content": "Hello!"}], max_tokens=64)'
+        turn = '[{"role": "user", "content": "Hello!"}]'
+        call = f'client.chat.completions.create(model="%s", messages={turn}, max_tokens=64)'
         said = "choices[0].message.content"
     else:
         route, ask = "completions", f'"model": "{quoted}", "prompt": "Once upon a time"'

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smolforge.errors import SettingError
-from smolforge.generation.packed import packed
+from smolforge.generation.packed import Network, packed
 from smolforge.generation.samplers import Sampling
 from smolforge.memory import Cache
 from smolforge.model import LanguageModel
@@ -85,7 +85,8 @@ class Engine:
     """`slots` sequences at a time, each of at most `capacity` tokens; others wait their turn."""
 
     def __init__(self, model: LanguageModel, slots: int, capacity: int) -> None:
-        self.model, self.network = model, model
+        self.model = model
+        self.network: Network = model
         self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
         self.cache = Cache(model.config, slots, self.capacity, model.head)
         self.waiting: deque[Row] = deque()
@@ -109,7 +110,7 @@ class Engine:
         return row.number
 
     def cancel(self, number: int) -> None:
-        """Give up a request, wherever it is; its slot is free before the next step. Unknown numbers are gone already."""
+        """Give up a request, wherever it is; its slot is free before the next step. It may be gone."""
         for row in (*self.answering, *([self.reading] if self.reading else [])):
             if row.number == number:
                 self._leave(row)
