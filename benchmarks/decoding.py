@@ -92,7 +92,7 @@ def ours(model: LanguageModel, prompt: list[int], new: int, rows: int, plain: bo
     network = model if plain else packed(model)
 
     def run() -> Turn:
-        engine = Engine(model, rows, len(prompt) + new)
+        engine = Engine(model, rows, len(prompt) + new + rows)
         engine.network = network
         numbers = [engine.submit(Request(prompt, GREEDY, new + rows)) for _ in range(rows)]
         while len(engine.answering) < rows:
