@@ -98,10 +98,10 @@ def ours(model: LanguageModel, prompt: list[int], new: int, rows: int, plain: bo
         while len(engine.answering) < rows:
             engine.step()
         stamps, ids = [(time.perf_counter(), time.process_time())], list(engine.answering[0].seen)
-        while len(ids) < len(prompt) + new:
+        while len(stamps) <= new - 1:
             ids += [token.id for token in engine.step() if token.row == numbers[0]]
             stamps.append((time.perf_counter(), time.process_time()))
-        return turn(stamps, rows, ids[len(prompt) :])
+        return turn(stamps, rows, ids[len(prompt) :][:new])
 
     if plain:  # it would be packed at its first step
         import smolforge.generation.engine as module

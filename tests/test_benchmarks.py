@@ -264,6 +264,7 @@ def test_train_sh_trains_and_verifies(tmp_path):
     assert said("runs/a", "a text.txt", "tok", "5050")[0] == f"{setting} --train.steps 5050"
 
 
+@pytest.mark.long
 def test_decoding_in_small():
     page = said_by("decoding", "--preset", "smollm2-nano", "--prompt", "8", "--new", "4", "--rounds", "1")
     table = cells(page)

@@ -36,9 +36,11 @@ def run(engine):
 
 
 def alone(model, prompt, count):
+    """Ids and their log-probabilities, which feel what is in the cache long before the ids do."""
     engine = Engine(model, 1, 128)
-    engine.submit(Request(prompt, GREEDY, count))
-    return run(engine)[0]
+    engine.submit(Request(prompt, GREEDY, count, top_logprobs=0))
+    tokens = [token for _ in range(count) for token in engine.step()]
+    return [token.id for token in tokens], [token.scores.logprob for token in tokens]
 
 
 def ties(model, prompt, one, other):
@@ -67,13 +69,17 @@ def test_greedy_ids_do_not_depend_on_who_else_is_there(plan, slots, seed):
     while due or engine.busy:
         while due and plan[due[0]][0] <= step:
             which = due.pop(0)
-            numbers[engine.submit(Request(prompts[which], GREEDY, plan[which][2]))] = which
+            numbers[engine.submit(Request(prompts[which], GREEDY, plan[which][2], top_logprobs=0))] = which
         for token in engine.step():
-            found.setdefault(numbers[token.row], []).append(token.id)
+            found.setdefault(numbers[token.row], []).append(token)
         step += 1
         assert engine.used_slots <= slots
     for which, (_, _, count) in enumerate(plan):
-        near += ties(model, prompts[which], found[which], alone(model, prompts[which], count))
+        ids, logprobs = alone(model, prompts[which], count)
+        tied = ties(model, prompts[which], [token.id for token in found[which]], ids)
+        near += tied
+        if not tied:
+            assert [token.scores.logprob for token in found[which]] == pytest.approx(logprobs, abs=1e-5)
     assert near <= 1
     assert engine.used_tokens == 0
 
@@ -268,3 +274,23 @@ def test_greedy_text_equals_transformers_in_a_crowd():
         )
         near += ties(model, prompt, found[number], expected[0, len(prompt) :].tolist())
     assert near == 0
+
+
+def test_rows_that_move_keep_what_they_have_seen():
+    """The first leaves, the last takes its slot, and the prompt half read takes that one's."""
+    model = model_of(0, max_position_embeddings=2048)
+    chance = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 320, (n,), generator=chance).tolist() for n in (9, 30, 50, CHUNK_TOKENS + 40)]
+    counts, found = (5, 12, 12, 6), {0: [], 1: [], 2: [], 3: []}
+    engine = Engine(model, 4, 1024)
+    for prompt, count in zip(prompts, counts, strict=True):
+        engine.submit(Request(prompt, GREEDY, count, top_logprobs=0))
+    while engine.busy:
+        for token in engine.step():
+            found[token.row].append(token)
+    for number, prompt in enumerate(prompts):
+        ids = [token.id for token in found[number]]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + ids]))[0].log_softmax(-1)
+        expected = [logprobs[len(prompt) - 1 + place, token].item() for place, token in enumerate(ids)]
+        assert [token.scores.logprob for token in found[number]] == pytest.approx(expected, abs=1e-5)
