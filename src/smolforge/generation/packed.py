@@ -4,7 +4,7 @@
                             -> the model     everything else
 
 A step of decoding reads every weight once, so memory's speed is its limit, and torch's own product of one row
-reads at half of it. oneDNN's kernels read at all of it, from a layout of their own, as soon as there are four rows:
+reads well below it. oneDNN's kernels come near it, from a layout of their own, as soon as there are four rows:
 so rows are added until there are. Measured in docs/performance.md.
 
 Axes: b batch, t tokens, r rows at least `LEAST_ROWS`, c in, n out, v vocabulary.
