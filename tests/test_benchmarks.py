@@ -262,3 +262,12 @@ def test_train_sh_trains_and_verifies(tmp_path):
         "verify runs/a --out runs/a/verify.json",
     ]
     assert said("runs/a", "a text.txt", "tok", "5050")[0] == f"{setting} --train.steps 5050"
+
+
+@pytest.mark.long
+def test_decoding_in_small():
+    page = said_by("decoding", "--preset", "smollm2-nano", "--prompt", "8", "--new", "4", "--rounds", "1")
+    table = cells(page)
+    assert {"transformers generate", "F.linear", "smolforge", "smolforge, 8 requests"} <= set(table)
+    assert "times a plain prefill" in page
+    assert "Enter to first token" in page

@@ -19,6 +19,7 @@ from smolforge import cli, load, lora, train
 from smolforge.checkpoint import adapter, state, weights
 from smolforge.config import Lora
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.generation.packed import packed
 from smolforge.loss import loss_sum
 from smolforge.model import build
 from smolforge.recipe.plan import learning
@@ -70,6 +71,7 @@ def test_merged_says_the_same(family, rank, alpha):
     lora.adapt(model, Lora(rank=rank, alpha=alpha, targets=targets), seed=0)
     assert torch.equal(model(ids), before), "B is 0 at first"
     disturbed(model)
+    assert packed(model) is model, "a shortcut for decoding would pass the updates by"
     unmerged, folded = model(ids), dict(lora.folded(model))
     assert not torch.allclose(unmerged, before)
     lora.merge(model)

@@ -132,16 +132,16 @@ def test_cached_equals_uncached(chunks):
         torch.testing.assert_close(torch.cat(states, 1), model.hidden(ids), atol=1e-5, rtol=1e-4)
 
 
-def test_a_cache_keeps_the_rows_it_is_told_to():
+def test_a_row_of_a_cache_moves_whole():
     model = tiny_model()
     ids = torch.randint(320, (3, 10))
     positions = torch.arange(10).expand(3, -1)
     cache = Cache(model.config, 3, 16, model.head)
     with torch.no_grad():
         model.hidden(ids, positions, cache.at(positions))
-        cache.keep([2])
+        cache.move(2, 1, 10)
         step = torch.tensor([[10]])
-        one = model.hidden(torch.tensor([[4]]), step, cache.at(step))
+        one = model.hidden(torch.tensor([[4]]), step, cache.at(step, first=1))
         whole = model.hidden(torch.cat([ids[2:], torch.tensor([[4]])], 1))[:, -1:]
     torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-4)
 

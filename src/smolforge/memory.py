@@ -181,30 +181,42 @@ class Cache:
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_size)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
-    def at(self, positions: Int[Tensor, "b t"]) -> "CacheWindow":
-        return CacheWindow(self, positions)
+    def at(self, positions: Int[Tensor, "b t"], first: int = 0) -> "CacheWindow":
+        """The rows from `first` on, about to take tokens at positions that rise by one along each row."""
+        return CacheWindow(self, positions, first)
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget all other rows."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def move(self, source: int, target: int, length: int) -> None:
+        """A row's first tokens take the place of another's."""
+        for kept in (self.keys, self.values):
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
 
 class CacheWindow:
-    """A cache about to take the tokens of these positions."""
+    """Rows of a cache about to take the tokens of these positions."""
 
-    def __init__(self, cache: Cache, positions: Int[Tensor, "b t"]) -> None:
-        self.cache = cache
-        self.rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    def __init__(self, cache: Cache, positions: Int[Tensor, "b t"], first: int = 0) -> None:
+        rows, length = positions.shape
+        self.keys, self.values = (kept[:, first : first + rows] for kept in (cache.keys, cache.values))
+        self.rows = torch.arange(rows, device=positions.device)[:, None]
         self.positions = positions
         self.end = int(positions.max()) + 1
         seen = torch.arange(self.end, device=positions.device)
         self.back = (positions[..., None] - seen)[:, None]  # b 1 t s
         self.mask = self.back >= 0
+        # The same for all layers, so it is looked at once whether anything is hidden at all.
+        self.begins, self.all_seen = length == self.end, bool(self.mask.all())
+        self.added = torch.zeros(self.mask.shape, dtype=cache.keys.dtype, device=positions.device)
+        self.added.masked_fill_(~self.mask, float("-inf"))
 
     def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, self.positions] = k.transpose(1, 2)
         values[self.rows, :, self.positions] = v.transpose(1, 2)
         seen_keys, seen_values = keys[:, :, : self.end], values[:, :, : self.end]
-        mask = self.mask if window is None else self.mask & (self.back < window)
+        if window is not None and window < self.end:
+            mask = self.mask & (self.back < window)
+        elif self.begins:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            mask = None if self.all_seen else self.added
         return F.scaled_dot_product_attention(q, seen_keys, seen_values, mask, enable_gqa=True)

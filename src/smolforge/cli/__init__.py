@@ -32,6 +32,7 @@ COMMANDS = {
     "prepare": "Text to token shards that train reads.",
     "train": "Train a recipe, or resume exactly what is in its run folder.",
     "generate": "Continue a text, streaming.",
+    "serve": "Answer OpenAI's clients over HTTP: completions and chats, several at a time.",
     "verify": "Prove that a model is what it says: Transformers, published references, itself.",
     "export": "Hand a model on, checked by a round trip.",
     "compare": "Runs side by side, or ideas by a study: a table, figures for print, one page.",

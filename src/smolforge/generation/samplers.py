@@ -40,6 +40,33 @@ class RepetitionPenalty:
 
 
 @dataclass(frozen=True)
+class PresencePenalty:
+    """`frequency` is taken off a token's logit for each time it came up behind the prompt, `presence` once.
+
+    As OpenAI defines them: https://platform.openai.com/docs/api-reference/completions.
+    """
+
+    presence: float
+    frequency: float
+    prompt_tokens: int
+
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+        times = seen[self.prompt_tokens :].bincount(minlength=len(logits))
+        return logits - self.frequency * times - self.presence * (times > 0)
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """What is added to the logits of some tokens, as (id, bias)."""
+
+    biases: tuple[tuple[int, float], ...]
+
+    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+        ids, values = zip(*self.biases, strict=True)
+        return logits.index_add(0, torch.tensor(ids, device=logits.device), logits.new_tensor(values))
+
+
+@dataclass(frozen=True)
 class Temperature:
     """Below 1 sharpens, above 1 flattens."""
 
@@ -95,17 +122,18 @@ class Sampling:
         scores = logits.float()
         if not bool(scores.isfinite().all()):
             raise InvalidFile("the model gives logits that are no numbers; its weights are damaged")
-        history = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
-        for sampler in self.samplers:
-            scores = sampler(scores, history)
+        if self.samplers:
+            history = torch.tensor(seen, dtype=torch.int64, device=logits.device)
+            for sampler in self.samplers:
+                scores = sampler(scores, history)
         if self.greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
 
 
-def sampling(options: Generation) -> Sampling:
-    """The chain that the words of Transformers stand for."""
-    chain: list[Sampler] = []
+def sampling(options: Generation, *first: Sampler) -> Sampling:
+    """The chain that the words of Transformers stand for, behind others that change logits before it."""
+    chain: list[Sampler] = [*first]
     if options.repetition_penalty != 1:
         chain.append(RepetitionPenalty(options.repetition_penalty))
     if options.temperature < COLD:

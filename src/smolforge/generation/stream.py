@@ -1,45 +1,35 @@
-"""Prompts in, a stream of pieces out: the one place where tokens are produced.
+"""Prompts in, a stream of pieces out: the one place where tokens become text.
 
-Rows of different lengths share a batch without padding on the left: each row's tokens stand at their own
-positions in the cache, and what lies beyond a row's end is never attended to.
-
-    prompts   A B C        positions 0 1 2      next token of row 0 goes to 3
-              D E . (pad)            0 1 2                    row 1 goes to 2, over the pad
+`generate`, `stream`, chat and the server are readers of the engine through `Writer`; none has a loop of its own.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import InvalidFile
+from smolforge.generation.engine import Engine, FinishReason, Request, Token
 from smolforge.generation.samplers import Sampling, sampling
-from smolforge.memory import Cache
 from smolforge.model import LanguageModel
 from smolforge.settings import validated
 from smolforge.tokenizer import IncrementalDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length"]
 Prompt = str | list[dict[str, str]]
 """A text to go on with, or messages to answer."""
 
 
-class Token(NamedTuple):
-    """One new token of one row; the last of a row says why it is the last."""
-
-    row: int
-    id: int
-    finish_reason: FinishReason | None
-
-
 class Piece(NamedTuple):
-    """Text that became whole, and the ids behind it; the last piece says why it is the last."""
+    """Text that became whole, and the tokens behind it; the last piece says why it is the last."""
 
     text: str
-    token_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
     finish_reason: FinishReason | None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the answer, without the prompt's."""
+        return tuple(token.id for token in self.tokens if not token.of_prompt)
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,6 @@ class Completion:
     finish_reason: FinishReason
 
 
-@torch.inference_mode()
 def tokens(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -59,48 +48,23 @@ def tokens(
     max_new_tokens: int,
     eos_id: int | None = None,
     seed: int | None = None,
-) -> Generator[Token, bool | None, None]:
+) -> Generator[Token, None, None]:
     """New tokens of all rows, a step at a time, until each row has ended.
 
     Every row draws from a generator of its own, seeded alike, so a row gives what it gives alone.
     Raises SettingError for a prompt that is empty or leaves no room in the context.
     """
-    longest = max(map(len, prompts))
-    limit = model.config.max_position_embeddings
-    if min(map(len, prompts)) == 0:
-        raise SettingError("a prompt must have at least one token")
-    if longest >= limit:
-        raise SettingError(f"the prompt has {longest} tokens; this model takes {limit} with its answer")
-    device = model.head.device
-    seed = torch.Generator().seed() if seed is None else seed
-    generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-    seen = [list(prompt) for prompt in prompts]
-    active = list(range(len(prompts)))
-    cache = Cache(model.config, len(prompts), min(limit, longest + max_new_tokens), model.head)
-    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in seen], device=device)
-    positions = torch.arange(longest, device=device).expand(len(prompts), -1)
-    hidden = model.hidden(padded, positions, cache.at(positions))
-    last = hidden[torch.arange(len(prompts)), torch.tensor([len(ids) - 1 for ids in seen])]
-    while True:
-        logits = model.logits(last)
-        going = []
-        for place, row in enumerate(active):
-            token = choose(logits[place], seen[row], generators[row])
-            seen[row].append(token)
-            full = len(seen[row]) - len(prompts[row]) == max_new_tokens or len(seen[row]) >= limit
-            reason: FinishReason | None = "stop" if token == eos_id else "length" if full else None
-            if (yield Token(row, token, reason)):  # the reader has enough of this row
-                reason = "stop"
-            if reason is None:
-                going.append(place)
-        if not going:
-            return
-        if len(going) < len(active):
-            cache.keep(going)
-            active = [active[place] for place in going]
-        positions = torch.tensor([[len(seen[row]) - 1] for row in active], device=device)
-        ids = torch.tensor([[seen[row][-1]] for row in active], device=device)
-        last = model.hidden(ids, positions, cache.at(positions))[:, -1]
+    requests = [Request(prompt, choose, max_new_tokens, eos_id, seed) for prompt in prompts]
+    engine = engine_for(model, requests)
+    for request in requests:
+        engine.submit(request)
+    while engine.busy:
+        yield from engine.step()
+
+
+def engine_for(model: LanguageModel, requests: Sequence[Request]) -> Engine:
+    """An engine that takes all of these at once. They are numbered in the order they are submitted, from 0."""
+    return Engine(model, len(requests), max(len(each.prompt) + each.max_new_tokens for each in requests))
 
 
 class Text:
@@ -108,12 +72,18 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.decoder, self.stop = IncrementalDecoder(tokenizer), tuple(stop)
-        self.held, self.ids = "", []
+        self.held: str = ""
+        self.tokens: list[Token] = []
         self.stopped = False
 
     def push(self, token: Token, eos_id: int) -> Piece | None:
-        """The piece this token completes, if any; `stopped` is set where a stop string came up."""
-        self.ids.append(token.id)
+        """The piece this token completes, if any; `stopped` is set where a stop string came up.
+
+        Tokens of the prompt go along with the first piece and are no part of the text.
+        """
+        self.tokens.append(token)
+        if token.of_prompt:
+            return self._give(0, token.finish_reason) if token.finish_reason else None
         if token.id != eos_id:
             self.held += self.decoder.push(token.id)
         if token.finish_reason is not None:
@@ -128,8 +98,8 @@ class Text:
         return self._give(ready, None) if ready else None
 
     def _give(self, length: int, reason: FinishReason | None) -> Piece:
-        piece = Piece(self.held[:length], tuple(self.ids), reason)
-        self.held, self.ids = self.held[length:], []
+        piece = Piece(self.held[:length], tuple(self.tokens), reason)
+        self.held, self.tokens = self.held[length:], []
         return piece
 
 
@@ -145,6 +115,39 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
+class Writer:
+    """An engine whose tokens come out as text, cut at stop strings."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.rows: dict[int, Text] = {}
+
+    def submit(self, request: Request, stop: Sequence[str] = ()) -> int:
+        """The number that its pieces will carry. Raises what `Engine.submit` does."""
+        number = self.engine.submit(request)
+        self.rows[number] = Text(self.tokenizer, stop)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Nothing more comes of this request, and its slot is free."""
+        self.engine.cancel(number)
+        self.rows.pop(number, None)
+
+    def clear(self) -> None:
+        """Nothing more comes of any."""
+        self.engine.clear()
+        self.rows.clear()
+
+    def step(self) -> Iterator[tuple[int, Piece]]:
+        """What one step of the engine made whole. A request whose stop string came up has left the engine."""
+        for token in self.engine.step():
+            piece = self.rows[token.row].push(token, self.tokenizer.eos_id)
+            if piece is not None:
+                if piece.finish_reason is not None:
+                    self.cancel(token.row)
+                yield token.row, piece
+
+
 def pieces(model: LanguageModel, prompts: Sequence[Prompt], options: Generation) -> Iterator[tuple[int, Piece]]:
     """(row, piece) of all prompts, as they come."""
     tokenizer = own(model)
@@ -155,18 +158,13 @@ def pieces_behind(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: Generation
 ) -> Iterator[tuple[int, Piece]]:
     """The same, of prompts given by their ids."""
-    tokenizer = own(model)
-    rows = [Text(tokenizer, options.stop) for _ in prompts]
-    source = tokens(model, prompts, sampling(options), options.max_new_tokens, tokenizer.eos_id, options.seed)
-    token = next(source)
-    while True:
-        piece = rows[token.row].push(token, tokenizer.eos_id)
-        if piece is not None:
-            yield token.row, piece
-        try:
-            token = source.send(rows[token.row].stopped)
-        except StopIteration:
-            return
+    tokenizer, choose = own(model), sampling(options)
+    requests = [Request(row, choose, options.max_new_tokens, tokenizer.eos_id, options.seed) for row in prompts]
+    writer = Writer(engine_for(model, requests), tokenizer)
+    for request in requests:
+        writer.submit(request, options.stop)
+    while writer.engine.busy:
+        yield from writer.step()
 
 
 def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[Piece]:

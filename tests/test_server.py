@@ -1,0 +1,656 @@
+"""The server as clients meet it: a real one on a port, and the openai SDK, lm-evaluation-harness and curl's like."""
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from smolforge import cli
+from smolforge.generation.engine import Scores
+from smolforge.generation.stream import generate
+from smolforge.server.answers import Words
+from smolforge.server.guard import Rules
+from smolforge.server.running import Place, made
+from smolforge.testing import tiny_model
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KEY = "a-key-of-the-tests"
+
+
+class Running:
+    """A server in this process."""
+
+    def __init__(self, key=None, **place):
+        self.model = tiny_model()
+        tokenizer = self.model.tokenizer
+        tokenizer.settings["chat_template"] = TEMPLATE
+        tokenizer.template = tokenizer._chat_template()
+        rules = Rules(key, body_bytes=100_000)
+        self.server, self.desk = made(self.model, "tiny", Place(port=0, **{"context": 128, "slots": 4, **place}), rules)
+        self.engine = self.desk.writer.engine
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.desk.thread.start()
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
+        self.http = httpx.Client(base_url=self.url, timeout=20)
+        return self
+
+    def __exit__(self, *_):
+        self.http.close()
+        self.desk.drain(0.0)
+        self.server.should_exit = True
+        self.thread.join()
+
+    def post(self, route, **body):
+        return self.http.post(route, json=body)
+
+    def idle(self, seconds=5):
+        """Whether nothing is under way, or soon is."""
+        end = time.monotonic() + seconds
+        while (self.engine.busy or self.desk.tickets or self.desk.jobs) and time.monotonic() < end:
+            time.sleep(0.005)
+        return not (self.engine.busy or self.desk.tickets or self.desk.jobs)
+
+
+@pytest.fixture(scope="module")
+def running():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with Running() as server:
+        yield server
+        assert server.idle()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def keyed():
+    with Running(KEY) as server:
+        yield server
+
+
+@pytest.fixture
+def client(running):
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def events(response):
+    """The data of each server-sent event, of which the last is [DONE]."""
+    lines = response.text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+# What comes out
+
+
+def test_a_completion_is_what_generate_says(running, client):
+    (expected,) = generate(running.model, ["the model"], temperature=0, max_new_tokens=20)
+    found = client.completions.create(model="tiny", prompt="the model", max_tokens=20, temperature=0)
+    assert found.choices[0].text == expected.text
+    assert found.choices[0].finish_reason == expected.finish_reason
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (3, len(expected.token_ids))
+    assert found.id.startswith("cmpl-")
+    assert found.object == "text_completion"
+
+
+def test_a_stream_joins_to_the_whole(running, client):
+    given = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 3, "temperature": 1.0}
+    whole = client.completions.create(**given)
+    chunks = list(client.completions.create(**given, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-2]] == [None] * (len(chunks) - 2)
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+
+
+def test_a_chat_as_the_sdk_reads_it(client):
+    given = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    whole = client.chat.completions.create(**given, max_completion_tokens=12, logprobs=True, top_logprobs=2)
+    chunks = list(client.chat.completions.create(**given, max_tokens=12, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].choices[0].delta.content is None
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 12
+    assert all(len(each.top_logprobs) == 2 and each.logprob <= 0 for each in content)
+    assert b"".join(bytes(each.bytes) for each in content).decode(errors="replace") == whole.choices[0].message.content
+
+
+def test_the_sdk_asynchronously_many_at_once(running):
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
+
+            async def one(number):
+                stream = await client.completions.create(
+                    model="tiny", prompt="the " * number, max_tokens=15, temperature=0, stream=True
+                )
+                return "".join([chunk.choices[0].text async for chunk in stream])
+
+            return await asyncio.gather(*(one(number) for number in range(1, 8)))
+
+    prompts = ["the " * number for number in range(1, 8)]
+    expected = generate(running.model, prompts, temperature=0, max_new_tokens=15)
+    assert asyncio.run(ask()) == [each.text for each in expected]
+
+
+def test_several_prompts_and_choices_are_told_apart(running):
+    body = running.post("/v1/completions", prompt=["the", "a"], n=2, max_tokens=6, seed=1, temperature=1.5).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert body["choices"][0]["text"] != body["choices"][1]["text"]
+    again = running.post("/v1/completions", prompt="the", n=2, max_tokens=6, seed=1, temperature=1.5).json()
+    assert [c["text"] for c in again["choices"]] == [c["text"] for c in body["choices"][:2]]
+    ids = [running.model.tokenizer.encode(text) for text in ("the", "a")]
+    of_ids = running.post("/v1/completions", prompt=ids, n=2, max_tokens=6, seed=1, temperature=1.5).json()
+    assert of_ids["choices"] == body["choices"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_has_the_prompt_and_its_scores(running, stream):
+    given = {"prompt": "the model reads", "echo": True, "logprobs": 2, "max_tokens": 2, "temperature": 0}
+    if stream:
+        choices = [each["choices"][0] for each in events(running.post("/v1/completions", **given, stream=True))]
+        text = "".join(choice["text"] for choice in choices)
+        parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+        logprobs = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    else:
+        choice = running.post("/v1/completions", **given).json()["choices"][0]
+        text, logprobs = choice["text"], choice["logprobs"]
+    ids = running.model.tokenizer.encode("the model reads")
+    with torch.no_grad():
+        expected = running.model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert text.startswith("the model reads")
+    assert {len(values) for values in logprobs.values()} == {len(ids) + 2}
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    for place, token in enumerate(ids[1:]):
+        assert abs(logprobs["token_logprobs"][place + 1] - expected[place, token].item()) < 1e-5
+    for own, top in list(zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))[1:]:
+        assert own in top.values()
+        assert len(top) in (2, 3)
+    for place in range(len(ids)):
+        assert text[logprobs["text_offset"][place] :].startswith(logprobs["tokens"][place])
+
+
+def test_stop_strings_are_no_part_of_the_text(running):
+    free = running.post("/v1/completions", prompt="the", max_tokens=30, temperature=0).json()["choices"][0]["text"]
+    word = free[6:8]
+    for stop in (word, ["never ever", word]):
+        cut = running.post("/v1/completions", prompt="the", max_tokens=30, temperature=0, stop=stop).json()
+        assert cut["choices"][0]["text"] == free[: free.index(word)]
+        assert cut["choices"][0]["finish_reason"] == "stop"
+
+
+def test_logit_bias_and_penalties_work(running):
+    given = {"prompt": "the", "max_tokens": 5, "temperature": 0, "logprobs": 0}
+    tokens = running.post("/v1/completions", **given, logit_bias={"7": 100}).json()["choices"][0]["logprobs"]["tokens"]
+    assert tokens == [running.model.tokenizer.decode([7])] * 5
+    once = running.post("/v1/completions", **given, logit_bias={"7": 4}, frequency_penalty=2).json()
+    assert len(set(once["choices"][0]["logprobs"]["tokens"])) > 1
+
+
+def test_tokens_there_and_back(running):
+    tokens = running.post("/tokenize", prompt="the model").json()
+    assert tokens == {"tokens": running.model.tokenizer.encode("the model"), "count": 3, "max_model_len": 128}
+    assert running.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "the model"}
+    chat = running.post("/tokenize", messages=[{"role": "user", "content": "<|im_end|>"}]).json()["tokens"]
+    assert chat.count(running.model.tokenizer.backend.token_to_id("<|im_end|>")) == 1, "the template's own"
+    assert running.http.get("/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
+
+
+def test_keys_of_top_logprobs_do_not_collide():
+    words = Words(tiny_model().tokenizer)
+    halves = [token for token in range(100, 250) if "\ufffd" in words.tokenizer.decode([token])][:3]
+    top = tuple((token, -1.0 - token / 1000) for token in halves)
+    found = words.top(5, Scores(-9.5, top))
+    assert len(found) == 4
+    assert -9.5 in found.values()
+
+
+# lm-evaluation-harness
+
+
+def test_lm_eval_scores_are_those_in_process(running, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from smolforge.checkpoint import weights
+
+    weights.save(running.model, tmp_path, running.model.tokenizer)
+    served = LocalCompletionsAPI(
+        base_url=f"{running.url}/v1/completions",
+        model="tiny",
+        tokenizer=str(tmp_path),
+        tokenizer_backend="huggingface",
+        batch_size=3,
+        max_length=127,
+    )
+    pairs = [
+        ("the model", " reads"),
+        ("a token", " follows the model"),
+        ("x", " y z"),
+        ("the", " a"),
+        ("reads", " the the"),
+    ]
+    asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
+    found = served.loglikelihood(asked, disable_tqdm=True)
+    tokenizer = running.model.tokenizer
+    for (context, ending), (value, greedy) in zip(pairs, found, strict=True):
+        ids, start = tokenizer.encode(context + ending), len(tokenizer.encode(context))
+        with torch.no_grad():
+            logprobs = running.model(torch.tensor([ids]))[0].log_softmax(-1)
+        rows = list(enumerate(ids))[start:]
+        assert value == pytest.approx(sum(logprobs[place - 1, token].item() for place, token in rows), abs=1e-4)
+        assert greedy == all(int(logprobs[place - 1].argmax()) == token for place, token in rows)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x", "temprature": 1}, "temprature"),
+        ({"prompt": "x", "temperature": 3}, "temperature"),
+        ({"prompt": "x", "n": 100}, "n"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "best_of": 4}, None),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "stop": ["a"] * 5}, "stop"),
+        ({"prompt": "x", "logit_bias": {"-1": 3}}, "logit_bias"),
+        ({"prompt": "x", "logit_bias": {"320": 3}}, "logit_bias"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"prompt": [5, 400]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, None),
+        ({}, "prompt"),
+    ],
+)
+def test_wrong_fields_are_named(running, body, param):
+    response = running.http.post(
+        "/v1/completions", content=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_chats_refuse_what_they_cannot_do(running):
+    user = [{"role": "user", "content": "hi"}]
+    for more, param in (({"tools": [{}]}, "tools"), ({"top_logprobs": 2}, None), ({"max_tokens": 0}, None)):
+        response = running.post("/v1/chat/completions", messages=user, **more)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    assert running.post("/v1/chat/completions", messages=image).status_code == 400
+
+
+def test_too_long_a_prompt_says_so(running, client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="tiny", prompt=[5] * 128, max_tokens=1)
+    assert error.value.code == "context_length_exceeded"
+    assert running.post("/v1/completions", prompt=[5] * 127, max_tokens=50).json()["usage"]["completion_tokens"] == 1
+
+
+def test_routes_and_models_that_are_not_there(running, client):
+    for send, status in ((lambda: running.http.get("/v1/embeddings"), 404), (lambda: running.http.put("/health"), 405)):
+        response = send()
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError) as error:
+        client.completions.create(model="gpt-9", prompt="x")
+    assert error.value.code == "model_not_found"
+    assert [each.id for each in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_bodies_of_another_kind_or_size(running):
+    assert running.http.post("/v1/completions", content=b"{}").status_code == 415
+    big = json.dumps({"prompt": "x" * 200_000}).encode()
+    headers = {"Content-Type": "application/json"}
+    assert running.http.post("/v1/completions", content=big, headers=headers).status_code == 413
+    parts = (big[i : i + 10_000] for i in range(0, len(big), 10_000))  # no length is said
+    assert running.http.post("/v1/completions", content=parts, headers=headers).status_code == 413
+    assert running.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_every_route_but_two_wants_the_key(keyed):
+    routes = keyed.http.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"]
+    assert len(routes) >= 11
+    for route, methods in [*routes.items(), ("/openapi.json", {"get"}), ("/nowhere", {"get"}), ("/health/", {"get"})]:
+        for method in methods:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Api-Key": KEY + "x"}, {"Authorization": KEY}):
+                status = keyed.http.request(method, route, headers=headers).status_code
+                assert status == (200 if route == "/health" else 401), route
+    assert keyed.http.get("/v1/models", headers={"X-Api-Key": KEY}).status_code == 200
+    with (
+        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="wrong") as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
+
+
+# Clients that go, and many
+
+
+def slow(engine, monkeypatch, seconds=0.03):
+    """Steps that take their time, so that something can happen between two."""
+    step = engine.step
+
+    def slower():
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slower)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_slot(running, monkeypatch, stream):
+    slow(running.engine, monkeypatch)
+    steps = []
+    monkeypatch.setattr(running.engine, "step", lambda real=running.engine.step: steps.append(1) or real())
+    body = {"prompt": "the", "max_tokens": 120, "ignore_eos": True, "stream": stream, "n": 3}
+    with httpx.Client(base_url=running.url) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=body, timeout=0.3)
+    gone = len(steps)
+    assert running.idle(2)
+    assert len(steps) - gone <= 3, "in a step, and the time that a hang-up takes to be heard"
+    assert 'finished_reason="abort"' in running.http.get("/metrics").text
+
+
+def test_a_full_queue_says_come_back_and_the_sdk_does(monkeypatch):
+    with Running(slots=1, queue=0) as server:
+        slow(server.engine, monkeypatch, 0.01)
+        with httpx.Client(base_url=server.url) as other:
+            body = {"prompt": "the", "max_tokens": 60, "ignore_eos": True, "stream": True}
+            with other.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                refused = server.post("/v1/completions", prompt="x")
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert refused.json()["error"]["code"] == "queue_full"
+                with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client:
+                    threading.Timer(0.2, lambda: list(lines)).start()
+                    assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+
+
+def test_an_error_of_ours_is_a_500_and_the_server_lives(running, monkeypatch, caplog):
+    def broken():
+        raise RuntimeError("secret words of the prompt")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL, "smolforge.server"):
+        patch.setattr(running.engine, "step", broken)
+        response = running.post("/v1/completions", prompt="x")
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert "secret" not in response.text
+        streamed = events(running.post("/v1/completions", prompt="x", stream=True))
+        assert streamed[-1]["error"]["type"] == "server_error"
+    assert running.idle()
+    assert running.post("/v1/completions", prompt="x").status_code == 200
+
+
+def test_a_drain_finishes_what_is_under_way(monkeypatch):
+    with Running() as server:
+        slow(server.engine, monkeypatch, 0.01)
+        body = {"prompt": "the", "max_tokens": 40, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            draining = threading.Thread(target=server.desk.drain, args=(10.0,))
+            draining.start()
+            with httpx.Client(base_url=server.url) as other:
+                while not server.desk.draining:
+                    time.sleep(0.005)
+                assert other.get("/ready").status_code == 503
+                assert other.get("/health").status_code == 200
+                refused = other.post("/v1/completions", json={"prompt": "x"})
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            rest = [line for line in lines if line]
+        draining.join()
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2]
+
+
+def test_a_drain_that_takes_too_long_ends_streams_with_an_error(monkeypatch):
+    with Running() as server:
+        slow(server.engine, monkeypatch, 0.05)
+        body = {"prompt": "the", "max_tokens": 120, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.desk.drain(0.1)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"shutting_down"' in rest[-2]
+
+
+def test_nothing_that_people_write_is_logged(running, caplog):
+    with caplog.at_level(logging.DEBUG):
+        running.http.post(
+            "/v1/completions",
+            json={"prompt": "my secret", "user": "my name", "max_tokens": 2},
+            headers={"X-Request-Id": "forged\tline", "Authorization": "Bearer my-key"},
+        )
+        running.http.get("/%0aforged/my%20secret")
+        running.http.get("/v1/models", headers={"X-Request-Id": "mine-1"})
+    said = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("smolforge"))
+    assert "POST /v1/completions 200" in said
+    assert "mine-1" in said
+    for word in ("secret", "forged", "my"):
+        assert word not in said.replace("mine-1", "")
+
+
+# Mutated and random bodies
+
+GOOD = [
+    ("/v1/completions", {"prompt": "the", "max_tokens": 3, "logprobs": 1, "echo": True, "stop": ["a"], "seed": 1}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "logprobs": True}),
+    ("/tokenize", {"prompt": "x"}),
+    ("/detokenize", {"tokens": [5]}),
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(which=st.sampled_from(GOOD), data=st.data())
+def test_mutated_bodies_are_answered_or_refused(running, which, data):
+    """One field becomes anything at all, or bytes of the body do."""
+    route, good = which
+    known = [
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "logit_bias",
+        "model",
+        "best_of",
+        "min_p",
+        "messages",
+        "stop",
+        "top_k",
+    ]
+    name = data.draw(st.sampled_from([*good, *known]))
+    body = json.dumps(good | {name: data.draw(JSON)}).encode("utf-8", "surrogatepass")
+    if data.draw(st.integers(0, 3)) == 0:
+        place = data.draw(st.integers(0, len(body) - 1))
+        body = body[:place] + data.draw(st.binary(max_size=3)) + body[place + data.draw(st.integers(0, 4)) :]
+    response = running.http.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404, 413)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+
+
+# Many at once, for long
+
+
+def soak(server, seconds, clients, chance):
+    """Clients that ask without a pause and hang up on a third; returns how many streams there were of each end."""
+    ends, end = {"done": 0, "left": 0}, time.monotonic() + seconds
+
+    def one(seed):
+        draw = chance(seed)
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while time.monotonic() < end:
+                body = {"prompt": "the " * draw.randint(1, 20), "max_tokens": draw.randint(1, 60), "stream": True}
+                leave = draw.randint(1, 8) if draw.random() < 1 / 3 else None
+                with client.stream("POST", "/v1/completions", json=body) as response:
+                    seen = []
+                    for line in response.iter_lines():
+                        seen += [line] if line else []
+                        if leave is not None and len(seen) >= leave:
+                            break
+                ends["done" if seen[-1:] == ["data: [DONE]"] else "left"] += 1
+                assert seen[-1:] == ["data: [DONE]"] or leave is not None or response.status_code != 200
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ends
+
+
+def memory_of_this_process():
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(600, marks=pytest.mark.long)])
+def test_a_crowd_that_leaves_as_it_likes_costs_no_slot_and_no_memory(seconds):
+    import random
+
+    with Running(slots=8) as server:
+        soak(server, 1 if seconds < 10 else 60, 16, random.Random)
+        before = memory_of_this_process()
+        ends = soak(server, seconds, 16, lambda seed: random.Random(seed + 100))
+        assert server.idle()
+        assert ends["done"] > 0
+        assert ends["left"] > 0
+        assert (server.engine.used_slots, server.desk.jobs, server.desk.writer.rows) == (0, {}, {})
+        assert memory_of_this_process() < 1.05 * before
+        assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in server.http.get("/metrics").text
+
+
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")  # of its own strategies
+@pytest.mark.parametrize("cases", [2, pytest.param(900, marks=pytest.mark.long)])
+def test_schemathesis_finds_no_server_error(running, cases):
+    """All routes of the OpenAPI, from the document itself; the long form is 10,000 cases."""
+    import schemathesis
+    from hypothesis import Phase
+
+    document = running.http.get("/openapi.json").json()
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=running.url)
+    for operation in schema.get_all_operations():
+
+        @settings(max_examples=cases, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+        @given(case=operation.ok().as_strategy())
+        def check(case):
+            response = case.call(timeout=30)
+            assert response.status_code < 500
+            assert response.status_code < 400 or "error" in response.json()
+
+        check()
+
+
+# From the command line
+
+
+@pytest.fixture(scope="module")
+def folder(running, tmp_path_factory):
+    from smolforge.checkpoint import weights
+
+    path = tmp_path_factory.mktemp("served") / "it's mine"
+    weights.save(running.model, path, running.model.tokenizer)
+    return path
+
+
+def served(folder, *words, key=None):
+    """`smolforge serve` as a process, and what it prints when it is ready."""
+    environment = {name: value for name, value in os.environ.items() if name != "SMOLFORGE_API_KEY"}
+    environment |= {"SMOLFORGE_API_KEY": key} if key else {}
+    command = [sys.executable, "-m", "smolforge", "serve", str(folder), "--port", "0", "--device", "cpu", *words]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "print(client" not in said:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        said += line
+    return process, said
+
+
+def test_what_serve_prints_works_as_it_stands_and_sigterm_drains(folder):
+    process, said = served(folder, key=KEY)
+    try:
+        _, curl, snippet = said.strip().split("\n\n")
+        environment = os.environ | {"SMOLFORGE_API_KEY": KEY}
+        if shutil.which("curl"):
+            found = subprocess.run(["bash", "-c", curl], env=environment, capture_output=True, text=True, check=True)
+            assert json.loads(found.stdout)["choices"][0]["message"]["content"]
+        found = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
+        assert found.stdout.strip(), found.stderr
+    finally:
+        process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert KEY not in log
+    assert "Hello" not in log
+    assert "POST /v1/chat/completions 200" in log
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        (["--host", "0.0.0.0"], None, "lets other machines in, and there is no key"),
+        (["--host", "example.org"], None, "lets other machines in"),
+        ([], "short", "eight or more"),
+        (["--slots", "0"], None, "--slots is 0; it should be at least 1"),
+        (["--port", "99999"], None, "--port is 99999"),
+    ],
+)
+def test_servers_that_cannot_be_meant_are_refused(words, key, says, folder, monkeypatch, capsys):
+    monkeypatch.delenv("SMOLFORGE_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("SMOLFORGE_API_KEY", key)
+    assert cli.run(["serve", str(folder), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said(running, folder, capsys):
+    port = running.url.rpartition(":")[2]
+    assert cli.run(["serve", str(folder), "--port", port, "--device", "cpu"]) == 4
+    assert "cannot be listened on" in capsys.readouterr().err
