@@ -21,6 +21,7 @@ from smolforge import cli
 from smolforge.checkpoint import moments, nanotron, resolve, state, weights
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.export.transformers import to_transformers
 from smolforge.optim import load_state_tensors, optimizers, state_tensors
 from smolforge.recipe import train
 from smolforge.recipe.read import to_recipe, write_recipe
@@ -174,6 +175,16 @@ def test_the_model_is_the_same(tmp_path, tp, interleaved, tied):
     rounded = copy.deepcopy(model).bfloat16().float()
     assert torch.equal(loaded(ids()), rounded(ids()))
     assert loaded.tokenizer is None
+
+
+def test_it_is_exported_to_transformers(tmp_path):
+    """Which loads it with equal logits: to_transformers keeps nothing else."""
+    folder = write(tmp_path / "step", tiny_model(), tp=2, interleaved=True)
+    done = to_transformers(str(folder), tmp_path / "out")
+    assert done.dtype == "bfloat16"
+    assert done.greedy_match
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (said["eos_token_id"], said["rope_parameters"]["rope_theta"]) == (0, 10_000.0)
 
 
 def test_interleaved_rotation_is_undone():

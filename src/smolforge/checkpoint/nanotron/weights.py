@@ -17,7 +17,7 @@ from smolforge.errors import InvalidFile
 from smolforge.model import LanguageModel, allocate
 
 CONFIG, MODEL = "model_config.json", "model"
-INTERLEAVED = "rope_interleaved"
+INTERLEAVED, EMBEDDING = "rope_interleaved", "model.token_position_embeddings.pp_block.token_embedding.weight"
 WEIGHT_FILE = re.compile(r"model_(\w+?)(?:_pp-rank-(\d+)-of-(\d+)_tp-rank-(\d+)-of-(\d+)(_exp-.*)?)?\.safetensors")
 Shards = Callable[[str], Sequence[Tensor]]
 """A parameter's nanotron name -> what each rank has of it."""
@@ -82,6 +82,11 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     return filled(layout.config, values(folder, layout), dtype)
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the files' embedding."""
+    return Files(folder / MODEL).shards(EMBEDDING)[0].dtype
+
+
 def values(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """The files' tensors by our names."""
     files = Files(folder / MODEL)
@@ -116,7 +121,7 @@ def places(config: ModelConfig) -> dict[str, Place]:
     attention, mlp = ".self_attn.{}_proj.weight", ".mlp.{}_proj.weight"
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     qkv, wide = tuple(count * config.head_size for count in heads), (config.intermediate_size,) * 2
-    found = {"model.embed_tokens.weight": Place("model.token_position_embeddings.pp_block.token_embedding.weight")}
+    found = {"model.embed_tokens.weight": Place(EMBEDDING)}
     for number in range(config.num_hidden_layers):
         ours, theirs = f"model.layers.{number}", f"model.decoder.{number}.pp_block"
         for part, letter in enumerate("qkv"):
