@@ -255,6 +255,17 @@ def test_checkpoints_move_between_numbers_of_ranks(bench):
     assert [(each["step"], each["ranks"]) for each in starts] == [(0, 2), (3, 1), (5, 4), (7, 2)]
 
 
+def test_moments_are_brought_to_every_rank(bench):
+    train(bench.recipe, bench.run("first"))
+    given = {"init_from": str(bench.run("first")), "train.evaluate_every": "none"}
+    train(bench.recipe, bench.run("1"), **given, init_moments=True)
+    train(bench.recipe, bench.run("fresh"), **given)
+    assert bench.train(2, "2", partial(noted, bench.folder), **given, init_moments="true") == [0, 0], bench.said
+    assert bench.losses("2") == pytest.approx(bench.losses("1"), rel=1e-6, abs=0)
+    assert bench.losses("2")[1] != pytest.approx(bench.losses("fresh")[1], rel=1e-4)
+    assert (bench.folder / "weights-0").read_text() == (bench.folder / "weights-1").read_text()
+
+
 def test_what_rank_0_refuses_ends_all_with_one_sentence(bench):
     with RunFolder.open(bench.run("run")):
         assert bench.train(2, "run") == [2, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from smolforge import commit, presets
-from smolforge.checkpoint import adapter, hub, state, weights
+from smolforge.checkpoint import adapter, hub, nanotron, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 from smolforge.model import LanguageModel, build
@@ -43,6 +43,8 @@ def load(
     if adapter.is_adapter(folder):
         loaded = load(adapter.base_of(folder), dtype)
         adapter.apply(loaded, folder)
+    elif nanotron.is_checkpoint(folder):
+        loaded = nanotron.load(folder, dtype)
     else:
         loaded = weights.load(folder, dtype)
     if (folder / "tokenizer.json").is_file():
@@ -95,6 +97,8 @@ def read_config(model: str | Path) -> ModelConfig:
     folder = hub.fetch(str(model), [weights.CONFIG]) if _on_hub(model) else find(model)
     if adapter.is_adapter(folder):
         return read_config(adapter.base_of(folder))
+    if nanotron.is_checkpoint(folder):
+        return nanotron.read_config(folder)
     return weights.read_config(folder / weights.CONFIG)
 
 

@@ -237,6 +237,8 @@ class Recipe(Settings):
     """Special tokens to add to a tokenizer that was named; a model to start from grows to hold them."""
     init_from: Annotated[Text | None, FREE] = None
     """Start from the weights of this MODEL, with a fresh optimizer and schedule."""
+    init_moments: Annotated[bool, FREE] = False
+    """Go on with the AdamW moments of init_from, a checkpoint of ours or of nanotron; false starts with fresh ones."""
     budget: Annotated[str | None, FREE] = None
     """5m, 1h or 10M-tokens: derive steps, batch, warm-up and decay for this machine at the first start."""
     model: ModelConfig = ModelConfig()
@@ -279,9 +281,23 @@ class Recipe(Settings):
             raise ValueError("lora.rank is given, but no model whose weights it would change: name one with init_from")
         if self.lora.rank is not None and self.special_tokens:
             raise ValueError("special_tokens need an embedding that learns, and under lora.rank it does not")
+        if self.init_moments:
+            self._check_moments_fit()
         if schedule.final_learning_rate > self.optim.learning_rate:
             raise ValueError(
                 f"optim.schedule.final_learning_rate ({schedule.final_learning_rate}) is above "
                 f"optim.learning_rate ({self.optim.learning_rate})"
             )
         return self
+
+    def _check_moments_fit(self) -> None:
+        """Raises ValueError where the moments of init_from would have nothing to belong to."""
+        others = {
+            "init_from is none": self.init_from is None,
+            f"optim.name is {self.optim.name}": self.optim.name != "adamw",
+            "lora.rank is given": self.lora.rank is not None,
+            "special_tokens are added": bool(self.special_tokens),
+        }
+        for said, other in others.items():
+            if other:
+                raise ValueError(f"init_moments goes on with the AdamW and all the weights of init_from, but {said}")

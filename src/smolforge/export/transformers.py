@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from smolforge import commit
-from smolforge.checkpoint import families, resolve, weights
+from smolforge.checkpoint import families, nanotron, resolve, weights
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
@@ -67,13 +67,15 @@ def to_transformers(
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of a folder's embedding."""
+    if nanotron.is_checkpoint(folder):
+        return nanotron.stored_dtype(folder)
     with weights.Tensors(folder) as tensors:
         return tensors[weights.EMBEDDING].dtype
 
 
 def _settings(source: Path) -> dict[str, dict[str, Any]]:
     """What the source says about special tokens and generation, to be said again."""
-    config = families.read_json(source / weights.CONFIG)
+    config = families.read_json(source / (nanotron.CONFIG if nanotron.is_checkpoint(source) else weights.CONFIG))
     path = source / weights.GENERATION
     generation = families.read_json(path) if path.is_file() else {}
     return {

@@ -1,16 +1,19 @@
 """The model that a run begins from: fresh weights, somebody's, or somebody's that stay while low-rank updates learn."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smolforge import lora
-from smolforge.checkpoint import adapter, resolve, weights
+from smolforge import lora, optim
+from smolforge.checkpoint import adapter, moments, nanotron, resolve, weights
 from smolforge.config import Recipe
 from smolforge.data import corpus
 from smolforge.errors import InvalidFile
 from smolforge.model import LanguageModel, adapted, allocate, build
+
+log = logging.getLogger("smolforge")
 
 
 def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> LanguageModel:
@@ -20,13 +23,29 @@ def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> La
     if filled_later and not low_rank:
         model = allocate(recipe.model, dtype)
     elif recipe.init_from is not None:
-        model = adapted(weights.load(resolve.find(recipe.init_from), dtype), recipe.model)
+        model = adapted(begun_from(resolve.find(recipe.init_from), recipe.init_moments, dtype), recipe.model)
     else:
         model = build(recipe.model, recipe.seed, dtype)
     if low_rank:
         lora.adapt(model, recipe.lora, recipe.seed)
     model.tokenizer = text.tokenizer()
     return model
+
+
+def begun_from(folder: Path, with_moments: bool, dtype: torch.dtype) -> LanguageModel:
+    """A folder's model; with moments, the weights that these belong to, to all the digits there are."""
+    if nanotron.is_checkpoint(folder):
+        return nanotron.optimizer.load(folder, dtype) if with_moments else nanotron.load(folder, dtype)
+    return weights.load(folder, dtype)
+
+
+def bring_moments(recipe: Recipe, model: LanguageModel, chosen: list[torch.optim.Optimizer]) -> None:
+    """Where the recipe asks for them, give AdamW the moments of the model that the run starts from."""
+    if recipe.init_moments and recipe.init_from is not None:
+        found = moments.read(resolve.find(recipe.init_from), model.head.dtype)
+        optim.load_state_tensors(chosen, model, found)
+        steps = found[f"step.{next(name for name, _ in model.named_parameters())}"]
+        log.info("AdamW goes on with the moments of %s after its %d steps", recipe.init_from, steps.item())
 
 
 def told_of_base(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None]:

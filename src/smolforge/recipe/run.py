@@ -31,7 +31,7 @@ from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel
 from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
-from smolforge.recipe.base import initial_model
+from smolforge.recipe.base import bring_moments, initial_model
 from smolforge.recipe.plan import plan_of_ranks, work
 from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
@@ -162,7 +162,11 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     state.seed_all(recipe.seed)
     model = initial_model(recipe, start.text, filled_later=place is not None or not ranks.leads).to(start.device)
     optimizers = optim.optimizers(model, recipe.optim)
-    now = restore(Path(place), model, optimizers) if place else State()
+    if place:
+        now = restore(Path(place), model, optimizers)
+    else:
+        now = State()
+        bring_moments(recipe, model, optimizers)
     decisions = guard.decided(ranks.tell(lambda: taken_up(start, now, facts, first)))
     record = start.record if ranks.leads else lambda incident: None
     judge = guard.Judge(recipe.guard, decisions, now.step, facts.get("recent_losses", []), record)

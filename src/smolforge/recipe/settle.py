@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
-from smolforge.checkpoint import resolve
+from smolforge.checkpoint import moments, resolve
 from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
 from smolforge.recipe.machine import DECIDED, in_the_fastest_dtype, on_this_machine
@@ -15,7 +15,7 @@ from smolforge.recipe.read import to_recipe
 from smolforge.settings import FREE, fields, leaves, place, replaced
 
 log = logging.getLogger("smolforge")
-NOT_AGAIN = ("budget", "init_from")
+NOT_AGAIN = ("budget", "init_from", "init_moments")
 """What only the first start applies."""
 SIZES_A_HEAD = ("model.hidden_size", "model.num_attention_heads")
 """What head_dim follows from, where it is not given."""
@@ -42,6 +42,7 @@ def settle(
         if recipe.lora.rank is not None and begun == recipe.init_from:  # it will be read again, from wherever that is
             begun = str(resolve.find(begun).resolve())
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
+        check_moments(recipe)
     recipe, most = in_the_fastest_dtype(recipe), None
     if recipe.train.epochs is not None and count_rows is not None and "train.steps" not in explicit:
         most = math.ceil(count_rows(recipe) * recipe.train.epochs)
@@ -78,6 +79,18 @@ def shape_to_start_from(recipe: Recipe, explicit: Set[str], written: Set[str]) -
         if f"model.{name}" in explicit and value != given.__dict__[name]:
             raise SettingError(f"model.{name} is {given.__dict__[name]!r}, but the model of --init-from has {value!r}")
     return shape
+
+
+def check_moments(recipe: Recipe) -> None:
+    """Refuse moments that are not there before any text is prepared, and warn of a warm-up they have no need of."""
+    if recipe.init_moments and recipe.init_from is not None:
+        moments.check_there(resolve.find(recipe.init_from))
+        if recipe.optim.schedule.warmup_steps:
+            log.warning(
+                "optim.schedule.warmup_steps is %s, which only fresh moments need; "
+                "--optim.schedule.warmup-steps 0 goes on at the full rate",
+                recipe.optim.schedule.warmup_steps,
+            )
 
 
 def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:

@@ -39,6 +39,11 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
     tokenizer = next(iter(named.values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
+    elif recipe.init_from is not None and not begun:
+        raise SettingError(
+            f"{recipe.init_from} has no tokenizer beside it, and another would number the words otherwise; --tokenizer "
+            "names the one it was trained with (HuggingFaceTB/cosmo2-tokenizer is that of SmolLM and SmolLM2)"
+        )
     if not begun:  # what a try that never came to its first step left, unless it is of the same text
         shards.clear(folder / "corpus", recipe.data, tokenizer, recipe.model.vocab_size)
     made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
