@@ -71,6 +71,12 @@ class Display:
     def preparing(self, counts: dict[str, int]) -> None:
         self.say(corpus_line(counts))
 
+    def referring(self, pairs: int, of: int) -> None:
+        """The bar of a reading before the first step: drawn anew on a terminal, else a line after a while."""
+        if pairs == of or time.perf_counter() - self.told > PLAIN_SECONDS:
+            self.told = time.perf_counter()
+            self.say(f"reference: {pairs:,} of {of:,} pairs")
+
     def sampled(self, text: str) -> None:
         self.board.sample, self.news = text, True
 
@@ -105,17 +111,26 @@ def metrics_parts(metrics: dict[str, Any]) -> list[str]:
     rate = metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
     parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", *figures(metrics)]
     if "validation_loss" in metrics:
-        bits = metrics["validation_bits_per_byte"]
-        parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
+        parts.insert(1, held_out(metrics))
     scored = [name for name in metrics if name.startswith("task_") and name.endswith("_acc")]
     if scored:
         parts.insert(1, ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in scored))
     return parts
 
 
+def held_out(metrics: dict[str, Any]) -> str:
+    """What was measured on what is held out, of text or of pairs."""
+    loss = f"held out {metrics['validation_loss']:.3f}"
+    if "validation_bits_per_byte" in metrics:
+        return f"{loss} = {metrics['validation_bits_per_byte']:.3f} bits/byte"
+    margin, right = metrics["validation_reward_margin"], metrics["validation_reward_accuracy"]
+    return f"{loss}, margin {margin:.3f}, {right:.0%} right"
+
+
 def figures(metrics: dict[str, Any]) -> list[str]:
     """What there is to say of a step besides loss and rate."""
-    parts = [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
+    parts = [f"margin {metrics['reward_margin']:.3f}"] if "reward_margin" in metrics else []
+    parts += [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
     parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
     if "seconds_left" in metrics:
         parts.append(f"{duration(metrics['seconds_left'])} left")

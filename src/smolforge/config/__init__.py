@@ -21,8 +21,9 @@ class Data(Settings):
 
     sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
     """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
-    format: Literal["text", "chat"] = "text"
-    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's."""
+    format: Literal["text", "chat", "pairs"] = "text"
+    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's;
+    pairs reads a prompt with a chosen and a rejected answer, and learns to prefer the one (DPO)."""
     text_key: Text = "text"
     """Key of the text in a .jsonl line."""
     group_key: Text | None = None
@@ -47,6 +48,22 @@ class Lora(Settings):
         *("gate_proj", "up_proj", "down_proj"),
     )
     """Names of the linear layers that get one; starcoder2's feed-forward has c_fc and c_proj."""
+
+
+class Dpo(Settings):
+    """Direct preference optimisation, of pairs."""
+
+    beta: PositiveFloat = 0.1
+    """Price of moving away from the model to start from: a reward is beta times what a log-probability gained by."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a prompt and an answer together; by default half a row, which is the most."""
+    max_prompt_length: PositiveInt | None = None
+    """Tokens at the end of a prompt that are kept where the two are longer; by default half of max_length."""
+
+    def lengths(self, sequence_length: int) -> tuple[int, int]:
+        """Of both together, and of a prompt that was cut, in rows of so many tokens."""
+        together = self.max_length or sequence_length // 2
+        return together, self.max_prompt_length or together // 2
 
 
 class Schedule(Settings):
@@ -249,6 +266,8 @@ class Recipe(Settings):
     """The loop."""
     lora: Lora = Lora()
     """Low-rank updates in place of the weights."""
+    dpo: Dpo = Dpo()
+    """What is learned from pairs."""
     guard: Guard = Guard()
     """What happens when numbers go wrong."""
     report: Report = Report()
@@ -279,9 +298,26 @@ class Recipe(Settings):
             raise ValueError("lora.rank is given, but no model whose weights it would change: name one with init_from")
         if self.lora.rank is not None and self.special_tokens:
             raise ValueError("special_tokens need an embedding that learns, and under lora.rank it does not")
+        if self.data.format == "pairs":
+            self._pairs_fit()
         if schedule.final_learning_rate > self.optim.learning_rate:
             raise ValueError(
                 f"optim.schedule.final_learning_rate ({schedule.final_learning_rate}) is above "
                 f"optim.learning_rate ({self.optim.learning_rate})"
             )
         return self
+
+    def _pairs_fit(self) -> None:
+        """Raises ValueError where pairs could not be learned from."""
+        together, prompt = self.dpo.lengths(self.train.sequence_length)
+        if self.init_from is None:
+            raise ValueError("data.format is pairs, but there is no model that is to prefer: name one with init_from")
+        if 2 * together > self.train.sequence_length:
+            raise ValueError(
+                f"dpo.max_length ({together}) is more than half a row of train.sequence_length "
+                f"({self.train.sequence_length}), in which both answers of a pair have to stand"
+            )
+        if prompt >= together:
+            raise ValueError(f"dpo.max_prompt_length ({prompt}) must be below dpo.max_length ({together})")
+        if self.train.z_loss:
+            raise ValueError("train.z_loss is a part of the loss of text; it has no meaning for pairs")
