@@ -284,10 +284,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":
         schedule = self.optim.schedule.over(self.train.steps)
-        if self.train.sequence_length > self.model.max_position_embeddings:
+        longest, name = self.train.sequence_length, "train.sequence_length"
+        if self.data.format == "pairs":
+            longest, name = self.dpo.lengths(longest)[0], "dpo.max_length"
+        if longest > self.model.max_position_embeddings:
             raise ValueError(
-                f"train.sequence_length ({self.train.sequence_length}) is beyond "
-                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+                f"{name} ({longest}) is beyond model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
         if schedule.warmup_steps + (schedule.decay_steps or 0) > (schedule.steps or 0):
             raise ValueError(

@@ -47,9 +47,7 @@ def measure_corpus(
     if not size["tokens"]:
         raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
     if corpus.format == "pairs":
-        raise InvalidFile(
-            f"{corpus.folder} holds pairs, which are measured against a reference: train does, as it goes"
-        )
+        raise InvalidFile(f"{corpus.folder} holds pairs, which only train measures: against the model it starts from")
     if corpus.format == "chat":
         rows = PackedRows(corpus, HELD_OUT, sequence_length, seed=0)
         count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // sequence_length))
