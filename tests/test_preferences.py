@@ -477,3 +477,17 @@ def test_the_recipe_and_its_budget(begun):
     assert tried.counted == 3
     sums = Objective(tiny_model(), preference=Preference(0.1))(*tried)
     assert sums["loss"].isfinite()
+
+
+def test_the_page_does_what_it_says(begun, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    more = "".join(f"{json.dumps(each)}\n" for each in pairs(20))
+    Path("pairs.jsonl").write_text(blocks["jsonl"] + more)
+    small = f"--init-from {begun / 'base'} --data.sources pairs.jsonl --dpo.max-length 64 --train.sample-every none"
+    train_line, _ = blocks["sh"].strip().splitlines()
+    words = train_line.replace("--init-from runs/mine --data.sources pairs.jsonl", small).replace("10m", "8K-tokens")
+    assert small in words and cli.run([*words.split()[1:], "--train.compile", "false"]) == 0
+    told = capsys.readouterr().err
+    assert "read 23 pairs with the model to start from" in told and "margin" in told and "% right" in told

@@ -1,4 +1,4 @@
-"""A picture of what is learned of a conversation, or of both of a pair: in colour on a terminal, elsewhere in brackets."""
+"""A picture of what is learned of a conversation or a pair of them: coloured on a terminal, elsewhere in brackets."""
 
 from itertools import groupby
 from typing import Any

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smolforge.cli.board import Board, packed
 from smolforge.config import Optim, Recipe, Train
@@ -32,6 +32,7 @@ class Display:
         self.loud = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
         self.plain = plain or quiet or not self.console.is_terminal or self.console.is_dumb_terminal
         self.live: Live | None = None
+        self.reading: Progress | None = None
         bar = BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan")
         self.progress = Progress(
             TextColumn("step"), bar, MofNCompleteColumn(), TimeElapsedColumn(), console=self.console, expand=True
@@ -51,6 +52,10 @@ class Display:
         logging.getLogger("smolforge").removeHandler(self.handler)
 
     def stop(self) -> None:
+        """End whatever is drawn anew."""
+        if self.reading is not None:
+            self.reading.stop()
+            self.reading = None
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -72,10 +77,18 @@ class Display:
         self.say(corpus_line(counts))
 
     def referring(self, pairs: int, of: int) -> None:
-        """The bar of a reading before the first step: drawn anew on a terminal, else a line after a while."""
-        if pairs == of or time.perf_counter() - self.told > PLAIN_SECONDS:
-            self.told = time.perf_counter()
-            self.say(f"reference: {pairs:,} of {of:,} pairs")
+        """What is read before the first step: a bar on a terminal, else a line when it is done."""
+        if self.reading is None:
+            self.reading = Progress(
+                TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=self.console, transient=True, disable=self.plain,
+            )  # fmt: skip
+            self.reading.add_task("pairs", total=of)
+            self.reading.start()
+        self.reading.update(self.reading.task_ids[0], completed=pairs)
+        if pairs == of:
+            self.stop()
+            self.say(f"read {of:,} pairs with the model to start from")
 
     def sampled(self, text: str) -> None:
         self.board.sample, self.news = text, True
