@@ -111,7 +111,8 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 def tell_of_cuts(source: batches.Rows, recipe: Recipe) -> None:
     """Say aloud what of the conversations is not learned because it is too long."""
     if isinstance(source, pairs.PairRows):
-        log.info("%s pairs in %s rows, %.1f %% of them filled up", source.pairs, source.count, 100 * source.padding)
+        a_step = source.pairs / source.count * recipe.train.rows
+        log.info("%s pairs, %.1f a step; %.1f %% of the rows filled up", source.pairs, a_step, 100 * source.padding)
         if source.cut:
             log.warning(
                 "of %s pairs %s are longer than dpo.max_length (%s) tokens: of those the end of the prompt is kept, %s "
