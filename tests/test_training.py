@@ -58,7 +58,7 @@ def theirs(recipe, dtype):
     )
     windows, losses = Windows(TOKENS, recipe.train.sequence_length, recipe.seed), []
     for step in range(recipe.train.steps):
-        ids, labels, _ = windows.batch(step, recipe.train.rows)
+        ids, labels, *_ = windows.batch(step, recipe.train.rows)
         fall = max(0.0, (step - 2) / 198)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (step + 1) / 2 if step < 2 else 3e-4 + (3e-3 - 3e-4) * (1 - fall)

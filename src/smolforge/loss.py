@@ -6,9 +6,13 @@
 Gradients are made on the way forward, while the logits are there, and wait for backward; so logits are made
 once, and a batch costs one chunk of them. Liger Kernel's way: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 
+Where each label's log-probability is wanted by itself, what is lost is known only once all are there: then the logits
+of a chunk are made again on the way back.
+
 Axes: b batch, t tokens of a row, n tokens, k tokens of a chunk, c hidden, v vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,12 +71,8 @@ def in_chunks(
     states_grad = torch.empty_like(states) if of_states else None
     head_grad = torch.zeros_like(head, dtype=at_least_fp32(dtype)) if of_head else None
     loss = z = states.new_zeros((), dtype=at_least_fp32(dtype))
-    factor, size = head.to(dtype), chunk_tokens(states.device)
-    room = states.new_empty((min(size, len(states)), len(head)), dtype=dtype)
-    for start in range(0, len(states), size):
-        chunk = slice(start, start + size)
-        part = states[chunk].to(dtype)
-        logits = torch.mm(part, factor.T, out=room[: len(part)])  # fresh memory would cost 5 % on a CPU
+    factor = head.to(dtype)
+    for chunk, part, logits in chunks_of_logits(states, factor):
         part_loss, part_z = into_gradient(logits, labels[chunk], z_loss)
         loss, z = loss + part_loss, z + part_z
         if states_grad is not None:
@@ -82,20 +82,68 @@ def in_chunks(
     return loss, z, states_grad, head_grad
 
 
+def chunks_of_logits(states: States, factor: Head) -> Iterator[tuple[slice, States, Float[Tensor, "k v"]]]:
+    """Which tokens, their states and logits, in the memory of the chunk before: fresh one costs 5 % on a CPU."""
+    size = chunk_tokens(states.device)
+    room = states.new_empty((min(size, len(states)), len(factor)), dtype=factor.dtype)
+    for start in range(0, len(states), size):
+        part = states[start : start + size].to(factor.dtype)
+        yield slice(start, start + size), part, torch.mm(part, factor.T, out=room[: len(part)])
+
+
 def into_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], z_loss: float) -> tuple[Scalar, Scalar]:
     """Cross-entropy and z-loss of a chunk, whose logits become the gradient of their sum."""
     wide = logits.to(at_least_fp32(logits.dtype))
     counts = (labels != IGNORED)[:, None]
     label = labels[:, None].where(counts, 0)
-    top, of_label = wide.amax(-1, keepdim=True), wide.gather(-1, label)
-    odds = wide.sub_(top).exp_()
-    total = odds.sum(-1, keepdim=True)
-    log_p, log_z = of_label - top - total.log(), top + total.log()
+    log_p, log_z, total = into_odds(wide, label)
     slope = 1 + 2 * z_loss * log_z  # of loss and z-loss along log Z, whose own gradient is the softmax
-    logits.copy_(odds.mul_(counts * slope / total))
+    logits.copy_(wide.mul_(counts * slope / total))
     # The label's entry anew, for p - 1 is to be rounded after the difference, not before.
     logits.scatter_(-1, label, (counts * (log_p.exp() * slope - 1)).to(logits.dtype))
     return -log_p.where(counts, 0).sum(), z_loss * log_z.where(counts, 0).square().sum()
+
+
+def into_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of each label, log Z, and the sum (k 1) of the odds against the likeliest, which the logits become."""
+    top, of_label = logits.amax(-1, keepdim=True), logits.gather(-1, label)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return of_label - top - total.log(), top + total.log(), total
+
+
+def label_log_probs(hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """The log-probability of each label, 0 where there is none; in fp32 at least, and with a gradient."""
+    return _LabelLogProbs.apply(hidden.flatten(0, 1), head, labels.flatten()).view_as(labels)
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
+        ctx.save_for_backward(states, head, labels)
+        ctx.dtype = product_dtype(states)
+        found = torch.empty(len(states), dtype=at_least_fp32(ctx.dtype), device=states.device)
+        for chunk, _, logits in chunks_of_logits(states, head.to(ctx.dtype)):
+            counts = labels[chunk] != IGNORED
+            label = labels[chunk].where(counts, 0)[:, None]
+            log_p, _, _ = into_odds(logits.to(found.dtype), label)
+            found[chunk] = log_p[:, 0].where(counts, 0)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
+        states, head, labels = ctx.saved_tensors
+        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head, dtype=at_least_fp32(ctx.dtype)) if ctx.needs_input_grad[1] else None
+        factor = head.to(ctx.dtype)
+        for chunk, part, logits in chunks_of_logits(states, factor):
+            into_gradient(logits, labels[chunk], 0.0)  # of -log p
+            logits.mul_(-grads[0][chunk, None])
+            if of_states is not None:
+                of_states[chunk] = logits @ factor
+            if of_head is not None:
+                add_product(of_head, logits.T, part)
+        return of_states, of_head, None
 
 
 def add_product(total: Head, left: Float[Tensor, "v k"], right: Float[Tensor, "k c"]) -> None:

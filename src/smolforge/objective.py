@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from smolforge.activations import Checkpointing, checkpointing
@@ -20,6 +20,7 @@ from smolforge.device import autocast
 from smolforge.loss import IGNORED, loss_sum
 from smolforge.memory import packing
 from smolforge.model import LanguageModel
+from smolforge.preference import Preference
 
 log = logging.getLogger("smolforge")
 
@@ -27,8 +28,8 @@ log = logging.getLogger("smolforge")
 class Objective(nn.Module):
     """Called with a micro-batch, it gives sums over its labels by name; `objective` is to be minimised.
 
-    Positions that begin anew keep documents apart, and so does a `separator` that ends each of them; `checkpoint` says
-    how little layers keep for their backward.
+    With a `preference` they are sums over its pairs. Positions that begin anew keep documents apart, and so does a
+    `separator` that ends each of them; `checkpoint` says how little layers keep for their backward.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Objective(nn.Module):
         z_loss: float = 0.0,
         checkpoint: Checkpointing = None,
         compiled: bool = False,
+        preference: Preference | None = None,
     ) -> None:
         super().__init__()
         self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
+        self.preference = preference
         config = model.config
         known = config.model_type != "mixtral" and config.feed_forward is None
         self.through = checkpointing(checkpoint, config.intermediate_size if known else None)
@@ -59,21 +62,33 @@ class Objective(nn.Module):
             settings.z_loss,
             settings.recomputed,
             settings.compile is True,
+            Preference(recipe.dpo.beta) if recipe.data.format == "pairs" else None,
         )
 
     def forward(
-        self, ids: Int[Tensor, "b t"], labels: Int[Tensor, "b t"], positions: Int[Tensor, "b t"] | None = None
+        self,
+        ids: Int[Tensor, "b t"],
+        labels: Int[Tensor, "b t"],
+        positions: Int[Tensor, "b t"] | None = None,
+        reference: Float[Tensor, "b t"] | None = None,
     ) -> dict[str, Tensor]:
         with autocast(self.dtype, ids.device):
             hidden, balance = self.body(ids, *packing(ids, self.separator, positions), self.through)
-            total, z = loss_sum(hidden, self.model.head, labels, self.z_loss)
-        sums = {"objective": total, "loss": total.detach() - z}
-        if self.z_loss:
-            sums["z_loss"] = z
+            if self.preference is None:
+                sums, count = self.predicted(hidden, labels)
+            else:
+                assert positions is not None and reference is not None, "rows of pairs"
+                sums, count = self.preference(hidden, self.model.head, labels, positions, reference)
         if isinstance(balance, Tensor):
-            sums["balance_loss"] = balance * (labels != IGNORED).sum()
-            sums["objective"] = total + self.model.config.router_aux_loss_coef * sums["balance_loss"]
+            sums["balance_loss"] = balance * count
+            sums["objective"] = sums["objective"] + self.model.config.router_aux_loss_coef * sums["balance_loss"]
         return sums
+
+    def predicted(self, hidden: Float[Tensor, "b t c"], labels: Int[Tensor, "b t"]) -> tuple[dict[str, Tensor], Tensor]:
+        """Sums over labels by name, and how many labels there are."""
+        total, z = loss_sum(hidden, self.model.head, labels, self.z_loss)
+        sums = {"objective": total, "loss": total.detach() - z} | ({"z_loss": z} if self.z_loss else {})
+        return sums, (labels != IGNORED).sum()
 
 
 def compiled_or_not(function: Callable[..., Any]) -> Callable[..., Any]:

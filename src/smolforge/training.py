@@ -4,7 +4,7 @@
             2. forward and backward, in micro-batches; their sum is the gradient of the mean loss of the whole batch
     hear    4. the numbers of a step: judge them, and call the actions whose turn it is
 
-Several ranks each take these steps over their share of the rows: labels, losses and gradients are summed over all, so
+Several ranks each take these steps over their share of the rows: counts, losses and gradients are summed over all, so
 that every rank hears the same numbers, updates the same weights and decides the same.
 
 An accelerator works while the processor is ahead, so there a step is heard only when the next was launched, and
@@ -26,7 +26,6 @@ from torch.optim import Optimizer
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
 from smolforge.device import moved, peak_memory_bytes, runs_ahead, synchronize
-from smolforge.loss import IGNORED
 from smolforge.meter import Meter, Part
 from smolforge.optim import learning_rate, leave_out, scale_learning_rates
 from smolforge.ranks import ALONE, Ranks, accumulating
@@ -146,10 +145,10 @@ def launch(
     with meter.step():
         with meter.part("data"):
             batch = next(batches)
-            labels = int((batch.labels != IGNORED).sum())  # asked while it is on the processor
-            labels = sum(count for (count,) in ranks.gather(labels))
+            counts = ranks.gather(batch.learned, batch.counted)  # asked while it is on the processor
+            labels, count = (sum(of_each) for of_each in zip(*counts, strict=True))
             batch = batch.each(lambda side: moved(side, device))
-        losses = ranks.sum(backward(objective, batch, labels, rows, meter.part))
+        losses = ranks.sum(backward(objective, batch, count, rows, meter.part))
         looking(done + 1)
         with meter.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.max_grad_norm or float("inf"))
@@ -195,22 +194,22 @@ def hear(launched: Launched, due: Sequence[Action], state: State, meter: Meter, 
 def backward(
     objective: nn.Module,
     batch: Batch,
-    labels: int,
+    count: int,
     rows: int,
     timed: Callable[[Part], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the mean over all `labels` of the batch, `rows` rows at a time; returns means by name.
+    """Add the gradient of the mean over all that the batch counts, `rows` rows at a time; returns means by name.
 
-    Each micro-batch is weighted by its own number of labels, so for a dense model the split changes nothing but
-    memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself. Of a rank's
-    share of the batch the means are its part, to be summed; gradients are, where the objective is parallel.
+    Each micro-batch is weighted by its own number of labels or pairs, so for a dense model the split changes nothing
+    but memory. Experts have a balance loss, reported beside the loss, which is of each micro-batch by itself. Of a
+    rank's share of the batch the means are its part, to be summed; gradients are, where the objective is parallel.
     """
     means: dict[str, Tensor] = {}
     parts = list(batch.split(rows))
     for number, part in enumerate(parts, start=1):
         with nullcontext() if number == len(parts) else accumulating(objective):
             with timed("forward"):
-                found = {name: value / labels for name, value in objective(*part).items()}
+                found = {name: value / count for name, value in objective(*part).items()}
             with timed("backward"):
                 found.pop("objective").backward()
         for name, value in found.items():

@@ -155,7 +155,7 @@ def _corpus(path: Path) -> dict[str, Any]:
         "fingerprint": corpus.fingerprint,
         "lost_bytes": corpus.facts.get("lost_bytes", {}) or None,
         "sources": corpus.facts["request"]["data"]["sources"],
-        **(mask.facts(corpus) if corpus.is_chat else {"beginning": _beginning(corpus)}),
+        **(mask.facts(corpus) if corpus.format != "text" else {"beginning": _beginning(corpus)}),
     }
 
 

@@ -1,4 +1,4 @@
-"""A picture of what is learned of a conversation: coloured on a terminal, in brackets elsewhere."""
+"""A picture of what is learned of a conversation or a pair of them: coloured on a terminal, elsewhere in brackets."""
 
 from itertools import groupby
 from typing import Any
@@ -15,13 +15,13 @@ ROWS = (1024, 2048, 8192)
 
 
 def facts(corpus: Corpus) -> dict[str, Any]:
-    """What there is to know of a corpus of conversations."""
+    """What there is to know of a corpus of conversations, or of pairs of them."""
     lengths = [length for split in SPLITS for length in _lengths(corpus, split)]
     sizes = [corpus.size(split) for split in SPLITS]
     total, learned = (sum(size.get(key, 0) for size in sizes) for key in ("tokens", "learned_tokens"))
     ordered = sorted(lengths)
     return {
-        "conversations": len(lengths),
+        **({"conversations": len(lengths)} if corpus.format == "chat" else {"pairs": len(lengths) // 2}),
         "left_out": corpus.facts["dropped"],
         "learned_share": learned / total,
         "tokens_median": ordered[len(ordered) // 2],
@@ -32,19 +32,22 @@ def facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def picture(corpus: Corpus) -> list[tuple[str, bool]]:
-    """One conversation in parts, and whether each is learned: the first that is short enough and has several turns."""
+    """One conversation in parts, and whether each is learned: of the first short ones the longest; both of a pair."""
     split = next(split for split in SPLITS if corpus.size(split)["tokens"])
     ends, lengths = corpus.ends(split), _lengths(corpus, split)
     short = [number for number, length in enumerate(lengths) if length <= LONGEST_SHOWN]
     number = max(short[:64], key=lambda each: lengths[each]) if short else 0
-    stop = int(ends[number])
-    part = slice(stop - lengths[number], min(stop, stop - lengths[number] + 4 * LONGEST_SHOWN))
-    ids, learned = corpus.tokens(split)[part].tolist(), corpus.learned(split)[part].tolist()
-    tokenizer = corpus.tokenizer()
-    return [
-        (tokenizer.decode([each for each, _ in run]), bool(flag))
-        for flag, run in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-    ]
+    shown = [number] if corpus.format == "chat" else [number - number % 2, number - number % 2 + 1]
+    tokenizer, parts = corpus.tokenizer(), []
+    for each in shown:
+        stop = int(ends[each])
+        part = slice(stop - lengths[each], min(stop, stop - lengths[each] + 4 * LONGEST_SHOWN))
+        ids, learned = corpus.tokens(split)[part].tolist(), corpus.learned(split)[part].tolist()
+        parts += [
+            (tokenizer.decode([each for each, _ in run]), bool(flag))
+            for flag, run in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
+        ]
+    return parts
 
 
 def _lengths(corpus: Corpus, split: str) -> list[int]:

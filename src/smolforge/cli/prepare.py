@@ -17,7 +17,7 @@ def prepare(
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     tokens: str | None = None,
-    format_: Annotated[Literal["text", "chat"], Parameter(name="--format")] = "text",
+    format_: Annotated[Literal["text", "chat", "pairs"], Parameter(name="--format")] = "text",
     text_key: str = "text",
     group_key: str | None = None,
     held_out: float = 0.05,
@@ -38,7 +38,8 @@ def prepare(
     tokens
         Stop after this many, as 50000, 10M or 2B.
     format_
-        chat reads conversations, messages or a prompt and a completion a .jsonl line, and marks what is to be learned.
+        chat reads conversations, messages or a prompt and a completion a .jsonl line, and marks what is to be learned;
+        pairs reads a prompt with a chosen and a rejected answer a line.
     text_key
         Key of the text in a .jsonl line.
     group_key
@@ -72,11 +73,11 @@ def prepare(
         return
     train, held = sizes
     print(f"{out}: {train['tokens']:,} tokens to train on, {held['tokens']:,} held out")
-    if made.is_chat:
+    if made.format != "text":
         learned, dropped = train.get("learned_tokens", 0), made.facts["dropped"]
-        print(
-            f"{train['documents']:,} conversations, of whose tokens {learned / max(1, train['tokens']):.0%} are learned"
-        )
+        found = f"{train['documents']:,} conversations"
+        found = found if made.format == "chat" else f"{train['documents'] // 2:,} pairs"
+        print(f"{found}, of whose tokens {learned / max(1, train['tokens']):.0%} are learned")
         if any(dropped.values()):
             unanswered = dropped.get("unanswered", 0)
             print(f"left out: {dropped['repeated']:,} repeated, {unanswered:,} without an answer to learn")

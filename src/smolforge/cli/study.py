@@ -44,6 +44,9 @@ class Watching:
     def preparing(self, counts: dict[str, int]) -> None:
         self.display.preparing(counts)
 
+    def referring(self, pairs: int, of: int) -> None:
+        self.display.referring(pairs, of)
+
     def stepped(self, metrics: dict[str, Any]) -> None:
         self.display.stepped(metrics)
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from smolforge.cli.board import Board, packed
 from smolforge.config import Optim, Recipe, Train
@@ -32,6 +32,7 @@ class Display:
         self.loud = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
         self.plain = plain or quiet or not self.console.is_terminal or self.console.is_dumb_terminal
         self.live: Live | None = None
+        self.reading: Progress | None = None
         bar = BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan")
         self.progress = Progress(
             TextColumn("step"), bar, MofNCompleteColumn(), TimeElapsedColumn(), console=self.console, expand=True
@@ -51,6 +52,10 @@ class Display:
         logging.getLogger("smolforge").removeHandler(self.handler)
 
     def stop(self) -> None:
+        """End whatever is drawn anew."""
+        if self.reading is not None:
+            self.reading.stop()
+            self.reading = None
         if self.live is not None:
             self.live.stop()
             self.live = None
@@ -70,6 +75,20 @@ class Display:
 
     def preparing(self, counts: dict[str, int]) -> None:
         self.say(corpus_line(counts))
+
+    def referring(self, pairs: int, of: int) -> None:
+        """What is read before the first step: a bar on a terminal, else a line when it is done."""
+        if self.reading is None:
+            self.reading = Progress(
+                TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=self.console, transient=True, disable=self.plain,
+            )  # fmt: skip
+            self.reading.add_task("pairs", total=of)
+            self.reading.start()
+        self.reading.update(self.reading.task_ids[0], completed=pairs)
+        if pairs == of:
+            self.stop()
+            self.say(f"read {of:,} pairs with the model to start from")
 
     def sampled(self, text: str) -> None:
         self.board.sample, self.news = text, True
@@ -105,17 +124,26 @@ def metrics_parts(metrics: dict[str, Any]) -> list[str]:
     rate = metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
     parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", *figures(metrics)]
     if "validation_loss" in metrics:
-        bits = metrics["validation_bits_per_byte"]
-        parts.insert(1, f"held out {metrics['validation_loss']:.3f} = {bits:.3f} bits/byte")
+        parts.insert(1, held_out(metrics))
     scored = [name for name in metrics if name.startswith("task_") and name.endswith("_acc")]
     if scored:
         parts.insert(1, ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in scored))
     return parts
 
 
+def held_out(metrics: dict[str, Any]) -> str:
+    """What was measured on what is held out, of text or of pairs."""
+    loss = f"held out {metrics['validation_loss']:.3f}"
+    if "validation_bits_per_byte" in metrics:
+        return f"{loss} = {metrics['validation_bits_per_byte']:.3f} bits/byte"
+    margin, right = metrics["validation_reward_margin"], metrics["validation_reward_accuracy"]
+    return f"{loss}, margin {margin:.3f}, {right:.0%} right"
+
+
 def figures(metrics: dict[str, Any]) -> list[str]:
     """What there is to say of a step besides loss and rate."""
-    parts = [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
+    parts = [f"margin {metrics['reward_margin']:.3f}"] if "reward_margin" in metrics else []
+    parts += [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
     parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
     if "seconds_left" in metrics:
         parts.append(f"{duration(metrics['seconds_left'])} left")

@@ -62,5 +62,5 @@ def train(
         print(json.dumps(result.metrics))
     else:
         display.say(f"finished: {result.folder} is at step {result.metrics['step']:,}")
-        prompt = "" if result.recipe.data.format == "chat" else ' --prompt "Once upon a time"'
+        prompt = "" if result.recipe.data.format != "text" else ' --prompt "Once upon a time"'
         display.say(f"talk to it: smolforge generate {result.folder}{prompt}")

@@ -8,12 +8,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from smolforge.config.model import ModelConfig, OwnClass
+from smolforge.config.learning import Dpo, Lora, Optim, Schedule, Share, Text
+from smolforge.config.model import ModelConfig
 from smolforge.settings import FREE, Settings
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
 
 
 class Data(Settings):
@@ -21,8 +20,9 @@ class Data(Settings):
 
     sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
     """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
-    format: Literal["text", "chat"] = "text"
-    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's."""
+    format: Literal["text", "chat", "pairs"] = "text"
+    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's;
+    pairs reads a prompt with a chosen and a rejected answer, and learns to prefer the one (DPO)."""
     text_key: Text = "text"
     """Key of the text in a .jsonl line."""
     group_key: Text | None = None
@@ -33,72 +33,6 @@ class Data(Settings):
     """Attention stays inside each document of a row and positions restart there, as Llama 3 and SmolLM3 trained."""
     num_workers: Annotated[NonNegativeInt, FREE] = 1
     """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
-
-
-class Lora(Settings):
-    """Low-rank updates that learn in place of the weights they are added to."""
-
-    rank: PositiveInt | None = None
-    """Rank of the updates; none trains the weights themselves. Needs init_from."""
-    alpha: PositiveFloat = 16.0
-    """What is added is alpha / rank times the updates."""
-    targets: Annotated[tuple[Text, ...], Field(min_length=1)] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
-    """Names of the linear layers that get one; starcoder2's feed-forward has c_fc and c_proj."""
-
-
-class Schedule(Settings):
-    """Learning rate over optimizer steps: a linear warm-up, a plateau, a decay."""
-
-    warmup_steps: NonNegativeInt | Share = 0
-    """Steps of linear rise to the peak; below 1, a share of the horizon."""
-    decay: Literal["linear", "1-sqrt", "cosine"] | None = "linear"
-    """Shape of the fall; none stays at the peak."""
-    decay_steps: PositiveInt | Share | None = None
-    """Length of the fall at the end; below 1, a share of the horizon; by default everything after the warm-up."""
-    final_learning_rate: NonNegativeFloat = 0.0
-    """Where the fall ends, and what further steps use."""
-    steps: PositiveInt | None = None
-    """The horizon the fall ends at; by default train.steps of the first start."""
-
-    def over(self, steps: int) -> "Schedule":
-        """The same with a horizon of its own or else this one, and shares turned into steps."""
-        horizon = self.steps or steps
-        warmup, decay = self.warmup_steps, self.decay_steps
-        changes = {
-            "steps": horizon,
-            "warmup_steps": int(warmup * horizon) if isinstance(warmup, float) else warmup,
-            "decay_steps": max(1, int(decay * horizon)) if isinstance(decay, float) else decay,
-        }
-        return self.model_copy(update=changes)
-
-
-class Optim(Settings):
-    """The optimizer and its learning rates."""
-
-    name: Literal["adamw", "muon"] | OwnClass = "adamw"
-    """adamw is the published recipes'; muon orthogonalises the layers' matrices, AdamW has the rest; or a class of your
-    own, as mylab:Lion."""
-    learning_rate: PositiveFloat = 3e-3
-    """Peak learning rate."""
-    matrix_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of Muon's matrices; it follows the same schedule."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay rate of Muon's average."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the two moments."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of the matrices, times the learning rate."""
-    max_grad_norm: PositiveFloat | None = 1.0
-    """Gradients of a larger global norm are scaled down to it; none does not clip."""
-    ema_decay: Share | None = None
-    """Decay rate of an average of the weights, which then is what is measured, sampled and loaded; none has none."""
-    schedule: Schedule = Schedule()
-    """Learning rate over steps."""
 
 
 class Train(Settings):
@@ -251,6 +185,8 @@ class Recipe(Settings):
     """The loop."""
     lora: Lora = Lora()
     """Low-rank updates in place of the weights."""
+    dpo: Dpo = Dpo()
+    """What is learned from pairs."""
     guard: Guard = Guard()
     """What happens when numbers go wrong."""
     report: Report = Report()
@@ -267,10 +203,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":
         schedule = self.optim.schedule.over(self.train.steps)
-        if self.train.sequence_length > self.model.max_position_embeddings:
+        longest, name = self.train.sequence_length, "train.sequence_length"
+        if self.data.format == "pairs":
+            longest, name = self.dpo.lengths(longest)[0], "dpo.max_length"
+        if longest > self.model.max_position_embeddings:
             raise ValueError(
-                f"train.sequence_length ({self.train.sequence_length}) is beyond "
-                f"model.max_position_embeddings ({self.model.max_position_embeddings})"
+                f"{name} ({longest}) is beyond model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
         if schedule.warmup_steps + (schedule.decay_steps or 0) > (schedule.steps or 0):
             raise ValueError(
@@ -283,6 +221,8 @@ class Recipe(Settings):
             raise ValueError("special_tokens need an embedding that learns, and under lora.rank it does not")
         if self.init_moments:
             self._check_moments_fit()
+        if self.data.format == "pairs":
+            self._pairs_fit()
         if schedule.final_learning_rate > self.optim.learning_rate:
             raise ValueError(
                 f"optim.schedule.final_learning_rate ({schedule.final_learning_rate}) is above "
@@ -301,3 +241,18 @@ class Recipe(Settings):
         for said, other in others.items():
             if other:
                 raise ValueError(f"init_moments goes on with the AdamW and all the weights of init_from, but {said}")
+
+    def _pairs_fit(self) -> None:
+        """Raises ValueError where pairs could not be learned from."""
+        together, prompt = self.dpo.lengths(self.train.sequence_length)
+        if self.init_from is None:
+            raise ValueError("data.format is pairs, but there is no model that is to prefer: name one with init_from")
+        if 2 * together > self.train.sequence_length:
+            raise ValueError(
+                f"dpo.max_length ({together}) is more than half a row of train.sequence_length "
+                f"({self.train.sequence_length}), in which both answers of a pair have to stand"
+            )
+        if prompt >= together:
+            raise ValueError(f"dpo.max_prompt_length ({prompt}) must be below dpo.max_length ({together})")
+        if self.train.z_loss:
+            raise ValueError("train.z_loss is a part of the loss of text; it has no meaning for pairs")

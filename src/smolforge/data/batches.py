@@ -19,12 +19,13 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from smolforge.data.corpus import Tokens
 from smolforge.errors import InvalidFile
 from smolforge.loss import IGNORED
+from smolforge.preference import pairs_of
 
 _MASK = (1 << 64) - 1
 
@@ -36,6 +37,20 @@ class Batch(NamedTuple):
     labels: Int[Tensor, "b t"]
     positions: Int[Tensor, "b t"] | None = None
     """0 where something begins that sees nothing of what stands before it; None for plain rows."""
+    reference: Float[Tensor, "b t"] | None = None
+    """Of pairs, the log-probability that a sequence has by the reference, where it begins; elsewhere 0."""
+
+    @property
+    def learned(self) -> int:
+        """Labels to learn from."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def counted(self) -> int:
+        """What its loss is a mean over: labels, or pairs."""
+        if self.reference is None or self.positions is None:
+            return self.learned
+        return int(pairs_of(self.positions).sum())
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """Micro-batches of at most so many rows."""
@@ -44,7 +59,8 @@ class Batch(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with every side changed."""
-        return Batch(change(self.ids), change(self.labels), None if self.positions is None else change(self.positions))
+        positions, reference = (None if side is None else change(side) for side in self[2:])
+        return Batch(change(self.ids), change(self.labels), positions, reference)
 
 
 @runtime_checkable

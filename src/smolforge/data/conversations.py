@@ -7,6 +7,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from smolforge.config import Data
@@ -21,18 +22,25 @@ def conversations(source: str, data: Data) -> Iterator[Document]:
 
     Raises InvalidFile, naming file and line, for whatever is none.
     """
+    for path, number, record in json_lines(source, data):
+        place = f"{path}, line {number}"
+        messages, first = conversation(record, place)
+        text = json.dumps({"messages": messages, "first": first}, ensure_ascii=False)
+        yield Document(group_of(record, path, number, data), whole(text, path, number), place)
+
+
+def json_lines(source: str, data: Data) -> Iterator[tuple[Path, int, Any]]:
+    """File, number and content of each line of a source. Raises InvalidFile where it has none."""
     found = [path for path in (files(source) if source != PYTHON_DOCS else []) if path.suffix in JSON_SUFFIXES]
     if not found:
+        what = "conversations" if data.format == "chat" else "pairs"
         raise InvalidFile(
-            f"there are no conversations in {source}: data.format is chat, which reads files that end in "
+            f"there are no {what} in {source}: data.format is {data.format}, which reads files that end in "
             f"{' or '.join(JSON_SUFFIXES)}; --data.sources names them"
         )
     for path in found:
         for number, record in records(path):
-            place = f"{path}, line {number}"
-            messages, first = conversation(record, place)
-            text = json.dumps({"messages": messages, "first": first}, ensure_ascii=False)
-            yield Document(group_of(record, path, number, data), whole(text, path, number), place)
+            yield path, number, record
 
 
 def messages_of(document: Document) -> tuple[list[dict[str, Any]], int]:
@@ -47,18 +55,19 @@ def conversation(record: Any, place: str) -> tuple[list[dict[str, Any]], int]:
         messages = record["messages"]
         first = 0
     elif isinstance(record, dict) and {"prompt", "completion"} <= record.keys():
-        prompt, messages = _turns(record, "prompt", "user", place), _turns(record, "completion", "assistant", place)
+        prompt, messages = turns(record, "prompt", "user", place), turns(record, "completion", "assistant", place)
         first = len(prompt)
         messages = prompt + messages
     else:
-        text = isinstance(record, dict) and "text" in record
-        way_out = "; --data.format text reads plain text" if text else ""
+        keys = record.keys() if isinstance(record, dict) else ()
+        way_out = "; --data.format text reads plain text" if "text" in keys else ""
+        way_out = "; --data.format pairs reads pairs of answers" if {"chosen", "rejected"} <= set(keys) else way_out
         raise InvalidFile(f"{place} is no conversation: it has neither messages nor a prompt and a completion{way_out}")
     check(messages, place)
     return [{key: value for key, value in message.items() if value is not None} for message in messages], first
 
 
-def _turns(record: dict[str, Any], key: str, role: str, place: str) -> list[Any]:
+def turns(record: dict[str, Any], key: str, role: str, place: str) -> list[Any]:
     """A prompt or completion as messages: a text is one, by `role`."""
     value = record[key]
     if not isinstance(value, str | list):

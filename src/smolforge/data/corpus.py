@@ -1,7 +1,8 @@
 """A prepared corpus: token ids on disk, read through memory maps.
 
 The shards, DIR/{train,held_out}/00000.ds, are datatrove's: `.ds` little-endian ids, `.ds.index` document ends,
-`.ds.metadata`. Of conversations, each of which is a document, `.ds.loss` has a byte a token: whether it is learned.
+`.ds.metadata`. Of conversations, each of which is a document, `.ds.loss` has a byte a token: whether it is learned. Of
+pairs each is two neighbouring documents, the chosen conversation and the rejected one.
 Beside them `corpus.json` says what went in, how much it is, and its fingerprint.
 """
 
@@ -40,7 +41,7 @@ class Corpus:
             facts = json.loads((folder / "corpus.json").read_text("utf-8"))
             splits, version = facts["splits"], facts["format_version"]
             expected = {(split, ".ds"): splits[split]["tokens"] * facts["token_bytes"] for split in SPLITS}
-            if facts.get("format") == "chat":
+            if facts.get("format", "text") != "text":
                 expected |= {(split, ".ds.loss"): splits[split]["tokens"] for split in SPLITS}
         except FileNotFoundError:
             raise InvalidFile(f"{folder} is not a prepared corpus: it has no corpus.json") from None
@@ -63,9 +64,9 @@ class Corpus:
         return Tokens([np.memmap(shard, f"<u{self.facts['token_bytes']}", "r") for shard in shards])
 
     @property
-    def is_chat(self) -> bool:
-        """Whether its documents are conversations, of which only a part is learned."""
-        return self.facts.get("format") == "chat"
+    def format(self) -> str:
+        """text, chat or pairs. Of the documents of the last two, conversations, only a part is learned."""
+        return self.facts.get("format", "text")
 
     def learned(self, split: str) -> "Tokens":
         """1 for each token of conversations that is learned, else 0."""
@@ -109,7 +110,7 @@ class Corpus:
     def check(self) -> None:
         """Hold every token to the fingerprint, a gigabyte in half a second. Raises InvalidFile."""
         digests = []
-        kinds = ("*.ds", "*.ds.loss") if self.is_chat else ("*.ds",)
+        kinds = ("*.ds", "*.ds.loss") if self.format != "text" else ("*.ds",)
         for kind, split in itertools.product(kinds, SPLITS):
             digest = hashlib.sha256()
             for shard in sorted((self.folder / split).glob(kind)):

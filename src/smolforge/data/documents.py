@@ -82,6 +82,8 @@ def _json_lines(path: Path, data: Data) -> Iterator[Document]:
         if not isinstance(record, dict) or not isinstance(record.get(data.text_key), str):
             talks = isinstance(record, dict) and ("messages" in record or {"prompt", "completion"} <= record.keys())
             way_out = "it is a conversation, which --data.format chat reads" if talks else ""
+            if isinstance(record, dict) and {"chosen", "rejected"} <= record.keys():
+                way_out = "it is a pair of answers, which --data.format pairs reads"
             raise InvalidFile(
                 f"{path}, line {number} has no text under the key {data.text_key!r}; "
                 f"{way_out or 'name the right one with --data.text-key'}"

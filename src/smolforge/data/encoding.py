@@ -1,17 +1,21 @@
 """Documents to token ids, by what they are: texts, each with the token that ends it; conversations, of which a part is
-learned.
+learned; pairs of them, the chosen one before the rejected one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from smolforge.chat import Turns
 from smolforge.config import Data
 from smolforge.data.conversations import conversations, messages_of
 from smolforge.data.documents import Document, documents
+from smolforge.data.preferences import pair_of, preferences
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.turns import encode_turns
+from smolforge.tokenizer.turns import Learned, encode_turns
+
+Talk = tuple[list[dict[str, Any]], int]
 
 
 class Encoded(NamedTuple):
@@ -34,53 +38,69 @@ class Form:
     read: Callable[[str, Data], Iterator[Document]]
     words: Callable[[Document], str]
     """What a tokenizer would be trained on."""
-    encode: Callable[[Tokenizer, Sequence[Document]], list[Encoded | None]]
-    """None stands for a document with nothing to learn in it."""
-    fitting: Callable[[Tokenizer, Encoded, float], Encoded | None]
-    """What of a document is put where there is room for so many ids."""
+    encode: Callable[[Tokenizer, Sequence[Document]], list[list[Encoded]]]
+    """What each document becomes; nothing where there is nothing to learn in it."""
+    fitting: Callable[[Tokenizer, list[Encoded], float], list[Encoded]]
+    """What of that is put where there is room for so many ids."""
     divisible: bool
     """Whether a document may be held out in part."""
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[Encoded | None]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[list[Encoded]]:
     encoded = tokenizer.encode_batch([document.text for document in texts])
     return [
-        Encoded([*ids, tokenizer.eos_id], len(document.text.encode()), tokenizer.lost_bytes(document.text))
+        [Encoded([*ids, tokenizer.eos_id], len(document.text.encode()), tokenizer.lost_bytes(document.text))]
         for document, ids in zip(texts, encoded, strict=True)
     ]
 
 
-def beginning(tokenizer: Tokenizer, whole: Encoded, room: float) -> Encoded | None:
+def beginning(tokenizer: Tokenizer, text: list[Encoded], room: float) -> list[Encoded]:
     """As much of a text as fits, and its end."""
+    (whole,) = text
     if len(whole.ids) <= room:
-        return whole
+        return text
     ids = whole.ids[: max(0, int(room) - 1)]
-    return whole._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode())) if ids else None
+    part = whole._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()))
+    return [part] if ids else []
 
 
-def encode_conversations(tokenizer: Tokenizer, found: Sequence[Document]) -> list[Encoded | None]:
+def encode_conversations(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
     """Raises InvalidFile, naming the line, for a conversation that the chat template refuses."""
+    said = [messages_of(document) for document in found]
+    return encode_talks(tokenizer, [(document, [each]) for document, each in zip(found, said, strict=True)])
+
+
+def encode_pairs(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
+    """Of both conversations of a pair the last message is learned. Raises as `encode_conversations`."""
+    both = [[(messages, len(messages) - 1) for messages in pair_of(document)] for document in found]
+    return encode_talks(tokenizer, list(zip(found, both, strict=True)))
+
+
+def encode_talks(tokenizer: Tokenizer, found: Sequence[tuple[Document, list[Talk]]]) -> list[list[Encoded]]:
+    """The conversations of each document, which are messages and the number of the first to learn."""
     assert tokenizer.template is not None, "prepare made it a chat tokenizer"
     turns = []
-    for document in found:
+    for document, talks in found:
         try:
-            turns.append(tokenizer.template.render_turns(*messages_of(document)))
+            turns += [tokenizer.template.render_turns(*talk) for talk in talks]
         except (SettingError, InvalidFile) as error:
             raise InvalidFile(f"{document.place}: {error}") from None
-    encoded: list[Encoded | None] = []
-    for each, (ids, learned) in zip(turns, encode_turns(tokenizer, turns), strict=True):
-        text = each.text.translate(each.back)
-        said = [
-            each.text[start:stop].rpartition(tokenizer.eos_token)[0].translate(each.back) for start, stop in each.spans
-        ]
-        sizes = len(text.encode()), sum(len(part.encode()) for part in said)
-        lost = tokenizer.lost_bytes(text)
-        encoded.append(Encoded(ids, sizes[0], lost, learned, sizes[1]) if each.spans else None)
-    return encoded
+    encoded = zip(turns, encode_turns(tokenizer, turns), strict=True)
+    of_each = [[encoded_talk(tokenizer, *next(encoded)) for _ in talks] for _, talks in found]
+    return [[each for each in parts if each is not None] for parts in of_each]
 
 
-def all_or_nothing(_: Tokenizer, whole: Encoded, room: float) -> Encoded | None:
-    return whole if len(whole.ids) <= room else None
+def encoded_talk(tokenizer: Tokenizer, turns: Turns, there: Learned) -> Encoded | None:
+    """With its sizes; None where nothing is learned."""
+    text = turns.text.translate(turns.back)
+    said = [turns.text[start:stop].rpartition(tokenizer.eos_token)[0] for start, stop in turns.spans]
+    learned_bytes = sum(len(part.translate(turns.back).encode()) for part in said)
+    whole = Encoded(there.ids, len(text.encode()), tokenizer.lost_bytes(text), there.learned, learned_bytes)
+    return whole if turns.spans else None
+
+
+def all_or_nothing(_: Tokenizer, whole: list[Encoded], room: float) -> list[Encoded]:
+    return whole if sum(len(each.ids) for each in whole) <= room else []
 
 
 def said_in(document: Document) -> str:
@@ -88,7 +108,14 @@ def said_in(document: Document) -> str:
     return "\n".join(message["content"] for message in messages_of(document)[0])
 
 
+def said_in_pair(document: Document) -> str:
+    """The same of a pair."""
+    chosen, rejected = pair_of(document)
+    return "\n".join(message["content"] for message in [*chosen, rejected[-1]])
+
+
 FORMS = {
     "text": Form(documents, lambda document: document.text, encode_texts, beginning, divisible=True),
     "chat": Form(conversations, said_in, encode_conversations, all_or_nothing, divisible=False),
+    "pairs": Form(preferences, said_in_pair, encode_pairs, all_or_nothing, divisible=False),
 }

@@ -45,11 +45,8 @@ class PackedRows:
                 f"{corpus.folder} has no conversation whose first answer begins within a row of "
                 f"train.sequence_length ({sequence_length:,}) tokens; lengthen it"
             )
-        order = kept[np.lexsort((scattered(kept, seed), -self.lengths[kept]))]
-        rows = best_fit(self.lengths[order], sequence_length)
-        self.count = int(rows.max()) + 1
-        by_row = np.argsort(rows, kind="stable")
-        self.members = np.split(order[by_row], np.searchsorted(rows[by_row], np.arange(1, self.count)))
+        self.members = in_rows(kept, self.lengths, sequence_length, seed)
+        self.count = len(self.members)
 
     @property
     def padding(self) -> float:
@@ -86,6 +83,14 @@ def whole_turns(learned: Tokens, start: int, room: int) -> int:
     if len(ends):
         return int(ends[-1]) + 1
     return room if part[:-1].any() else 0
+
+
+def in_rows(numbers: np.ndarray, lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
+    """Which of these numbers stand in each row, where number n takes lengths[n] of its capacity."""
+    order = numbers[np.lexsort((scattered(numbers, seed), -lengths[numbers]))]
+    rows = best_fit(lengths[order], capacity)
+    by_row = np.argsort(rows, kind="stable")
+    return np.split(order[by_row], np.searchsorted(rows[by_row], np.arange(1, rows.max() + 1)))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

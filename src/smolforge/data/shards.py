@@ -37,6 +37,12 @@ BATCH_BYTES = 4 << 20
 SHARD_TOKENS = 1 << 28
 OF_READING = ("intra_document_masking", "num_workers")
 """Settings of how a corpus is read, whatever they are it is the same."""
+NOTHING = {
+    "text": "nothing but white space",
+    "chat": "no conversation in which an assistant answers",
+    "pairs": "no pair of answers",
+}
+"""What sources hold of which no corpus can be made."""
 
 Report = Callable[[dict[str, int]], None]
 
@@ -109,7 +115,7 @@ def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int
 
 def for_format(data: Data, tokenizer: Tokenizer | None) -> Tokenizer | None:
     """The tokenizer with what a format needs of it, if there is one yet."""
-    return chat_tokenizer(tokenizer) if tokenizer is not None and data.format == "chat" else tokenizer
+    return chat_tokenizer(tokenizer) if tokenizer is not None and data.format != "text" else tokenizer
 
 
 def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tokens: int | None) -> dict[str, Any]:
@@ -121,7 +127,7 @@ def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tok
         "max_tokens": max_tokens,
         "files": {source: stamp(source) for source in data.sources},
     }
-    if data.format == "chat":
+    if data.format != "text":
         template = tokenizer.template.source if tokenizer and tokenizer.template else CHATML
         asked["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
     return asked
@@ -216,24 +222,21 @@ def _write(
     for batch in _batches(wanted):
         encoded = FORMS[form].encode(tokenizer, [document for _, document in batch])
         for (split, _), whole in zip(batch, encoded, strict=True):
-            if whole is None:
-                dropped["unanswered"] += 1
-                continue
-            lost.update(whole.lost)
-            part = FORMS[form].fitting(tokenizer, whole, room[split] - writers[split].size["tokens"])
-            if part is not None:
+            dropped["unanswered"] += not whole
+            for each in whole:
+                lost.update(each.lost)
+            for part in FORMS[form].fitting(tokenizer, whole, room[split] - writers[split].size["tokens"]):
                 writers[split].add(part)
         report({key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")})
     if not any(writer.size["tokens"] for writer in writers.values()):
-        what = "nothing but white space" if form == "text" else "no conversation in which an assistant answers"
-        raise InvalidFile(f"the data sources hold {what}")
+        raise InvalidFile(f"the data sources hold {NOTHING[form]}")
     for writer in writers.values():
         writer.close()
     if lost:
         named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
         log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
     digests = [writer.digest.hexdigest() for writer in writers.values()]
-    if form == "chat":
+    if form != "text":
         digests += [writer.loss_digest.hexdigest() for writer in writers.values()]
     return {
         "format": form,

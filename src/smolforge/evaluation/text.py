@@ -46,7 +46,9 @@ def measure_corpus(
     size = corpus.size(HELD_OUT)
     if not size["tokens"]:
         raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
-    if corpus.is_chat:
+    if corpus.format == "pairs":
+        raise InvalidFile(f"{corpus.folder} holds pairs, which only train measures: against the model it starts from")
+    if corpus.format == "chat":
         rows = PackedRows(corpus, HELD_OUT, sequence_length, seed=0)
         count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // sequence_length))
         result = count_up(model, (rows.batch(number, 1) for number in range(count)), precision)
@@ -106,7 +108,7 @@ def count_up(
     model.eval()
     loss, right, counted = 0.0, 0, 0
     for batch in batches:
-        rows, targets, positions = batch.each(lambda side: side.to(device))
+        rows, targets, positions, _ = batch.each(lambda side: side.to(device))
         with precision or nullcontext():
             hidden = model.hidden(rows, *packing(rows, separator, positions))
             logits = model.logits(hidden[targets != IGNORED])

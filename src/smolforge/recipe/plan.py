@@ -271,16 +271,18 @@ def tokens_per_second(recipe: Recipe) -> float:
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_rows, most)
-    ids = torch.randint(recipe.model.vocab_size, (rows, recipe.train.sequence_length))
+    batch = imagined(recipe, rows)
     steps = 2**40  # ends when it was measured
     schedule = recipe.optim.schedule.over(steps).model_dump()
-    probe = replaced(recipe, {"train.batch_tokens": ids.numel(), "train.steps": steps, "optim.schedule": schedule})
+    probe = replaced(
+        recipe, {"train.batch_tokens": batch.ids.numel(), "train.steps": steps, "optim.schedule": schedule}
+    )
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(
         Objective.of(model, probe),
         chosen,
-        itertools.repeat(Batch(ids, ids)),
+        itertools.repeat(batch),
         probe,
         State(),
         [heard],
@@ -288,3 +290,13 @@ def tokens_per_second(recipe: Recipe) -> float:
         meter=Meter(work(probe, device), 1, clock(device)),
     )
     return 1 / statistics.mean(taken[1:])  # the first one allocates
+
+
+def imagined(recipe: Recipe, rows: int) -> Batch:
+    """So many rows of what a recipe learns from; of pairs, one as long as the row."""
+    length = recipe.train.sequence_length
+    ids = torch.randint(recipe.model.vocab_size, (rows, length))
+    if recipe.data.format != "pairs":
+        return Batch(ids, ids)
+    positions = (torch.arange(length) % -(-length // 2)).expand(rows, -1)
+    return Batch(ids, ids, positions, torch.zeros(rows, length))

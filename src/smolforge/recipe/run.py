@@ -24,6 +24,7 @@ from smolforge import guard, lora, optim, own
 from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
+from smolforge.data.pairs import PairRows
 from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
 from smolforge.errors import MissingResource, Stopped
 from smolforge.evaluation.tasks import Task
@@ -31,6 +32,7 @@ from smolforge.meter import Meter, clock
 from smolforge.model import LanguageModel
 from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
+from smolforge.recipe import reference
 from smolforge.recipe.base import bring_moments, initial_model
 from smolforge.recipe.plan import plan_of_ranks, work
 from smolforge.recipe.profile import Profile
@@ -81,14 +83,16 @@ def run_settled(
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
         asked: list[Task] = []  # stays empty where rank 0 is another
         ranks.tell(lambda: asked.extend(tasks_of(recipe)))
-        text = corpus.Corpus.open(Path(ranks.tell(lambda: prepared(recipe, files, asked, observer))))
+        folder_of_text, place = ranks.tell(lambda: prepared(recipe, files, asked, observer))
+        text = corpus.Corpus.open(Path(folder_of_text))
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
         to_profile = profile if ranks.leads else None
         start = Start(
-            recipe, files, text, asked, reading, observer, heard_by, stop, ranks, device, to_profile, seen or {}
-        )
+            recipe, files, text, asked, Path(place) if place else None, reading,
+            observer, heard_by, stop, ranks, device, to_profile, seen or {},
+        )  # fmt: skip
         run = attempt(start, first=True)
         while run is None:
             run = attempt(start)
@@ -122,14 +126,26 @@ def hearing_the_end(heard_by: Trackers) -> Iterator[None]:
     heard_by.end(*how_it_ended(None))
 
 
-def prepared(recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer) -> str:
-    """Where the run's text is, once all is there that can be without a model. Rank 0 does this, and so the next two."""
+def prepared(recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer) -> tuple[str, str | None]:
+    """Where the run's text is, and the reference of pairs, once all is there that can be without a model. Rank 0 does
+    this, and so the next two.
+    """
     state.clear(files.path)
     text = open_corpus(recipe, files.path, files.stored_recipe() is not None, observer)
     check_prompts(recipe, text.tokenizer())
     check_items(asked, recipe, text.tokenizer())
     tell_of_cuts(rows_of(text, recipe), recipe)
-    return str(text.folder)
+    return str(text.folder), str(reference.place_of(recipe, text)) if recipe.data.format == "pairs" else None
+
+
+def referred(start: Start) -> reference.LogProbs | None:
+    """What the model to start from says of the pairs, where there are any; rank 0 asks it, unless that was done."""
+    recipe, place = start.recipe, start.reference
+    if place is None:
+        return None
+    report = start.observer.referring
+    start.ranks.tell(lambda: reference.make_unless_there(place, recipe, start.text, start.device, report))
+    return reference.read(place)
 
 
 def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> list[guard.Incident]:
@@ -159,6 +175,7 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
     recipe, files, ranks = start.recipe, start.files, start.ranks
     place, facts = ranks.tell(lambda: standing(start))
+    known = referred(start)
     state.seed_all(recipe.seed)
     model = initial_model(recipe, start.text, filled_later=place is not None or not ranks.leads).to(start.device)
     optimizers = optim.optimizers(model, recipe.optim)
@@ -175,11 +192,11 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
     rows = recipe.train.rows
     numbers = map(decisions.batch, itertools.count(now.step))
-    text = rows_of(start.text, recipe)
+    text = rows_of(start.text, recipe, known)
     source = batches.stream(text, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
     saving = Saving(recipe.train, files, start.reading, start.stop.asked, start.saved)
-    shop = Workshop(start, model, optimizers, judge, saving)
+    shop = Workshop(start, model, optimizers, judge, saving, held_out(start, known))
     actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
     start.stop.stepping = True
     try:
@@ -205,6 +222,12 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     optim.swap_average(optimizers)
     lora.merge(model)
     return Run(files.path, model.eval(), recipe, metrics)
+
+
+def held_out(start: Start, known: reference.LogProbs | None) -> PairRows | None:
+    """Pairs to measure on, where there are any."""
+    there = known is not None and corpus.HELD_OUT in known
+    return reference.rows_of(start.text, corpus.HELD_OUT, start.recipe, known) if there else None
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def settle(
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
         begun = resolve.pinned(recipe.init_from)
-        if recipe.lora.rank is not None and begun == recipe.init_from:  # it will be read again, from wherever that is
+        again = recipe.lora.rank is not None or recipe.data.format == "pairs"
+        if again and begun == recipe.init_from:  # it will be read again, from wherever that is
             begun = str(resolve.find(begun).resolve())
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
         check_moments(recipe)

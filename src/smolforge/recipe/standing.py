@@ -15,6 +15,7 @@ from smolforge.errors import Diverged, InvalidFile, MissingResource
 from smolforge.model import LanguageModel
 from smolforge.recipe.base import check_base
 from smolforge.recipe.plan import disk_bytes
+from smolforge.recipe.reference import check_same_reference
 from smolforge.recipe.settle import check_going_on, fixed_settings
 from smolforge.recipe.workshop import Start
 from smolforge.runs import INCIDENTS, RECIPE
@@ -33,6 +34,7 @@ def standing(start: Start) -> tuple[str | None, dict[str, Any]]:
     if newest:
         check_same_run(newest, facts, start.text, start.recipe)
         check_base(start.recipe, newest, facts)
+        check_same_reference(start.reference, newest, facts)
     check_going_on(start.recipe, facts.get("step", 0))
     return (str(newest) if newest else None), facts
 

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import assert_never
 
 from smolforge.checkpoint import resolve
 from smolforge.config import Recipe
-from smolforge.data import batches, corpus, packing, shards
+from smolforge.data import batches, corpus, packing, pairs, shards
 from smolforge.errors import SettingError
 from smolforge.evaluation import tasks
 from smolforge.evaluation.multiple_choice import encoded
 from smolforge.evaluation.tasks import Task
 from smolforge.generation.stream import prompt_ids
+from smolforge.recipe import reference
 from smolforge.recipe.workshop import Observer, prompts_of
 from smolforge.runs import RunFolder
 from smolforge.tokenizer import Tokenizer
@@ -71,8 +73,8 @@ def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> No
 
 def check_same_format(text: corpus.Corpus, recipe: Recipe) -> None:
     """A recipe says what it learns from."""
-    if text.is_chat != (recipe.data.format == "chat"):
-        form = "chat" if text.is_chat else "text"
+    if text.format != recipe.data.format:
+        form = text.format
         raise SettingError(f"the corpus {text.folder} is {form}; --data.format {form} learns from it as such")
 
 
@@ -84,11 +86,17 @@ def check_vocabulary(ids: int, recipe: Recipe) -> None:
         )
 
 
-def rows_of(text: corpus.Corpus, recipe: Recipe) -> batches.Rows:
-    """What batches are made of. Raises InvalidFile where the text is less than one row."""
-    if text.is_chat:
-        return packing.PackedRows(text, corpus.TRAIN, recipe.train.sequence_length, recipe.seed)
-    return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+def rows_of(text: corpus.Corpus, recipe: Recipe, known: reference.LogProbs | None = None) -> batches.Rows:
+    """What batches are made of; of pairs with what is `known` of them. Raises InvalidFile for less than a row."""
+    match recipe.data.format:
+        case "text":
+            return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+        case "chat":
+            return packing.PackedRows(text, corpus.TRAIN, recipe.train.sequence_length, recipe.seed)
+        case "pairs":
+            return reference.rows_of(text, corpus.TRAIN, recipe, known)
+        case never:
+            assert_never(never)
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:
@@ -106,7 +114,16 @@ def tasks_of(recipe: Recipe) -> list[Task]:
 
 
 def tell_of_cuts(source: batches.Rows, recipe: Recipe) -> None:
-    """Say aloud what of the conversations is not learned because it is longer than a row."""
+    """Say aloud what of the conversations is not learned because it is too long."""
+    if isinstance(source, pairs.PairRows):
+        a_step = source.pairs / source.count * recipe.train.rows
+        log.info("%s pairs, %.1f a step; %.1f %% of the rows filled up", source.pairs, a_step, 100 * source.padding)
+        if source.cut:
+            log.warning(
+                "of %s pairs %s are longer than dpo.max_length (%s) tokens: of those the end of the prompt is kept, %s "
+                "tokens, and of the answers what there is room for",
+                f"{source.pairs:,}", f"{source.cut:,}", *recipe.dpo.lengths(recipe.train.sequence_length),
+            )  # fmt: skip
     if isinstance(source, packing.PackedRows) and source.cut + source.left_out:
         log.warning(
             "of %s conversations %s are longer than a row of train.sequence_length (%s) tokens and cut after a whole "

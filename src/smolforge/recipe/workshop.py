@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,15 +16,19 @@ from smolforge import optim
 from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import corpus
+from smolforge.data.pairs import PairRows
 from smolforge.device import autocast
 from smolforge.device.energy import Energy, PerToken, energy
 from smolforge.device.usage import Usage
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.multiple_choice import score, summary
+from smolforge.evaluation.pairs import measure_pairs
 from smolforge.evaluation.tasks import Task
 from smolforge.generation.stream import Prompt, generate
 from smolforge.guard import Judge
 from smolforge.model import LanguageModel
+from smolforge.objective import Objective
+from smolforge.preference import Preference
 from smolforge.ranks import Ranks
 from smolforge.recipe.base import told_of_base
 from smolforge.recipe.plan import Plan
@@ -45,6 +50,7 @@ class Observer(Protocol):
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
     def preparing(self, counts: dict[str, int]) -> None: ...
+    def referring(self, pairs: int, of: int) -> None: ...
     def stepped(self, metrics: dict[str, Any]) -> None: ...
     def sampled(self, text: str) -> None: ...
 
@@ -54,6 +60,7 @@ class Silent:
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
     def preparing(self, counts: dict[str, int]) -> None: ...
+    def referring(self, pairs: int, of: int) -> None: ...
     def stepped(self, metrics: dict[str, Any]) -> None: ...
     def sampled(self, text: str) -> None: ...
 
@@ -68,6 +75,8 @@ class Start:
     text: corpus.Corpus
     tasks: Sequence[Task]
     """What is scored beside the held-out text, on rank 0."""
+    reference: Path | None
+    """Where what the model to start from says of pairs is, or will be."""
     reading: Background
     """The check of the text, which rank 0 does."""
     observer: Observer
@@ -107,7 +116,9 @@ class Workshop:
         optimizers: list[torch.optim.Optimizer],
         judge: Judge,
         saving: Saving,
+        pairs: PairRows | None = None,
     ) -> None:
+        """`pairs` are what is held out, where the model learns from such."""
         self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
         self.tasks, self.stop, self.ranks, self.trackers = start.tasks, start.stop, start.ranks, start.trackers
         self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
@@ -117,6 +128,8 @@ class Workshop:
         self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
         self.usage = Usage(start.device)
         self.base, self.adapter = told_of_base(start.recipe) if self.ranks.leads else ({}, None)
+        self.pairs = pairs
+        self.reference = {"reference": start.reference.name} if start.reference else {}
         self.watch = Watch(model, start.recipe.report, start.trackers)
 
     def actions(self) -> list[Action]:
@@ -174,7 +187,12 @@ class Workshop:
         return found
 
     def measured(self) -> dict[str, float]:
+        """Loss and what goes with it, on the held-out text or pairs."""
         settings = self.recipe.train
+        if self.pairs is not None:
+            objective = Objective(self.model, settings.dtype, preference=Preference(self.recipe.dpo.beta))
+            found = measure_pairs(objective, self.pairs, settings.evaluate_tokens)
+            return {f"validation_{name}": value for name, value in found.items()}
         found = measure_corpus(
             self.model,
             self.text,
@@ -193,7 +211,7 @@ class Workshop:
         with optim.averaged(self.optimizers):
             found = generate(self.model, prompts, **options)
         self.model.train()
-        between = "\n" if self.text.is_chat else ""
+        between = "" if self.text.format == "text" else "\n"
         for number, (prompt, completion) in enumerate(zip(self.recipe.train.sample_prompts, found, strict=True)):
             self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
             self.observer.sampled(prompt + between + completion.text)
@@ -250,4 +268,5 @@ class Workshop:
             "incidents": self.files.incidents(),
             "recent_losses": list(self.judge.recent),
             **self.base,
+            **self.reference,
         }
