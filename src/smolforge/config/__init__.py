@@ -12,6 +12,23 @@ from smolforge.config.learning import Dpo, Lora, Optim, Schedule, Share, Text
 from smolforge.config.model import ModelConfig
 from smolforge.settings import FREE, Settings
 
+__all__ = [
+    "Data",
+    "Dpo",
+    "Generation",
+    "Guard",
+    "Lora",
+    "ModelConfig",
+    "Optim",
+    "Recipe",
+    "Report",
+    "Schedule",
+    "Seed",
+    "Share",
+    "Text",
+    "Train",
+]
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
