@@ -24,6 +24,7 @@ from smolforge.config import Optim
 from smolforge.memory import Branches, Cache, Causal, Documents, Within, masked
 from smolforge.model import build
 from smolforge.ranks import World
+from smolforge.recipe.workshop import Silent
 from smolforge.runs.journal import read_records
 from smolforge.testing import in_child, tiny_config
 from smolforge.testing.processes import ended, start
@@ -237,8 +238,8 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     assert study.recipes["sliding"].model.attention == SLIDING
     assert study.recipes["full"].model.attention is None
 
-    class Nobody:
-        beginning = planned = preparing = stepped = sampled = measuring = lambda *given: None
+    class Nobody(Silent):
+        beginning = measuring = lambda *given: None
 
     found = conduct(study, tmp_path / "out", Nobody())
     assert not any(variant.failed for variant in found.variants)
