@@ -75,6 +75,7 @@ def test_contestants_take_turns_in_processes_of_their_own(benchmark):
 # A step beside Transformers' and litgpt's
 
 
+@pytest.mark.long
 def test_a_step_beside_peers():
     page = said_by("training", *TINY, "--rows", 1, "--rounds", 1, "--dtype", "float32")
     rows, nothing = cells(page), " (torch.compile made nothing)"
@@ -128,6 +129,7 @@ def test_another_training_is_no_contest(benchmark, losses):
 # A GPU
 
 
+@pytest.mark.long
 def test_every_line_for_a_gpu_but_its_own(tmp_path):
     said_by("gpu", *TINY, "--rows", 2, "--device", "cpu", "--quick", "--groups", 1, "--out", tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
@@ -209,6 +211,7 @@ def recipe(tmp_path, text_file):
     return path
 
 
+@pytest.mark.long
 def test_the_customary_proof_in_small(benchmark, monkeypatch, tmp_path, recipe, capsys):
     proof_run = benchmark("proof_run")
     monkeypatch.setattr(proof_run, "start", Forked)

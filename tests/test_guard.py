@@ -341,7 +341,10 @@ def test_a_stop_among_left_out_updates_is_not_gone_back_to(tmp_path, recipe_file
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
 
 
-@pytest.mark.parametrize("fate", [power.all_lost, power.names_kept, power.contents_kept])
+@pytest.mark.parametrize(
+    "fate",
+    [power.all_lost, *(pytest.param(each, marks=pytest.mark.long) for each in (power.names_kept, power.contents_kept))],
+)
 def test_a_power_cut_around_a_rewind(tmp_path, recipe_file, poison, fate):
     """What was taken back must not come again beside the decision: a checkpoint of step 8, and back to step 4."""
     poison("loss", 7, 8, 9)

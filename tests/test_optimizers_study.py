@@ -38,6 +38,7 @@ def test_a_sweep_goes_on_until_the_best_rate_is_inside(study, best):
     assert len(tried) == len(set(tried))
 
 
+@pytest.mark.long
 def test_the_quick_form_runs_once_and_reports_twice(study, tmp_path, text_file, capsys):
     words = ["--quick", "--data", str(text_file), "--out", str(tmp_path / "study.json")]
     study.main(words)

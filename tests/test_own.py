@@ -234,6 +234,7 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     text = path.read_text().replace("300_000", "1024").replace("train.batch_tokens = 2048", "")
     text = text.replace("train.evaluate_every = 12", tomli_w.dumps(small)).replace("[0, 1, 2, 3, 4]", "[0]")
     path.write_text(text)
+    monkeypatch.chdir(Path(__file__).parent)  # its module is beside the study, and not here
     study = read(path)
     assert study.recipes["sliding"].model.attention == SLIDING
     assert study.recipes["full"].model.attention is None
@@ -243,6 +244,8 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
 
     found = conduct(study, tmp_path / "out", Nobody())
     assert not any(variant.failed for variant in found.variants)
+    assert all(variant.speed["peak_memory_bytes"] for variant in found.variants)
+    monkeypatch.chdir(tmp_path)
     losses = {variant.name: variant.mean for variant in found.variants}
     assert losses["full"] != losses["sliding"]
     code, out, _ = call(capsys, "verify", "sliding.toml")

@@ -341,6 +341,21 @@ def test_a_budget_of_a_fraction_of_a_step_is_refused(tmp_path):
         plan.planned(read(path), tmp_path / "out")
 
 
+def test_a_study_of_an_earlier_version_goes_on(tmp_path):
+    """Settings that it did not have were at their defaults; that they still are must be so."""
+    path = study_file(tmp_path)
+    plan.planned(read(path), tmp_path / "out")
+    file = tmp_path / "out" / plan.PLAN
+    kept = json.loads(file.read_text())
+    del kept["study"]["settings"]["tasks"], kept["study"]["settings"]["law"]
+    for variant in kept["study"]["variants"].values():
+        del variant["lora.rank"], variant["data.format"]
+    file.write_text(json.dumps(kept))
+    plan.planned(read(path), tmp_path / "out")
+    with pytest.raises(SettingError, match="other settings: variants.muon.data.format"):
+        plan.planned(read(study_file(tmp_path, {"variants": {"muon": {"data.format": "chat"}}})), tmp_path / "out")
+
+
 def test_what_was_chosen_before_the_runs_stays(tmp_path):
     plan.planned(read(study_file(tmp_path)), tmp_path / "out")
     more = study_file(

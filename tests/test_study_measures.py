@@ -71,7 +71,7 @@ def test_what_is_measured_here_is_kept_and_one_file_deleted_measures_that_again(
     audience = Audience()
     audience.measuring = told.append
     monkeypatch.setattr(machine, "DECODED", 2)
-    monkeypatch.setattr(machine, "peak_memory", lambda recipe, changes, steps: steps << 20)
+    monkeypatch.setattr(machine, "peak_memory", lambda recipe, changes, steps, beside: steps << 20)
     from smolforge.comparison.study import conduct
 
     found = conduct(read(path), out, audience)
@@ -89,10 +89,10 @@ def test_memory_is_of_a_process_of_its_own(tmp_path, monkeypatch):
     """One that begins as large as this one would hide what the variant needs."""
     study_file(tmp_path)
     large = np.ones(1 << 27)  # 1 GiB
-    peak = machine.peak_memory(tmp_path / "tiny.toml", {"train.batch_tokens": 64}, 4)
+    peak = machine.peak_memory(tmp_path / "tiny.toml", {"train.batch_tokens": 64}, 4, tmp_path)
     assert 100 << 20 < peak < 0.8 * large.nbytes
     monkeypatch.setattr(machine, "CHILD", "raise SystemExit('no room')")
-    assert machine.peak_memory(tmp_path / "tiny.toml", {}, 4) is None
+    assert machine.peak_memory(tmp_path / "tiny.toml", {}, 4, tmp_path) is None
 
 
 @pytest.mark.parametrize(("floor", "asked"), [(0.0, 0.0), (1.5, 1.5), (1.5, "fitted")])

@@ -51,7 +51,8 @@ def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring:
     def memory() -> dict[str, int | None]:
         trials.audience.measuring("the memory of training")
         changes = {name: trials.overrides(trial) for name, (trial, _) in whole.items()}
-        return {name: machine.peak_memory(recipe, each, plan.steps[name]) for name, each in changes.items()}
+        beside = trials.study.path.resolve().parent
+        return {name: machine.peak_memory(recipe, each, plan.steps[name], beside) for name, each in changes.items()}
 
     return machine.Measured(
         machine.kept(out / machine.DECODING, whole, decoding if measuring else None),

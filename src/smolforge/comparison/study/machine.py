@@ -86,16 +86,22 @@ def decoded(model: LanguageModel) -> float:
     return count / (time.perf_counter() - begun)
 
 
-def peak_memory(recipe: Path, changes: Mapping[str, Any], steps: int) -> int | None:
+def peak_memory(recipe: Path, changes: Mapping[str, Any], steps: int, beside: Path) -> int | None:
     """Peak of the first steps, measuring and saving included, as that run itself reports it; None where it failed.
 
-    The schedule keeps its horizon of `steps`. In a process of its own, since a process' peak never falls.
+    The schedule keeps its horizon of `steps`. In a process of its own, since a process' peak never falls, which looks
+    for a person's own classes in the folder `beside` too.
     """
     often = {f"train.{name}": 1 for name in ("checkpoint_every", "evaluate_every")}
     quiet = {"train.sample_every": None, "report.to": None, "optim.schedule.steps": steps}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        asked = [sys.path, str(recipe), str(run), {**changes, **often, **quiet, "train.steps": min(STEPS, steps)}]
+        asked = [
+            [*sys.path, str(beside)],
+            str(recipe),
+            str(run),
+            {**changes, **often, **quiet, "train.steps": min(STEPS, steps)},
+        ]
         child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(asked)], capture_output=True, check=False)
         try:
             peak = read(run).newest("peak_memory_bytes")

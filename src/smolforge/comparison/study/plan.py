@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge import __version__, commit
-from smolforge.comparison.study.read import Budget, Study
+from smolforge.comparison.study.read import Budget, Study, StudySettings
 from smolforge.config import Recipe
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.recipe.machine import DECIDED
@@ -64,8 +64,18 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Seeds and tests chosen before the runs stay, or the p values would mean nothing."""
-    flat_stored, flat_now = ({**each["settings"], **_by_variant(each["variants"])} for each in (stored, now))
+    """Seeds and tests chosen before the runs stay, or the p values would mean nothing.
+
+    A setting that the version which began the study did not have was at its default.
+    """
+    recipe = json.loads(json.dumps(leaves(Recipe())))
+    defaults = {name: field.default for name, field in StudySettings.model_fields.items() if not field.is_required()}
+    study = json.loads(json.dumps(defaults))
+    before = {
+        "settings": {**study, **stored["settings"]},
+        "variants": {name: {**recipe, **each} for name, each in stored["variants"].items()},
+    }
+    flat_stored, flat_now = ({**each["settings"], **_by_variant(each["variants"])} for each in (before, now))
     differing = [name for name in flat_stored | flat_now if flat_stored.get(name) != flat_now.get(name)]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
