@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.config import Data
-from smolforge.data import shards as shards_module
+from smolforge.data import writing
 from smolforge.data.batches import Windows, permuted, stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens
-from smolforge.data.documents import documents, python_docs
+from smolforge.data.documents import python_docs
+from smolforge.data.reading import documents
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.loss import IGNORED
@@ -177,8 +178,16 @@ def test_prepared_again_is_found_done_and_others_are_refused(tmp_path, tokenizer
 def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path, tokenizer, [text_file])
     shard = corpus.folder / "train" / "00000.ds"
+    index = shard.with_name("00000.ds.index")
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-8])
+    with pytest.raises(InvalidFile, match=r"bytes of ends of documents where corpus\.json says"):
+        Corpus.open(corpus.folder)
+    index.write_bytes(whole)
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(InvalidFile, match=r"bytes of tokens where corpus\.json says"):
+    with pytest.raises(
+        InvalidFile, match=r"bytes of tokens where corpus\.json says .*; delete the corpus, and prepare it"
+    ):
         Corpus.open(corpus.folder)
     (corpus.folder / "corpus.json").write_text("{}")
     with pytest.raises(InvalidFile, match=r"corpus\.json is broken"):
@@ -188,7 +197,7 @@ def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
 def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch):
     from datatrove.utils.dataset import DatatroveFileDataset
 
-    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 1000)
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": sentences(4, 4 * n)}) for n in range(60)))
     corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"], held_out=0.0)
     shards = sorted((corpus.folder / "train").glob("*.ds"))
@@ -269,3 +278,47 @@ def test_bytes_that_vanish_are_counted_and_named(tmp_path, caplog):
     made = prepare(Data(sources=(str(source),), held_out=0), tmp_path / "corpus", poorer)
     assert made.facts["lost_bytes"] == {"04": 2}
     assert "2 bytes of the text (04) have no symbol in this tokenizer and are left out" in caplog.text
+
+
+GOLDEN = {
+    "lines": "df8f41ad7b4e4472",
+    "groups": "72f205f5bdaa23cd",
+    "tail": "cfe8f9cf71d133c6",
+    "limit": "66b37901b709ecce",
+    "trained": "22198b2d6427ad79",
+    "chat": "b8cbcf92df19838e",
+    "pairs": "80181d4a0357e22d",
+}
+"""Fingerprints that corpora of these sources had before sources were read in parts."""
+
+
+def golden_cases(folder):
+    """Settings, ids of a tokenizer to train, and a limit, by name."""
+    lines = [{"text": sentences(3, n % 50) + f" {n % 50}", "of": f"g{n % 30}"} for n in range(90)]
+    (folder / "x.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"text": "  ", "of": "g1"}])))
+    (folder / "one.txt").write_text(sentences(300))
+    (folder / "texts").mkdir()
+    for n in range(25):
+        (folder / "texts" / f"{n}.md").write_text(sentences(4, n) + f"\n\nnumber {n}\n")
+    chats = [{"prompt": f"say {n % 28}", "completion": sentences(1, n % 28)} for n in range(40)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    pairs = [{"prompt": f"say {n}", "chosen": sentences(1, n), "rejected": "no"} for n in range(40)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    sources = lambda *names: {"sources": tuple(str(folder / name) for name in names)}  # noqa: E731
+    return {
+        "lines": (sources("x.jsonl"), None, None),
+        "groups": (sources("x.jsonl") | {"group_key": "of", "held_out": 0.2}, None, None),
+        "tail": (sources("one.txt"), None, None),
+        "limit": (sources("texts", "one.txt") | {"held_out": 0.1}, None, 2500),
+        "trained": (sources("texts", "x.jsonl"), 400, None),
+        "chat": (sources("chat.jsonl") | {"format": "chat"}, None, 700),
+        "pairs": (sources("pairs.jsonl") | {"format": "pairs"}, None, None),
+    }
+
+
+def test_corpora_are_those_of_before(tmp_path, tokenizer):
+    for name, (data, vocab, limit) in golden_cases(tmp_path).items():
+        corpus = prepare(Data(**data), tmp_path / name, None if vocab else tokenizer, vocab or 0, limit)
+        assert corpus.fingerprint.startswith(GOLDEN[name]), name
+        asked = corpus.facts["request"]["data"]
+        assert asked.keys() == {"sources", "format", "text_key", "group_key", "held_out"}, "a run of before finds it"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import train_until
 from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from smolforge import __version__, commit
 from smolforge.checkpoint import resolve, state
-from smolforge.config import Data
+from smolforge.config import Data, Recipe, Train
 from smolforge.data.batches import Windows
 from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.shards import prepare
@@ -53,6 +54,15 @@ def recipe_file(tmp_path, text_file):
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
     return path
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> Path:
+    """A run of that recipe which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("once")
+    (folder / "text.txt").write_text(sentences(300))
+    (folder / "tiny.json").write_text(json.dumps(NANO | {"data": {"sources": [str(folder / "text.txt")]}}))
+    return train(folder / "tiny.json", folder / "run").folder
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
@@ -106,33 +116,6 @@ def test_shipped_recipes_are_valid_and_explained(path):
     assert path.read_text().startswith("# ")
     alone = replaced(recipe, {"init_from": None})  # and nobody asks the Hub
     assert plan(settle(alone)).tokens == recipe.train.steps * recipe.train.batch_tokens
-
-
-def test_the_published_recipe_is_the_published_one(shared):
-    """Held field by field to the official nanotron configuration."""
-    import yaml
-
-    official = yaml.safe_load((shared / "reference" / "official_config_smollm2_135M_nanotron.yaml").read_text())
-    ours, optimizer = read_recipe("smollm2-135m"), official["optimizer"]
-    rates, tokens, model = optimizer["learning_rate_scheduler"], official["tokens"], official["model"]["model_config"]
-    assert ours.optim.learning_rate == rates["learning_rate"]
-    assert ours.optim.schedule.warmup_steps == rates["lr_warmup_steps"]
-    assert ours.optim.schedule.decay_steps == rates["lr_decay_steps"]
-    assert ours.optim.schedule.decay == rates["lr_decay_style"]
-    assert ours.optim.schedule.steps == tokens["train_steps"]
-    assert ours.optim.schedule.steps - ours.optim.schedule.decay_steps == rates["lr_decay_starting_step"]
-    assert ours.optim.schedule.final_learning_rate == rates["min_decay_lr"]
-    factory = optimizer["optimizer_factory"]
-    assert ours.optim.betas == (factory["adam_beta1"], factory["adam_beta2"])
-    assert ours.optim.eps == factory["adam_eps"]
-    assert ours.optim.weight_decay == optimizer["weight_decay"]
-    assert ours.optim.max_grad_norm == optimizer["clip_grad"]
-    assert ours.train.sequence_length == tokens["sequence_length"]
-    rows = tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"] * official["parallelism"]["dp"]
-    assert ours.train.rows == rows
-    assert ours.seed == official["general"]["seed"]
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        assert ours.model.__dict__[key] == model[key]
 
 
 @pytest.mark.parametrize(
@@ -448,15 +431,14 @@ def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
     assert hashes(tmp_path / "one", 8) == hashes(tmp_path / "two", 8)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, caplog):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, once, caplog):
     """And made again, sound, when its step comes again."""
-    train(recipe_file, tmp_path / "once")
-    shutil.copytree(tmp_path / "once", tmp_path / "run")
+    train(recipe_file, tmp_path / "run")
     flip_bit(state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
     train(recipe_file, tmp_path / "run")
     assert "step-00000008 is skipped" in caplog.text
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
-    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
+    assert losses(tmp_path / "run") == losses(once)
 
 
 def test_all_checkpoints_damaged_is_said(tmp_path, recipe_file):
@@ -662,15 +644,11 @@ class At:
             self.act()
 
 
-def die_at(recipe_file, run, step):
-    """Train in this process until it is killed after a step, before that step's checkpoint."""
-    resume_or_start(recipe_file, run, {}, observer=At(step, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-@pytest.mark.parametrize("step", [1, 4, 6])
-def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_file, number, code, step):
-    train(recipe_file, tmp_path / "once")
+@pytest.mark.parametrize(
+    ("number", "code", "step"),
+    [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (signal.SIGUSR1, 75, 1)],
+)
+def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_file, once, number, code, step):
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step}") as caught:
         resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(step, lambda: signal.raise_signal(number)))
@@ -678,8 +656,8 @@ def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_fil
     assert signal.getsignal(number) is before
     assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", step)
     train(recipe_file, tmp_path / "run")
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
-    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
+    assert losses(tmp_path / "run") == losses(once)
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
@@ -694,18 +672,16 @@ def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
     assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
 
 
-def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path, recipe_file):
-    train(recipe_file, tmp_path / "once")
+def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path, recipe_file, once):
     for step in (2, 5, 7):
-        assert in_child(die_at, recipe_file, tmp_path / "run", step) == -signal.SIGKILL
+        assert in_child(train_until, step, recipe_file, tmp_path / "run", {}) == -signal.SIGKILL
     train(recipe_file, tmp_path / "run")
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
-    assert losses(tmp_path / "run") == losses(tmp_path / "once")
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
+    assert losses(tmp_path / "run") == losses(once)
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
-    train(recipe_file, tmp_path / "once")
+def test_a_full_disk_loses_nothing(tmp_path, recipe_file, once, after):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     with (
         failing(tmp_path / "run" / "checkpoints", after),
@@ -714,7 +690,7 @@ def test_a_full_disk_loses_nothing(tmp_path, recipe_file, after):
         train(recipe_file, tmp_path / "run", steps=8)
     assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
     train(recipe_file, tmp_path / "run", steps=8)
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
 def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file, monkeypatch):
@@ -723,13 +699,18 @@ def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file
         train(recipe_file, tmp_path / "run")
 
 
-def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file):
+@pytest.mark.parametrize(("keep_last", "at_once"), [(2, 4), (3, 5), (1000, 11)])
+def test_no_more_disk_is_asked_for_than_checkpoints_will_be_written(keep_last, at_once):
+    recipe = Recipe(train=Train(steps=100, checkpoint_every=10, keep_last=keep_last))
+    assert plan(recipe).disk_bytes == at_once * checkpoint_bytes(recipe)
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file, once):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     with crashing(tmp_path / "run" / "checkpoints", 2), pytest.raises(Crash):
         train(recipe_file, tmp_path / "run", steps=8)
     train(recipe_file, tmp_path / "run", steps=8)
-    train(recipe_file, tmp_path / "once")
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
 def test_the_library_says_nothing(tmp_path, recipe_file, capfd):
@@ -788,7 +769,7 @@ def test_what_a_later_version_wrote_is_not_passed_over(tmp_path, recipe_file):
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000, 100_000])
-def test_a_file_that_cannot_be_written_whole_is_said(tmp_path, recipe_file, limit):
+def test_a_file_that_cannot_be_written_whole_is_said(tmp_path, recipe_file, once, limit):
     """A real limit of the system, which libraries written in Rust meet too."""
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -800,8 +781,7 @@ def test_a_file_that_cannot_be_written_whole_is_said(tmp_path, recipe_file, limi
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     train(recipe_file, tmp_path / "run", steps=8)
-    train(recipe_file, tmp_path / "once")
-    assert hashes(tmp_path / "run", 8) == hashes(tmp_path / "once", 8)
+    assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
 def test_prompts_that_fill_the_context_are_refused_first(tmp_path, recipe_file):

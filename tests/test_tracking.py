@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import train_until
 from conftest import NANO
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -23,12 +23,11 @@ from smolforge.cli import run as command
 from smolforge.cli.flags import from_variables
 from smolforge.config import Report
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.recipe import resume_or_start, train
+from smolforge.recipe import train
 from smolforge.recipe import workshop as workshop_module
-from smolforge.recipe.workshop import Silent
 from smolforge.runs.journal import read_records
 from smolforge.testing import tiny_model
-from smolforge.testing.processes import die, in_child
+from smolforge.testing.processes import in_child
 from smolforge.tracking import rows, watch
 from smolforge.tracking.events import Ended, Started, Stepped
 from smolforge.tracking.watch import Watch
@@ -47,28 +46,11 @@ def recipe_file(tmp_path, text_file):
     return path
 
 
-class KilledAt(Silent):
-    """An observer that does not survive a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def stepped(self, metrics):
-        if metrics["step"] == self.step:
-            die()
-
-
-def start(recipe, run, overrides, killed_at=None):
-    """What a process of its own does; a W&B service of this one would keep the killed run for itself."""
-    os.environ.pop("WANDB_SERVICE", None)
-    resume_or_start(recipe, run, overrides, observer=KilledAt(killed_at))
-
-
 def through_two_kills(recipe, run, **overrides):
     """A run of eight steps with checkpoints at the even ones, killed after its 3rd and its 6th."""
     for step in (3, 6):
-        assert in_child(start, recipe, run, overrides, step) == -9
-    assert in_child(start, recipe, run, overrides) == 0
+        assert in_child(train_until, step, recipe, run, overrides) == -9
+    assert in_child(train_until, None, recipe, run, overrides) == 0
 
 
 def told(run, precise=True):
@@ -102,6 +84,7 @@ def texts(events, tag):
     return [(each.step, make_ndarray(each.tensor_proto).item().decode()) for each in events.Tensors(tag)]
 
 
+@pytest.mark.heavy
 def test_tensorboard_has_each_metric_at_each_step_once_over_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"
     through_two_kills(recipe_file, run, **{"report.to": ["tensorboard"], "report.norms_every": 3})
@@ -210,6 +193,7 @@ def in_wandb(run):
     }
 
 
+@pytest.mark.heavy
 def test_wandb_has_each_metric_at_each_step_over_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"
     through_two_kills(recipe_file, run, **{"report.to": ["wandb"], "report.watch": "all", "report.watch_every": 4})

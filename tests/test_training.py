@@ -1,5 +1,6 @@
 """The loop, held to a plain one of Transformers and torch.optim, and to arithmetic."""
 
+import gc
 import itertools
 from itertools import count, islice
 
@@ -22,7 +23,7 @@ from smolforge.optim import optimizers
 from smolforge.recipe.read import to_recipe
 from smolforge.settings import replaced
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
-from smolforge.training import Action, State, backward, train
+from smolforge.training import Action, State, backward, garbage_kept, train
 
 RECIPE = replaced(to_recipe(NANO), {"optim.schedule.steps": 200, "train.checkpoint_every": None})
 TOKENS = Tokens([np.array(tiny_tokenizer().encode(sentences(300)))])
@@ -198,3 +199,16 @@ def test_batches_are_what_the_source_says():
     (batch,) = islice(stream(windows, count(5), 4, 0), 1)
     assert torch.equal(batch.ids, windows.batch(5, 4).ids)
     assert Optim().betas == (0.9, 0.95)
+
+
+def test_what_a_caller_froze_stays_frozen():
+    gc.unfreeze()
+    with garbage_kept():
+        assert gc.get_freeze_count() > 10_000
+        assert not gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with garbage_kept():
+        pass
+    assert gc.get_freeze_count() > 10_000
+    assert gc.isenabled()

@@ -54,6 +54,24 @@ def write_whole(
     return manifest
 
 
+def write_whole_file(path: Path, fill: Callable[[Path], None], needed_bytes: int = 0) -> None:
+    """The same for a single file: `fill` writes and checks one of another name beside it, which then becomes `path`."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        make_folder(path.parent)
+        fill(temporary)
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+    except (Exception, KeyboardInterrupt) as error:
+        said = unwritten(path, error, needed_bytes)  # with the room there was
+        with suppress(OSError):
+            temporary.unlink()
+        if _is_of_writing(error, path.parent):
+            raise said from error
+        raise
+
+
 def _is_of_writing(error: BaseException, below: Path) -> bool:
     """Whether an error is the disk's own, and not of a file that was only read. Rust has errors of its own."""
     if isinstance(error, OSError):

@@ -1,7 +1,7 @@
 """What settings are made of: frozen typed groups, addressed by dotted names, refused in one sentence."""
 
 import datetime
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -40,7 +40,8 @@ class Settings(BaseModel):
     def _as_it_looks(cls, value: Any, validate: Callable[[Any], Any], info: Any) -> Any:
         """Refuse what pydantic would take, but nobody means or no file holds: true for 1, 2**99, half a character."""
         annotation = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        looked_at = value.values() if isinstance(value, dict) and inside(annotation) is None else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(isinstance(each, bool) for each in looked_at):
             raise ValueError(f"it should be {rule(cls, info.field_name)}")
         value = validate(value)
         for each in value if isinstance(value, tuple) else (value,):
@@ -62,14 +63,42 @@ def fields(group: type[Settings], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def leaves(settings: Settings) -> dict[str, Any]:
-    """Dotted name to value, for every single setting of a tree."""
+    """Dotted name to value, for every single setting of a tree; groups inside tables and lists as plain values."""
     values = {}
     for dotted, _ in fields(type(settings)):
         value: Any = settings
         for part in dotted.split("."):
             value = value.__dict__[part]
-        values[dotted] = value
+        values[dotted] = _plain_values(value)
     return values
+
+
+def _plain_values(value: Any) -> Any:
+    match value:
+        case Settings():
+            return value.model_dump()
+        case dict():
+            return {key: _plain_values(each) for key, each in value.items()}
+        case tuple():
+            return tuple(_plain_values(each) for each in value)
+    return value
+
+
+def inside(annotation: Any) -> type[Settings] | None:
+    """The group of which a setting holds several, in a table or a list; None for any other setting."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    found = (inside(each) for each in get_args(annotation))
+    return next((each for each in found if each is not None), None)
+
+
+def entered(group: type[Settings], parts: Sequence[str]) -> tuple[int, type[Settings]]:
+    """How many parts of a dotted name lead to one of the groups that a setting holds, and that group; 0 to none."""
+    for name, field in fields(group):
+        way, inner = name.split("."), inside(field.annotation)
+        if inner is not None and list(parts[: len(way)]) == way and len(parts) > len(way):
+            return len(way) + 1, inner
+    return 0, group
 
 
 def replaced(settings: S, changes: dict[str, Any]) -> S:
@@ -105,10 +134,14 @@ def validated(group: type[S], tree: Mapping[str, Any], where: str = "", together
 
 def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, together: str | None) -> str:
     """What pydantic found, said in our words."""
-    names = [name for name, _ in fields(group)]
-    known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
     kind, value = error["type"], shown(error["input"])
     parts, in_list = [str(part) for part in error["loc"]], False
+    way, inner = entered(group, parts)
+    if way:  # a list's places are counted from 1
+        before = [str(part + 1) if isinstance(part, int) else part for part in error["loc"][:way]]
+        where, together, group, parts = f"{where}{'.'.join(before)}: ", None, inner, parts[way:]
+    names = [name for name, _ in fields(group)]
+    known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
     if kind == "extra_forbidden":
         dotted = ".".join(parts)
         return f"{where}there is no setting {shown(dotted)}.{did_you_mean(dotted, known)}"
@@ -119,7 +152,9 @@ def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, toget
     if told is not None and dotted not in names:
         return f"{where if together is None else together}{dotted}{dotted and ': '}{told}"
     if not dotted:
-        return f"{where}there is no setting {value}."
+        return (
+            f"{where}it is {value} and should be a table of settings" if way else f"{where}there is no setting {value}."
+        )
     said = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
     said = "is not given" if kind == "missing" and not in_list else said
     return f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}"
@@ -148,7 +183,9 @@ def in_words(schema: Mapping[str, Any]) -> str:
         case {"type": "array", "prefixItems": [each, *_] as places}:
             return f"a list of {len(places)}, each {in_words(each)}"
         case {"type": "array", "items": each}:
-            return f"a list of {in_words(each)}"
+            return "a list of tables" if "$ref" in each else f"a list of {in_words(each)}"
+        case {"type": "object", "additionalProperties": each}:
+            return "a table of tables by name" if "$ref" in each else f"a table of names, each with {in_words(each)}"
         case {"type": kind} if kind in KINDS:
             bounds = [words.format(_plain(schema[bound])) for bound, words in BOUNDS.items() if bound in schema]
             return " ".join([KINDS[kind], " and ".join(bounds)]).rstrip()

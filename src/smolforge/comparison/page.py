@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from smolforge import commit
-from smolforge.comparison import style, table
+from smolforge.comparison import mixed, style, table
 from smolforge.comparison.figures import draw_all
 from smolforge.comparison.selection import Selection
 from smolforge.comparison.told import environments, samples, settings, timeline
@@ -84,6 +84,7 @@ def render(selection: Selection, figures: dict[str, Markup]) -> str:
         captions={name: said for name, said in CAPTIONS.items() if name in figures},
         figures=figures,
         runs=runs,
+        mixtures=mixed.by_name(runs),
         samples=samples(runs),
         settings=settings(runs),
         timelines={run.name: list(timeline(run)) for run in runs},

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
+from smolforge.comparison import mixed
 from smolforge.comparison.history import History, State
 from smolforge.comparison.selection import Selection
 from smolforge.runs import METRICS
@@ -36,6 +37,8 @@ class Row:
     """When it last wrote something down."""
     why: str
     """Why it is in this state."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Tokens learned from each source of a mixture."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +70,7 @@ def row(run: History) -> Row:
         resumed=run.resumes,
         changed=_changed(run),
         why=run.why,
+        sources={each.source: each.tokens for each in mixed.read(run)},
     )
 
 

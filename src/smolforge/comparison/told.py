@@ -93,6 +93,8 @@ def written(value: Any) -> str:
     """A value as a recipe says it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {written(inner)}" for key, inner in value.items() if inner is not None) or "nothing"
     if isinstance(value, list | tuple):
         return ", ".join(map(written, value)) or "nothing"
     return str(value) or '""'

@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from smolforge.config.data import Data
 from smolforge.config.learning import Dpo, Lora, Optim, Schedule, Share, Text
+from smolforge.config.mixture import Source, Stage
 from smolforge.config.model import ModelConfig
 from smolforge.settings import FREE, Settings
 
@@ -25,31 +27,13 @@ __all__ = [
     "Schedule",
     "Seed",
     "Share",
+    "Source",
+    "Stage",
     "Text",
     "Train",
 ]
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class Data(Settings):
-    """Where the text comes from."""
-
-    sources: Annotated[tuple[Text, ...], Field(min_length=1)] = ("python-docs",)
-    """Text files, .jsonl files, directories, globs, or one prepared corpus; python-docs is what CPython carries."""
-    format: Literal["text", "chat", "pairs"] = "text"
-    """chat reads conversations, messages or a prompt and a completion in a .jsonl line, and learns the assistant's;
-    pairs reads a prompt with a chosen and a rejected answer, and learns to prefer the one (DPO)."""
-    text_key: Text = "text"
-    """Key of the text in a .jsonl line."""
-    group_key: Text | None = None
-    """Key in a .jsonl line that names documents which the held-out split must keep together."""
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    """Share of the text kept back to measure on."""
-    intra_document_masking: bool = False
-    """Attention stays inside each document of a row and positions restart there, as Llama 3 and SmolLM3 trained."""
-    num_workers: Annotated[NonNegativeInt, FREE] = 1
-    """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
 
 
 class Train(Settings):
@@ -217,6 +201,11 @@ class Recipe(Settings):
         optimizer = [self.optim.name] if ":" in self.optim.name else []
         return [*self.model.own_classes.values(), *optimizer]
 
+    @property
+    def keeps_its_beginning(self) -> bool:
+        """Whether the model of init_from stays a part of the run: under low-rank updates, or as what pairs refer to."""
+        return self.lora.rank is not None or self.data.format == "pairs"
+
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":
         schedule = self.optim.schedule.over(self.train.steps)
@@ -231,6 +220,12 @@ class Recipe(Settings):
             raise ValueError(
                 f"optim.schedule.warmup_steps ({schedule.warmup_steps}) and decay_steps "
                 f"({schedule.decay_steps or 0}) together are more than the {schedule.steps} steps of the schedule"
+            )
+        self.data.ends(self.train.batch_tokens, schedule)
+        if self.data.mixture is not None and self.train.epochs is not None:
+            raise ValueError(
+                "train.epochs is of one text, and each source of data.mixture has its own; say train.steps, for which "
+                "inspect tells the epochs of each"
             )
         if self.lora.rank is not None and self.init_from is None:
             raise ValueError("lora.rank is given, but no model whose weights it would change: name one with init_from")

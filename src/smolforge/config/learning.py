@@ -66,6 +66,13 @@ class Schedule(Settings):
         }
         return self.model_copy(update=changes)
 
+    @property
+    def decay_begins(self) -> int | None:
+        """The step after which the rate falls, if it does, where lengths are said in steps."""
+        if self.decay is None or self.steps is None:
+            return None
+        return self.steps - self.decay_steps if isinstance(self.decay_steps, int) else int(self.warmup_steps)
+
 
 class Optim(Settings):
     """The optimizer and its learning rates."""

@@ -100,6 +100,13 @@ class Windows:
         ids[: len(found) - 1], labels[: len(found) - 1] = found[:-1], found[1:]
         return ids, labels
 
+    def labels(self, number: int) -> int:
+        """Labels in the first `number` windows of the order; in each epoch one window, the last, has fewer."""
+        epochs, rest = divmod(number, self.count)
+        missing = self.count * self.sequence_length - (len(self.tokens) - 1)
+        short = missing > 0 and rest > 0 and placed(self.count - 1, self.count, self.seed, epochs) < rest
+        return epochs * (len(self.tokens) - 1) + rest * self.sequence_length - short * missing
+
 
 def permuted(place: int, count: int, seed: int, epoch: int) -> int:
     """Where `place` goes in a shuffle of range(count) that is computed and never stored.
@@ -107,9 +114,8 @@ def permuted(place: int, count: int, seed: int, epoch: int) -> int:
     A four-round Feistel network over the next even number of bits, walked until it lands inside
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    half, keys = _rounds(count, seed, epoch)
     low = (1 << half) - 1
-    keys = [_mixed(_mixed(_mixed(seed) + epoch) + number) for number in range(4)]
     while True:
         left, right = place >> half, place & low
         for key in keys:
@@ -117,6 +123,25 @@ def permuted(place: int, count: int, seed: int, epoch: int) -> int:
         place = left << half | right
         if place < count:
             return place
+
+
+def placed(window: int, count: int, seed: int, epoch: int) -> int:
+    """From where `permuted` goes to this window: the same rounds backwards."""
+    half, keys = _rounds(count, seed, epoch)
+    low = (1 << half) - 1
+    while True:
+        left, right = window >> half, window & low
+        for key in reversed(keys):
+            left, right = right ^ (_mixed(left + key) & low), left
+        window = left << half | right
+        if window < count:
+            return window
+
+
+def _rounds(count: int, seed: int, epoch: int) -> tuple[int, list[int]]:
+    """Bits of each half of the network, and the key of each round."""
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    return half, [_mixed(_mixed(_mixed(seed) + epoch) + number) for number in range(4)]
 
 
 def _mixed(x: int) -> int:

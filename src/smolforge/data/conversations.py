@@ -1,4 +1,4 @@
-"""Sources to conversations: JSON lines, each checked, as documents whose text is the conversation in one form.
+"""Rows to conversations: each checked, as documents whose text is the conversation in one form.
 
 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 {"prompt": "Hi", "completion": "Hello!"}                 the same; of a completion alone is learned,
@@ -6,41 +6,21 @@
 """
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from smolforge.config import Data
-from smolforge.data.documents import JSON_SUFFIXES, PYTHON_DOCS, Document, files, group_of, records, whole
+from smolforge.data.documents import Document, group_of, whole
+from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def conversations(source: str, data: Data) -> Iterator[Document]:
-    """All conversations of one source, to be read by `messages_of`.
-
-    Raises InvalidFile, naming file and line, for whatever is none.
-    """
-    for path, number, record in json_lines(source, data):
-        place = f"{path}, line {number}"
-        messages, first = conversation(record, place)
-        text = json.dumps({"messages": messages, "first": first}, ensure_ascii=False)
-        yield Document(group_of(record, path, number, data), whole(text, path, number), place)
-
-
-def json_lines(source: str, data: Data) -> Iterator[tuple[Path, int, Any]]:
-    """File, number and content of each line of a source. Raises InvalidFile where it has none."""
-    found = [path for path in (files(source) if source != PYTHON_DOCS else []) if path.suffix in JSON_SUFFIXES]
-    if not found:
-        what = "conversations" if data.format == "chat" else "pairs"
-        raise InvalidFile(
-            f"there are no {what} in {source}: data.format is {data.format}, which reads files that end in "
-            f"{' or '.join(JSON_SUFFIXES)}; --data.sources names them"
-        )
-    for path in found:
-        for number, record in records(path):
-            yield path, number, record
+def conversation_document(row: Row, data: Data) -> Document:
+    """A conversation, to be read by `messages_of`. Raises InvalidFile, naming the place, for whatever is none."""
+    messages, first = conversation(row.record, row.place)
+    text = json.dumps({"messages": messages, "first": first}, ensure_ascii=False)
+    return Document(group_of(row, data), whole(text, row.place), row.place, alone=data.group_key is None)
 
 
 def messages_of(document: Document) -> tuple[list[dict[str, Any]], int]:

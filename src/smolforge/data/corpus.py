@@ -41,21 +41,24 @@ class Corpus:
             facts = json.loads((folder / "corpus.json").read_text("utf-8"))
             splits, version = facts["splits"], facts["format_version"]
             expected = {(split, ".ds"): splits[split]["tokens"] * facts["token_bytes"] for split in SPLITS}
+            expected |= {(split, ".ds.index"): splits[split]["documents"] * 8 for split in SPLITS}
             if facts.get("format", "text") != "text":
                 expected |= {(split, ".ds.loss"): splits[split]["tokens"] for split in SPLITS}
         except FileNotFoundError:
             raise InvalidFile(f"{folder} is not a prepared corpus: it has no corpus.json") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidFile(f"{folder / 'corpus.json'} is broken: {error!r}; prepare the corpus again") from None
+            raise InvalidFile(
+                f"{folder / 'corpus.json'} is broken: {error!r}; delete the corpus, and prepare it again"
+            ) from None
         if version != FORMAT_VERSION:
             raise InvalidFile(f"{folder} has corpus format {version}; this version reads {FORMAT_VERSION}")
         for (split, kind), size in expected.items():
             found = sum(file.stat().st_size for file in (folder / split).glob(f"*{kind}"))
             if found != size:
-                what = "tokens" if kind == ".ds" else "what is learned (.ds.loss)"
+                what = {".ds": "tokens", ".ds.index": "ends of documents"}.get(kind, "what is learned (.ds.loss)")
                 raise InvalidFile(
                     f"{folder / split} holds {found:,} bytes of {what} where corpus.json says {size:,}; "
-                    "prepare the corpus again"
+                    "delete the corpus, and prepare it again"
                 )
         return cls(folder, facts)
 
@@ -73,9 +76,14 @@ class Corpus:
         return Tokens([np.memmap(shard, "u1", "r") for shard in sorted((self.folder / split).glob("*.ds.loss"))])
 
     def ends(self, split: str) -> np.ndarray:
-        """Where each document ends in `tokens`."""
+        """Where each document ends in `tokens`. Raises InvalidFile where that is not all of them."""
         shards = [np.fromfile(index, "<u8") for index in sorted((self.folder / split).glob("*.ds.index"))]
-        before = np.cumsum([0, *(shard[-1] for shard in shards)])
+        before = np.cumsum([0, *(int(shard[-1]) if len(shard) else 0 for shard in shards)])
+        if before[-1] != self.size(split)["tokens"]:
+            raise InvalidFile(
+                f"the documents of {self.folder / split} end at token {before[-1]:,} where corpus.json says "
+                f"{self.size(split)['tokens']:,}; delete the corpus, and prepare it again"
+            )
         parts = [shard + start for shard, start in zip(shards, before[:-1], strict=True)]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 

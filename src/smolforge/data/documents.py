@@ -1,4 +1,4 @@
-"""Sources to documents: (group, text) pairs in a fixed order.
+"""Rows to documents: their text, and the group they are in.
 
 A group is what must never be cut by the held-out split, because its documents resemble each other: a
 package of the standard library, a file, or whatever `group_key` says.
@@ -6,118 +6,94 @@ package of the standard library, a file, or whatever `group_key` says.
 
 import ast
 import functools
-import glob
 import inspect
-import json
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from smolforge.config import Data
+from smolforge.data.sources.columns import column, filled
+from smolforge.data.sources.rows import Ids, Row, Text
+from smolforge.data.sources.text import read_text
 from smolforge.errors import InvalidFile
 
-PYTHON_DOCS = "python-docs"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".raw", ".text")
-JSON_SUFFIXES = (".jsonl", ".ndjson")
+__all__ = ["Document", "group_of", "python_docs", "read_text", "text_document", "whole"]
 
 
 class Document(NamedTuple):
     group: str
     text: str
     place: str = ""
-    """Where it is from, for a sentence about it; known of conversations."""
+    """Where it is from, for a sentence about it."""
+    alone: bool = False
+    """Whether nothing says what it should be kept together with."""
+    ends: bool = True
+    """Whether the document ends with this text; a large one comes in pieces."""
+    ids: np.ndarray | None = None
+    """Where it is tokenised already; then there is no text."""
 
 
-def documents(source: str, data: Data) -> Iterator[Document]:
-    """All documents of one source.
-
-    Raises InvalidFile, naming file and line, for whatever is missing, binary or malformed.
-    """
-    if source == PYTHON_DOCS:
-        yield from python_docs()
-        return
-    for path in files(source):
-        if path.suffix in JSON_SUFFIXES:
-            yield from _json_lines(path, data)
-        else:
-            yield Document(path.name, read_text(path))
+def text_document(row: Row, data: Data) -> Document:
+    """A text, from whatever kind of file. Raises InvalidFile, naming the place, where the row has none."""
+    match row.record:
+        case Ids(ids):
+            return Document(row.name, "", row.place, alone=True, ids=ids)
+        case Text():
+            return Document(row.name, row.record, row.place, ends=row.ends)
+    text = filled(data.text_template, row, "text_template") if data.text_template else text_of(row, data)
+    return Document(group_of(row, data), whole(text, row.place), row.place, alone=data.group_key is None)
 
 
-def files(source: str) -> list[Path]:
-    """The files a source names: itself, those below a directory, or those a glob matches."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        known = TEXT_SUFFIXES + JSON_SUFFIXES
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in known)
-        if not found:
-            raise InvalidFile(f"there is no text in {source}: no file below it ends in {', '.join(known)}")
-        return found
-    found = sorted(
-        Path(name)
-        for name in glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        if Path(name).is_file()
+def text_of(row: Row, data: Data) -> str:
+    """What stands under text_key; a table's empty field is an empty text, and of a list all texts are joined."""
+    record, key = row.record, data.text_key
+    there = isinstance(record, Mapping)
+    value = column(row, key, "text_key") if there and key not in record and "." in key else None
+    value = record.get(key) if there and key in record else value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(each, str | None) for each in value):
+        return "\n".join(each for each in value if each)
+    if there and value is None and key in record and ", row " in row.place:
+        return ""
+    raise InvalidFile(
+        f"{row.place} has no text under the key {key!r}; "
+        f"{way_out(record) or 'name the right one with --data.text-key'}{known(record)}"
     )
-    if not found:
-        raise InvalidFile(f"there is no file, directory or match for the data source {source!r}")
-    return found
 
 
-def read_text(path: Path) -> str:
-    """A whole UTF-8 file, its line ends kept as they are."""
-    content = path.read_bytes()
-    if b"\0" in content:
-        raise InvalidFile(f"{path} is not text: it has a zero byte at {content.index(0)}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidFile(f"{path} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from None
+def way_out(record: Any) -> str:
+    """Which format reads a row that has no text."""
+    if not isinstance(record, Mapping):
+        return ""
+    if {"chosen", "rejected"} <= record.keys():
+        return "it is a pair of answers, which --data.format pairs reads"
+    talks = "messages" in record or {"prompt", "completion"} <= record.keys()
+    if "blob_id" in record:
+        return "--data.text-url says where the text of its blob_id is"
+    return "it is a conversation, which --data.format chat reads" if talks else ""
 
 
-def _json_lines(path: Path, data: Data) -> Iterator[Document]:
-    for number, record in records(path):
-        if not isinstance(record, dict) or not isinstance(record.get(data.text_key), str):
-            talks = isinstance(record, dict) and ("messages" in record or {"prompt", "completion"} <= record.keys())
-            way_out = "it is a conversation, which --data.format chat reads" if talks else ""
-            if isinstance(record, dict) and {"chosen", "rejected"} <= record.keys():
-                way_out = "it is a pair of answers, which --data.format pairs reads"
-            raise InvalidFile(
-                f"{path}, line {number} has no text under the key {data.text_key!r}; "
-                f"{way_out or 'name the right one with --data.text-key'}"
-            )
-        yield Document(group_of(record, path, number, data), whole(record[data.text_key], path, number))
+def known(record: Any) -> str:
+    keys = [str(key) for key in record][:12] if isinstance(record, Mapping) else []
+    return f" (there are {', '.join(keys)})" if len(keys) > 1 else ""
 
 
-def records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number of each line that is not empty, from 1, and what its JSON says."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InvalidFile(f"{path}, line {number} is not JSON: {error}") from None
+def group_of(row: Row, data: Data) -> str:
+    """What a row's document must not be separated from."""
+    return row.name if data.group_key is None else str(column(row, data.group_key, "group_key"))
 
 
-def group_of(record: dict[str, Any], path: Path, number: int, data: Data) -> str:
-    """What a line's document must not be separated from."""
-    if data.group_key is None:
-        return f"{path.name}:{number}"
-    if data.group_key not in record:
-        raise InvalidFile(f"{path}, line {number} has no key {data.group_key!r} (data.group_key)")
-    return str(record[data.group_key])
-
-
-def whole(text: str, path: Path, number: int) -> str:
+def whole(text: str, place: str) -> str:
     """The text, unless JSON's escapes left half of a character in it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidFile(f"{path}, line {number} has half of a surrogate pair, which is no character") from None
+        raise InvalidFile(f"{place} has half of a surrogate pair, which is no character") from None
     return text
 
 

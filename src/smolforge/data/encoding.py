@@ -2,15 +2,16 @@
 learned; pairs of them, the chosen one before the rejected one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from smolforge.chat import Turns
 from smolforge.config import Data
-from smolforge.data.conversations import conversations, messages_of
-from smolforge.data.documents import Document, documents
-from smolforge.data.preferences import pair_of, preferences
+from smolforge.data.conversations import conversation_document, messages_of
+from smolforge.data.documents import Document, text_document
+from smolforge.data.preferences import pair_of, preference_document
+from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.turns import Learned, encode_turns
@@ -29,13 +30,15 @@ class Encoded(NamedTuple):
     learned: list[bool] | None = None
     """Of each id, in a conversation; of a text all are."""
     learned_bytes: int = 0
+    ends: bool = True
+    """Whether the document ends with it."""
 
 
 @dataclass(frozen=True)
 class Form:
     """What data.format chooses."""
 
-    read: Callable[[str, Data], Iterator[Document]]
+    document: Callable[[Row, Data], Document]
     words: Callable[[Document], str]
     """What a tokenizer would be trained on."""
     encode: Callable[[Tokenizer, Sequence[Document]], list[list[Encoded]]]
@@ -47,11 +50,21 @@ class Form:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[list[Encoded]]:
-    encoded = tokenizer.encode_batch([document.text for document in texts])
-    return [
-        [Encoded([*ids, tokenizer.eos_id], len(document.text.encode()), tokenizer.lost_bytes(document.text))]
-        for document, ids in zip(texts, encoded, strict=True)
-    ]
+    encoded = iter(tokenizer.encode_batch([document.text for document in texts if document.ids is None]))
+    return [[encoded_text(tokenizer, each, next(encoded) if each.ids is None else None)] for each in texts]
+
+
+def encoded_text(tokenizer: Tokenizer, document: Document, ids: list[int] | None) -> Encoded:
+    """With its sizes, and the token that ends it; one that is tokenised already as it is."""
+    if ids is None:
+        assert document.ids is not None
+        if (most := int(document.ids.max(initial=0))) >= len(tokenizer):
+            raise InvalidFile(f"{document.place} has id {most}, and the tokenizer has {len(tokenizer):,}; name its own")
+        text_ids = document.ids[document.ids != tokenizer.eos_id].tolist()
+        return Encoded(document.ids.tolist(), len(tokenizer.decode(text_ids).encode()))
+    text = document.text
+    end = [tokenizer.eos_id] if document.ends else []
+    return Encoded(ids + end, len(text.encode()), tokenizer.lost_bytes(text), ends=document.ends)
 
 
 def beginning(tokenizer: Tokenizer, text: list[Encoded], room: float) -> list[Encoded]:
@@ -71,9 +84,17 @@ def encode_conversations(tokenizer: Tokenizer, found: Sequence[Document]) -> lis
 
 
 def encode_pairs(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
-    """Of both conversations of a pair the last message is learned. Raises as `encode_conversations`."""
+    """Of both conversations of a pair the last message is learned. Raises as `encode_conversations`, and for answers
+    that the template writes alike.
+    """
     both = [[(messages, len(messages) - 1) for messages in pair_of(document)] for document in found]
-    return encode_talks(tokenizer, list(zip(found, both, strict=True)))
+    encoded = encode_talks(tokenizer, list(zip(found, both, strict=True)))
+    for document, (chosen, rejected) in zip(found, encoded, strict=True):
+        if chosen.ids == rejected.ids:
+            raise InvalidFile(
+                f"{document.place}: chosen and rejected are the same answer, of which nothing can be preferred"
+            )
+    return encoded
 
 
 def encode_talks(tokenizer: Tokenizer, found: Sequence[tuple[Document, list[Talk]]]) -> list[list[Encoded]]:
@@ -115,7 +136,7 @@ def said_in_pair(document: Document) -> str:
 
 
 FORMS = {
-    "text": Form(documents, lambda document: document.text, encode_texts, beginning, divisible=True),
-    "chat": Form(conversations, said_in, encode_conversations, all_or_nothing, divisible=False),
-    "pairs": Form(preferences, said_in_pair, encode_pairs, all_or_nothing, divisible=False),
+    "text": Form(text_document, lambda document: document.text, encode_texts, beginning, divisible=True),
+    "chat": Form(conversation_document, said_in, encode_conversations, all_or_nothing, divisible=False),
+    "pairs": Form(preference_document, said_in_pair, encode_pairs, all_or_nothing, divisible=False),
 }

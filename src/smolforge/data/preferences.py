@@ -1,4 +1,4 @@
-"""Sources to pairs of answers: JSON lines, each checked, as documents whose text is the pair in one form.
+"""Rows to pairs of answers: each checked, as documents whose text is the pair in one form.
 
 {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
 {"prompt": [messages...], "chosen": [message], "rejected": [message]}    an answer each, to the same prompt
@@ -8,31 +8,28 @@ The third is ultrafeedback_binarized's form; a prompt beside it, and whatever el
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from smolforge.config import Data
-from smolforge.data.conversations import check, json_lines, turns
+from smolforge.data.conversations import check, turns
 from smolforge.data.documents import Document, group_of, whole
+from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile
 
 ANSWERS = ("chosen", "rejected")
 Messages = list[dict[str, Any]]
 
 
-def preferences(source: str, data: Data) -> Iterator[Document]:
-    """All pairs of one source, to be read by `pair_of`. Those of one prompt stay together, unless data.group_key says
-    what does.
+def preference_document(row: Row, data: Data) -> Document:
+    """A pair, to be read by `pair_of`. Those of one prompt stay together, unless data.group_key says what does.
 
-    Raises InvalidFile, naming file and line, for whatever is none.
+    Raises InvalidFile, naming the place, for whatever is none.
     """
-    for path, number, record in json_lines(source, data):
-        place = f"{path}, line {number}"
-        prompt, chosen, rejected = pair(record, place)
-        asked = json.dumps(prompt, ensure_ascii=False)
-        text = json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False)
-        group = asked if data.group_key is None else group_of(record, path, number, data)
-        yield Document(group, whole(text, path, number), place)
+    prompt, chosen, rejected = pair(row.record, row.place)
+    asked = json.dumps(prompt, ensure_ascii=False)
+    text = json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False)
+    group = asked if data.group_key is None else group_of(row, data)
+    return Document(group, whole(text, row.place), row.place)
 
 
 def pair_of(document: Document) -> tuple[Messages, Messages]:
@@ -55,8 +52,6 @@ def pair(record: Any, place: str) -> tuple[Messages, dict[str, Any], dict[str, A
         raise InvalidFile(
             f"{place}: chosen and rejected answer different prompts; all messages before the last must be the same"
         )
-    if chosen == rejected:
-        raise InvalidFile(f"{place}: chosen and rejected are the same answer, of which nothing can be preferred")
     return prompt, chosen, rejected
 
 

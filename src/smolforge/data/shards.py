@@ -1,42 +1,46 @@
 """Documents to token shards on disk.
 
-    sources -> documents -> (drop duplicates, hold out) -> token ids -> DIR/{train,held_out}/00000.ds
+    sources -> parts -> rows -> documents -> (hold out) -> token ids, in chunks, by as many processes as one likes
+    chunks -> (what was there before, or what is near it: left out) -> DIR/{train,held_out}/00000.ds
 
 Conversations take the same way; of them only some ids are learned, which `.ds.loss` says. A corpus is whole or is not
-there.
+there; what is done of one that is not stands beside it in .preparing-DIR, where the same command goes on.
 """
 
 import hashlib
-import itertools
 import json
-import logging
-import math
 import platform
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from smolforge import commit
 from smolforge.chat import CHATML
 from smolforge.config import Data
-from smolforge.data.corpus import FORMAT_VERSION, HELD_OUT, SPLITS, TRAIN, Corpus
-from smolforge.data.documents import PYTHON_DOCS, Document, files
-from smolforge.data.encoding import FORMS, Encoded
+from smolforge.data import sources, tasks
+from smolforge.data.assembling import assemble
+from smolforge.data.chunks import facts_of, rows_of
+from smolforge.data.corpus import FORMAT_VERSION, SPLITS, Corpus
+from smolforge.data.duplicates import tokens_of
+from smolforge.data.planning import for_format, planned_tasks
+from smolforge.data.rooms import Rooms
+from smolforge.data.splitting import after_choice
+from smolforge.data.tasks import Task
+from smolforge.data.workers import do_all
+from smolforge.data.writing import ShardWriter
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.turns import chat_tokenizer
 
-log = logging.getLogger("smolforge")
-FEWEST_GROUPS = 20
-BORDER_CHARACTERS = 1000
-BATCH_BYTES = 4 << 20
-SHARD_TOKENS = 1 << 28
-OF_READING = ("intra_document_masking", "num_workers")
-"""Settings of how a corpus is read, whatever they are it is the same."""
+__all__ = ["ShardWriter", "clear", "for_format", "prepare", "request_of", "work_folder"]
+
+LATER = (
+    *("text_template", "text_url", "encoding_key", "split", "filters", "min_characters", "max_characters"),
+    "deduplication",
+)
+"""Settings that a corpus of before does not know: at their defaults they are as if they were not there."""
 NOTHING = {
     "text": "nothing but white space",
     "chat": "no conversation in which an assistant answers",
@@ -54,17 +58,54 @@ def prepare(
     vocab_size: int = 4096,
     max_tokens: int | None = None,
     report: Report = lambda _: None,
+    workers: int = 1,
 ) -> Corpus:
     """Make the corpus of `data` in `folder`, or return the one already there if it is the same.
 
     Without a tokenizer one of `vocab_size` is trained on the training part. `max_tokens` is an upper
-    limit of both parts together, each in its share. `report` is told documents, tokens and bytes so far.
+    limit of both parts together, each in its share. `report` is told documents, tokens and bytes so far, and
+    of_tokens or of_bytes in all where they are known. However many `workers` there are, what comes of it is the
+    same; for more than one, which are processes, a script needs the usual guard (`if __name__ == "__main__"`).
 
     Raises InvalidFile for sources that cannot be read, SettingError where `folder` holds something else,
-    MissingResource when the disk is full.
+    MissingResource when the disk is full or the Hub does not answer: the same call goes on from there.
     """
     tokenizer = for_format(data, tokenizer)
     request = request_of(data, tokenizer, vocab_size, max_tokens)
+    if (corpus := already(folder, request)) is not None:
+        shutil.rmtree(work_folder(folder), ignore_errors=True)  # of one that was killed when all was done
+        return corpus
+    with begun(folder) as work:
+        if already(folder, request) is None:  # another process may have made it since
+            todo, tokenizer = planned_tasks(work, request, data, tokenizer, vocab_size, max_tokens)
+            done = do_all(todo, enough_of(todo), Reporter(todo, max_tokens, report), workers)
+            check_found(done, todo, data)
+            check_unchanged(request, todo)
+            finish(folder, request, done, data, tokenizer)
+        shutil.rmtree(work, ignore_errors=True)
+    return Corpus.open(folder)
+
+
+@contextmanager
+def begun(folder: Path) -> Iterator[Path]:
+    """Where the work on a corpus is done, by this process alone; nothing is left of it where nothing was done."""
+    work = work_folder(folder)
+    try:
+        commit.make_folder(work)
+    except (NotADirectoryError, FileNotFoundError, PermissionError) as error:
+        raise SettingError(f"{folder} cannot be made ({error.strerror}); give another folder") from None
+    except OSError as error:
+        raise commit.unwritten(work, error, 0) from error
+    with tasks.locked(work):
+        try:
+            yield work
+        except (InvalidFile, SettingError):
+            discard_empty(work)
+            raise
+
+
+def already(folder: Path, request: dict[str, Any]) -> Corpus | None:
+    """The corpus that is there. Raises SettingError where something else is."""
     if (folder / "corpus.json").is_file():
         corpus = Corpus.open(folder)
         if corpus.facts["request"] == request:
@@ -73,37 +114,15 @@ def prepare(
             f"{folder} holds a corpus made with other settings, or from files that changed since; "
             "give another folder, or delete it"
         )
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise SettingError(f"{folder} exists and is not a corpus; give another folder")
-    plans = {source: survey(source, data) for source in data.sources}
-    if tokenizer is None:
-        read = _split(plans, data, Counter())
-        texts = (FORMS[data.format].words(document) for split, document in read if split == TRAIN)
-        tokenizer = for_format(data, Tokenizer.train(texts, vocab_size))
-        assert tokenizer is not None
-    room = dict.fromkeys(SPLITS, math.inf)
-    if max_tokens is not None:
-        held_out = int(max_tokens * data.held_out)
-        room = {TRAIN: float(max_tokens - held_out), HELD_OUT: float(held_out)}
-    described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
-    if PYTHON_DOCS in data.sources:
-        described["python"] = platform.python_version()
-
-    def fill(temporary: Path) -> None:
-        tokenizer.save(temporary / "tokenizer")
-        dropped: Counter[str] = Counter(repeated=0)
-        facts = _write(temporary, _split(plans, data, dropped), tokenizer, data.format, room, dropped, report)
-        facts["dropped"] = dict(dropped)
-        (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
-
-    if folder.exists():
-        folder.rmdir()
-    commit.write_whole(folder, fill)
-    return Corpus.open(folder)
+    return None
 
 
 def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int) -> None:
     """Delete what `prepare` would find in the way, and nothing it would return."""
+    if not folder.exists():
+        return
     wanted = request_of(data, for_format(data, tokenizer), vocab_size, None)
     try:
         same = Corpus.open(folder).facts["request"] == wanted
@@ -113,205 +132,123 @@ def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def for_format(data: Data, tokenizer: Tokenizer | None) -> Tokenizer | None:
-    """The tokenizer with what a format needs of it, if there is one yet."""
-    return chat_tokenizer(tokenizer) if tokenizer is not None and data.format != "text" else tokenizer
+def work_folder(folder: Path) -> Path:
+    """Where what is done of a corpus waits for the rest."""
+    return folder.with_name(f".preparing-{folder.name}")
+
+
+def discard_empty(work: Path) -> None:
+    """Leave nothing behind where nothing is done."""
+    if not any(ids.stat().st_size for ids in work.glob("*/[0-9]*/ids")):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tokens: int | None) -> dict[str, Any]:
     """All that decides what is in a corpus."""
     made_by = tokenizer.fingerprint if tokenizer else f"trained, {vocab_size} ids"
+    settings = data.model_dump(mode="json", exclude=set(tasks.OF_READING))
+    unset = Data().model_dump(mode="json", include=set(LATER)).items()
     asked = {
-        "data": data.model_dump(mode="json", exclude=set(OF_READING)),
+        "data": {key: value for key, value in settings.items() if (key, value) not in unset},
         "tokenizer": made_by,
         "max_tokens": max_tokens,
-        "files": {source: stamp(source) for source in data.sources},
+        "files": {source: sources.stamp(source) for source in data.sources},
     }
     if data.format != "text":
         template = tokenizer.template.source if tokenizer and tokenizer.template else CHATML
         asked["chat_template"] = hashlib.sha256(template.encode()).hexdigest()
+        asked |= {} if max_tokens is None else {"ends": "with the first that does not fit"}  # once it did not
     return asked
 
 
-class Plan:
-    """Which part of one source is held out: of few documents that are `divisible`, the end of the last."""
-
-    def __init__(self, groups: dict[str, int], held_out: float, divisible: bool = True) -> None:
-        total, fewest = sum(groups.values()), FEWEST_GROUPS if divisible else 2
-        self.by_group = len(groups) >= fewest and held_out > 0
-        self.train_characters = total * (1 - held_out) if divisible else math.inf
-        self.held_out_groups: set[str] = set()
-        if self.by_group:
-            # In the order of a hash, every group that still fits into the share; never none at all.
-            room = total * held_out
-            for group in sorted(groups, key=_digest):
-                if groups[group] <= room:
-                    self.held_out_groups.add(group)
-                    room -= groups[group]
-            self.held_out_groups = self.held_out_groups or {min(groups, key=lambda group: groups[group])}
-
-    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
-        """The document, or its two parts where the source's tail begins inside it.
-
-        `start` is the number of characters of the source before it.
-        """
-        text = document.text
-        if self.by_group:
-            yield HELD_OUT if document.group in self.held_out_groups else TRAIN, document
-        elif start + len(text) <= self.train_characters:
-            yield TRAIN, document
-        else:
-            cut = max(0, int(self.train_characters) - start)
-            near = max(0, cut - BORDER_CHARACTERS)
-            border = text.rfind("\n" if "\n" in text[near:cut] else " ", near, cut)
-            cut = border + 1 if border >= 0 else cut
-            if cut:
-                yield TRAIN, Document(document.group, text[:cut])
-            yield HELD_OUT, Document(document.group, text[cut:])
+def chunks_of(done: Sequence[Task]) -> list[Path]:
+    return [chunk for task in done for chunk in tasks.chunks(task)]
 
 
-def stamp(source: str) -> list[int]:
-    """Number, bytes and latest change of a source's files: what tells whether they are still the same."""
-    found = [path.stat() for path in files(source)] if source != PYTHON_DOCS else []
-    return [len(found), sum(stat.st_size for stat in found), max((stat.st_mtime_ns for stat in found), default=0)]
+def enough_of(todo: Sequence[Task]) -> Callable[[Sequence[Task]], bool]:
+    """Whether the first tasks fill all the room there is."""
+    rooms = todo[0].rooms if todo else Rooms()
+    found = rooms.copy()
+
+    def enough(done: Sequence[Task]) -> bool:
+        if rooms.limits[0] is None:
+            return False
+        for split, tokens in tokens_of(chunks_of(done[-1:]), rooms).taken.items():
+            found.take(split, tokens)
+        return found.full and tokens_of(chunks_of(done), rooms).full  # some may be in several of them
+
+    return enough
 
 
-def survey(source: str, data: Data) -> Plan:
-    """One pass over a source: how its held-out part is chosen."""
-    groups: dict[str, int] = defaultdict(int)
-    for document in FORMS[data.format].read(source, data):
-        groups[document.group] += len(document.text)
-    if not sum(groups.values()):
-        raise InvalidFile(f"the data source {source!r} is empty")
-    return Plan(groups, data.held_out, FORMS[data.format].divisible)
+class Reporter:
+    """Adds up what the tasks tell, and says how much there is in all where that is known."""
+
+    def __init__(self, todo: Sequence[Task], max_tokens: int | None, report: Report) -> None:
+        self.report = report
+        self.so_far: Counter[str] = Counter(documents=0, tokens=0, bytes=0)
+        for chunk in chunks_of(todo):
+            rows = rows_of(chunk)
+            sums = {"tokens": int(rows["length"].sum()), "bytes": int(rows["text_bytes"].sum())}
+            self.so_far.update(documents=int(rows["first"].sum()), **sums)
+        sizes = [task.part.size for task in todo]
+        whole = sum(size or 0 for size in sizes)
+        self.whole = {"of_tokens": max_tokens} if max_tokens is not None else {}
+        self.whole |= {"of_bytes": whole} if whole and None not in sizes else {}
+        if self.so_far["tokens"]:
+            self({})
+
+    def __call__(self, more: dict[str, int]) -> None:
+        self.so_far.update(more)
+        self.report(dict(self.so_far) | self.whole)
 
 
-def _split(plans: dict[str, Plan], data: Data, dropped: Counter[str]) -> Iterator[tuple[str, Document]]:
-    """Every document once, with its split. Empty ones and exact repetitions are dropped, these counted."""
-    seen: set[bytes] = set()
-    for source, plan in plans.items():
-        start = 0
-        for document in FORMS[data.format].read(source, data):
-            digest = _digest(document.text)
-            if digest in seen:
-                dropped["repeated"] += 1
-            elif document.text.strip():
-                seen.add(digest)
-                yield from plan.pieces(document, start)
-            start += len(document.text)
+def check_found(done: Sequence[Task], todo: Sequence[Task], data: Data) -> None:
+    """Raises InvalidFile where a source was read to its end, and had nothing."""
+    for source in data.sources:
+        its = [task for task in todo if task.part.source == source]
+        read_all = all(task in done for task in its)
+        if read_all and not any(facts_of(chunk)["rows"] for chunk in chunks_of(its)):
+            raise InvalidFile(f"the data source {source!r} is empty{after_choice(data)}")
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def check_unchanged(request: dict[str, Any], todo: Sequence[Task]) -> None:
+    """Raises InvalidFile where a source became another while it was read: what was made of it is a mixture."""
+    for source, before in request["files"].items():
+        streamed = [task.part.place for task in todo if task.part.kind == "hub" and task.part.source == source]
+        if before != (streamed[:1] or sources.stamp(source)):
+            raise InvalidFile(f"the data source {source!r} changed while it was read; run the same command again")
 
 
-def _write(
-    folder: Path,
-    pieces: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    form: str,
-    room: dict[str, float],
-    dropped: Counter[str],
-    report: Report,
-) -> dict[str, Any]:
-    """Tokenise and write all pieces; returns what corpus.json says of them."""
-    token_bytes = 2 if len(tokenizer) <= 1 << 16 else 4
-    writers = {split: ShardWriter(folder / split, tokenizer, token_bytes) for split in SPLITS}
-    lost: Counter[int] = Counter()
-    wanted = (piece for piece in pieces if writers[piece[0]].size["tokens"] < room[piece[0]])
-    for batch in _batches(wanted):
-        encoded = FORMS[form].encode(tokenizer, [document for _, document in batch])
-        for (split, _), whole in zip(batch, encoded, strict=True):
-            dropped["unanswered"] += not whole
-            for each in whole:
-                lost.update(each.lost)
-            for part in FORMS[form].fitting(tokenizer, whole, room[split] - writers[split].size["tokens"]):
-                writers[split].add(part)
-        report({key: sum(writer.size[key] for writer in writers.values()) for key in ("documents", "tokens", "bytes")})
-    if not any(writer.size["tokens"] for writer in writers.values()):
-        raise InvalidFile(f"the data sources hold {NOTHING[form]}")
-    for writer in writers.values():
-        writer.close()
-    if lost:
-        named = ", ".join(f"{byte:02x}" for byte in sorted(lost))
-        log.warning("%d bytes of the text (%s) have no symbol in this tokenizer and are left out", lost.total(), named)
-    digests = [writer.digest.hexdigest() for writer in writers.values()]
-    if form != "text":
-        digests += [writer.loss_digest.hexdigest() for writer in writers.values()]
-    return {
-        "format": form,
-        "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
-        "token_bytes": token_bytes,
-        "eos_id": tokenizer.eos_id,
-        "tokenizer": tokenizer.fingerprint,
-        "lost_bytes": {f"{byte:02x}": count for byte, count in sorted(lost.items())},
-        "splits": {split: writer.size for split, writer in writers.items()},
-    }
+def finish(folder: Path, request: dict[str, Any], done: Sequence[Task], data: Data, tokenizer: Tokenizer) -> None:
+    """Write the corpus, which appears as a whole."""
+    described: dict[str, Any] = {"format_version": FORMAT_VERSION, "request": request}
+    if sources.PYTHON_DOCS in data.sources:
+        described["python"] = platform.python_version()
+
+    def fill(temporary: Path) -> None:
+        tokenizer.save(temporary / "tokenizer")
+        names = [task.part.source for task in done for _ in tasks.chunks(task)]
+        facts, dropped = assemble(temporary, chunks_of(done), tokenizer, data.format, done[0].rooms, names)
+        if not any(facts["splits"][split]["tokens"] for split in SPLITS):
+            raise nothing_found(done, data, dropped, request["max_tokens"])
+        facts["dropped"] = dict(dropped)
+        (temporary / "corpus.json").write_text(json.dumps(described | facts, indent=2) + "\n", "utf-8")
+
+    if folder.exists():
+        folder.rmdir()
+    commit.write_whole(folder, fill)
 
 
-def _batches(pieces: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    """Runs of documents of a few megabytes: enough to keep all cores busy, little to hold."""
-    batch: list[tuple[str, Document]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1].text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def nothing_found(done: Sequence[Task], data: Data, dropped: Counter[str], max_tokens: int | None) -> Exception:
+    """Why there is no token in the corpus."""
+    if max_tokens is not None and any(len(tasks.rows_of(chunk)) for chunk in chunks_of(done)):
+        return SettingError(
+            f"{max_tokens:,} is too low a limit of tokens for a document and its end; give a higher one"
+        )
+    return InvalidFile(f"the data sources hold {NOTHING[data.format]}{left_out(dropped)}")
 
 
-class ShardWriter:
-    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS. Of conversations `.ds.loss` has a byte a
-    token, which says whether it is learned.
-    """
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
-        self.folder, self.tokenizer, self.token_bytes = folder, tokenizer, token_bytes
-        self.size = {"documents": 0, "tokens": 0, "bytes": 0}
-        self.digest, self.loss_digest = hashlib.sha256(), hashlib.sha256()
-        self.numbers = itertools.count()
-        self.file: BinaryIO | None = None
-        self.loss_file: BinaryIO | None = None
-        self.path = folder
-        self.ends: list[int] = []
-        folder.mkdir(parents=True)
-
-    def add(self, document: Encoded) -> None:
-        """Append a document, and begin another shard where this one is full."""
-        if self.file is None:
-            self.path = self.folder / f"{next(self.numbers):05d}.ds"
-            self.file, self.ends = self.path.open("wb"), []
-        content = np.asarray(document.ids, f"<u{self.token_bytes}").tobytes()
-        self.file.write(content)
-        self.digest.update(content)
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(document.ids))
-        counts = {"documents": 1, "tokens": len(document.ids), "bytes": document.text_bytes}
-        if document.learned is not None:
-            self._add_loss(document.learned)
-            counts |= {"learned_tokens": sum(document.learned), "learned_bytes": document.learned_bytes}
-        for key, count in counts.items():
-            self.size[key] = self.size.get(key, 0) + count
-        if self.ends[-1] >= SHARD_TOKENS:
-            self.close()
-
-    def _add_loss(self, learned: list[bool]) -> None:
-        if self.loss_file is None:
-            self.loss_file = self.path.with_suffix(".ds.loss").open("wb")
-        content = np.asarray(learned, "?").tobytes()
-        self.loss_file.write(content)
-        self.loss_digest.update(content)
-
-    def close(self) -> None:
-        if self.file is None:
-            return
-        self.file.close()
-        self.file = None
-        if self.loss_file is not None:
-            self.loss_file.close()
-            self.loss_file = None
-        self.path.with_suffix(".ds.index").write_bytes(np.asarray(self.ends, "<u8").tobytes())
-        name = f"{self.tokenizer.fingerprint}|{self.token_bytes}"
-        self.path.with_suffix(".ds.metadata").write_text(f"{name}\n{self.ends[-1]}\n{self.ends[-1]:,} T\n", "utf-8")
+def left_out(dropped: Counter[str]) -> str:
+    """What became of the rows there were."""
+    said = [f"{count:,} {why.replace('_', ' ')}" for why, count in dropped.items() if count]
+    return f" (left out: {', '.join(said)})" if said else ""

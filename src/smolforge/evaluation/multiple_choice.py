@@ -117,8 +117,13 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
     n, found = len(scores), {}
     for name in ("acc", "acc_norm", "acc_chars"):
         mean = sum(score.right()[name] for score in scores) / n
-        found |= {name: mean, f"{name}_stderr": math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None}
+        found |= {name: mean, f"{name}_stderr": standard_error(mean, n)}
     return {**found, "n": n}
+
+
+def standard_error(mean: float, n: int) -> float | None:
+    """Of a share of n items."""
+    return math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from smolforge import lora, optim
-from smolforge.checkpoint import adapter, moments, nanotron, resolve, weights
+from smolforge.checkpoint import adapter, moments, nanotron, resolve
 from smolforge.config import Recipe
-from smolforge.data import corpus
+from smolforge.data.mixture import Prepared
 from smolforge.errors import InvalidFile
 from smolforge.model import LanguageModel, adapted, allocate, build
 
 log = logging.getLogger("smolforge")
 
 
-def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> LanguageModel:
+def initial_model(recipe: Recipe, text: Prepared, filled_later: bool) -> LanguageModel:
     """Fresh weights, those to start from, or none yet where a checkpoint or rank 0 is about to fill them."""
     dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
     low_rank = recipe.lora.rank is not None
@@ -34,9 +34,9 @@ def initial_model(recipe: Recipe, text: corpus.Corpus, filled_later: bool) -> La
 
 def begun_from(folder: Path, with_moments: bool, dtype: torch.dtype) -> LanguageModel:
     """A folder's model; with moments, the weights that these belong to, to all the digits there are."""
-    if nanotron.is_checkpoint(folder):
-        return nanotron.optimizer.load(folder, dtype) if with_moments else nanotron.load(folder, dtype)
-    return weights.load(folder, dtype)
+    if with_moments and nanotron.is_checkpoint(folder):
+        return nanotron.optimizer.load(folder, dtype)
+    return resolve.load(folder, dtype).train() if adapter.is_adapter(folder) else resolve.weights_of(folder, dtype)
 
 
 def bring_moments(recipe: Recipe, model: LanguageModel, chosen: list[torch.optim.Optimizer]) -> None:
@@ -48,16 +48,14 @@ def bring_moments(recipe: Recipe, model: LanguageModel, chosen: list[torch.optim
         log.info("AdamW goes on with the moments of %s after its %d steps", recipe.init_from, steps.item())
 
 
-def told_of_base(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a checkpoint of low-rank updates says of the model they change: for us, and for peft."""
+def told_of_base(recipe: Recipe, base: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What a checkpoint of low-rank updates says of the model they change: for us its fingerprint, and for peft."""
     if recipe.lora.rank is None or recipe.init_from is None:
         return {}, None
-    base = {"base": adapter.fingerprint(resolve.find(recipe.init_from))}
-    return base, adapter.settings_of(recipe.lora, recipe.init_from)
+    return {"base": base}, adapter.settings_of(recipe.lora, recipe.init_from)
 
 
-def check_base(recipe: Recipe, checkpoint: Path, facts: dict[str, Any]) -> None:
+def check_base(recipe: Recipe, base: str | None, checkpoint: Path, facts: dict[str, Any]) -> None:
     """Raises InvalidFile where the model that low-rank updates belong to is another by now."""
-    now, _ = told_of_base(recipe)
-    if now and now["base"] != facts.get("base"):
+    if recipe.lora.rank is not None and base != facts.get("base"):
         raise InvalidFile(f"{checkpoint} changes the model {recipe.init_from}, whose weights are others now")

@@ -49,6 +49,7 @@ BUDGETED = (
     "optim.schedule.warmup_steps",
     "optim.schedule.decay_steps",
     "optim.schedule.steps",
+    "data.stages",
 )
 """What a budget derives, and what the recipe's own values of no longer count for."""
 
@@ -177,8 +178,10 @@ def head_bytes(recipe: Recipe, tokens: int, width: int, accumulates: bool) -> in
 
 def disk_bytes(recipe: Recipe) -> int:
     """What the checkpoints kept at the same time take, the one being written included."""
-    kept = max(recipe.train.keep_last, SOUND_KEPT) + recipe.train.keep_best + 1
-    return kept * checkpoint_bytes(recipe)
+    train = recipe.train
+    written = -(-train.steps // (train.checkpoint_every or train.steps)) + 1
+    kept = max(train.keep_last, SOUND_KEPT) + train.keep_best + 1
+    return min(kept, written) * checkpoint_bytes(recipe)
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
@@ -204,14 +207,14 @@ def parse_budget(budget: str) -> tuple[float | None, int | None]:
     raise SettingError(f"budget is {budget!r}; it should be a time like 5m or 1h, or a count like 10M-tokens")
 
 
-def parse_count(count: str) -> int:
-    """50000, 10M or 2B as a number. Raises SettingError for anything else."""
+def parse_count(count: str, name: str = "budget") -> int:
+    """50000, 10M or 2B as a number. Raises SettingError for anything else, with the name of what it was given to."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([KMB]?)", count)
     if not found:
-        raise SettingError(f"{count!r} is not a count; it should be like 50000, 10M or 2B")
+        raise SettingError(f"{name} is {count!r}; it should be a count like 50000, 10M or 2B")
     number = int(float(found[1]) * _COUNTS[found[2]])
     if number < 1:
-        raise SettingError(f"{count!r} is not a count above 0")
+        raise SettingError(f"{name} is {count!r}; it should be a count above 0, like 50000, 10M or 2B")
     return number
 
 
@@ -248,8 +251,22 @@ def within_budget(
         "optim.schedule.warmup_steps": warmup,
         "optim.schedule.decay_steps": decay if decay != 1 else None,
     }
+    changes |= stages_within(recipe, horizon, steps)
     changes |= {f"train.{name}": min(every, max(1, steps // 4)) for name, every in often.items() if every}
     return replaced(recipe, changes)
+
+
+def stages_within(recipe: Recipe, horizon: int, steps: int) -> dict[str, Any]:
+    """The stages of a text where they would be if so many steps were all of the schedule's."""
+    if recipe.data.stages is None:
+        return {}
+    ends = recipe.data.ends(recipe.train.batch_tokens, recipe.optim.schedule.over(horizon))
+    stages, last = [stage.model_dump() for stage in recipe.data.stages], 0
+    for stage, end in zip(stages, ends, strict=False):
+        last = max(last + 1, end * steps // horizon)
+        if stage["until"] is None:
+            stage |= {"until_step": last, "until_tokens": None}
+    return {"data.stages": stages}
 
 
 def work(recipe: Recipe, device: torch.device, devices: int = 1) -> Work:
@@ -274,9 +291,8 @@ def tokens_per_second(recipe: Recipe) -> float:
     batch = imagined(recipe, rows)
     steps = 2**40  # ends when it was measured
     schedule = recipe.optim.schedule.over(steps).model_dump()
-    probe = replaced(
-        recipe, {"train.batch_tokens": batch.ids.numel(), "train.steps": steps, "optim.schedule": schedule}
-    )
+    size = {"train.batch_tokens": batch.ids.numel(), "train.steps": steps, "optim.schedule": schedule}
+    probe = replaced(recipe, size | {"data.stages": None})
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(

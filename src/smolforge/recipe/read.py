@@ -5,7 +5,7 @@ keys change.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +32,38 @@ def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) 
     recipe = to_recipe(tree, f"{path}: ")
     if not overrides:
         return recipe
+    lay_over(tree, overrides)
+    return to_recipe(tree, "", f"{path} with {', '.join(overrides)} changed: ")
+
+
+def lay_over(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Put dotted overrides into a recipe's tree. Sources take the place of a mixture, and a mixture that of sources."""
+    plain, named = "data.sources" in overrides, covers(overrides, "data.mixture")
+    gone = () if plain == named else ("mixture", "stages") if plain else ("sources",)
+    if isinstance(tree.get("data"), dict):
+        tree["data"] = {name: inner for name, inner in tree["data"].items() if name not in gone}
+    check_sources(tree, overrides)
     for dotted, value in overrides.items():
         place(tree, dotted, value)
-    return to_recipe(tree, "", f"{path} with {', '.join(overrides)} changed: ")
+
+
+def check_sources(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides of a source that the mixture does not have and that they do not bring: a slip of the pen."""
+    data = tree.get("data")
+    there = (data.get("mixture") if isinstance(data, dict) else None) or {}
+    said = [dotted.split(".")[2:] for dotted in overrides if dotted.startswith("data.mixture.")]
+    known = {*there, *(name for name, *setting in said if setting in ([], ["source"]))}
+    for name, *setting in said:
+        if isinstance(there, dict) and name not in known and "data.mixture" not in overrides:
+            raise SettingError(
+                f"data.mixture.{'.'.join([name, *setting])}: the mixture has no source {shown(name)}."
+                f"{did_you_mean(name, there)} With data.mixture.{name}.source it gets one"
+            )
+
+
+def covers(overrides: Iterable[str], name: str) -> bool:
+    """Whether overrides say a setting, or a part of it."""
+    return any(given == name or given.startswith(f"{name}.") for given in overrides)
 
 
 def admitted(recipe: Recipe, source: str | Path) -> Recipe:
@@ -117,12 +146,18 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items()}
+    match value:
+        case dict():
+            return {key: _without_none(inner) for key, inner in value.items()}
+        case list() | tuple():  # of tables; a word in a list is a word
+            return [_without_none(inner) if isinstance(inner, dict) else inner for inner in value]
     return None if value == NONE else value
 
 
 def _with_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _with_none(inner) for key, inner in value.items()}
+    match value:
+        case dict():
+            return {key: _with_none(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_with_none(inner) if isinstance(inner, dict) else inner for inner in value]
     return NONE if value is None else value

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from smolforge import commit
-from smolforge.checkpoint import adapter, resolve, tensors
+from smolforge.checkpoint import tensors
 from smolforge.config import Recipe
 from smolforge.data.corpus import HELD_OUT, SPLITS, Corpus
 from smolforge.data.pairs import PairRows
@@ -39,11 +39,10 @@ Report = Callable[[int, int], None]
 """Told how many pairs are done, and of how many."""
 
 
-def place_of(recipe: Recipe, text: Corpus) -> Path:
-    """Where the log-probabilities of a recipe's pairs are, or will be."""
-    assert recipe.init_from is not None
+def place_of(recipe: Recipe, text: Corpus, base: str) -> Path:
+    """Where the log-probabilities of a recipe's pairs are, or will be; `base` is the fingerprint of who says them."""
     facts = {
-        "model": adapter.fingerprint(resolve.find(recipe.init_from)),
+        "model": base,
         "shape": recipe.model.model_dump(mode="json"),
         "corpus": text.fingerprint,
         "lengths": recipe.dpo.lengths(recipe.train.sequence_length),

@@ -21,9 +21,10 @@ from typing import Any
 from torch.profiler import record_function
 
 from smolforge import guard, lora, optim, own
-from smolforge.checkpoint import state
+from smolforge.checkpoint import resolve, state
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus
+from smolforge.data.mixture import MixtureRows, reopened
 from smolforge.data.pairs import PairRows
 from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
 from smolforge.errors import MissingResource, Stopped
@@ -34,12 +35,13 @@ from smolforge.objective import Objective
 from smolforge.ranks import ALONE, Ranks
 from smolforge.recipe import reference
 from smolforge.recipe.base import bring_moments, initial_model
+from smolforge.recipe.mixing import Ledger
 from smolforge.recipe.plan import plan_of_ranks, work
 from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.standing import check_disk, restore, standing, take_back
-from smolforge.recipe.text import check_items, check_prompts, open_corpus, rows_of, tasks_of, tell_of_cuts
+from smolforge.recipe.text import check_items, check_prompts, open_text, rows_of, tasks_of, tell_of_rows
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
@@ -83,14 +85,14 @@ def run_settled(
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
         asked: list[Task] = []  # stays empty where rank 0 is another
         ranks.tell(lambda: asked.extend(tasks_of(recipe)))
-        folder_of_text, place = ranks.tell(lambda: prepared(recipe, files, asked, observer))
-        text = corpus.Corpus.open(Path(folder_of_text))
+        folder_of_text, base, place = ranks.tell(lambda: prepared(recipe, files, asked, observer))
+        text = reopened(Path(folder_of_text))
         reading = Background(text.check if ranks.leads else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
         ranks.begin(device, recipe.train.rank_timeout_seconds)
         to_profile = profile if ranks.leads else None
         start = Start(
-            recipe, files, text, asked, Path(place) if place else None, reading,
+            recipe, files, text, asked, base, Path(place) if place else None, reading,
             observer, heard_by, stop, ranks, device, to_profile, seen or {},
         )  # fmt: skip
         run = attempt(start, first=True)
@@ -126,16 +128,23 @@ def hearing_the_end(heard_by: Trackers) -> Iterator[None]:
     heard_by.end(*how_it_ended(None))
 
 
-def prepared(recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer) -> tuple[str, str | None]:
-    """Where the run's text is, and the reference of pairs, once all is there that can be without a model. Rank 0 does
-    this, and so the next two.
+def prepared(
+    recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer
+) -> tuple[str, str | None, str | None]:
+    """Where the run's text is, what its beginning is where that stays, and where the reference of pairs is, once all
+    is there that can be without a model. Rank 0 does this, and so the next two.
     """
     state.clear(files.path)
-    text = open_corpus(recipe, files.path, files.stored_recipe() is not None, observer)
+    text = open_text(recipe, files.path, files.stored_recipe() is not None, observer)
     check_prompts(recipe, text.tokenizer())
     check_items(asked, recipe, text.tokenizer())
-    tell_of_cuts(rows_of(text, recipe), recipe)
-    return str(text.folder), str(reference.place_of(recipe, text)) if recipe.data.format == "pairs" else None
+    tell_of_rows(text, rows_of(text, recipe), recipe)
+    if not recipe.keeps_its_beginning:
+        return str(text.folder), None, None
+    assert recipe.init_from is not None
+    base = resolve.fingerprint(recipe.init_from)
+    of_pairs = isinstance(text, corpus.Corpus) and recipe.data.format == "pairs"
+    return str(text.folder), base, str(reference.place_of(recipe, text, base)) if of_pairs else None
 
 
 def referred(start: Start) -> reference.LogProbs | None:
@@ -143,8 +152,9 @@ def referred(start: Start) -> reference.LogProbs | None:
     recipe, place = start.recipe, start.reference
     if place is None:
         return None
-    report = start.observer.referring
-    start.ranks.tell(lambda: reference.make_unless_there(place, recipe, start.text, start.device, report))
+    assert isinstance(start.text, corpus.Corpus)
+    text, report = start.text, start.observer.referring
+    start.ranks.tell(lambda: reference.make_unless_there(place, recipe, text, start.device, report))
     return reference.read(place)
 
 
@@ -196,7 +206,8 @@ def attempt(start: Start, first: bool = False) -> Run | None:
     source = batches.stream(text, numbers, rows, recipe.data.num_workers, ranks.share(rows))
     objective = ranks.parallel(Objective.of(model, recipe))
     saving = Saving(recipe.train, files, start.reading, start.stop.asked, start.saved)
-    shop = Workshop(start, model, optimizers, judge, saving, held_out(start, known))
+    ledger = Ledger(text, recipe, decisions, now.step) if isinstance(text, MixtureRows) else None
+    shop = Workshop(start, model, optimizers, judge, saving, held_out(start, known), ledger)
     actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
     start.stop.stepping = True
     try:
@@ -226,8 +237,10 @@ def attempt(start: Start, first: bool = False) -> Run | None:
 
 def held_out(start: Start, known: reference.LogProbs | None) -> PairRows | None:
     """Pairs to measure on, where there are any."""
-    there = known is not None and corpus.HELD_OUT in known
-    return reference.rows_of(start.text, corpus.HELD_OUT, start.recipe, known) if there else None
+    if known is None or corpus.HELD_OUT not in known:
+        return None
+    assert isinstance(start.text, corpus.Corpus)
+    return reference.rows_of(start.text, corpus.HELD_OUT, start.recipe, known)
 
 
 @contextmanager

@@ -11,14 +11,16 @@ from smolforge.config import ModelConfig, Recipe
 from smolforge.errors import SettingError
 from smolforge.recipe.machine import DECIDED, in_the_fastest_dtype, on_this_machine
 from smolforge.recipe.plan import BUDGETED, within_budget
-from smolforge.recipe.read import to_recipe
-from smolforge.settings import FREE, fields, leaves, place, replaced
+from smolforge.recipe.read import covers, lay_over, to_recipe
+from smolforge.settings import FREE, fields, leaves, replaced
 
 log = logging.getLogger("smolforge")
 NOT_AGAIN = ("budget", "init_from", "init_moments")
 """What only the first start applies."""
 SIZES_A_HEAD = ("model.hidden_size", "model.num_attention_heads")
 """What head_dim follows from, where it is not given."""
+ONE_TEXT = ("data.sources", "data.mixture", "data.stages")
+"""Each of which says what the text is, so that one given by hand counts before what a file says of the others."""
 ADAPTABLE = ("rope_theta", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
@@ -39,8 +41,7 @@ def settle(
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
         begun = resolve.pinned(recipe.init_from)
-        again = recipe.lora.rank is not None or recipe.data.format == "pairs"
-        if again and begun == recipe.init_from:  # it will be read again, from wherever that is
+        if recipe.keeps_its_beginning and begun == recipe.init_from:  # it will be read again, from wherever that is
             begun = str(resolve.find(begun).resolve())
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
         check_moments(recipe)
@@ -66,6 +67,8 @@ def shape_to_start_from(recipe: Recipe, explicit: Set[str], written: Set[str]) -
     assert recipe.init_from is not None
     given = recipe.model
     shape = resolve.read_config(recipe.init_from)
+    if resolve.read_scheme(recipe.init_from) is not None:
+        raise SettingError(f"{recipe.init_from} holds integers, which do not learn; start from what it was made from")
     changes = {name: given.__dict__[name] for name in ADAPTABLE if f"model.{name}" in explicit | written}
     for name in sorted(written - explicit):
         there, here = shape.__dict__[name.removeprefix("model.")], given.__dict__[name.removeprefix("model.")]
@@ -95,9 +98,10 @@ def check_moments(recipe: Recipe) -> None:
 
 
 def with_schedule_over(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe with its schedule's horizon and lengths said in steps."""
+    """The recipe with its schedule's horizon and lengths said in steps, and so the ends of the stages of its text."""
     schedule = recipe.optim.schedule.over(steps)
-    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"schedule": schedule})})
+    data = recipe.data.settled(recipe.data.ends(recipe.train.batch_tokens, schedule))
+    return recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"schedule": schedule}), "data": data})
 
 
 def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -111,8 +115,7 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
     assert horizon is not None
     tree = stored.model_dump()
     overrides = {name: value for name, value in overrides.items() if not (name in DECIDED and value == "auto")}
-    for dotted, value in overrides.items():
-        place(tree, dotted, value)
+    lay_over(tree, overrides)
     now = with_schedule_over(to_recipe(tree), horizon)
     resized = not overrides.keys().isdisjoint(SIZES_A_HEAD)
     before, asked, file = leaves(stored), leaves(now), leaves(with_schedule_over(written, horizon))
@@ -122,10 +125,11 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
             (stored.init_from is not None and name.startswith("model.")) or (resized and name == "model.head_dim")
         )
         left_open = file[name] is None or (name in DECIDED and file[name] == "auto")
-        differs = not left_open and file[name] != before[name] and not derived and name not in overrides
+        given = covers(overrides, name) or (name in ONE_TEXT and any(covers(overrides, each) for each in ONE_TEXT))
+        differs = not left_open and file[name] != before[name] and not derived and not given
         if asked[name] != before[name] or differs:
             other = asked[name] if asked[name] != before[name] else file[name]
-            fixed.append(f"{name} ({before[name]!r}, now {other!r})")
+            fixed.append(difference(name, before[name], other))
     if fixed:
         more = f" and {len(fixed) - 5} more" if len(fixed) > 5 else ""
         raise SettingError(
@@ -133,6 +137,28 @@ def resumed(stored: Recipe, written: Recipe, overrides: Mapping[str, Any]) -> Re
             "resume it as it was, or start another --run with --init-from this one"
         )
     return now.model_copy(update={name: before[name] for name in NOT_AGAIN})
+
+
+def difference(name: str, before: Any, now: Any) -> str:
+    """The first place at which a setting is another, and what it was and is there."""
+    match before, now:
+        case dict(), dict():
+            keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+            return difference(f"{name}.{keys[0]}", before.get(keys[0]), now.get(keys[0]))
+        case (tuple(), tuple()) if len(before) == len(now) and isinstance(before[0], dict):
+            place = next(place for place in range(len(now)) if before[place] != now[place])
+            return difference(f"{name}.{place + 1}", before[place], now[place])
+    return f"{name} ({briefly(before)}, now {briefly(now)})"
+
+
+def briefly(value: Any) -> str:
+    """A value in a sentence; of a table its keys, of a list of tables how many."""
+    match value:
+        case dict():
+            return f"a table of {', '.join(value)}"
+        case [dict(), *_]:
+            return f"a list of {len(value)} tables"
+    return "none" if value is None else repr(value)
 
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from smolforge import commit, guard, optim
 from smolforge.checkpoint import state
 from smolforge.config import Recipe
-from smolforge.data import corpus
+from smolforge.data.mixture import Prepared
 from smolforge.errors import Diverged, InvalidFile, MissingResource
 from smolforge.model import LanguageModel
 from smolforge.recipe.base import check_base
@@ -33,7 +33,7 @@ def standing(start: Start) -> tuple[str | None, dict[str, Any]]:
     facts = state.read_facts(newest) if newest else {}
     if newest:
         check_same_run(newest, facts, start.text, start.recipe)
-        check_base(start.recipe, newest, facts)
+        check_base(start.recipe, start.base, newest, facts)
         check_same_reference(start.reference, newest, facts)
     check_going_on(start.recipe, facts.get("step", 0))
     return (str(newest) if newest else None), facts
@@ -47,7 +47,7 @@ def newest_checkpoint(folder: Path, before: float = math.inf) -> Path | None:
     return newest
 
 
-def check_same_run(checkpoint: Path, facts: dict[str, Any], text: corpus.Corpus, recipe: Recipe) -> None:
+def check_same_run(checkpoint: Path, facts: dict[str, Any], text: Prepared, recipe: Recipe) -> None:
     """Raises InvalidFile for a checkpoint made from another corpus or by another recipe."""
     if facts["corpus"] != text.fingerprint:
         raise InvalidFile(

@@ -8,17 +8,32 @@ from typing import assert_never
 from smolforge.checkpoint import resolve
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus, packing, pairs, shards
+from smolforge.data.mixture import FILE, Mixture, MixtureRows, Prepared
 from smolforge.errors import SettingError
 from smolforge.evaluation import tasks
 from smolforge.evaluation.multiple_choice import encoded
 from smolforge.evaluation.tasks import Task
 from smolforge.generation.stream import prompt_ids
 from smolforge.recipe import reference
+from smolforge.recipe.mixing import open_mixture, order_of, tell_of_mixture
 from smolforge.recipe.workshop import Observer, prompts_of
 from smolforge.runs import RunFolder
 from smolforge.tokenizer import Tokenizer
 
 log = logging.getLogger("smolforge")
+
+
+def open_text(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> Prepared:
+    """What the recipe learns from, one corpus or a mixture, prepared before the run begins."""
+    if recipe.data.mixture is None:
+        return open_corpus(recipe, folder, begun, observer)
+    found = begun and (folder / FILE).is_file()  # a run that goes on needs nothing it began from
+    named = {} if found else named_tokenizers(recipe)
+    text = open_mixture(recipe, folder, found, next(iter(named.values()), None), observer.preparing)
+    for each in text.sources.values():
+        check_same_tokenizer(each, named)
+    check_vocabulary(len(text.tokenizer()), recipe)
+    return text
 
 
 def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
@@ -55,13 +70,20 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
 
 def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
     """The tokenizers a recipe brings, its own and that of the model it starts from, with the tokens it adds."""
-    named = {"--tokenizer": recipe.tokenizer}
-    if recipe.init_from is not None:
-        folder = resolve.find(recipe.init_from)
-        named["--init-from"] = str(folder) if (folder / "tokenizer.json").is_file() else None
-    found = {flag: resolve.tokenizer(path) for flag, path in named.items() if path is not None}
+    found: dict[str, Tokenizer] = {}
+    # First the model's: where both name one on the Hub, that brings all its files at once.
+    begun = _its_own(recipe.init_from) if recipe.init_from is not None else None
+    if recipe.tokenizer is not None:
+        found["--tokenizer"] = resolve.tokenizer(recipe.tokenizer)
+    if begun is not None:
+        found["--init-from"] = begun
     added = recipe.special_tokens
     return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
+
+
+def _its_own(model: str) -> Tokenizer | None:
+    """The tokenizer that a MODEL brings."""
+    return resolve.tokenizer_of(resolve.with_tokenizer(resolve.find(model)))
 
 
 def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> None:
@@ -86,8 +108,11 @@ def check_vocabulary(ids: int, recipe: Recipe) -> None:
         )
 
 
-def rows_of(text: corpus.Corpus, recipe: Recipe, known: reference.LogProbs | None = None) -> batches.Rows:
+def rows_of(text: Prepared, recipe: Recipe, known: reference.LogProbs | None = None) -> batches.Rows:
     """What batches are made of; of pairs with what is `known` of them. Raises InvalidFile for less than a row."""
+    if isinstance(text, Mixture):
+        texts = {name: each.tokens(corpus.TRAIN) for name, each in text.sources.items()}
+        return MixtureRows(texts, order_of(recipe), recipe.train.sequence_length, recipe.seed)
     match recipe.data.format:
         case "text":
             return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
@@ -113,8 +138,10 @@ def tasks_of(recipe: Recipe) -> list[Task]:
     return found
 
 
-def tell_of_cuts(source: batches.Rows, recipe: Recipe) -> None:
-    """Say aloud what of the conversations is not learned because it is too long."""
+def tell_of_rows(text: Prepared, source: batches.Rows, recipe: Recipe) -> None:
+    """Say aloud how often the sources of a mixture are read, and what of conversations is too long to be learned."""
+    if isinstance(text, Mixture) and isinstance(source, MixtureRows):
+        tell_of_mixture(text, source, recipe)
     if isinstance(source, pairs.PairRows):
         a_step = source.pairs / source.count * recipe.train.rows
         log.info("%s pairs, %.1f a step; %.1f %% of the rows filled up", source.pairs, a_step, 100 * source.padding)

@@ -16,11 +16,13 @@ from smolforge import optim
 from smolforge.checkpoint import state
 from smolforge.config import Recipe
 from smolforge.data import corpus
+from smolforge.data.mixture import Mixture, Prepared
 from smolforge.data.pairs import PairRows
 from smolforge.device import autocast
 from smolforge.device.energy import Energy, PerToken, energy
 from smolforge.device.usage import Usage
 from smolforge.evaluation import measure_corpus
+from smolforge.evaluation.mixture import measure_mixture
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.pairs import measure_pairs
 from smolforge.evaluation.tasks import Task
@@ -31,6 +33,7 @@ from smolforge.objective import Objective
 from smolforge.preference import Preference
 from smolforge.ranks import Ranks
 from smolforge.recipe.base import told_of_base
+from smolforge.recipe.mixing import Ledger, shares
 from smolforge.recipe.plan import Plan
 from smolforge.recipe.saving import Background, Saving, Take
 from smolforge.recipe.settle import fixed_settings
@@ -49,7 +52,7 @@ class Observer(Protocol):
     """What a run tells while it goes."""
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int]) -> None: ...
+    def preparing(self, counts: dict[str, int], source: str = "") -> None: ...
     def referring(self, pairs: int, of: int) -> None: ...
     def stepped(self, metrics: dict[str, Any]) -> None: ...
     def sampled(self, text: str) -> None: ...
@@ -59,7 +62,7 @@ class Silent:
     """Hears nothing."""
 
     def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int]) -> None: ...
+    def preparing(self, counts: dict[str, int], source: str = "") -> None: ...
     def referring(self, pairs: int, of: int) -> None: ...
     def stepped(self, metrics: dict[str, Any]) -> None: ...
     def sampled(self, text: str) -> None: ...
@@ -72,9 +75,11 @@ class Start:
     recipe: Recipe
     files: RunFolder
     """Only rank 0 writes into it, and has it locked."""
-    text: corpus.Corpus
+    text: Prepared
     tasks: Sequence[Task]
     """What is scored beside the held-out text, on rank 0."""
+    base: str | None
+    """What identifies the weights to start from, where those are needed as long as the run goes."""
     reference: Path | None
     """Where what the model to start from says of pairs is, or will be."""
     reading: Background
@@ -117,8 +122,9 @@ class Workshop:
         judge: Judge,
         saving: Saving,
         pairs: PairRows | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
-        """`pairs` are what is held out, where the model learns from such."""
+        """`pairs` are what is held out, where the model learns from such; a mixture has a `ledger`."""
         self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
         self.tasks, self.stop, self.ranks, self.trackers = start.tasks, start.stop, start.ranks, start.trackers
         self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
@@ -127,8 +133,8 @@ class Workshop:
         counted = energy(start.device) if self.ranks.size == 1 else Energy([])
         self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
         self.usage = Usage(start.device)
-        self.base, self.adapter = told_of_base(start.recipe) if self.ranks.leads else ({}, None)
-        self.pairs = pairs
+        self.base, self.adapter = told_of_base(start.recipe, start.base) if self.ranks.leads else ({}, None)
+        self.pairs, self.ledger = pairs, ledger
         self.reference = {"reference": start.reference.name} if start.reference else {}
         self.watch = Watch(model, start.recipe.report, start.trackers)
 
@@ -175,14 +181,14 @@ class Workshop:
         with optim.averaged(self.optimizers):
             return (self.measured() if self.held_out else {}) | self.scored()
 
-    def scored(self) -> dict[str, float]:
-        """Accuracies of each task, by each way of counting."""
-        found: dict[str, float] = {}
+    def scored(self) -> dict[str, float | int]:
+        """Accuracies of each task, by each way of counting, and how many items it has."""
+        found: dict[str, float | int] = {}
         self.model.eval()
         for task in self.tasks:
             with autocast(self.recipe.train.dtype, self.model.head.device):
                 told = summary(score(self.model, task.items))
-            found |= {f"task_{task.name}_{name}": told[name] for name in ("acc", "acc_norm", "acc_chars")}
+            found |= {f"task_{task.name}_{name}": told[name] for name in ("acc", "acc_norm", "acc_chars", "n")}
         self.model.train()
         return found
 
@@ -193,14 +199,15 @@ class Workshop:
             objective = Objective(self.model, settings.dtype, preference=Preference(self.recipe.dpo.beta))
             found = measure_pairs(objective, self.pairs, settings.evaluate_tokens)
             return {f"validation_{name}": value for name, value in found.items()}
-        found = measure_corpus(
-            self.model,
-            self.text,
-            settings.sequence_length,
-            settings.evaluate_tokens,
-            precision=autocast(settings.dtype, self.model.head.device),
-            intra_document_masking=self.recipe.data.intra_document_masking,
-        )
+        sizes = {"sequence_length": settings.sequence_length, "max_tokens": settings.evaluate_tokens}
+        way = {
+            "precision": autocast(settings.dtype, self.model.head.device),
+            "intra_document_masking": self.recipe.data.intra_document_masking,
+        }
+        if isinstance(self.text, Mixture):
+            found = measure_mixture(self.model, self.text, shares(self.recipe), **sizes, **way)
+            return {f"validation_{name}": value for name, value in found.items()}
+        found = measure_corpus(self.model, self.text, **sizes, **way)
         return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def sample(self, now: State, metrics: dict[str, Any]) -> None:
@@ -230,6 +237,8 @@ class Workshop:
 
     def report(self, now: State, metrics: dict[str, Any]) -> None:
         metrics["batch"] = self.judge.decisions.batch(now.step - 1)
+        if self.ledger is not None:
+            metrics |= self.ledger.after_a_step(metrics["batch"], "left_out" in metrics)
         metrics |= self.drawn.after_a_step() | self.usage.after_a_step()
         self.metrics = metrics
         self.files.append(METRICS, metrics)

@@ -3,26 +3,27 @@
     add(id, files)  ->  repositories: revision -> commit -> files  ->  /api/..., /ID/resolve/REVISION/FILE
                         fail(...) makes the next requests go wrong; `requests` says what was asked
 
-The real huggingface_hub and datasets download from it when HF_ENDPOINT is its `url`.
+The real huggingface_hub and datasets download from it, and upload to it, when HF_ENDPOINT is its `url` and Xet is off
+(HF_HUB_DISABLE_XET=1). A repository that an upload made is private where that was asked for.
 """
 
-import hashlib
 import json
 import re
-import shutil
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN = "hf_a_token_that_opens_gated_repositories"
-_LARGE = (".safetensors", ".bin")
+from smolforge.testing.repository import Repository, StoredFile, store
+from smolforge.testing.uploads import READ_TOKEN, TOKEN, Uploads
+
+__all__ = ["READ_TOKEN", "TOKEN", "Fault", "HubMirror", "Request"]
+
 _API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?)?(?:/(.+))?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
@@ -48,25 +49,6 @@ class Fault:
     method: str | None
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of a commit. A large one is kept with Git LFS, so the Hub names its sha256."""
-
-    path: Path
-    size: int
-    oid: str
-    sha256: str | None
-
-
-@dataclass
-class Repository:
-    """Revisions are names of commits; a commit is its files."""
-
-    gated: bool = False
-    revisions: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, StoredFile]] = field(default_factory=dict)
-
-
 class HubMirror:
     """A Hub on this machine, as a context manager."""
 
@@ -78,6 +60,7 @@ class HubMirror:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.uploads = Uploads(root, self.repositories, self.url)
 
     def __enter__(self) -> "HubMirror":
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
@@ -94,17 +77,14 @@ class HubMirror:
         revision: str = "main",
         kind: str = "model",
         gated: bool = False,
+        private: bool = False,
     ) -> str:
         """Make a revision of a repository consist of these files, or of a folder's; returns its commit."""
         if isinstance(files, Path):
             files = {path.relative_to(files).as_posix(): path for path in files.rglob("*") if path.is_file()}
-        stored = {path: self._store(path, content) for path, content in sorted(files.items())}
-        commit = hashlib.sha1("".join(f"{path} {file.oid}\n" for path, file in stored.items()).encode()).hexdigest()
         repository = self.repositories.setdefault((kind, name), Repository())
-        repository.gated = gated
-        repository.commits[commit] = stored
-        repository.revisions[revision] = commit
-        return commit
+        repository.gated, repository.private = gated, private
+        return repository.commit({path: store(self.root, path, files[path]) for path in sorted(files)}, revision)
 
     def fail(
         self,
@@ -115,16 +95,19 @@ class HubMirror:
         path_contains: str = "",
         method: str | None = None,
     ) -> None:
-        """Let the next requests be answered with a status, cut after some bytes of the file, or kept waiting."""
-        self.faults.append(
-            Fault(times, status, cut_after, delay, path_contains, "GET" if cut_after is not None else method)
-        )
+        """Let the next requests be answered with a status, cut after some bytes of the file, or kept waiting.
+
+        A PUT is cut while the file is sent.
+        """
+        method = "GET" if cut_after is not None and method is None else method
+        self.faults.append(Fault(times, status, cut_after, delay, path_contains, method))
 
     def clear(self) -> None:
         """Forget repositories, faults and what was asked."""
         self.repositories.clear()
         self.faults.clear()
         self.requests.clear()
+        self.uploads.arrived.clear()
 
     def next_fault(self, request: Request) -> Fault | None:
         """The fault that meets a request, one time less of it left."""
@@ -134,17 +117,6 @@ class HubMirror:
                 return fault
         return None
 
-    def _store(self, name: str, content: bytes | Path) -> StoredFile:
-        """Keep a copy, so that the source may change later."""
-        copy = self.root / hashlib.sha256(f"{len(list(self.root.iterdir()))} {name}".encode()).hexdigest()
-        if isinstance(content, Path):
-            shutil.copyfile(content, copy)
-        else:
-            copy.write_bytes(content)
-        data = copy.read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest() if name.endswith(_LARGE) else None
-        return StoredFile(copy, len(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), sha256)
-
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers for one mirror; every connection serves one request (HTTP/1.0)."""
@@ -152,6 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
     def __init__(self, mirror: HubMirror, *connection: Any) -> None:
         self.mirror = mirror
         self.fault: Fault | None = None
+        self.body = b""
         super().__init__(*connection)  # which serves the request
 
     def do_GET(self) -> None:
@@ -159,14 +132,32 @@ class _Handler(BaseHTTPRequestHandler):
         self.mirror.requests.append(request)
         self.fault = self.mirror.next_fault(request)
         if self.fault and self.fault.delay:
-            time.sleep(self.fault.delay)
+            threading.Event().wait(self.fault.delay)  # not sleep, which tests of retries take away
         with suppress(ConnectionError):  # a client that waits no longer
-            self.answer()
+            if self.command in ("POST", "PUT"):
+                self.take()
+            else:
+                self.answer()
 
-    do_HEAD = do_POST = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def log_message(self, format: str, *_: object) -> None:  # noqa: A002
         pass
+
+    def take(self) -> None:
+        """What was sent, as a whole or up to where the fault cuts it."""
+        length = int(self.headers["Content-Length"] or 0)
+        if self.fault and self.fault.cut_after is not None:
+            self.rfile.read(min(length, self.fault.cut_after))
+            return
+        self.body = self.rfile.read(length)
+        token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
+        failing = self.fault is not None and self.fault.status is not None
+        told = None if failing else self.mirror.uploads.answer(urlsplit(self.path).path, token, self.body)
+        if told is None:
+            self.answer()
+        else:
+            self.json(told[1], told[0])
 
     def answer(self) -> None:
         """Find what the path means: a listing of a repository, or one of its files."""
@@ -184,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_about(self, kind: str, name: str, verb: str | None, revision: str, path: str) -> None:
         """One repository: its branches, a file, a folder, some paths, or all there is to know."""
         repository = self.mirror.repositories.get((kind, name))
-        if repository is None:
+        if repository is None or (repository.private and self.headers["Authorization"] is None):
             return self.refuse(404, "RepoNotFound")
         if verb == "refs":
             named = [(each, at) for each, at in repository.revisions.items() if "/" not in each]
@@ -202,10 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
             deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
             return self.json([each for each in entries if _within(each["path"], path, deep)])
         if verb == "paths-info":
-            asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+            asked = parse_qs(self.body.decode())["paths"]
             return self.json([each for each in entries if each["path"] in asked])
         siblings = [{"rfilename": each["path"]} | each for each in entries if each["type"] == "file"]
-        return self.json({"id": name, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+        return self.json({"id": name, "sha": commit, "private": repository.private, "tags": [], "siblings": siblings})
 
     def send_file(self, commit: str, file: StoredFile | None, closed: bool) -> None:
         """A file or the part of it that is asked for, with what the client builds its cache on."""
@@ -229,8 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
-    def json(self, content: Any) -> None:
-        self.reply(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    def json(self, content: Any, status: int = 200) -> None:
+        self.reply(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)

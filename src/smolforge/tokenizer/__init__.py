@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ from smolforge.tokenizer.files import (
     read_text,
 )
 
-__all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "IncrementalDecoder", "Tokenizer", "split_at_lines"]
+__all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "Tokenizer", "split_at_lines"]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+AT_ONCE = 2 << 20
+"""Characters that are encoded together."""
 PART_CHARACTERS = 1 << 20
+LARGEST = 1 << 20  # ids to learn, for all of which memory is set aside at once
 _LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -46,7 +50,7 @@ class Tokenizer:
         self.backend.no_truncation()  # a file may ask for both, and lose text
         self.backend.no_padding()
         self.settings = checked(settings or {})
-        self.eos_token = self._named("eos_token") or END_OF_TEXT
+        self.eos_token = self.named("eos_token") or END_OF_TEXT
         eos_id = backend.token_to_id(self.eos_token)
         if eos_id is None:
             raise InvalidFile(
@@ -94,8 +98,9 @@ class Tokenizer:
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         smallest = len(alphabet) + len(SPECIAL_TOKENS)
-        if vocab_size < smallest:
-            raise SettingError(f"a byte-level tokenizer needs a vocab_size of at least {smallest}, not {vocab_size}")
+        if not smallest <= vocab_size <= LARGEST:
+            most = f"at least {smallest} and at most {LARGEST:,}"
+            raise SettingError(f"a byte-level tokenizer needs a vocab_size of {most}, not {vocab_size}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -110,7 +115,7 @@ class Tokenizer:
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator(chain.from_iterable(map(split_at_lines, texts)), trainer)
         return cls(
             backend,
             {
@@ -134,16 +139,16 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The id a text may begin with. Nothing is added by `encode`."""
-        token = self._named("bos_token")
+        token = self.named("bos_token")
         return None if token is None else self.backend.token_to_id(token)
 
     @property
     def pad_id(self) -> int | None:
         """The id other programs fill rows up with."""
-        token = self._named("pad_token")
+        token = self.named("pad_token")
         return None if token is None else self.backend.token_to_id(token)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of what decides the ids of a text."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
@@ -158,10 +163,11 @@ class Tokenizer:
 
     def lost_bytes(self, text: str) -> bytes:
         """What `encode` would lose of a text, in order; nothing, of most texts."""
-        if not self.missing_bytes:
-            return b""
-        kept = bytes(set(range(256)) - set(self.missing_bytes))
-        return text.encode("utf-8", "surrogatepass").translate(None, kept)
+        return text.encode("utf-8", "surrogatepass").translate(None, self._known_bytes) if self.missing_bytes else b""
+
+    @functools.cached_property
+    def _known_bytes(self) -> bytes:
+        return bytes(set(range(256)) - set(self.missing_bytes))
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -169,12 +175,18 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, using all cores."""
         parts = [list(split_at_lines(text)) if self.byte_level else [text] for text in texts]
-        whole = [part for text in parts for part in text]
-        try:
-            flat = iter(self.backend.encode_batch_fast(whole, add_special_tokens=False))
-        except Exception as error:  # the library raises bare Exception
-            raise InvalidFile(f"this tokenizer cannot encode the text: {' '.join(str(error).split())}") from None
-        return [[token for _ in text for token in next(flat).ids] for text in parts]
+        ids = self._encode_parts(list(chain.from_iterable(parts)))
+        return [next(ids) if len(text) == 1 else list(chain.from_iterable(islice(ids, len(text)))) for text in parts]
+
+    def _encode_parts(self, parts: Sequence[str]) -> Iterator[list[int]]:
+        """Some at a time: what the library makes of a text is a hundred times as large, until its ids are taken out."""
+        ends = accumulate(map(len, parts))
+        for _, group in groupby(zip(parts, ends, strict=True), lambda each: each[1] // AT_ONCE):
+            try:
+                encoded = self.backend.encode_batch_fast([part for part, _ in group], add_special_tokens=False)
+            except Exception as error:  # the library raises bare Exception
+                raise InvalidFile(f"this tokenizer cannot encode the text: {' '.join(str(error).split())}") from None
+            yield from (each.ids for each in encoded)
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """Token ids of a text whose special tokens are meant: never of one that a user wrote."""
@@ -251,7 +263,7 @@ class Tokenizer:
             given = {entry["name"]: entry["template"] for entry in given}.get("default")
         if not given:
             return None
-        named = {key: token for key in NAMED_TOKENS if (token := self._named(key)) is not None}
+        named = {key: token for key in NAMED_TOKENS if (token := self.named(key)) is not None}
         return ChatTemplate(given, list(self.special.known), {"eos_token": self.eos_token, **named})
 
     def _has_template(self) -> ChatTemplate:
@@ -263,7 +275,8 @@ class Tokenizer:
             )
         return self.template
 
-    def _named(self, key: str) -> str | None:
+    def named(self, key: str) -> str | None:
+        """The text of the token that the settings name so (bos_token, ...), if they do."""
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
 
@@ -289,35 +302,3 @@ def split_at_lines(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
-
-
-class IncrementalDecoder:
-    """Ids in one at a time, text out as soon as its characters are whole.
-
-    The joined pieces equal `decode` of all ids; a character cut in the middle waits for its rest.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.settled: list[int] = []  # the last ids already given out, kept as context
-        self.waiting: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that became whole with this id, perhaps none."""
-        self.waiting.append(token)
-        text = self._new_text()
-        if text.endswith("\ufffd"):
-            return ""
-        self.settled, self.waiting = self.waiting, []
-        return text
-
-    def finish(self) -> str:
-        """What is still waiting, broken as it may be."""
-        text = self._new_text() if self.waiting else ""
-        self.settled, self.waiting = self.waiting, []
-        return text
-
-    def _new_text(self) -> str:
-        # Decoded behind the ids before it, since some decoders treat the first token differently.
-        before = self.tokenizer.decode(self.settled)
-        return self.tokenizer.decode(self.settled + self.waiting)[len(before) :]

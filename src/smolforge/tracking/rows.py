@@ -9,6 +9,7 @@ GROUPS = {
     "validation_": "validation",
     "task_": "tasks",
     "seconds_": "seconds",
+    "tokens_from_": "mixture",
     "tokens_per_second": "speed",
     "mfu": "speed",
 }
@@ -23,7 +24,7 @@ def tag(metric: str) -> str:
     if "/" in metric:
         return metric
     start, group = next(((start, group) for start, group in GROUPS.items() if metric.startswith(start)), ("", "train"))
-    return f"{group}/{metric.removeprefix(start) if group in ('validation', 'tasks', 'seconds') else metric}"
+    return f"{group}/{metric.removeprefix(start) if group in ('validation', 'tasks', 'seconds', 'mixture') else metric}"
 
 
 def values(metrics: dict[str, Any]) -> dict[str, float]:

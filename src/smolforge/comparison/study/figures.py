@@ -15,8 +15,9 @@ from smolforge.comparison import style
 from smolforge.comparison.curves import Over, unit
 from smolforge.comparison.study.record import Findings, Run
 
-UNITS = {"validation_loss": "nats a token", "validation_bits_per_byte": "bits a byte"}
-NAMES = {"validation_loss": "held-out loss", "validation_bits_per_byte": "held-out bits per byte"}
+LOSS, BITS, ADDED = "validation_loss", "validation_bits_per_byte", "loss_added_by_int4"
+UNITS = {LOSS: "nats a token", BITS: "bits a byte", ADDED: "nats a token"}
+NAMES = {LOSS: "held-out loss", BITS: "held-out bits per byte", ADDED: "held-out loss added by 4 bits"}
 SIZES = {"parameters": "parameters", "flops": "FLOPs of a run"}
 BEGINNING = 0.1
 """Of a budget; what lies above what comes after it is cut."""
@@ -55,8 +56,8 @@ def curve(
 
 
 def loss(found: Findings, over: Over) -> Figure | None:
-    """Means as lines, from the lowest to the highest seed as a band."""
-    metric = found.settings.metric
+    """Means as lines, from the lowest to the highest seed as a band; of what training measures."""
+    metric = LOSS if found.settings.metric == ADDED else found.settings.metric
     curves = {each.name: curve(found, each.name, metric, over) for each in found.variants}
     known = [each for each in curves.values() if each is not None]
     if not known:

@@ -82,8 +82,10 @@ class StudySettings(Settings):
     """What is held equal."""
     baseline: Text
     """The variant that all others are held against."""
-    metric: Literal["validation_loss", "validation_bits_per_byte"] = "validation_loss"
+    metric: Literal["validation_loss", "validation_bits_per_byte", "loss_added_by_int4"] = "validation_loss"
     """What is compared, as measured after the last step; less is better."""
+    group_size: PositiveInt = 32
+    """Of loss_added_by_int4: neighbouring weights that share a scale."""
     test: Test = "paired-t"
     """Chosen before any run: paired-t by seed, or welch-t."""
     alpha: Share = 0.05
@@ -208,7 +210,12 @@ def check(changes: Mapping[str, Any], where: str) -> None:
 def recipe_of(path: Path, recipe: Path, changes: Mapping[str, Any], where: str) -> Recipe:
     """The recipe of a variant of the study at `path`. Raises SettingError that says which."""
     try:
-        return admitted(read_recipe(recipe, changes), path)
+        found = admitted(read_recipe(recipe, changes), path)
+        if found.data.mixture is not None:
+            raise SettingError(
+                "data.mixture is no text of a study: all its runs learn from one, which data.sources names"
+            )
+        return found
     except SettingError as error:
         raise SettingError(f"{where}{error}") from None
 
@@ -227,7 +234,7 @@ def check_comparable(study: Study) -> None:
         if each["train.evaluate_tokens"] != base["train.evaluate_tokens"]:
             raise SettingError(f"{where}train.evaluate_tokens differs from the baseline's; all are measured alike")
         differs = words_of(study.recipes[name]) != words_of(study.recipes[study.settings.baseline])
-        if differs and study.settings.metric == "validation_loss":
+        if differs and study.settings.metric != "validation_bits_per_byte":
             raise SettingError(
                 f"{where}its tokens are not the baseline's, so losses a token say nothing; "
                 'study.metric = "validation_bits_per_byte" compares them'

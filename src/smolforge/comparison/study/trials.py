@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from smolforge.comparison.history import History, read
+from smolforge.comparison.study import rounding
 from smolforge.comparison.study.plan import Plan
 from smolforge.comparison.study.read import Study, words_of
 from smolforge.comparison.study.scores import Exam, Scores
-from smolforge.data.corpus import HELD_OUT
+from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError
 from smolforge.recipe import resume_or_start
 from smolforge.recipe.text import open_corpus
@@ -110,7 +111,7 @@ class Trials:
         """Its run, from wherever it stands. Raises Stopped when a signal ended it."""
         self.done += 1
         folder = self.out / "runs" / trial.name
-        if (before := outcome(trial, folder, self.study.settings.metric)).value is not None or _is_over(before):
+        if (before := self.outcome(trial)).value is not None or _is_over(before):
             return before
         self.audience.beginning(trial.name, self.done, self.count)
         why = ""
@@ -120,7 +121,19 @@ class Trials:
             why = str(error)
         except RuntimeError as error:  # torch's: one shape that no kernel takes should not cost the other runs
             why = " ".join(f"{type(error).__name__}: {error}".split())
-        return outcome(trial, folder, self.study.settings.metric, why)
+        return self.outcome(trial, why)
+
+    def outcome(self, trial: Trial, why: str = "") -> Outcome:
+        """What a run's folder says of it, and of its weights as integers, where that is what the study is about."""
+        settings, folder = self.study.settings, self.out / "runs" / trial.name
+        if settings.metric != rounding.METRIC:
+            return outcome(trial, folder, settings.metric, why)
+        found = outcome(trial, folder, rounding.BEFORE, why)
+        if found.value is None or found.history is None:
+            return found
+        text = Corpus.open(self.corpus(trial.variant))
+        kept = self.out / "rounded" / f"{trial.name}.json"
+        return found._replace(value=rounding.added(found.history, text, settings.group_size, kept))
 
     def overrides(self, trial: Trial) -> dict[str, Any]:
         """What makes the study's recipe this run's."""

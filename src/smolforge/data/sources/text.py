@@ -1,0 +1,74 @@
+"""Text files: each is one document; a large one comes in pieces, cut where no token spans."""
+
+import codecs
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from smolforge.data.sources.rows import LONGEST_LINE, Part, Row, Text
+from smolforge.errors import InvalidFile
+
+SUFFIXES = (".txt", ".md", ".rst", ".raw", ".text")
+PIECE_BYTES = 16 << 20
+LARGE_BYTES = 64 << 20
+"""Files beyond this come in pieces."""
+_SPACES = (
+    rb"[\0- \x7f]",
+    rb"\xc2[\x85\xa0]",
+    rb"(?:\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)",
+)
+"""White space, and what is no better, in UTF-8, by its length."""
+_LINE_END = re.compile(
+    rb"\n" + b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES) + rb"(?=...)", re.DOTALL
+)
+
+
+def rows(part: Part, skip: int = 0) -> Iterator[Row]:
+    """The text of a file, in one or more pieces."""
+    path = Path(part.place)
+    if path.stat().st_size <= LARGE_BYTES:
+        yield from [Row(Text(read_text(path)), path.name, str(path))][skip:]
+        return
+    start = 0
+    for number, (piece, ends) in enumerate(pieces(path)):
+        if number >= skip:
+            text = decoded(piece, path, start)
+            yield Row(Text(text.removeprefix("\ufeff") if start == 0 else text), path.name, str(path), ends)
+        start += len(piece)
+
+
+def pieces(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Some megabytes at a time, each but the last up to a single line end between visible characters: GPT-2's word
+    pattern takes that by itself, so that the ids of the pieces are those of the whole.
+    """
+    with path.open("rb") as file:
+        rest = b""
+        while block := file.read(PIECE_BYTES):
+            rest += block
+            cuts = [found.end() for found in _LINE_END.finditer(rest, max(0, len(rest) - PIECE_BYTES))]
+            if cuts:
+                yield rest[: cuts[-1]], False
+                rest = rest[cuts[-1] :]
+            elif len(rest) > LONGEST_LINE:
+                raise InvalidFile(
+                    f"{path} has more than {LONGEST_LINE >> 20} MiB without a line end where it could be cut; "
+                    "a text needs lines: break it, or write it as documents into a .jsonl file"
+                )
+        yield rest, True
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, its line ends kept as they are."""
+    return decoded(path.read_bytes(), path, 0).removeprefix("\ufeff")
+
+
+def decoded(content: bytes, path: Path, start: int) -> str:
+    """The text of bytes that begin at `start` of a file."""
+    if b"\0" in content:
+        raise InvalidFile(f"{path} is not text: it has a zero byte at {start + content.index(0)}")
+    try:
+        return codecs.decode(content, "utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidFile(
+            f"{path} is not UTF-8 text: byte {start + error.start} is {content[error.start]:#04x}"
+        ) from None
