@@ -1,11 +1,12 @@
 """Decoding: the engine beside `transformers generate`, llama.cpp where it is installed, and plain F.linear.
 
-    python benchmarks/decoding.py [--preset smollm2-135m] [--prompt 64] [--new 24] [--rounds 5]
+    python benchmarks/decoding.py [--preset smollm2-135m] [--prompt 64] [--new 24] [--rounds 5] [--llama PYTHON]
 
-The same random weights, fp32, one process, contestants in turn; greedy ids must be the same. tokens/s and GB/s (the
-weights, once a step) are by the clock between the first new token and the last. Ratios within a round are by the
-clock and by the processor's seconds; the latter hardly hear of other work on the machine. Then the first token beside
-a plain prefill, and what `smolforge generate` takes from Enter to its first token, with imports told apart.
+The same random weights, fp32, contestants in turn, llama.cpp in a process of its own (`make .llama` builds it, and
+`--llama .llama/venv/bin/python` lets it take part) and the others in one; greedy ids must be the same. tokens/s and
+GB/s (the weights, once a step) are by the clock between the first new token and the last. Ratios within a round are by
+the clock and by the processor's seconds; the latter hardly hear of other work on the machine. Then the first token
+beside a plain prefill, and what `smolforge generate` takes from Enter to its first token, with imports told apart.
 """
 
 import argparse
@@ -14,18 +15,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from contest import Contestant
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import BaseStreamer
 
 from smolforge import presets
 from smolforge.checkpoint import weights
 from smolforge.config import Generation, ModelConfig
+from smolforge.export.gguf import to_gguf
 from smolforge.generation.engine import Engine, Request
 from smolforge.generation.packed import packed
 from smolforge.generation.samplers import sampling
@@ -117,6 +120,24 @@ def ours(model: LanguageModel, prompt: list[int], new: int, rows: int, plain: bo
     return run
 
 
+def llama_cpp(running: Contestant) -> Callable[[], Turn]:
+    """llama.cpp, which took the same weights from a .gguf in f32."""
+
+    def run() -> Turn:
+        running.ask("turn")
+        found = running.answer()
+        return turn([*map(tuple, found["at"])], 1, found["ids"])
+
+    return run
+
+
+def exported(model: LanguageModel, folder: Path) -> Path:
+    """A .gguf in f32, with a tokenizer that only fills its place."""
+    weights.save(model, folder / "model", tiny_tokenizer())
+    to_gguf(folder / "model", folder / "model.gguf", "f32")
+    return folder / "model.gguf"
+
+
 def first_token(model: LanguageModel, prompt: list[int], rounds: int) -> list[float]:
     """Times a plain prefill, forward pass and head of the last token, until the engine gives a token; by round."""
     ratios = []
@@ -162,12 +183,24 @@ def agreed(turns: Sequence[Turn], name: str, model: LanguageModel, prompt: list[
                 raise SystemExit(f"{name} differs from the others at new token {place}")
 
 
+def raced(contestants: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[str, list[Turn]]:
+    """Turns of each, the first left out, which allocates."""
+    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, run in contestants.items():
+            found = run()
+            if number:
+                turns[name].append(found)
+    return turns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="smollm2-135m")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama", type=Path, help="interpreter of the environment that has llama-cpp-python")
     asked = parser.parse_args()
     model = build(ModelConfig.model_validate(presets.shape(asked.preset))).eval()
     prompt = torch.randint(3, model.config.vocab_size, (asked.prompt,), generator=torch.Generator().manual_seed(0))
@@ -180,12 +213,14 @@ def main() -> None:
         f"F.linear, {PARALLEL} requests": ours(*given, PARALLEL, True),
         f"smolforge, {PARALLEL} requests": ours(*given, PARALLEL, False),
     }
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for number in range(asked.rounds + 1):
-        for name, run in contestants.items():
-            found = run()
-            if number:  # the first round allocates
-                turns[name].append(found)
+    with ExitStack() as leaving:
+        if asked.llama is not None:
+            scratch = Path(leaving.enter_context(tempfile.TemporaryDirectory()))
+            told = {"file": exported(model, scratch), "threads": torch.get_num_threads(), "prompt": prompt}
+            entrant = Contestant("llama:LlamaCpp", str(asked.llama), scratch / "llama.log", **told, new=asked.new)
+            contestants["llama.cpp, f32"] = llama_cpp(leaving.enter_context(entrant))
+            entrant.answer()
+        turns = raced(contestants, asked.rounds)
     names = list(turns)
     for name in names[1:]:
         agreed([turns[names[0]][0], *turns[name]], name, model, prompt)
@@ -203,8 +238,8 @@ def main() -> None:
             for against, field in ((names[0], "clock"), (names[0], "busy"), ("F.linear", "busy"))
         ]
         print(f"| {name} | {speed:.1f} | {read:.1f} | {' | '.join(map(spread, ratios))} |", flush=True)
-    if not find_spec("llama_cpp"):
-        print("| llama.cpp F32 | not installed: pip install llama-cpp-python | | | | |")
+    if asked.llama is None:
+        print("| llama.cpp, f32 | not asked: make .llama, and --llama .llama/venv/bin/python | | | | |")
     print(f"first token: {spread(first_token(model, prompt, asked.rounds))} times a plain prefill, processor")
     whole, imports = from_enter(model, min(asked.rounds, 3))
     print(f"Enter to first token: {spread(whole)} s, of which imports {spread(imports)} s")

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.engine import CHUNK_TOKENS, Engine, Request
-from smolforge.generation.packed import LEAST_ROWS, Packed, packed
+from smolforge.generation.packed import FEW_ROWS, Packed, packed
 from smolforge.generation.samplers import LogitBias, PresencePenalty, Sampling, sampling
 from smolforge.generation.stream import Writer
 from smolforge.memory import Cache
@@ -258,7 +258,7 @@ def test_greedy_text_equals_transformers_in_a_crowd():
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
     prompts = [torch.randint(3, 320, (length,)).tolist() for length in (3, 11, 20, 7, 1, 40)]
-    engine = Engine(model, LEAST_ROWS + 1, 128)
+    engine = Engine(model, FEW_ROWS + 1, 128)
     for prompt in prompts:
         engine.submit(Request(prompt, GREEDY, 24))
     found, near = run(engine), 0

@@ -68,6 +68,11 @@ class ChatTemplate:
         asked for nothing. Raises as `render_hidden`, and InvalidFile for a template that writes the beginning of a
         conversation differently once it goes on.
         """
+        if any(message.get("tool_calls") for message in messages) and "tool_calls" not in self.source:
+            raise SettingError(
+                "an assistant's message has tool_calls, which the chat template does not write, so they could not be "
+                "learned; use a template that does, or write them into the content"
+            )
         hidden, back = self._hidden(messages, {})
         turns, text, spans = hidden["messages"], "", []
         for place in range(max(first, 1), len(messages)):

@@ -7,34 +7,29 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from smolforge.cli.speech import Draw, drawn, loaded, note, note_lost, visible
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile
-from smolforge.settings import validated
+from smolforge.errors import InvalidFile, SettingError
 
 if TYPE_CHECKING:
     from smolforge.model import LanguageModel
-
-DEFAULTS = Generation()
 
 
 def generate(
     model: str,
     *,
     prompt: str | None = None,
-    max_new_tokens: int = DEFAULTS.max_new_tokens,
-    temperature: float = DEFAULTS.temperature,
-    top_k: int | None = DEFAULTS.top_k,
-    top_p: float | None = DEFAULTS.top_p,
-    min_p: float | None = DEFAULTS.min_p,
-    repetition_penalty: float = DEFAULTS.repetition_penalty,
-    stop: list[str] | None = None,
-    seed: int | None = DEFAULTS.seed,
+    draw: Draw | None = None,
     dtype: str = "float32",
     device: str = "auto",
     random: bool = False,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Continue a text, streaming; or chat, on a terminal, with a model that was taught to.
+    """Continue a text, streaming.
+
+    Without a prompt it is a chat on a terminal, as `smolforge chat` is.
+
+        smolforge generate runs/mine --prompt "Once upon a time" --max-new-tokens 100
 
     Parameters
     ----------
@@ -42,23 +37,7 @@ def generate(
         A Hub id, a model folder, a run folder or one of its checkpoints.
     prompt
         The text to continue; special tokens in it (<|im_end|>) are not parsed but read as plain text. Without
-        one, standard input is read, line by line on a terminal, where a model with a chat template answers.
-    max_new_tokens
-        Longest answer, in tokens.
-    temperature
-        0 takes the likeliest token; 1 samples as the model believes.
-    top_k
-        Sample among this many likeliest tokens.
-    top_p
-        Sample among the likeliest tokens that together hold this much probability.
-    min_p
-        Sample among tokens at least this many times as likely as the likeliest.
-    repetition_penalty
-        Above 1, tokens already seen become less likely.
-    stop
-        A string that ends the text and is no part of it; may be given several times.
-    seed
-        Makes the text repeatable.
+        one, standard input is read, or, on a terminal, a chat begins.
     dtype
         float32, bfloat16, float16 or float64.
     device
@@ -68,56 +47,31 @@ def generate(
     json_
         Print text, token_ids, finish_reason and tokens_per_second as one JSON object.
     """
-    options = validated(
-        Generation,
-        {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": tuple(stop or ()),
-            "seed": seed,
-        },
-    )
-    from smolforge.checkpoint.resolve import load
-    from smolforge.device import pick_device
-    from smolforge.generation.stream import own
+    options = drawn(draw)
+    if prompt is None and sys.stdin.isatty():
+        from smolforge.cli.chat import converse
 
-    loaded = load(model, dtype, str(pick_device(device)), random)
-    own(loaded)
-    if prompt is not None:
-        _answer(loaded, prompt, options, json_)
-    elif not sys.stdin.isatty():
-        _answer(loaded, _piped(), options, json_)
-    elif loaded.tokenizer.template is None:
-        print("Type the beginning of a text; the model goes on. Ctrl-D ends.", file=sys.stderr)
-        while line := _line():
-            _answer(loaded, line, options, json_)
+        if json_:
+            raise SettingError("--json prints one answer, not a chat; give it a --prompt")
+        converse(loaded(model, dtype, device, random), options)
     else:
-        print("Say something; the model answers, and remembers what was said. Ctrl-D ends.", file=sys.stderr)
-        said: list[dict[str, str]] = []
-        while line := _line():
-            said.append({"role": "user", "content": line})
-            said.append({"role": "assistant", "content": _answer(loaded, line, options, json_, said)})
+        ready = loaded(model, dtype, device, random)
+        _continue(ready, _piped() if prompt is None else prompt, options, json_)
 
 
-def _answer(
-    model: "LanguageModel", text: str, options: Generation, json_: bool, said: list[dict[str, str]] | None = None
-) -> str:
-    """Print the continuation of a text as it comes, or the answer to what was `said`, and return it."""
-    from smolforge.generation.stream import join, stream
+def _continue(model: "LanguageModel", text: str, options: Generation, json_: bool) -> None:
+    """Print a text and its continuation as it comes, or all that there is to say of it as JSON."""
+    from smolforge.generation.stream import join, own, stream
 
-    if lost := model.tokenizer.lost_bytes(text):
-        print(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})", file=sys.stderr)
+    note_lost(own(model).lost_bytes(text))
+    show = visible if sys.stdout.isatty() else str
     begun, pieces = time.perf_counter(), []
-    if not json_ and said is None:
-        print(text, end="", flush=True)
-    for piece in stream(model, text if said is None else said, **options.model_dump()):
+    if not json_:
+        print(show(text), end="", flush=True)
+    for piece in stream(model, text, **options.model_dump()):
         pieces.append(piece)
         if not json_:
-            print(piece.text, end="", flush=True)
+            print(show(piece.text), end="", flush=True)
     whole = join(pieces)
     if json_:
         rate = len(whole.token_ids) / (time.perf_counter() - begun)
@@ -125,9 +79,7 @@ def _answer(
     else:
         print()
     if whole.finish_reason == "length" and len(whole.token_ids) < options.max_new_tokens:
-        limit = model.config.max_position_embeddings
-        print(f"(stopped at the end of the model's context, {limit:,} tokens)", file=sys.stderr)
-    return whole.text
+        note(f"(stopped at the end of the model's context, {model.config.max_position_embeddings:,} tokens)")
 
 
 def _piped() -> str:
@@ -136,13 +88,3 @@ def _piped() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidFile(f"standard input is not UTF-8 text: {error}") from None
-
-
-def _line() -> str:
-    """The next line typed that is not empty; nothing at the end of input."""
-    try:
-        while not (line := input("> ")):
-            pass
-    except EOFError:
-        return ""
-    return line

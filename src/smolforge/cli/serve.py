@@ -6,9 +6,6 @@ import sys
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from smolforge.errors import MissingResource, SettingError
 
@@ -25,12 +22,16 @@ def serve(
     slots: int = 8,
     context: int | None = None,
     queue: int = 64,
-    cors_origin: Annotated[list[str] | None, Parameter(negative="")] = None,
+    cors_origin: list[str] | None = None,
     dtype: str = "float32",
     device: str = "auto",
     threads: int | None = None,
 ) -> None:
-    """Answer OpenAI's clients over HTTP. The variable SMOLFORGE_API_KEY is the key they need; without it, none is.
+    """Answer OpenAI's clients over HTTP: completions and chats, several at a time.
+
+    The variable SMOLFORGE_API_KEY is the key they need; without it, none is. A page to chat with is at /.
+
+        smolforge serve runs/mine --port 8000
 
     Parameters
     ----------
@@ -129,7 +130,7 @@ def told(host: str, port: int, name: str, keyed: bool, chats: bool) -> str:
         call = 'client.completions.create(model="%s", prompt="Once upon a time", max_tokens=64)'
         said = "choices[0].text"
     body = f'{{{ask}, "max_tokens": 64}}'.replace("'", "'\\''")
-    return f"""{name} is served at {url}/v1
+    return f"""{name} is served at {url}/v1, and to be talked to at {url}/
 
 curl {url}/v1/{route} -H "Content-Type: application/json"{header} -d '{body}'
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from smolforge.cli.board import Board, packed
 from smolforge.config import Optim, Recipe, Train
-from smolforge.recipe.plan import Plan
+from smolforge.recipe.plan import Plan, learning
 from smolforge.training import State
 
 PLAIN_SECONDS = 10
@@ -73,8 +73,9 @@ class Display:
         self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
         self.board = Board(self.progress)
 
-    def preparing(self, counts: dict[str, int]) -> None:
-        self.say(corpus_line(counts))
+    def preparing(self, counts: dict[str, int], source: str = "") -> None:
+        """What is done of the text, or of one source of a mixture."""
+        self.say(f"{source}: {corpus_line(counts)}" if source else corpus_line(counts))
 
     def referring(self, pairs: int, of: int) -> None:
         """What is read before the first step: a bar on a terminal, else a line when it is done."""
@@ -151,7 +152,8 @@ def figures(metrics: dict[str, Any]) -> list[str]:
 
 
 def corpus_line(counts: dict[str, int]) -> str:
-    return f"tokenised {counts['documents']:,} documents, {counts['bytes'] / 1e6:.1f} MB, {counts['tokens']:,} tokens"
+    documents = f"{counts['documents']:,} document{'s' * (counts['documents'] != 1)}"
+    return f"tokenised {documents}, {counts['bytes'] / 1e6:.1f} MB, {counts['tokens']:,} tokens"
 
 
 def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
@@ -160,8 +162,9 @@ def plan_lines(recipe: Recipe, plan: Plan, start: State) -> list[str]:
     micro = math.ceil(recipe.train.rows / recipe.train.micro_rows)
     batch = f"{recipe.train.rows} x {recipe.train.sequence_length} tokens"
     steps = f"{start.step:,} to {recipe.train.steps:,}" if start.step else f"{recipe.train.steps:,}"
+    updates = f"; low-rank updates of {learning(recipe):,} learn" if recipe.lora.rank is not None else ""
     said = {
-        "parameters": f"{sum(plan.parameters.values()):,} ({shape})",
+        "parameters": f"{sum(plan.parameters.values()):,} ({shape}){updates}",
         "steps": f"{steps} of {batch}" + (f", {micro} micro-batches each" if micro > 1 else ""),
         "schedule": schedule_line(recipe.optim),
         "arithmetic": arithmetic_line(recipe.train),
@@ -190,8 +193,10 @@ def schedule_line(optim: Optim) -> str:
     if schedule.warmup_steps:
         parts.append(f"warm-up over {schedule.warmup_steps:,} steps")
     if schedule.decay:
-        over = f"the last {schedule.decay_steps:,}" if schedule.decay_steps else "all after the warm-up"
-        parts.append(f"{schedule.decay} decay over {over} of {schedule.steps:,} to {schedule.final_learning_rate:g}")
+        assert schedule.steps is not None and isinstance(schedule.warmup_steps, int), "settled"
+        steps = schedule.decay_steps or schedule.steps - schedule.warmup_steps
+        over = f"the last {steps:,} of {schedule.steps:,} steps"
+        parts.append(f"{schedule.decay} decay over {over} to {schedule.final_learning_rate:g}")
     return ", ".join(parts)
 
 

@@ -12,6 +12,7 @@ Axes: b batch, t tokens, c hidden, v vocabulary.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal, NamedTuple
 
 import torch
@@ -82,17 +83,25 @@ class Row:
 
 
 class Engine:
-    """`slots` sequences at a time, each of at most `capacity` tokens; others wait their turn."""
+    """`slots` sequences at a time, each of at most `capacity` tokens; others wait their turn.
 
-    def __init__(self, model: LanguageModel, slots: int, capacity: int) -> None:
+    One that `remembers` does not read again what a request, being alone, begins with as the last one that left.
+    Its tokens then are the same to rounding only, so it is for those who talk alone.
+    """
+
+    def __init__(self, model: LanguageModel, slots: int, capacity: int, remembers: bool = False) -> None:
         self.model = model
         self.network: Network = model
         self.slots, self.capacity = slots, min(capacity, model.config.max_position_embeddings)
-        self.cache = Cache(model.config, slots, self.capacity, model.head)
+        self.nothing = model.head.new_empty((0, model.config.hidden_size))  # of the model's dtype and device
+        self.cache = Cache(model.config, slots, self.capacity, self.nothing)
         self.waiting: deque[Row] = deque()
         self.reading: Row | None = None
         self.answering: list[Row] = []
         self.submitted = 0
+        self.remembers = remembers
+        self.remembered: list[int] = []
+        """The tokens that the first slot has, until it is used again."""
 
     def submit(self, request: Request) -> int:
         """The number that its tokens will carry. Raises SettingError for a prompt that is empty or too long."""
@@ -103,8 +112,7 @@ class Engine:
             raise SettingError(f"the prompt has {length:,} tokens; this model takes {self.capacity:,} with its answer")
         generator = torch.Generator()
         generator.manual_seed(generator.seed() if request.seed is None else request.seed)
-        nothing = self.model.head.new_empty((0, self.model.config.hidden_size))
-        row = Row(self.submitted, request, list(request.prompt), generator, nothing)
+        row = Row(self.submitted, request, list(request.prompt), generator, self.nothing)
         self.waiting.append(row)
         self.submitted += 1
         return row.number
@@ -142,15 +150,24 @@ class Engine:
             tokens = self._answer() if self.answering else []
             if self.reading is None and self.waiting and self.used_slots < self.slots:
                 self.reading = self.waiting.popleft()
+                self.reading.read = self._known(self.reading)
             return tokens + (self._read(self.reading) if self.reading else [])
         except BaseException:
             self.clear()
             raise
 
+    def _known(self, row: Row) -> int:
+        """How many of its first tokens the cache has already; never the last, whose state says what follows."""
+        remembered, self.remembered = self.remembered, []
+        if not self.remembers or self.answering or row.request.echo:
+            return 0
+        pairs = zip(remembered, row.request.prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
     def _answer(self) -> list[Token]:
         """The next token of each answer, all in one pass."""
         self.network = packed(self.model) if self.network is self.model else self.network
-        device, rows = self.model.head.device, list(self.answering)
+        device, rows = self.nothing.device, list(self.answering)
         ids = torch.tensor([[row.seen[-1]] for row in rows], device=device)
         positions = torch.tensor([[row.read] for row in rows], device=device)
         hidden = self.network.hidden(ids, positions, self.cache.at(positions))
@@ -161,7 +178,7 @@ class Engine:
 
     def _read(self, row: Row) -> list[Token]:
         """The next chunk of a prompt, and after its end the first token of the answer."""
-        device, prompt = self.model.head.device, row.request.prompt
+        device, prompt = self.nothing.device, row.request.prompt
         chunk = prompt[row.read : row.read + CHUNK_TOKENS]
         positions = torch.arange(row.read, row.read + len(chunk), device=device)[None]
         window = self.cache.at(positions, first=len(self.answering))
@@ -206,6 +223,8 @@ class Engine:
 
     def _leave(self, row: Row) -> None:
         """Free a slot: the last answer takes it, and the prompt being read takes that one's."""
+        if self.used_slots == 1:
+            self.remembered = row.seen[: row.read]
         if row is self.reading:
             self.reading = None
             return

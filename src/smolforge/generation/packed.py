@@ -1,15 +1,18 @@
-"""A model's matrices in the order in which a processor multiplies a few tokens by them.
+"""A model's matrices as a processor multiplies a few tokens by them.
 
-    LanguageModel -> packed -> Packed        q, k, v in one product; bias-free Llama in fp32 on a processor
+    LanguageModel -> packed -> Packed        q, k, v in one product; bias-free Llama in fp32 on a processor, or of
+                                             integers (integers.py)
                             -> the model     everything else
 
 A step of decoding reads every weight once, so memory's speed is its limit, and torch's own product of one row
-reads well below it. oneDNN's kernels come near it, from a layout of their own, as soon as there are four rows:
-so rows are added until there are. Measured in docs/performance.md.
+reads well below it. MKL's batched product comes near it for one row or two, given a matrix as a batch of its blocks;
+oneDNN's kernels for more, from a layout of their own. Measured in docs/performance.md.
 
-Axes: b batch, t tokens, r rows at least `LEAST_ROWS`, c in, n out, v vocabulary.
+Axes: b batch, t tokens, r rows, c in, n out, v vocabulary.
 """
 
+import math
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,10 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smolforge.memory import Heads, KeyHeads, Memory
+from smolforge.generation.integers import Kernel, has_kernel
+from smolforge.memory import Memory
 from smolforge.model import MLP, Attention, Hidden, LanguageModel, RMSNorm, rotary, rotate
+from smolforge.quantized import Integers, QuantizedLinear
 
-LEAST_ROWS = 4
+FEW_ROWS = 2
+"""That are multiplied by blocks; from three on the packed layout is as fast or faster."""
 MATRICES = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -28,6 +34,8 @@ MATRICES = (
 """Of a layer."""
 ROWS_HINT = 16
 """What the layout is chosen for: 4 to 64 rows choose the same, one row another that is slower."""
+MOST_BLOCKS = 8
+"""Enough for as many threads; 2 to 32 are equally fast on two."""
 
 
 @runtime_checkable
@@ -40,18 +48,44 @@ class Network(Protocol):
 
 
 class Matrix:
-    """Matrices (n c) that share their input, as one, in oneDNN's layout."""
+    """Matrices (n c) that share their input, as one; copied only when more than a few rows meet it."""
 
     def __init__(self, *weights: Float[Tensor, "_ c"]) -> None:
-        together = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(together.detach(), ROWS_HINT)
+        self.weights = [each.detach() for each in weights]
 
     def __call__(self, x: Float[Tensor, "... c"], then: str = "none") -> Float[Tensor, "... n"]:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, then, [], "")
+        if not few(x):
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, then, [], "")
+        found = self.by_blocks(x)
+        return F.silu(found) if then == "swish" else found
 
     def with_other(self, x: Float[Tensor, "... c"], other: Float[Tensor, "... n"], how: str) -> Float[Tensor, "... n"]:
         """The product plus (add) or times (mul) another of its shape."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, how)
+        if not few(x):
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, None, how)
+        return self.by_blocks(x).add_(other) if how == "add" else self.by_blocks(x).mul_(other)
+
+    def by_blocks(self, x: Float[Tensor, "... c"]) -> Float[Tensor, "... n"]:
+        found = [by_blocks(x.flatten(0, -2), weight) for weight in self.weights]
+        return (found[0] if len(found) == 1 else torch.cat(found, -1)).unflatten(0, x.shape[:-1])
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """In oneDNN's layout."""
+        together = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights)
+        return torch.ops.mkldnn._reorder_linear_weight(together, ROWS_HINT)
+
+
+def few(x: Float[Tensor, "... c"]) -> bool:
+    """Whether there are so few rows that blocks are faster, where there is what makes them so."""
+    return x.numel() <= FEW_ROWS * x.shape[-1] and torch.backends.mkl.is_available()
+
+
+def by_blocks(x: Float[Tensor, "r c"], weight: Float[Tensor, "n c"]) -> Float[Tensor, "r n"]:
+    """x @ weight.T, the matrix as a batch of blocks of its rows."""
+    blocks = math.gcd(len(weight), MOST_BLOCKS)
+    parts = weight.view(blocks, -1, weight.shape[1])
+    return torch.bmm(parts, x.T.expand(blocks, -1, -1)).flatten(0, 1).T
 
 
 class Block:
@@ -61,12 +95,12 @@ class Block:
         attention, mlp = layer.self_attn, layer.mlp
         self.head_size = attention.head_size
         self.before, self.between = layer.input_layernorm, layer.post_attention_layernorm
-        self.qkv = Matrix(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        self.qkv = laid_out(attention.q_proj, attention.k_proj, attention.v_proj)
         self.keys = attention.k_proj.out_features // self.head_size
-        self.out = Matrix(attention.o_proj.weight)
-        self.gate, self.up, self.down = (Matrix(each.weight) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.out = laid_out(attention.o_proj)
+        self.gate, self.up, self.down = (laid_out(each) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
-    def __call__(self, x: Hidden, angles: tuple[Tensor, Tensor], memory: "Rows", number: int) -> Hidden:
+    def __call__(self, x: Hidden, angles: tuple[Tensor, Tensor], memory: Memory, number: int) -> Hidden:
         heads = self.qkv(normed(self.before, x)).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         q_and_k, v = heads[:, : -self.keys], heads[:, -self.keys :]
         turned = rotate(q_and_k, angles)
@@ -76,48 +110,30 @@ class Block:
         return self.down.with_other(self.up.with_other(y, self.gate(y, "swish"), "mul"), x, "add")
 
 
+def laid_out(*layers: Any) -> Matrix | Kernel:
+    """Linear layers, all of one kind, or an embedding whose rows are outputs, as one matrix."""
+    return Kernel(*layers) if isinstance(layers[0], Integers) else Matrix(*(each.weight for each in layers))
+
+
 class Packed:
-    """A Network that says what its model says, to rounding. It holds a copy of the matrices as they were."""
+    """A Network that says what its model says, to rounding, as long as its weights stay as they are."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.config, self.embedding = model.config, model.model.embed_tokens
         self.blocks, self.norm = [Block(layer) for layer in model.model.layers], model.model.norm
-        self.head = Matrix(model.head)
+        self.head = laid_out(model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head)
 
     def hidden(self, ids: Int[Tensor, "b t"], positions: Int[Tensor, "#b t"], memory: Memory) -> Hidden:
         """Final states of each token."""
-        rows, added = len(ids), added_rows(*ids.shape)
-        ids, positions = (F.pad(each, (0, 0, 0, added)) for each in (ids, positions.expand(rows, -1)))
         x = self.embedding(ids)
-        angles, memory = rotary(self.config, positions, x.dtype), Rows(memory, rows, added)
+        angles = rotary(self.config, positions, x.dtype)
         for number, block in enumerate(self.blocks):
             x = block(x, angles, memory, number)
-        return normed(self.norm, x)[:rows]
+        return normed(self.norm, x)
 
     def logits(self, hidden: Float[Tensor, "*n c"]) -> Float[Tensor, "*n v"]:
         """The head on states of any number of tokens."""
-        states = hidden.flatten(0, -2)
-        added = F.pad(states, (0, 0, 0, added_rows(len(states), 1)))
-        return self.head(added)[: len(states)].unflatten(0, hidden.shape[:-1])
-
-
-class Rows:
-    """A memory that hears of the first rows alone; the added ones attend to nothing."""
-
-    def __init__(self, memory: Memory, rows: int, added: int) -> None:
-        self.memory, self.rows, self.added = memory, rows, added
-
-    def attend(self, layer: int, q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None) -> Heads:
-        if not self.added:
-            return self.memory.attend(layer, q, k, v, window)
-        q, k, v = (each[: self.rows] for each in (q, k, v))
-        found = self.memory.attend(layer, q, k, v, window)
-        return F.pad(found, (0, 0, 0, 0, 0, 0, 0, self.added))
-
-
-def added_rows(rows: int, length: int) -> int:
-    """Rows of so many tokens to add, for a product to have `LEAST_ROWS` tokens."""
-    return max(0, -(-LEAST_ROWS // length) - rows) if rows else 0
+        return self.head(hidden)
 
 
 def normed(norm: Any, x: Hidden) -> Hidden:
@@ -140,10 +156,15 @@ def packable(model: LanguageModel) -> bool:
         and type(layer.mlp) is MLP
         and type(layer.input_layernorm) is type(layer.post_attention_layernorm) is RMSNorm
         and type(layer.self_attn.q_norm) is nn.Identity
-        and all(type(layer.get_submodule(name)) is nn.Linear for name in MATRICES)
+        and all(multiplies(layer.get_submodule(name)) for name in MATRICES)
         for layer in layers
     )
     return plain and type(model.model.norm) is RMSNorm and not _hooked(model)
+
+
+def multiplies(layer: nn.Module) -> bool:
+    """Whether it is a product and nothing else, of a matrix that can be laid out."""
+    return type(layer) is nn.Linear or (type(layer) is QuantizedLinear and layer.bias is None and has_kernel(layer))
 
 
 def _hooked(model: LanguageModel) -> bool:

@@ -3,7 +3,7 @@
 `generate`, `stream`, chat and the server are readers of the engine through `Writer`; none has a loop of its own.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from smolforge.generation.engine import Engine, FinishReason, Request, Token
 from smolforge.generation.samplers import Sampling, sampling
 from smolforge.model import LanguageModel
 from smolforge.settings import validated
-from smolforge.tokenizer import IncrementalDecoder, Tokenizer
+from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer.incremental import IncrementalDecoder
 
 Prompt = str | list[dict[str, str]]
 """A text to go on with, or messages to answer."""
@@ -146,6 +147,31 @@ class Writer:
                 if piece.finish_reason is not None:
                     self.cancel(token.row)
                 yield token.row, piece
+
+
+class Voice:
+    """One answer after another from one cache: what a prompt begins with as the last did is not read again."""
+
+    def __init__(self, model: LanguageModel, capacity: int) -> None:
+        self.tokenizer = own(model)
+        self.writer = Writer(Engine(model, 1, capacity, remembers=True), self.tokenizer)
+        self.capacity = self.writer.engine.capacity
+
+    def stream(
+        self, prompt: Sequence[int], options: Generation, stopped: Callable[[], bool] = lambda: False
+    ) -> Generator[Piece, None, None]:
+        """The answer to a prompt, as it comes, given up between two tokens when it is to be `stopped`.
+
+        Raises as `stream`.
+        """
+        request = Request(prompt, sampling(options), options.max_new_tokens, self.tokenizer.eos_id, options.seed)
+        number = self.writer.submit(request, options.stop)
+        try:
+            while self.writer.engine.busy and not stopped():
+                for _, piece in self.writer.step():
+                    yield piece
+        finally:
+            self.writer.cancel(number)
 
 
 def pieces(model: LanguageModel, prompts: Sequence[Prompt], options: Generation) -> Iterator[tuple[int, Piece]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from smolforge.generation.engine import Scores, Token
 from smolforge.generation.stream import Piece
-from smolforge.tokenizer import IncrementalDecoder, Tokenizer, byte_symbols
+from smolforge.tokenizer import Tokenizer, byte_symbols
+from smolforge.tokenizer.incremental import IncrementalDecoder
 
 LEAST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON has no number for; OpenAI's."""

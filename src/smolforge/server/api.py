@@ -1,4 +1,4 @@
-"""The routes: OpenAI's, those that lm-evaluation-harness and operators need, and room for a page at /.
+"""The routes: OpenAI's, those that lm-evaluation-harness and operators need, and the page at /.
 
 `application` makes them of a model that is loaded; nothing here keeps state but the desk.
 """
@@ -6,6 +6,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp
 from smolforge import __version__
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation import engine
+from smolforge.server import page
 from smolforge.server.answers import DONE, Answer, Words, event
 from smolforge.server.desk import Desk, Job, Ticket
 from smolforge.server.errors import Refused, of_validation
@@ -134,7 +136,7 @@ class Service:
         if room < (most > 0):
             raise Refused(
                 400,
-                f"this model's context is {self.context:,} tokens, and the prompt has {len(prompt):,}; "
+                f"this model's maximum context length is {self.context:,} tokens, and the prompt has {len(prompt):,}; "
                 "shorten it, so that there is room for an answer",
                 "messages" if isinstance(asked, Chat) else "prompt",
                 "context_length_exceeded",
@@ -186,6 +188,7 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
     openai_routes(app, service)
     token_routes(app, service)
     operator_routes(app, service, metrics)
+    page_routes(app)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -236,11 +239,13 @@ def token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     def tokenize(asked: Tokenize) -> dict[str, Any]:
-        """Token ids of a text, in which special tokens are plain text, or of messages."""
+        """Token ids of a text, in which special tokens are plain text unless one is the whole of it, or of messages."""
         service.check_name(asked.model)
         if asked.messages is not None:
             opened = asked.add_generation_prompt is not False
             ids = service.chat_ids(asked.messages, add_generation_prompt=opened)
+        elif asked.prompt in service.tokenizer.special.known:  # how lm-evaluation-harness asks for the id of one
+            ids = service.tokenizer.encode_with_special_tokens(asked.prompt)
         else:
             ids = service.tokenizer.encode(asked.prompt or "")
         return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
@@ -282,3 +287,9 @@ def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
+
+
+def page_routes(app: FastAPI) -> None:
+    """The page's files, which are no part of the interface."""
+    for route in page.FILES:
+        app.get(route, include_in_schema=False)(partial(page.respond, route))

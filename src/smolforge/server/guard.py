@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from smolforge.server import page
 from smolforge.server.errors import Broken, Refused
 from smolforge.server.metrics import Metrics
 
 log = logging.getLogger("smolforge.server")
-PUBLIC = ("/", "/health")
-"""Routes that need no key: the page, which asks for one, and the sign of life."""
+PUBLIC = ("/health", *page.FILES)
+"""Routes that need no key: the sign of life, and the page, which asks for one."""
 BODY_SECONDS = 30.0
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")

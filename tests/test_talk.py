@@ -1,0 +1,560 @@
+"""A conversation on a terminal: what is typed, answered, stopped, kept, forgotten and shown."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolforge import cli
+from smolforge.chat import CHATML
+from smolforge.checkpoint import weights
+from smolforge.cli import keyboard
+from smolforge.cli.speech import Draw, drawn, note, visible
+from smolforge.cli.talk import Talk, speed
+from smolforge.config import Data, Generation
+from smolforge.data.conversations import messages_of
+from smolforge.data.reading import documents
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.generation.stream import Piece, Voice, generate
+from smolforge.testing import tiny_model
+
+GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
+
+
+def taught(**shape):
+    model = tiny_model(**shape)
+    model.tokenizer.settings["chat_template"] = CHATML
+    model.tokenizer.template = model.tokenizer._chat_template()
+    return model
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.fixture
+def talk():
+    return Talk(taught(max_position_embeddings=512), Generation(**GREEDY))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model that was taught to chat, and one that was not."""
+    path = tmp_path_factory.mktemp("models")
+    for name, model in (("taught", taught(max_position_embeddings=512)), ("base", tiny_model())):
+        weights.save(model, path / name, model.tokenizer)
+    return path
+
+
+class Typed:
+    """A terminal at which these lines are typed; a signal in their place comes while it waits."""
+
+    def __init__(self, *lines):
+        self.lines = iter(lines)
+
+    def isatty(self):
+        return True
+
+    def readline(self):
+        line = next(self.lines, None)
+        if isinstance(line, signal.Signals):
+            signal.raise_signal(line)
+            time.sleep(1)
+        return "" if line is None else line + "\n"
+
+
+@pytest.fixture
+def chat(folders, monkeypatch, capsys):
+    """Chat with a model by typing lines; gives (exit code, standard output, standard error)."""
+
+    def call(*lines, model="taught", flags=(), verb="chat"):
+        monkeypatch.setattr("sys.stdin", Typed(*lines))
+        code = cli.run([verb, str(folders / model), "--temperature", "0", "--max-new-tokens", "6", *flags])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_integers_and_a_gguf_talk(small, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Typed("the model", "and a token"))
+    assert cli.run(["chat", str(small), "--temperature", "0", "--max-new-tokens", "6"]) == 0
+    said = capsys.readouterr()
+    assert "base model" not in said.err
+    assert said.out.strip()
+
+
+# What the model is shown
+
+
+def watched(voice):
+    """How many tokens each answer's model was given beyond its own."""
+    engine, read = voice.writer.engine, []
+    first = engine._read
+    engine._read = lambda row: read.append(len(row.request.prompt) - row.read) or first(row)
+    return read
+
+
+def test_a_turn_reads_only_what_is_new_and_says_the_same():
+    """As the whole conversation does, read from its beginning; but for ties within 1e-4, where rounding chooses."""
+    model, options, ties = taught(max_position_embeddings=512), Generation(**GREEDY), 0
+    voice = Voice(model, 512)
+    read = watched(voice)
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 320, (40,), generator=draw).tolist()
+    for number in range(12):
+        found = [token for piece in voice.stream(prompt, options) for token in piece.token_ids]
+        (alone,) = generate_ids(model, [prompt], options)
+        if found != alone:
+            place = next(place for place, pair in enumerate(zip(found, alone, strict=True)) if pair[0] != pair[1])
+            with torch.no_grad():
+                top = model(torch.tensor([prompt + alone[:place]]))[0, -1].topk(2).values
+            assert top[0] - top[1] < 1e-4
+            ties += 1
+        new = torch.randint(3, 320, (10,), generator=draw).tolist()
+        prompt = prompt + found + new if number % 3 else prompt[:20] + new  # every third says something else
+    assert ties <= 1
+    assert read[0] == 40
+    assert all(count <= 11 for count in read[1:]), "what was there is not read again"
+
+
+def generate_ids(model, prompts, options):
+    from smolforge.generation.stream import pieces_behind
+
+    rows = [[] for _ in prompts]
+    for row, piece in pieces_behind(model, prompts, options):
+        rows[row] += piece.token_ids
+    return rows
+
+
+def test_what_was_stopped_or_failed_is_not_taken_for_read(monkeypatch):
+    model, options = taught(), Generation(**GREEDY)
+    voice = Voice(model, 128)
+    prompt, expected = [5, 6, 7, 8, 9], generate_ids(model, [[5, 6, 7, 8, 9]], options)[0]
+    begun = voice.stream(prompt, options)
+    next(begun)
+    begun.close()
+    assert not voice.writer.engine.busy
+    with monkeypatch.context() as patch:
+        patch.setattr(voice.writer.engine, "network", None)
+        with pytest.raises(AttributeError):
+            list(voice.stream([5, 6, 1], options))
+    assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
+    count = iter(range(100))
+    given_up = list(voice.stream([*prompt, 11], options, lambda: next(count) >= 3))
+    assert all(piece.finish_reason is None for piece in given_up)
+    assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
+
+
+def test_an_answer_is_that_to_the_whole_conversation(talk, capsys):
+    talk.system("be brief")
+    talk.say("the model")
+    talk.say("a token")
+    said = [turn("system", "be brief"), *talk.said]
+    for place in (2, 4):
+        (expected,) = generate(talk.voice.writer.engine.model, [said[:place]], **GREEDY)
+        assert said[place]["content"] == expected.text
+    shown = capsys.readouterr()
+    assert "".join(each["content"] + "\n" for each in said if each["role"] == "assistant") == shown.out
+    talk.retry("")
+    assert talk.said == said[1:]
+
+
+def test_the_oldest_turns_go_whole_and_are_kept_to_be_saved(talk, capsys):
+    talk.capacity = 256
+    shown, real = [], talk.tokenizer.chat
+    talk.tokenizer.chat = lambda messages: shown.append(messages) or real(messages)
+    talk.system("s")
+    for number in range(20):
+        talk.say(f"{number} the model reads a token")
+        ids = real(shown[-1])
+        assert len(ids) <= talk.capacity - GREEDY["max_new_tokens"]
+        assert [each["role"] for each in shown[-1]] == ["system", *["user", "assistant"] * 20][: len(shown[-1])]
+        assert shown[-1][1:] == talk.said[len(talk.said) - len(shown[-1]) : -1]
+    assert len(talk.said) == 40
+    notes = re.findall(r"no longer shown the first (\d+) messages", capsys.readouterr().err)
+    assert 2 <= len(notes) <= 5, "not with every turn"
+    assert all(int(a) < int(b) for a, b in pairwise(notes))
+    assert int(notes[-1]) == talk.forgotten
+    talk.clear("")
+    talk.say("the model")
+    assert shown[-1] == [turn("system", "s"), turn("user", "the model")]
+
+
+def test_an_answer_that_never_began_leaves_no_trace(talk):
+    talk.say("the model")
+    before = list(talk.said)
+    talk.voice.stream = lambda *_: []
+    talk.say("a token")
+    assert talk.said == before
+
+
+def test_what_cannot_be_answered_changes_nothing(talk):
+    talk.say("the model")
+    before = list(talk.said)
+    with pytest.raises(SettingError, match="this model takes 512 with its answer"):
+        talk.say("a " * 600)
+    assert (talk.said, talk.forgotten) == (before, 0)
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "given"),
+    [
+        ("temperature", "-1", -1.0),
+        ("top_p", "3", 3.0),
+        ("top_p", "nan", float("nan")),
+        ("top_k", "0", 0),
+        ("max_new_tokens", "0", 0),
+        ("min_p", "2", 2.0),
+        ("repetition_penalty", "0", 0.0),
+        ("seed", "-5", -5),
+    ],
+)
+def test_set_refuses_in_the_words_of_flags(talk, name, value, given):
+    with pytest.raises(SettingError) as by_flag:
+        drawn(Draw(**{name: given}))
+    with pytest.raises(SettingError) as by_command:
+        talk.set(f"{name} {value}")
+    assert re.sub(r"\.0\b", "", str(by_flag.value)) == re.sub(r"\.0\b", "", str(by_command.value))
+    assert talk.options == Generation(**GREEDY)
+
+
+def test_set_takes_what_flags_take(talk, capsys):
+    for line in ("temperature 0.5", "top-k=7", "--seed 3", "top_p none", "stop a,b", "max_new_tokens = 9"):
+        talk.set(line)
+    assert talk.options == Generation(temperature=0.5, top_k=7, seed=3, top_p=None, stop=("a", "b"), max_new_tokens=9)
+    talk.set("stop none")
+    assert talk.options.stop == ()
+    talk.set('stop ["x,y"]')
+    assert talk.options.stop == ("x,y",)
+    capsys.readouterr()
+    talk.set("")
+    shown = capsys.readouterr().err
+    for line in shown.splitlines():
+        talk.set(line)  # what it shows, it takes
+    assert len(shown.splitlines()) == len(Generation.model_fields)
+    assert talk.options.stop == ("x,y",)
+    talk.set("top_k")
+    assert "top_k is 7; it may be a whole number above 0, or none" in capsys.readouterr().err
+    for wrong, says in (("temprature 1", "Did you mean temperature?"), ("temperature x", "temperature is 'x'; it sh")):
+        with pytest.raises(SettingError, match=re.escape(says)):
+            talk.set(wrong)
+
+
+def test_saved_is_loaded_and_learned_from(talk, tmp_path):
+    talk.system("be brief\u2028\u00e9")
+    talk.say("a\nb <|im_end|>")
+    talk.say("7")
+    file = tmp_path / "talk.jsonl"
+    talk.save(str(file))
+    whole = [turn("system", "be brief\u2028\u00e9"), *talk.said]
+    assert json.loads(file.read_text()) == {"messages": whole}
+    (document,) = documents(str(file), Data(format="chat"))
+    assert messages_of(document) == (whole, 0)
+    other = Talk(talk.voice.writer.engine.model, Generation(**GREEDY))
+    other.load(str(file))
+    assert (other.told, other.said) == (talk.told, talk.said)
+    for each in (talk, other):
+        each.say("more")
+    assert other.said == talk.said
+    other.save("")
+    assert len(json.loads(file.read_text())["messages"]) == 7
+    with pytest.raises(SettingError, match="is there already; /save takes a name that is new"):
+        Talk.save(other, str(Path(__file__)))
+
+
+def test_a_question_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
+    (tmp_path / "one.json").write_text('{"messages": [\n{"role": "user", "content": "the model"}]}')
+    talk.forgotten = 2
+    talk.load(str(tmp_path / "one.json"))
+    assert talk.forgotten == 0
+    assert "/retry gives one" in capsys.readouterr().err
+    talk.retry("")
+    assert [each["role"] for each in talk.said] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"{", "is not one JSON object"),
+        (b'{"messages": []}\n{"messages": []}', "is not one JSON object"),
+        (b"[" * 100_000, "is not one JSON object"),
+        (b"[]", "is no conversation"),
+        (b'{"messages": []}', "has no message in it"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', "the role 'robot'"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "is a number; it should be text"),
+        (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', "plain JSON values"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_and_changes_nothing(talk, tmp_path, content, says):
+    talk.say("the model")
+    before = list(talk.said)
+    if content is not None:
+        (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises((InvalidFile, SettingError), match=says):
+        talk.load(str(tmp_path / "x.jsonl"))
+    assert (talk.said, talk.file) == (before, None)
+
+
+def test_a_system_message_that_the_template_refuses_is_taken_back(talk, tmp_path):
+    def refuses(messages):
+        raise SettingError("the chat template says: no system")
+
+    talk.tokenizer.chat = refuses
+    with pytest.raises(SettingError, match="no system"):
+        talk.system("be brief")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [turn("system", "s"), turn("user", "x")]}))
+    with pytest.raises(SettingError, match="no system"):
+        talk.load(str(tmp_path / "x.jsonl"))
+    assert (talk.told, talk.said) == (None, [])
+
+
+def test_commands_that_are_none_or_come_too_early(chat):
+    code, out, err = chat(
+        "/sytem x", "/retry", "/save", "/save x.jsonl", "/load", "", " /a path", "/help", "/exit", "x"
+    )
+    assert code == 0
+    for says in (
+        "there is no command /sytem. Did you mean /system?",
+        "nothing was said yet",
+        "/save needs the name",
+        "no conversation yet to save",
+        "/load needs the name",
+        "Ctrl-C stops an answer",
+    ):
+        assert says in err
+    assert err.count("tokens/s") == 1, "a path behind a space is a message"
+    assert out.count("> ") == 9
+
+
+# What is typed
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["one"], "one"),
+        (["one\\", "two\\", "", "x"], "one\ntwo\n"),
+        (['"""', "one", "", '"two"', '"""'], 'one\n\n"two"'),
+        (['"""one', 'two"""'], "one\ntwo"),
+        (['"""one"""'], "one"),
+        (["\udcff"], "\ufffd"),
+    ],
+)
+def test_messages_of_several_lines(monkeypatch, lines, message):
+    monkeypatch.setattr("sys.stdin", Typed(*lines))
+    assert keyboard.message() == message.strip("\n")
+
+
+def test_a_base_model_goes_on_with_each_text_by_itself(chat, folders):
+    code, out, err = chat("the model", "/save x.jsonl", "/system x", "/retry", model="base")
+    assert code == 0
+    from smolforge.checkpoint.resolve import load
+
+    (expected,) = generate(load(str(folders / "base")), ["the model"], temperature=0, max_new_tokens=6)
+    assert out.count(f"the model{expected.text}\n") == 2
+    assert "This is a base model" in err
+    assert err.count("there is no conversation with a base model") == 2
+
+
+def test_generate_without_a_prompt_is_the_same(chat):
+    timeless = [re.sub(r"[\d.]+ (tokens/s|s;)", "", each) for each in chat("the model", verb="generate")[1:]]
+    assert timeless == [re.sub(r"[\d.]+ (tokens/s|s;)", "", each) for each in chat("the model")[1:]]
+    code, _, err = chat(verb="generate", flags=["--json"])
+    assert (code, "give it a --prompt" in err) == (2, True)
+
+
+# Signals
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat, monkeypatch):
+    from smolforge.generation.engine import Engine
+
+    steps, real = [], Engine.step
+
+    def step(engine):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    code, _, err = chat("the model", "/set max_new_tokens 3", "a token")
+    assert code == 0
+    assert "(4 tokens, " in err
+    assert "; stopped)" in err
+    assert "(3 tokens, " in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_twice_breaks_into_a_step_that_does_not_end(chat, monkeypatch):
+    from smolforge.generation.engine import Engine
+
+    real = Engine.step
+
+    def step(engine):
+        if engine.submitted == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return real(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    code, _, err = chat("the model", "a token")
+    assert (code, err.count("(stopped)"), err.count("(6 tokens, ")) == (0, 1, 1)
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_second_time(chat):
+    code, out, err = chat(signal.SIGINT, "the model", signal.SIGINT, signal.SIGINT, "never heard")
+    assert code == 0
+    assert err.count("Ctrl-C again") == 2
+    assert err.count("(6 tokens, ") == 1
+    assert out.count("> ") == 4
+
+
+def test_sigterm_ends_it(chat):
+    code, _, err = chat(signal.SIGTERM, "never heard")
+    assert code == 130
+    assert "tokens" not in err
+
+
+# What is shown
+
+
+@given(st.text())
+def test_nothing_that_moves_a_terminal_is_shown(text):
+    shown = visible(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
+    if text.isprintable():
+        assert shown == text
+
+
+@settings(max_examples=20)
+@given(st.lists(st.text(st.sampled_from("\x1b[2J\r\x07\x9b\u202ea\n"), max_size=4), min_size=1))
+def test_no_control_character_of_an_answer_reaches_the_terminal(parts):
+    talk = Talk(MODEL, Generation(**GREEDY))
+    talk.voice.stream = lambda *_: [Piece(part, (), None) for part in parts]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        talk._spoken([5], "")
+    assert out.getvalue() == visible("".join(parts)) + "\n"
+    assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
+
+
+MODEL = taught()
+
+
+def test_the_speed_is_that_behind_the_first_tokens():
+    assert speed(10.0, [12.0, 12.5, 13.0]) == "3 tokens, 2.0 tokens/s, the first after 2.00 s"
+    assert speed(10.0, [12.0, 12.0, 13.0]) == "3 tokens, 1.0 tokens/s, the first after 2.00 s"
+    assert speed(10.0, [10.5]) == "1 token, the first after 0.50 s"
+    assert speed(10.0, []) == "no token"
+
+
+@pytest.mark.parametrize(
+    ("environment", "dim"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_notes_are_dim_where_that_is_wanted(monkeypatch, environment, dim):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", screen)
+    for name, value in ({"NO_COLOR": None, "TERM": "xterm"} | environment).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    note("said")
+    assert screen.getvalue() == ("\x1b[2msaid\x1b[0m\n" if dim else "said\n")
+
+
+# On a real terminal
+
+SLOW = """
+import os, sys, time
+os.open(os.ttyname(0), os.O_RDWR)  # in a session of its own, the first terminal opened is the one that sends signals
+from smolforge.generation.engine import Engine
+step = Engine.step
+Engine.step = lambda engine: time.sleep(0.02) or step(engine)
+from smolforge.cli import main
+main(sys.argv[1:])
+"""
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *words):
+        self.leader, follower = pty.openpty()
+        environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *map(str, words)], stdin=follower, stdout=follower, stderr=follower,
+            env=environment | {"TERM": "xterm"}, start_new_session=True,
+        )  # fmt: skip
+        os.close(follower)
+        self.seen = ""
+
+    def until(self, pattern, seconds=60):
+        """What came up to the end of a pattern."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.seen, re.DOTALL)):
+            assert select.select([self.leader], [], [], max(0, end - time.monotonic()))[0], self.seen
+            try:
+                self.seen += os.read(self.leader, 1 << 16).decode()
+            except OSError:  # how Linux says that the other side has closed
+                raise AssertionError(self.seen) from None
+        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return before
+
+    def type(self, keys):
+        os.write(self.leader, keys.encode())
+
+    def end(self):
+        """The exit code, and what was still said."""
+        rest = self.seen
+        try:
+            while piece := os.read(self.leader, 1 << 16):
+                rest += piece.decode()
+        except OSError:
+            pass
+        os.close(self.leader)
+        return self.process.wait(20), rest
+
+
+def test_on_a_real_terminal(folders, tmp_path):
+    pytest.importorskip("readline")
+    file = tmp_path / "talk.jsonl"
+    terminal = Terminal("chat", folders / "taught", "--temperature", "0", "--max-new-tokens", "400", "--device", "cpu")
+    terminal.until("Say something.*> ")
+    terminal.type("the mogel\x1b[D\x1b[D\x7fd\r")  # a slip, and two steps back to mend it
+    terminal.until("2004l\r..")  # readline is done, and the answer has begun
+    terminal.type("\x03")
+    assert "\x1b[2m(" in terminal.until(r"stopped\).*> "), "dim, where colours are"
+    terminal.type("/set max_new_tokens 3\r")
+    terminal.until("> ")
+    terminal.type("\x1b[200~one\ntwo\x1b[201~\r")
+    terminal.until(r"\(3 tokens, .*> ")
+    terminal.type("\x1b[A\x1b[A\x1b[A\r")  # three lines ago
+    terminal.until(r"\(3 tokens, .*> ")
+    terminal.type(f"/save {file}\r")
+    terminal.until("wrote 6 messages.*> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-C again.*> ")
+    terminal.type("\x04")
+    assert terminal.end()[0] == 0
+    said = json.loads(file.read_text())["messages"]
+    assert [each["content"] for each in said[::2]] == ["the model", "one\ntwo", "the model"]
+    assert said[1]["content"], "what was said before it was stopped"
