@@ -147,3 +147,20 @@ def test_wrong_words(folder, tmp_path, capsys, words, said):
 def test_presets_have_nothing_to_hand_on(tmp_path):
     with pytest.raises(SettingError):
         to_transformers("smollm2-nano", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "words", "said"),
+    [
+        ("gguf", ["--dtype", "bfloat16"], "--dtype is not for --to gguf, which takes --type, --text"),
+        ("transformers", ["--type", "q8_0"], "--type is not for --to transformers"),
+        ("transformers", ["--public"], "--public is not for --to transformers"),
+        ("adapter", ["--max-shard-size", "1GB"], "--max-shard-size is not for --to adapter, which takes no more"),
+        ("space", ["--scores", "a.json"], "--scores is not for --to space, which takes --dtype, --license"),
+        ("hub", ["--embedding", "bfloat16"], "--embedding is not for --to hub"),
+        ("int8", ["--dry-run"], "--dry-run is not for --to int8"),
+    ],
+)
+def test_a_flag_that_says_nothing_is_refused(tmp_path, capsys, to, words, said):
+    assert cli.run(["export", "nothing", "--to", to, "--out", str(tmp_path / "out"), *words]) == 2
+    assert said in capsys.readouterr().err

@@ -8,6 +8,7 @@ import peft
 import pytest
 import tomli_w
 import torch
+from children import train_until
 from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,16 +17,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from smolforge import cli, load, lora, train
-from smolforge.checkpoint import adapter, state, weights
+from smolforge.checkpoint import adapter, resolve, state, weights
 from smolforge.config import Lora
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.packed import packed
 from smolforge.loss import loss_sum
 from smolforge.model import build
 from smolforge.recipe.plan import learning
-from smolforge.recipe.read import to_recipe
+from smolforge.recipe.read import read_recipe, to_recipe
 from smolforge.testing import in_child, tiny_config, tiny_model
-from smolforge.testing.processes import die
 
 TARGETS = Lora().targets
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of Transformers
@@ -134,6 +134,11 @@ def test_peft_says_the_same_and_learns_the_same(base):
 
 
 def test_a_run_its_files_and_peft(recipe, base, tmp_path, capsys):
+    code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run")
+    assert (code, f"; low-rank updates of {learning(read_recipe(recipe)):,} learn" in " ".join(err.split())) == (
+        0,
+        True,
+    )
     run = train(recipe, tmp_path / "run")
     newest = state.all_of(run.folder)[-1]
     ids = torch.arange(24)[None]
@@ -151,23 +156,56 @@ def test_a_run_its_files_and_peft(recipe, base, tmp_path, capsys):
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
     torch.testing.assert_close(theirs(ids).logits, merged(ids), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(load(tmp_path / "out")(ids), merged(ids), atol=1e-5, rtol=1e-5)
+    assert load(tmp_path / "out").tokenizer.fingerprint == merged.tokenizer.fingerprint
     code, _, err = call(capsys, "export", base, "--to", "adapter", "--out", tmp_path / "none")
     assert code == 2
     assert "was not trained with --lora.rank" in err
     assert call(capsys, "generate", tmp_path / "out", "--prompt", "a")[0] == 0
 
 
-def killed_after(recipe: Path, run: Path, step: int) -> None:
-    from smolforge.recipe.workshop import Silent
+def change_one(file: Path) -> None:
+    found = load_file(file)
+    name = next(iter(found))
+    save_file(found | {name: found[name] + 1}, file)
 
-    class Observer(Silent):
-        def stepped(self, metrics):
-            if metrics["step"] == step:
-                die()
 
-    from smolforge.recipe import resume_or_start
+def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, capsys):
+    """It speaks as it was tuned, is exported whole, verified once it is, and begins another run, low-rank or not."""
+    chats = tmp_path / "chats.jsonl"
+    said = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text(json.dumps({"messages": said}))
+    talking = ("--data.sources", chats, "--data.format", "chat", "--data.held-out", 0, "--train.steps", 2)
+    code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", *talking)
+    assert code == 0, err
+    out = tmp_path / "adapter"
+    assert call(capsys, "export", tmp_path / "run", "--to", "adapter", "--out", out)[0] == 0
+    ours = load(out)
+    assert ours.tokenizer.template is not None and load(base).tokenizer.template is None
+    code, _, err = call(capsys, "verify", out, "--out", tmp_path / "v.json")
+    assert (code, "export --to transformers makes one" in err) == (2, True)
+    assert call(capsys, "export", out, "--to", "transformers", "--out", tmp_path / "whole")[0] == 0
+    ids = torch.arange(24)[None]
+    assert torch.equal(load(tmp_path / "whole")(ids), ours(ids))
+    said = json.loads((tmp_path / "whole" / "generation_config.json").read_text())
+    assert said["eos_token_id"] == ours.tokenizer.eos_id != load(base).tokenizer.eos_id
+    still = ("--optim.learning-rate", 1e-9, "--optim.schedule.final-learning-rate", 1e-10)
+    begun = ("train", recipe, "--init-from", out, "--tokenizer", out, *talking, *still)
+    for name, rank in (("full", "none"), ("low", 2)):
+        code, _, err = call(capsys, *begun, "--run", tmp_path / name, "--lora.rank", rank)
+        assert code == 0, err
+        torch.testing.assert_close(load(tmp_path / name)(ids), ours(ids), atol=1e-4, rtol=1e-4)
+    change_one(out / adapter.WEIGHTS)
+    code, _, err = call(capsys, *begun, "--run", tmp_path / "low", "--lora.rank", 2)
+    assert (code, "whose weights are others now" in err) == (3, True), err
 
-    resume_or_start(recipe, run, {}, observer=Observer())
+
+def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
+    train(recipe, tmp_path / "run", steps=4)
+    asked = []
+    known = resolve.fingerprint
+    monkeypatch.setattr(resolve, "fingerprint", lambda model: asked.append(model) or known(model))
+    train(recipe, tmp_path / "run", steps=5)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5, "name": "muon"}])
@@ -175,7 +213,7 @@ def test_killed_and_resumed_to_the_bit(recipe, tmp_path, changes):
     tree = recipe.read_text().replace("[optim]", f"[optim]\n{tomli_w.dumps(changes)}")
     recipe.write_text(tree)
     whole = train(recipe, tmp_path / "whole")
-    assert in_child(killed_after, recipe, tmp_path / "parts", 6) == -9
+    assert in_child(train_until, 6, recipe, tmp_path / "parts", {}) == -9
     parts = train(recipe, tmp_path / "parts")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, parts.model.state_dict()[name]), name
@@ -203,6 +241,7 @@ def test_another_base_is_noticed(recipe, base, tmp_path, capsys):
     [
         ({"lora.targets": "q_proj,wq"}, "lora.targets has 'wq'; the linear layers of this model are q_proj"),
         ({"lora.rank": 0}, "lora.rank is"),
+        ({"lora.rank": 1000}, "lora.rank is 1000; no matrix of lora.targets has a higher one than"),
         ({"init_from": "none"}, "name one with init_from"),
         ({"special_tokens": "<a>"}, "need an embedding that learns"),
     ],
@@ -223,6 +262,7 @@ def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, sai
         ({"r": "4"}, "r is '4'"),
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"base_model_name_or_path": None}, "does not say which model"),
+        ({"base_model_name_or_path": "SELF"}, "names itself as the model it changes"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
     ],
@@ -231,6 +271,8 @@ def test_adapters_that_compute_something_else_are_refused(base, tmp_path, change
     settings = Lora(rank=4, targets=("q_proj",))
     model = load(base)
     lora.adapt(model, settings, 0)
+    if change.get("base_model_name_or_path") == "SELF":
+        change = {"base_model_name_or_path": str(tmp_path / "a")}
     adapter.write(tmp_path / "a", adapter.settings_of(settings, str(base)) | change, lora.adapters(model))
     with pytest.raises((InvalidFile, SettingError), match=said):
         load(tmp_path / "a")

@@ -460,6 +460,7 @@ def test_moments_of_others_are_refused(tmp_path, recipe_file, corpus, more, said
     first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False) | more)
     with pytest.raises(InvalidFile, match=f"{said} beside AdamW's moments.* leave init_moments out"):
         train(recipe_file, tmp_path / "second", **settings(corpus, init_from=str(first.folder)))
+    assert not (tmp_path / "second").exists(), "before any text is prepared"
 
 
 def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, recipe_file, corpus):

@@ -43,7 +43,8 @@ class LowRank(nn.Module):
 def adapt(model: nn.Module, settings: Lora, seed: int) -> None:
     """Make the linear layers that `targets` name low-rank, and let nothing else of the model learn.
 
-    A is drawn as peft draws it, uniform within 1 / sqrt(inputs). Raises SettingError for a target there is none of.
+    A is drawn as peft draws it, uniform within 1 / sqrt(inputs). Raises SettingError for a target there is none of, or
+    a rank that none of them can have.
     """
     assert settings.rank is not None
     for weight in model.parameters():
@@ -55,14 +56,17 @@ def adapt(model: nn.Module, settings: Lora, seed: int) -> None:
             raise SettingError(
                 f"lora.targets has {shown(target)}; the linear layers of this model are {', '.join(known)}"
             )
+    chosen = {name: module for name, module in linear.items() if last(name) in settings.targets}
+    highest = max(min(module.weight.shape) for module in chosen.values())
+    if settings.rank > highest:
+        raise SettingError(f"lora.rank is {settings.rank}; no matrix of lora.targets has a higher one than {highest}")
     generator = torch.Generator().manual_seed(seed)
-    for name, module in linear.items():
-        if last(name) in settings.targets:
-            made = LowRank(module, settings.rank, settings.alpha)
-            bound = 1 / math.sqrt(module.in_features)
-            drawn = torch.empty(made.lora_A.shape).uniform_(-bound, bound, generator=generator)
-            made.lora_A.data.copy_(drawn)
-            put(model, name, made)
+    for name, module in chosen.items():
+        made = LowRank(module, settings.rank, settings.alpha)
+        bound = 1 / math.sqrt(module.in_features)
+        drawn = torch.empty(made.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        made.lora_A.data.copy_(drawn)
+        put(model, name, made)
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from smolforge.activations import Through, plainly
 from smolforge.config import ModelConfig
 from smolforge.experts import Balance, Experts
 from smolforge.memory import Causal, Memory
+from smolforge.quantized import Scheme
 
 Hidden = Float[Tensor, "b t c"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
@@ -183,6 +184,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None  # a Tokenizer, where the model was loaded with one
+        self.scheme: Scheme | None = None  # of its matrices, where they are integers
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -3,7 +3,6 @@
 Written into every checkpoint that trains one; read as a MODEL, merged into the base it names.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -67,11 +66,18 @@ def base_of(folder: Path) -> str:
     name, revision = content.get("base_model_name_or_path"), content.get("revision")
     if not isinstance(name, str) or not name:
         raise InvalidFile(f"{folder / CONFIG} does not say which model it changes (base_model_name_or_path)")
+    if Path(name).resolve() == folder.resolve():
+        raise InvalidFile(f"{folder / CONFIG} names itself as the model it changes (base_model_name_or_path)")
     return f"{name}@{revision}" if revision and hub.is_id(name) else name
 
 
 def apply(model: LanguageModel, folder: Path) -> None:
     """Merge the adapter of a folder into its base. Raises InvalidFile, naming file and key, for what does not fit."""
+    if model.scheme is not None:
+        raise InvalidFile(
+            f"{folder / CONFIG} changes {base_of(folder)}, which holds integers; "
+            "let base_model_name_or_path there name the model that was made from"
+        )
     content, values = read_json(folder / CONFIG), read(folder)
     check_settings(content, folder / CONFIG)
     ranks = {name.rpartition(".")[0]: value.shape[0] for name, value in values.items() if name.endswith(lora.A)}
@@ -124,12 +130,3 @@ def fill(model: LanguageModel, values: dict[str, Tensor], path: Path) -> None:
         raise InvalidFile(f"{path} and the model do not agree on {unlike[0]}")
     for name, weight in wanted.items():
         weight.copy_(values[name])
-
-
-def fingerprint(folder: Path) -> str:
-    """What identifies the weights of a base model."""
-    digest = hashlib.sha256()
-    for path in weights.files(folder):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smolforge import own
+from smolforge.checkpoint import quantization
 from smolforge.config import ModelConfig
 from smolforge.config.model import PARTS
 from smolforge.errors import InvalidFile
@@ -118,6 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> ModelConfig:
     """The shape a config.json describes; `rope_theta` is read in its old and its new place."""
     content = dict(content)
+    quantization.take(content, path)
     if "auto_map" in content:
         raise InvalidFile(f"{path} asks for code of its own (auto_map), which is never run; only {_known()} load")
     classes = _take_own_classes(content, path)

@@ -65,7 +65,7 @@ def fetch(model_id: str, wanted: Sequence[str] | None = None) -> Path:
             if folder is None:
                 raise
             if isinstance(error, HTTPError):
-                log.warning("%s comes from the cache as it is: %s", model_id, _reason(error))
+                log.warning("%s comes from the cache as it is: %s", model_id, reason(error))
             return folder
         return _download(model_id, listing, wanted)
     except (InvalidFile, MissingResource):
@@ -138,7 +138,7 @@ def _unreachable(error: Exception) -> bool:
     return not isinstance(error, HfHubHTTPError) or error.response.status_code in download.BUSY
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Why the Hub did not do it, in a few words."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -179,7 +179,7 @@ def _sentence(error: BaseException, model_id: str) -> Exception:
             )
         case errors.HTTPError():
             return MissingResource(
-                f"{model_id} is no folder here, and as a model on the Hub it cannot be downloaded: {_reason(error)}; "
+                f"{model_id} is no folder here, and as a model on the Hub it cannot be downloaded: {reason(error)}; "
                 "the same command goes on from where it was"
             )
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:

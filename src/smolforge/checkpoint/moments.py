@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,11 +16,13 @@ FILE = f"{state.TRAINING}/{state.OPTIMIZER}"
 
 
 def check_there(folder: Path) -> None:
-    """Raises InvalidFile where a model's folder has no moments; they are not read."""
+    """Raises InvalidFile where a model's folder has no moments of AdamW; they are not read."""
     if nanotron.is_checkpoint(folder):
         nanotron.optimizer.files(folder)
     elif not (folder / FILE).is_file():
         raise InvalidFile(f"{folder} has no moments to go on with ({FILE}); leave init_moments out")
+    else:
+        check_names(folder)
 
 
 def read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -36,14 +38,18 @@ def read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 def of_checkpoint(folder: Path) -> dict[str, Tensor]:
     """Those of a checkpoint of ours, held to its manifest."""
     commit.check(folder, [FILE])
+    return load_file(folder / FILE)
+
+
+def check_names(folder: Path) -> None:
+    """Raises InvalidFile where a checkpoint's file is broken, or has more than what AdamW remembers."""
     try:
-        found = load_file(folder / FILE)
+        with safe_open(folder / FILE, "pt") as file:
+            other = {name.partition(".")[0] for name in file.keys()} - {*MOMENTS, STEP}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{folder / FILE} cannot be read: {error}") from None
-    other = {name.partition(".")[0] for name in found} - {*MOMENTS, STEP}
     if other:
         raise InvalidFile(
             f"{folder / FILE} has {min(other)} beside AdamW's moments; what another optimizer or an average made "
             "can be begun from, but not gone on with: leave init_moments out"
         )
-    return found

@@ -1,5 +1,6 @@
-"""MODEL, the same everywhere: a folder of a model or an adapter, a run or one of its steps, a preset, a Hub id."""
+"""MODEL, the same everywhere: a folder of a model or an adapter, a .gguf, a run or one of its steps, preset, Hub id."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -8,11 +9,12 @@ from pathlib import Path
 import torch
 
 from smolforge import commit, presets
-from smolforge.checkpoint import adapter, hub, nanotron, state, weights
+from smolforge.checkpoint import adapter, hub, llama_cpp, nanotron, quantization, state, weights
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
-from smolforge.model import LanguageModel, build
+from smolforge.model import LanguageModel, build, outline
 from smolforge.own import admit
+from smolforge.quantized import Scheme
 from smolforge.tokenizer import FILES, Tokenizer
 
 log = logging.getLogger("smolforge")
@@ -43,12 +45,10 @@ def load(
     if adapter.is_adapter(folder):
         loaded = load(adapter.base_of(folder), dtype)
         adapter.apply(loaded, folder)
-    elif nanotron.is_checkpoint(folder):
-        loaded = nanotron.load(folder, dtype)
     else:
-        loaded = weights.load(folder, dtype)
-    if (folder / "tokenizer.json").is_file():
-        loaded.tokenizer = Tokenizer.load(folder)
+        loaded = weights_of(folder, dtype)
+    if (its_own := tokenizer_of(folder)) is not None:
+        loaded.tokenizer = its_own
         if loaded.tokenizer.largest_id >= loaded.config.vocab_size:
             raise InvalidFile(
                 f"the tokenizer of {folder} has ids up to {loaded.tokenizer.largest_id:,}, the model only "
@@ -57,8 +57,22 @@ def load(
     return loaded.to(device).eval()
 
 
+def weights_of(folder: Path, dtype: torch.dtype) -> LanguageModel:
+    """The model in what `find` found, which is no adapter; without its tokenizer."""
+    if llama_cpp.is_file(folder):
+        return llama_cpp.load(folder, dtype)
+    return nanotron.load(folder, dtype) if nanotron.is_checkpoint(folder) else weights.load(folder, dtype)
+
+
+def tokenizer_of(folder: Path) -> Tokenizer | None:
+    """The tokenizer in what `find` found; None where there is none."""
+    if llama_cpp.is_file(folder):
+        return llama_cpp.read_tokenizer(folder)
+    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+
+
 def find(model: str | Path) -> Path:
-    """The folder with config.json that a MODEL means; of a run, its newest sound checkpoint.
+    """The folder with config.json that a MODEL means, or its .gguf; of a run, its newest sound checkpoint.
 
     What exists here comes before a preset, and that before the Hub, whose files are downloaded. Where there is
     a manifest, the files a reader of the model needs are held to it, and no others.
@@ -66,6 +80,8 @@ def find(model: str | Path) -> Path:
     path = Path(model)
     if path.is_file() and path.name in (weights.WEIGHTS, weights.INDEX):
         path = path.parent
+    if llama_cpp.is_file(path):
+        return path
     if (path / "checkpoints").is_dir():
         newest = state.newest_sound(path, log.warning, READ)
         if newest is None:
@@ -77,7 +93,7 @@ def find(model: str | Path) -> Path:
         hub.refuse_pickled(str(path), [file.name for file in path.iterdir()])
         return path
     if path.exists():
-        raise InvalidFile(f"{path} is not a model folder")
+        raise InvalidFile(f"{path} is neither a model folder nor a .gguf")
     if _on_hub(model):
         return hub.fetch(str(model))
     if path.is_symlink():
@@ -97,9 +113,54 @@ def read_config(model: str | Path) -> ModelConfig:
     folder = hub.fetch(str(model), [weights.CONFIG]) if _on_hub(model) else find(model)
     if adapter.is_adapter(folder):
         return read_config(adapter.base_of(folder))
+    if llama_cpp.is_file(folder):
+        return llama_cpp.read_config(folder)
     if nanotron.is_checkpoint(folder):
         return nanotron.read_config(folder)
     return weights.read_config(folder / weights.CONFIG)
+
+
+def is_derived(folder: Path) -> bool:
+    """Whether a MODEL's folder has to be worked on before it is one of Hugging Face's: an adapter, or nanotron's."""
+    return adapter.is_adapter(folder) or nanotron.is_checkpoint(folder)
+
+
+def plain(folder: Path) -> Path:
+    """The folder of the model that an adapter changes; any other folder itself."""
+    return plain(find(adapter.base_of(folder))) if adapter.is_adapter(folder) else folder
+
+
+def fingerprint(model: str | Path) -> str:
+    """What identifies the weights of a MODEL."""
+    digest = hashlib.sha256()
+    for path in weight_files(find(model)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that decide a model's weights; of an adapter also those of its base."""
+    if adapter.is_adapter(folder):
+        return [*weight_files(find(adapter.base_of(folder))), folder / adapter.CONFIG, folder / adapter.WEIGHTS]
+    if llama_cpp.is_file(folder):
+        return [folder]
+    return nanotron.files(folder) if nanotron.is_checkpoint(folder) else weights.files(folder)
+
+
+def read_scheme(model: str | Path) -> Scheme | None:
+    """How the matrices of a MODEL that is here are kept as integers; None where they are not."""
+    folder = find(model) if Path(model).exists() else None
+    if folder is None or is_derived(folder) or llama_cpp.is_file(folder):
+        return None
+    return weights.read_scheme(folder)
+
+
+def weight_bytes(config: ModelConfig, scheme: Scheme | None, dtype: torch.dtype = torch.float32) -> int:
+    """What the weights of a shape take, everything that is no integer nor its scale in this dtype."""
+    model = weights.laid(outline(config), scheme)
+    kept = quantization.dtypes(model)
+    return sum(each.numel() * kept.get(name, dtype).itemsize for name, each in model.named_parameters())
 
 
 def pinned(model: str) -> str:
@@ -110,10 +171,24 @@ def pinned(model: str) -> str:
 
 
 def tokenizer(name: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, a tokenizer.json, a run or a model on the Hub. Raises InvalidFile for none."""
+    """The tokenizer of a folder, tokenizer.json, .gguf, run or a model on the Hub. Raises InvalidFile for none."""
     if _on_hub(name):
         return Tokenizer.load(hub.fetch(str(name), FILES))
-    return Tokenizer.load(find(name) if (Path(name) / "checkpoints").is_dir() else name)
+    path = Path(name)
+    if not path.is_dir() and not llama_cpp.is_file(path):
+        return Tokenizer.load(name)
+    found = with_tokenizer(find(name))
+    inside = tokenizer_of(found)
+    if inside is None:
+        raise InvalidFile(f"{found} has no tokenizer" + (" in it" if found.is_file() else ".json"))
+    return inside
+
+
+def with_tokenizer(found: Path) -> Path:
+    """Where a model's tokenizer is, in what `find` found: of an adapter that has none, in its base."""
+    if adapter.is_adapter(found) and not (found / "tokenizer.json").is_file():
+        return with_tokenizer(find(adapter.base_of(found)))
+    return found
 
 
 def _about_preset(name: str) -> str:

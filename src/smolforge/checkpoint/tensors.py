@@ -18,6 +18,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int32: "I32",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",

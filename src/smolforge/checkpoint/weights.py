@@ -7,7 +7,7 @@ model.safetensors.index.json lists.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from smolforge import quantized
+from smolforge.checkpoint import quantization
 from smolforge.checkpoint import tensors as tensor_file
 from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFile, SettingError
 from smolforge.lora import folded
 from smolforge.model import LanguageModel, allocate, outline
+from smolforge.quantized import Scheme
 from smolforge.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
@@ -37,11 +40,27 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
     Raises InvalidFile, naming file and key, for anything missing, unknown or of another shape.
     """
-    config = read_config(folder / CONFIG)
+    config, scheme = read_config(folder / CONFIG), read_scheme(folder)
     with Tensors(folder) as tensors:
-        check_names(tensors, config)
-        model = allocate(config, dtype)
+        check_names(tensors, config, scheme)
+        model = laid(allocate(config, dtype), scheme)
         fill(model, tensors)
+    quantization.check(model, folder)
+    return model
+
+
+def read_scheme(folder: Path) -> Scheme | None:
+    """How a folder's matrices are kept as integers; None where they are not."""
+    return quantization.take(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def laid(model: LanguageModel, scheme: Scheme | None) -> LanguageModel:
+    """The model with layers of integers where a file's scheme has them. Raises InvalidFile where it cannot be meant."""
+    if scheme is not None:
+        try:
+            quantized.lay(model, scheme)
+        except SettingError as error:
+            raise InvalidFile(f"{CONFIG} has a {quantization.KEY} that does not fit the model: {error}") from None
     return model
 
 
@@ -87,18 +106,27 @@ class Tensors:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.open.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self.get(name)
+
+    def get(self, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
+        """A tensor of one of these dtypes. Raises InvalidFile where it holds another."""
         try:
             found = self.open[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise InvalidFile(f"{self.source} cannot be read: {error}") from None
-        if found.dtype not in DTYPES:
-            kind = str(found.dtype).removeprefix("torch.")
-            raise InvalidFile(f"{self.source}: {name} holds {kind}; quantised weights are not read here")
+        if found.dtype not in dtypes:
+            kind, wanted = (str(each).removeprefix("torch.") for each in (found.dtype, dtypes[0]))
+            rule = (
+                "quantised weights are read only as export has them" if dtypes is DTYPES else f"it should hold {wanted}"
+            )
+            raise InvalidFile(f"{self.source}: {name} holds {kind}; {rule}")
         return found
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises InvalidFile where one is missing, or there are none."""
+    """The safetensors files of a model folder, or the .gguf it is. Raises InvalidFile where one is missing."""
+    if folder.is_file():
+        return [folder]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -127,14 +155,14 @@ def read_index(index: Path) -> dict[str, str]:
     return listed
 
 
-def check_names(tensors: Tensors, config: ModelConfig) -> None:
+def check_names(tensors: Tensors, config: ModelConfig, scheme: Scheme | None = None) -> None:
     """Hold the tensors of the files to those of the model, before anything is allocated."""
     found, where = tensors.shapes(), tensors.source
     count = tensor_count(config)
     if count > 2 * len(found) + 64:  # before so many names are made
         raise InvalidFile(f"{where} has {len(found):,} tensors where config.json makes it {count:,}")
-    wanted = dict(wanted_shapes(config))
-    optional = {HEAD} if config.tie_word_embeddings else set()
+    wanted = dict(wanted_shapes(config, scheme))
+    optional = {HEAD} if config.tie_word_embeddings and EMBEDDING in wanted else set()
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - optional)
     if missing:
         raise InvalidFile(f"{where} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}")
@@ -159,18 +187,19 @@ def tensor_count(config: ModelConfig) -> int:
     return count
 
 
-def wanted_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+def wanted_shapes(config: ModelConfig, scheme: Scheme | None = None) -> Iterator[tuple[str, Shape]]:
     """(name on disk, shape) of every tensor of a model."""
-    for name, weight in outline(config).named_parameters():
+    for name, weight in laid(outline(config), scheme).named_parameters():
         yield from ((each, tuple(place.shape)) for each, place in parts(name, weight, config))
 
 
 @torch.no_grad()
 def fill(model: LanguageModel, tensors: Tensors) -> None:
-    """Copy the files' values into the model's parameters, whatever the dtypes."""
+    """Copy the files' values into the model's parameters: integers and their scales as they are, others as they fit."""
+    kept = quantization.dtypes(model)
     for name, weight in model.named_parameters():
         for each, place in parts(name, weight, model.config):
-            place.copy_(tensors[each])
+            place.copy_(tensors.get(each, (kept[each],) if each in kept else DTYPES))
 
 
 def parts(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
@@ -188,7 +217,11 @@ def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
 
 def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every tensor of a model file, by its name on disk, as it is written."""
-    return {name: each.to(dtype or each.dtype).cpu().contiguous() for name, each in named_tensors(model).items()}
+    kept = quantization.dtypes(model)
+    return {
+        name: each.to(kept.get(name, dtype) or each.dtype).cpu().contiguous()
+        for name, each in named_tensors(model).items()
+    }
 
 
 def save(
@@ -207,7 +240,7 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_tensors(model, dtype)
-    save_settings(folder, model.config, tokenizer, dtype or model.head.dtype, special, generation)
+    save_settings(folder, model.config, tokenizer, dtype or model.head.dtype, special, generation, model.scheme)
     shards = cut(tensors, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
@@ -225,6 +258,7 @@ def save_settings(
     dtype: torch.dtype,
     special: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
+    scheme: Scheme | None = None,
 ) -> None:
     """Write everything of a model folder but its weights."""
     special = {
@@ -233,7 +267,8 @@ def save_settings(
         **({"pad_token_id": tokenizer.pad_id} if tokenizer and tokenizer.pad_id is not None else {}),
         **(special or {}),
     }
-    said = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    said: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    said |= {} if scheme is None else {quantization.KEY: quantization.said(scheme)}
     _write_json(folder / CONFIG, to_hugging_face(config) | special | said)
     _write_json(folder / GENERATION, special | (generation or {}))
     if tokenizer:

@@ -1,27 +1,52 @@
 """`smolforge export`."""
 
+import inspect
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from smolforge.errors import SettingError
+from smolforge.cli.quantize import quantize
+from smolforge.errors import InvalidFile, SettingError
 
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+_FOLDER = ("dtype", "max_shard_size", "license", "scores")
+FLAGS = {
+    "transformers": _FOLDER,
+    "adapter": (),
+    "gguf": ("type", "text"),
+    "int8": ("embedding", "text"),
+    "int4": ("group_size", "embedding", "text"),
+    "hub": (*_FOLDER, "public", "replace", "dry_run"),
+    "space": ("dtype", "license"),
+}
+"""What each form takes beside MODEL, --to, --out and --json."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def export(
     model: str,
     *,
-    to: Literal["transformers", "adapter"],
+    to: Literal["transformers", "adapter", "gguf", "int8", "int4", "hub", "space"],
     out: Path,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    type_: Annotated[GgufType, Parameter(name="--type")] = "f16",
+    group_size: int | None = None,
+    embedding: Literal["int8", "bfloat16"] = "int8",
+    text: Path | None = None,
+    license_: Annotated[str, Parameter(name="--license")] = "apache-2.0",
+    scores: Path | None = None,
+    public: bool = False,
+    replace: bool = False,
+    dry_run: bool = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Hand a model on, checked by a round trip.
+
+        smolforge export runs/mine --to gguf --type q8_0 --out mine.gguf
 
     Parameters
     ----------
@@ -29,23 +54,61 @@ def export(
         A Hub id, a model folder, a run folder or one of its checkpoints.
     to
         transformers: a clean folder that AutoModelForCausalLM loads, with tokenizer and chat template; it appears
-        only if Transformers says the same with it. adapter: what training with --lora.rank learned, for peft.
+        only if Transformers says the same with it, and has a card. adapter: what training with --lora.rank learned,
+        for peft. gguf: one file for llama.cpp, with tokenizer and chat template; it appears only if it reads back as
+        meant. int8 and int4: the weights as integers, in a folder that every command reads, with a table of size, loss
+        and speed. hub: the clean folder, as a repository. space: an app to talk to it, here or on the Hub.
     out
-        The folder to write; it must not be there yet.
+        The folder to write, or the .gguf; it must not be there yet. Of hub: org/name.
     dtype
         float32, bfloat16 or float16; by default as the files have it.
     max_shard_size
         Largest weights file, as 500MB or 2GB; more than that is cut into several.
+    type_
+        Of a .gguf: how its matrices are kept. q8_0 and q4_0 are blocks of 32 with 8 and 4 bits a number.
+    group_size
+        Of int4: how many neighbouring weights share a scale, 32 or 64; by default 32.
+    embedding
+        Of int8 and int4: embedding and head as int8 too, or as they are, in bfloat16, which Transformers and vLLM read.
+    text
+        Of gguf, int8 and int4: a file to measure the loss on, before and after; by default int8 and int4 take what a
+        run held out.
+    license_
+        What the card says of the licence, by the Hub's name for it. SmolLM2's own is apache-2.0.
+    scores
+        What `evaluate MODEL --json` printed, for the card; it has what was measured while training anyway.
+    public
+        Of hub: for everyone to see. Without it the repository is private.
+    replace
+        Of hub: let this take the place of other files there; the repository's history keeps them.
+    dry_run
+        Of hub: show files and card, and send nothing.
     json_
         Print files, max_abs_logit_diff and greedy_match as one JSON object.
     """
+    _refuse_others(to, locals())
     largest = _bytes(max_shard_size)
+    if to in ("int8", "int4"):
+        quantize(model, 8 if to == "int8" else 4, out, group_size, embedding, text, json_)
+        return
     if to == "adapter":
         _adapter(model, out, json_)
         return
+    if to == "gguf":
+        _gguf(model, out, type_, text, json_)
+        return
+    from smolforge.cli import share
+
+    if to == "space":
+        share.space(model, out, dtype, license_, json_)
+        return
+    describe = share.describing(model, str(out) if to == "hub" else out.name, license_, scores)
+    if to == "hub":
+        share.hub(model, str(out), dtype, largest, describe, public, replace, dry_run, json_)
+        return
     from smolforge.export.transformers import to_transformers
 
-    made = to_transformers(model, out, dtype, largest)
+    made = to_transformers(model, out, dtype, largest, describe)
     if json_:
         print(json.dumps(made.__dict__))
         return
@@ -58,6 +121,16 @@ def export(
     )
 
 
+def _refuse_others(to: str, given: dict[str, Any]) -> None:
+    """A flag that says nothing of what is made was meant for something else."""
+    for name, parameter in inspect.signature(export).parameters.items():
+        flag = name.rstrip("_")
+        needed = parameter.default is parameter.empty or flag == "json"
+        if not needed and given[name] != parameter.default and flag not in FLAGS[to]:
+            takes = ", ".join(f"--{each.replace('_', '-')}" for each in FLAGS[to]) or "no more than --out"
+            raise SettingError(f"--{flag.replace('_', '-')} is not for --to {to}, which takes {takes}")
+
+
 def _adapter(model: str, out: Path, json_: bool) -> None:
     from smolforge.export.adapter import to_adapter
 
@@ -68,6 +141,35 @@ def _adapter(model: str, out: Path, json_: bool) -> None:
     for name, size in files.items():
         print(f"{size:>14,}  {out / name}")
     print(f"added to its base it says the same: logits within {worst:.1e}; PeftModel.from_pretrained takes it")
+
+
+def _gguf(model: str, out: Path, kind: str, text: Path | None, json_: bool) -> None:
+    from smolforge.export.gguf import to_gguf
+
+    made = to_gguf(model, out, kind, None if text is None else _read(text))
+    if json_:
+        print(json.dumps(made.__dict__))
+        return
+    print(f"{made.files[out.name]:>14,}  {out}")
+    print("tensors: " + ", ".join(f"{count} in {name}" for name, count in made.tensors.items()))
+    if made.max_abs_logit_diff == 0:
+        print("read back it is the same model: every tensor and logit equal to the bit, and the same ids of text")
+    else:
+        print(
+            f"read back it is what {made.type} keeps of the model: logits changed by up to "
+            f"{made.max_abs_logit_diff:.1e}, the likeliest token the same in {made.top1_agreement:.1%} of places"
+        )
+    if made.loss is not None:
+        before, after = made.loss
+        print(f"loss on {text}: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
+
+
+def _read(text: Path) -> str:
+    try:
+        with text.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidFile(f"{text} cannot be read: {error}") from None
 
 
 def _bytes(size: str) -> int:

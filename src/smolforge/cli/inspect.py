@@ -6,32 +6,41 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli import overlap, speed
+from smolforge.cli import mixture, overlap, speed
 from smolforge.cli.compare import inspect_runs, runs_named
 from smolforge.cli.flags import parse
 from smolforge.errors import SettingError
+
+APART = ("table", "time", "slow", "overlap", "mixture", "histogram", "windows", "warnings")
+"""Facts that are more than a line."""
 
 
 def inspect(
     what: str,
     *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     tasks: str | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    figure: Path | None = None,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """What a model, recipe, corpus or run is, and what it will need.
+
+        smolforge inspect runs/mine
 
     Parameters
     ----------
     what
-        A model folder, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe takes the
-        same dotted flags as train. Several runs, or a folder of runs, are shown as a table.
+        A model folder, .gguf, preset or Hub id, recipe, prepared corpus, run folder, or the word machine. A recipe
+        takes the same dotted flags as train. Several runs, or a folder of runs, are shown as a table.
     tasks
         Of a corpus: say how many items of these tasks, named as for evaluate, share 13 words in a row with it.
+    figure
+        Of a corpus: draw how long its documents are into this .png, .svg or .pdf file.
     json_
         Print it as one JSON object.
     """
-    if tasks is not None and not (Path(what) / "corpus.json").is_file():
-        raise SettingError(f"--tasks is for a prepared corpus; {what} is none")
+    for flag, value in (("tasks", tasks), ("figure", figure)):
+        if value is not None and not (Path(what) / "corpus.json").is_file():
+            raise SettingError(f"--{flag} is for a prepared corpus; {what} is none")
     if runs := runs_named(what, settings):
         inspect_runs(runs, json_)
         return
@@ -39,6 +48,11 @@ def inspect(
     facts = _facts(what, overrides)
     if tasks is not None:
         facts["overlap"] = overlap.of_corpus(Path(what), tasks)
+    if figure is not None:
+        from smolforge.cli import lengths
+        from smolforge.data.corpus import Corpus
+
+        lengths.draw(Corpus.open(Path(what)), figure)
     if json_:
         print(json.dumps(facts))
         return
@@ -54,6 +68,7 @@ def inspect(
 def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """What is known of it, by the kind of thing it is."""
     from smolforge import presets
+    from smolforge.checkpoint import llama_cpp
     from smolforge.checkpoint.hub import is_id
     from smolforge.checkpoint.resolve import read_config
     from smolforge.checkpoint.weights import INDEX, WEIGHTS
@@ -70,8 +85,8 @@ def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
         return _corpus(path)
     if (path / RECIPE).is_file():
         return _run(path)
-    if path.is_dir() or path.name in (WEIGHTS, INDEX) or what in presets.names():
-        return _model(read_config(what)) | _tokenizer(path)
+    if path.is_dir() or path.name in (WEIGHTS, INDEX) or llama_cpp.is_file(path) or what in presets.names():
+        return _model(read_config(what)) | _integers(what) | _tokenizer(path)
     try:
         recipe = find(what)
     except SettingError as error:
@@ -103,13 +118,24 @@ def _model(config: Any) -> dict[str, Any]:
     }
 
 
+def _integers(what: str) -> dict[str, Any]:
+    """How a folder's weights are kept, and what they take in memory, where they are integers."""
+    from smolforge.checkpoint import resolve
+
+    scheme = resolve.read_scheme(what)
+    if scheme is None:
+        return {}
+    sizes = resolve.weight_bytes(resolve.read_config(what), scheme)
+    return {"quantization": dict(scheme.__dict__), "memory_bytes": sizes}
+
+
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """What there is to know of a model's tokenizer, the bytes it silently drops above all."""
-    from smolforge.tokenizer import Tokenizer
+    from smolforge.checkpoint.resolve import tokenizer_of
 
-    if not (folder / "tokenizer.json").is_file():
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
         return {}
-    tokenizer = Tokenizer.load(folder)
     missing = tokenizer.missing_bytes.hex(" ")
     return {
         "tokenizer": {
@@ -130,15 +156,21 @@ def _recipe(recipe: Any) -> dict[str, Any]:
     if recipe.train.epochs is not None:
         warnings.append(f"how many steps {recipe.train.epochs:g} epochs are is known when train has counted the text")
     shape = {key: value for key, value in _model(recipe.model).items() if key != "table"}
-    return shape | {
-        "settings": recipe.model_dump(mode="json", exclude={"model"}),
-        "tokens": expected.tokens,
-        "flops_per_token": expected.flops_per_token,
-        "memory_bytes": expected.memory_bytes,
-        "disk_bytes": expected.disk_bytes,
-        "seconds": expected.seconds,
-        "warnings": warnings,
-    }
+    mixed = mixture.of_recipe(recipe)
+    warnings += mixture.warnings(recipe, mixed)
+    return (
+        shape
+        | mixed
+        | {
+            "settings": recipe.model_dump(mode="json", exclude={"model"}),
+            "tokens": expected.tokens,
+            "flops_per_token": expected.flops_per_token,
+            "memory_bytes": expected.memory_bytes,
+            "disk_bytes": expected.disk_bytes,
+            "seconds": expected.seconds,
+            "warnings": warnings,
+        }
+    )
 
 
 def _corpus(path: Path) -> dict[str, Any]:
@@ -155,12 +187,15 @@ def _corpus(path: Path) -> dict[str, Any]:
         "fingerprint": corpus.fingerprint,
         "lost_bytes": corpus.facts.get("lost_bytes", {}) or None,
         "sources": corpus.facts["request"]["data"]["sources"],
-        **(mask.facts(corpus) if corpus.format != "text" else {"beginning": _beginning(corpus)}),
+        **(mask.facts(corpus) if corpus.format != "text" else _of_texts(corpus)),
     }
 
 
-def _beginning(corpus: Any) -> str:
-    return corpus.tokenizer().decode(corpus.tokens("train")[:64].tolist())
+def _of_texts(corpus: Any) -> dict[str, Any]:
+    from smolforge.cli import lengths
+
+    dropped = {why: count for why, count in corpus.facts.get("dropped", {}).items() if count}
+    return {"left_out": dropped or None, **lengths.facts(corpus)}
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -179,6 +214,7 @@ def _run(path: Path) -> dict[str, Any]:
         **({"tasks": {key: run.newest(f"task_{key}") for key in sorted(scored)}} if scored else {}),
         "checkpoints": [folder.name for folder in state.all_of(path)],
         "parameters": _model(run.recipe.model)["parameters"],
+        **mixture.of_run(run),
         **speed.of_run(run),
     }
 
@@ -204,11 +240,21 @@ def _machine() -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[str]:
     """The parameter table, where there is one, and then one fact a line, the values below each other."""
     table = facts.get("table", [])
-    rows = _flat({key: value for key, value in facts.items() if key not in ("table", "time", "slow", "overlap")})
+    rows = _flat({key: value for key, value in facts.items() if key not in APART})
     width = max(len(key) for key, _ in rows) + 2
     told = [*_table(table), *_about_the_head(facts), ""] if table else []
     facts_told = [f"{key:<{width}}{_said(key, value)}" for key, value in rows]
+    facts_told += [*mixture.lines(facts.get("mixture", {})), *_histogram(facts)]
+    facts_told += ["", *(f"warning: {each}" for each in facts["warnings"])] if facts.get("warnings") else []
     return [*told, *facts_told, *speed.lines(facts), *overlap.lines(facts.get("overlap", {}))]
+
+
+def _histogram(facts: dict[str, Any]) -> list[str]:
+    if "histogram" not in facts:
+        return []
+    from smolforge.cli import lengths
+
+    return lengths.lines(facts)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -246,6 +292,8 @@ def _about_the_head(facts: dict[str, Any]) -> list[str]:
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows = []
     for key, value in facts.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): each for number, each in enumerate(value, 1)}
         rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
     return rows
 

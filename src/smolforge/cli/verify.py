@@ -21,11 +21,14 @@ def verify(
     against: list[str] | None = None,
     max_length: int | None = None,
     out: Path = Path("verify.json"),
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> int:
-    """Prove that a model is what it says: counts, logits and text against Transformers, published references.
+    """Prove that a model is what it says.
 
-    Exits with 1, and the likeliest cause, when something does not hold, a model that cannot be read included.
+    Its parameters are counted, its logits and greedy text held to Transformers' and to what was published. Exits
+    with 1, and the likeliest cause, when something does not hold, a model that cannot be read included.
+
+        smolforge verify runs/mine
 
     Parameters
     ----------
@@ -35,7 +38,8 @@ def verify(
     against
         transformers (its implementation on the same files) and golden (what is known of released models), by
         default both; files alone holds each checkpoint of a run to its manifest and stops there. For a recipe,
-        built-in: your classes must say what ours say.
+        built-in: your classes must say what ours say. For a model of integers, the MODEL here that it was made from:
+        rounding that must give every tensor of it, to the bit.
     max_length
         Longest row to compare, in tokens; by default the model's whole context.
     out
@@ -68,9 +72,9 @@ def verify(
 
 
 def _of_model(model: str, against: list[str] | None, max_length: int | None, tell: "Tell") -> "Report":
-    from smolforge.verification import ORACLES, verify
+    from smolforge.verification import verify
 
-    return verify(model, tuple(against or ORACLES), max_length, tell=tell)
+    return verify(model, tuple(against or ()), max_length, tell=tell)
 
 
 def _of_recipe(recipe: str, against: list[str] | None, tell: "Tell") -> "Report":

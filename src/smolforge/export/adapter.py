@@ -8,6 +8,7 @@ import torch
 from smolforge import commit
 from smolforge.checkpoint import adapter, resolve
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.tokenizer import FILES
 from smolforge.verification import rows
 from smolforge.verification.oracle import tolerance
 
@@ -29,12 +30,17 @@ def to_adapter(model: str | Path, out: Path) -> tuple[dict[str, int], float]:
     worst: list[float] = []
 
     def fill(folder: Path) -> None:
-        for path in (source / adapter.FOLDER).iterdir():
+        for path in [*(source / adapter.FOLDER).iterdir(), *tokenizer_files(source)]:
             shutil.copyfile(path, folder / path.name)
         worst.append(difference(source, folder))
 
     commit.write_whole(out, fill)
     return {path.name: path.stat().st_size for path in sorted(out.iterdir())}, worst[0]
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Those of a folder, its chat template among them: tuning may have brought one that the base has not."""
+    return [path for name in FILES if (path := source / name).is_file()]
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """A model -> a clean folder that Transformers loads, proven by loading it there before the folder appears."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from smolforge import commit
-from smolforge.checkpoint import families, nanotron, resolve, weights
+from smolforge.checkpoint import families, llama_cpp, nanotron, resolve, weights
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.model import LanguageModel
@@ -36,10 +37,15 @@ class Exported:
 
 
 def to_transformers(
-    model: str | Path, out: Path, dtype: str | None = None, max_shard_bytes: int | None = None
+    model: str | Path,
+    out: Path,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    describe: Callable[[Path], None] = lambda _: None,
 ) -> Exported:
     """Write `out` in a dtype (by default the files' own), in shards where they would be larger than so many bytes.
 
+    `describe` may add to the new folder what tells of the model, such as its card.
     The folder appears only if AutoModelForCausalLM loads it with equal logits and equal greedy text. Raises
     SettingError where `out` has something in it, InvalidFile where the check does not hold, MissingResource
     where Transformers is not installed or the disk is full.
@@ -50,15 +56,18 @@ def to_transformers(
     require()
     source = resolve.find(model)
     loaded = resolve.load(source)
+    if loaded.scheme is not None:
+        raise SettingError(f"{model} is of integers; export the model it was made from")
     if loaded.config.own_classes:
         names = ", ".join(loaded.config.own_classes.values())
         raise SettingError(f"{model} has classes of your own ({names}), which Transformers does not have")
-    target = resolve.torch_dtype(dtype) if dtype else stored_dtype(source)
+    target = resolve.torch_dtype(dtype) if dtype else stored_dtype(resolve.plain(source))
     checked: list[Any] = []
 
     def fill(folder: Path) -> None:
-        weights.save(loaded, folder, loaded.tokenizer, target, max_shard_bytes, **_settings(source))
+        weights.save(loaded, folder, loaded.tokenizer, target, max_shard_bytes, **carried(source))
         checked.append(_check(loaded, folder, target))
+        describe(folder)
 
     commit.write_whole(out, fill)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
@@ -67,14 +76,22 @@ def to_transformers(
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of a folder's embedding."""
+    if llama_cpp.is_file(folder):
+        return llama_cpp.stored_dtype(folder)
     if nanotron.is_checkpoint(folder):
         return nanotron.stored_dtype(folder)
     with weights.Tensors(folder) as tensors:
         return tensors[weights.EMBEDDING].dtype
 
 
-def _settings(source: Path) -> dict[str, dict[str, Any]]:
-    """What the source says about special tokens and generation, to be said again."""
+def carried(source: Path) -> dict[str, dict[str, Any]]:
+    """What the source says about special tokens and generation, to be said again; nothing where its tokenizer says it
+    all: that of a .gguf, or one that an adapter brings.
+    """
+    plain = resolve.plain(source)
+    if llama_cpp.is_file(plain) or resolve.with_tokenizer(source) != plain:
+        return {}
+    source = plain
     config = families.read_json(source / (nanotron.CONFIG if nanotron.is_checkpoint(source) else weights.CONFIG))
     path = source / weights.GENERATION
     generation = families.read_json(path) if path.is_file() else {}

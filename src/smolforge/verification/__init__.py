@@ -31,23 +31,28 @@ PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Naïve 12345 
 
 def verify(
     model: str | Path,
-    against: Sequence[str] = ORACLES,
+    against: Sequence[str] = (),
     max_length: int | None = None,
     releases: Sequence[Release] | None = None,
     tell: Callable[[Check], None] = lambda check: None,
 ) -> Report:
     """All checks of a MODEL; `tell` hears each as it is done.
 
-    `max_length` limits the rows that are compared, by default the model's whole context. Raises
-    SettingError for a name that is nothing and MissingResource where Transformers is not installed; a
-    model that cannot be loaded is a check that does not hold.
+    It is held `against` all that may know it, unless some are named; a model of integers against the MODEL, here, that
+    it was made from, where that is named. `max_length` limits the rows that are compared,
+    by default the model's whole context. Raises SettingError for a name that is nothing, or an oracle that cannot know
+    the model, and MissingResource where Transformers is not installed; a model that cannot be loaded is a check that
+    does not hold.
     """
-    unknown = [name for name in against if name not in AGAINST]
+    unknown = [name for name in against if name not in AGAINST and not Path(name).exists()]
     if unknown:
-        raise SettingError(f"against is {unknown[0]!r}; it should be {', '.join(AGAINST[:-1])} or {AGAINST[-1]}")
+        known = f"{', '.join(AGAINST[:-1])} or {AGAINST[-1]}"
+        raise SettingError(
+            f"against is {unknown[0]!r}; it should be {known}, or for a model of integers what it was made from"
+        )
     if max_length is not None and max_length < 1:
         raise SettingError(f"max_length is {max_length}; it should be at least 1")
-    if "transformers" in against:
+    if not against or "transformers" in against:
         require()
     report = Report(str(model))
 
@@ -75,7 +80,7 @@ def _verify(
 ) -> str | None:
     """Go through the checks; returns the likeliest cause where one does not hold and has a name."""
     found = [done(check) for check in files(Path(model))]
-    if tuple(against) == ("files",):
+    if against and set(against) == {"files"}:
         if not Path(model).exists():
             raise SettingError(f"there is no folder {str(model)!r}, and --against files looks at nothing else")
         if not found:
@@ -83,35 +88,56 @@ def _verify(
             done(Check("files", False, said))
         return None
     folder = resolve.find(model)
+    if resolve.is_derived(folder):
+        raise SettingError(
+            f"{model} is no model folder that Transformers opens; export --to transformers makes one, and proves it"
+        )
     loaded = resolve.load(folder)
     hashes = {path.name: sha256(path) for path in weights.files(folder)}
     done(checks.parameters(loaded, folder))
     if not done(checks.finite(loaded)).holds:
         return None
     cause = None
-    if loaded.config.own_classes:
+    oracles, originals = ([name for name in against if (name in AGAINST) == known] for known in (True, False))
+    if originals and loaded.scheme is None:
+        raise SettingError(f"{model} holds no integers, which alone are held against the model they were made from")
+    if loaded.config.own_classes or loaded.scheme is not None:
+        if oracles:
+            classes = f"classes of your own ({', '.join(loaded.config.own_classes.values())}), which"
+            what = (
+                classes
+                if loaded.scheme is None
+                else "integers, which --against MODEL holds to what they were made from;"
+            )
+            raise SettingError(
+                f"{model} has {what} {' and '.join(oracles)} cannot know; without --against it is held to itself"
+            )
+        for original in originals:
+            done(checks.rounded(loaded, resolve.load(original), original))
         return of_itself(loaded, done)
-    if "transformers" in against:
+    wanted = against or ORACLES
+    if "transformers" in wanted:
         limit = loaded.config.max_position_embeddings
         cause = against_transformers(loaded, folder, min(max_length or limit, limit), done)
-    if "golden" in against:
+    if "golden" in wanted:
         release = identify(str(model), folder, hashes, releases)
         if release is not None:
             report.release = release.id
             cause = against_release(loaded, folder, release, hashes, done) or cause
-        elif "transformers" not in against:
+        elif "transformers" not in wanted:
             done(Check("golden", False, "no published reference is known for it; --against transformers compares"))
     done(checks.tied(loaded))
     return cause
 
 
 def of_itself(model: LanguageModel, done: Callable[[Check], Check]) -> None:
-    """A model with classes of a person's own, which no other implementation has."""
+    """A model with classes of a person's own, or of integers, which no other implementation need have."""
     ids = torch.tensor([text_ids(model, min(SHORT, model.config.max_position_embeddings))])
     done(classes.causal(model, ids))
     done(checks.cached(model, ids[0].tolist()))
     done(classes.documents(model, ids))
-    done(checks.tied(model))
+    if model.scheme is None:
+        done(checks.tied(model))
 
 
 def against_transformers(model: LanguageModel, folder: Path, limit: int, done: Callable[[Check], Check]) -> str | None:

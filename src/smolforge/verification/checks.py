@@ -1,13 +1,16 @@
 """The checks of a model, each a function from what is at hand to a `Check`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smolforge.checkpoint import families, weights
+from smolforge import gguf, quantized
+from smolforge.checkpoint import families, llama_cpp, quantization, weights
 from smolforge.config import Generation, ModelConfig
+from smolforge.errors import SettingError
 from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
 from smolforge.memory import Cache
@@ -35,8 +38,11 @@ def parameters(model: LanguageModel, folder: Path) -> Check:
     """Every number in the files is a parameter, counted once."""
     counts = parameter_counts(model.config)
     total = sum(counts.values())
-    with weights.Tensors(folder) as found:
-        sizes = {name: torch.Size(shape).numel() for name, shape in found.shapes().items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes_of(folder).items()}
+    for name, layer in quantized.layers(model).items():
+        for part in quantization.DTYPES:
+            sizes.pop(f"{name}.{part}")
+        sizes[f"{name}.weight"] = layer.out_features * layer.in_features
     repeated = sizes.pop(weights.HEAD, 0) if model.config.tie_word_embeddings else 0
     said = f"{total:,} in {len(sizes)} tensors ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
     if repeated:
@@ -44,11 +50,39 @@ def parameters(model: LanguageModel, folder: Path) -> Check:
     return Check("parameters", sum(sizes.values()) == total, said, {"total": total, **counts})
 
 
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor in the files."""
+    if llama_cpp.is_file(folder):
+        return {name: stored.shape for name, stored in gguf.File(folder).tensors.items()}
+    with weights.Tensors(folder) as found:
+        return found.shapes()
+
+
 def finite(model: LanguageModel) -> Check:
     """Every weight is a number."""
     wrong = [name for name, weight in model.named_parameters() if not bool(weight.isfinite().all())]
     said = f"{len(wrong)} tensors hold NaN or infinity, the first {wrong[0]}" if wrong else "every weight is a number"
     return Check("finite", not wrong, said)
+
+
+@torch.no_grad()
+def rounded(model: LanguageModel, original: LanguageModel, name: str) -> Check:
+    """Its integers and scales are what rounding the original gives, to the bit, and all else is its bfloat16."""
+    assert model.scheme is not None
+    if original.scheme is not None:
+        raise SettingError(f"{name} is of integers itself; --against names the model it was made from")
+    if model.config != original.config:
+        return Check("rounded", False, f"{name} has another shape")
+    exact = {layer: original.get_parameter(f"{layer}.weight") for layer in quantized.layers(model)}
+    apart = sum((each.weight - exact[layer]).square().sum().item() for layer, each in quantized.layers(model).items())
+    error = math.sqrt(apart / sum(weight.square().sum().item() for weight in exact.values()))
+    quantized.quantize(original, model.scheme)
+    unlike = quantized.unlike(original, model)
+    if unlike:
+        said = f"{len(unlike)} tensors are not what rounding {name} gives, the first {unlike[0]}"
+    else:
+        said = f"what rounding {name} gives, to the bit; its matrices moved by {error:.2%} of their size"
+    return Check("rounded", not unlike, said, {"relative_error": error})
 
 
 def tied(model: LanguageModel) -> Check:
@@ -193,7 +227,7 @@ def identity(
         f"{BY_NAME.get(name, 'another shape')}: {name} is {here!r}, the release has {there!r}"
         for name, (here, there) in differences(found, release).items()
     ]
-    content = families.read_json(folder / weights.CONFIG)
+    content = {} if llama_cpp.is_file(folder) else families.read_json(folder / weights.CONFIG)
     for name in ("bos_token_id", "eos_token_id"):
         wanted = release.__dict__[name]
         if wanted is not None and content.get(name, wanted) != wanted:

@@ -1,12 +1,14 @@
 """Whether files are what was written: every checkpoint and corpus of a run, or one folder with a manifest."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smolforge import commit
 from smolforge.checkpoint import state
 from smolforge.data.corpus import SPLITS, Corpus
+from smolforge.data.mixture import FILE, Mixture
 from smolforge.errors import InvalidFile
 from smolforge.verification.report import Check
 
@@ -20,6 +22,8 @@ def files(model: Path) -> Iterator[Check]:
                 yield found
         if (model / "corpus" / "corpus.json").is_file():
             yield corpus(model / "corpus")
+        if (model / FILE).is_file():
+            yield from mixture(model)
     elif (model / commit.MANIFEST).is_file():
         try:
             yield sound("files", commit.check(model))
@@ -43,6 +47,17 @@ def corpus(folder: Path) -> Check:
     except InvalidFile as error:
         return Check("corpus", False, str(error))
     return Check("corpus", True, f"sound: {sum(text.size(split)['tokens'] for split in SPLITS):,} tokens")
+
+
+def mixture(run: Path) -> Iterator[Check]:
+    """Whether every token of each source of a run's mixture is the one that was prepared."""
+    try:
+        sources = Mixture.open(run).sources
+    except InvalidFile as error:
+        yield Check("mixture", False, str(error))
+        return
+    for name, text in sources.items():
+        yield replace(corpus(text.folder), name=name)
 
 
 def sound(name: str, manifest: dict[str, Any]) -> Check:

@@ -6,6 +6,7 @@ Axes: t tokens, c hidden, v vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,27 @@ def tolerance(max_abs_logit: float) -> float:
 
 
 class Oracle:
-    """Transformers' model of a folder. Raises MissingResource where Transformers is not installed."""
+    """Transformers' model of a folder or a .gguf. Raises MissingResource where Transformers is not installed."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         transformers = require()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        where = {"gguf_file": folder.name} if folder.is_file() else {}
+        if where and find_spec("gguf") is None:
+            raise MissingResource("Transformers reads a .gguf with the gguf package; pip install 'smolforge[verify]'")
         with refusals():
-            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-            ).eval()
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                folder.parent if where else folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **where,
+            )
+        if where and told["missing_keys"]:  # it would make them up
+            raise InvalidFile(f"Transformers does not read all of {folder}: it misses {min(told['missing_keys'])}")
+        self.model: Any = model.eval()
         # What a file says of sampling is no part of what the model computes.
         self.model.generation_config = transformers.GenerationConfig()
 

@@ -87,10 +87,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return Files(folder / MODEL).shards(EMBEDDING)[0].dtype
 
 
+def files(folder: Path) -> list[Path]:
+    """The files its weights are in, of every rank."""
+    return sorted((folder / MODEL).rglob("*.safetensors"))
+
+
 def values(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """The files' tensors by our names."""
-    files = Files(folder / MODEL)
-    return dict(named(files.root, layout, files.shards, files.paths.keys()))
+    there = Files(folder / MODEL)
+    return dict(named(there.root, layout, there.shards, there.paths.keys()))
 
 
 @torch.no_grad()
@@ -187,7 +192,7 @@ class Files:
         self.root = root
         self.paths: dict[str, dict[int, Path]] = {}
         self.ranks: dict[str, int] = {}
-        for path in sorted(root.rglob("*.safetensors")):
+        for path in files(root.parent):
             self._admit(path)
 
     def _admit(self, path: Path) -> None:

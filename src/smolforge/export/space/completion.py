@@ -1,0 +1,49 @@
+"""Continue a text with a model: `pip install -r requirements.txt && python app.py`, here or as a Space."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import gradio as gr
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer
+
+MODEL, REVISION, TITLE = "model", "main", "A model"
+FOLDER = Path(__file__).parent / MODEL
+SOURCE = str(FOLDER) if FOLDER.is_dir() else MODEL
+tokenizer: Any = AutoTokenizer.from_pretrained(SOURCE, revision=REVISION)
+model = AutoModelForCausalLM.from_pretrained(SOURCE, revision=REVISION, dtype=torch.float32).eval()
+
+
+def go_on(text: str, temperature: float, top_p: float, tokens: int) -> Iterator[str]:
+    """The text and what follows it; of one too long, the model reads the end."""
+    room = model.config.max_position_embeddings - tokens
+    given = tokenizer(text or tokenizer.eos_token, return_tensors="pt", split_special_tokens=bool(text))
+    ids = {name: given[name][:, -room:] for name in ("input_ids", "attention_mask")}
+    pieces, left = TextIteratorStreamer(tokenizer, timeout=300, skip_prompt=True, skip_special_tokens=True), Event()
+    stops = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), left.is_set())])
+    draws = {"temperature": float(temperature), "top_p": top_p} if temperature else {}  # a page sends 2 for 2.0
+    options = {**ids, **draws, "max_new_tokens": tokens, "streamer": pieces, "stopping_criteria": stops}
+    Thread(target=model.generate, kwargs={**options, "do_sample": temperature > 0}, daemon=True).start()
+    try:
+        for piece in pieces:
+            yield (text := text + piece)
+    finally:
+        left.set()  # the page was closed, or its stop button pressed
+
+
+LONGEST = min(1024, model.config.max_position_embeddings // 2)
+with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    gr.Markdown(f"# {TITLE}\nIt continues what you write; go on where it stopped.")
+    box = gr.Textbox("Once upon a time", lines=12, max_lines=30, label="text", autofocus=True)
+    with gr.Row():
+        start, stop = gr.Button("Continue", variant="primary"), gr.Button("Stop")
+    with gr.Row():
+        temperature = gr.Slider(0, 2, 0.7, label="temperature")
+        top_p = gr.Slider(0.05, 1, 0.95, label="top_p")
+        tokens = gr.Slider(1, LONGEST, min(100, LONGEST), step=1, label="max_new_tokens")
+    writing = start.click(go_on, [box, temperature, top_p, tokens], box, api_name="go_on", show_progress="minimal")
+    stop.click(None, cancels=[writing])
+if __name__ == "__main__":
+    page.launch(theme=gr.themes.Base(), footer_links=[])

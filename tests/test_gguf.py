@@ -1,0 +1,650 @@
+"""A .gguf says what the model said: held to the gguf package, to Transformers' reader, and to itself.
+
+What llama.cpp makes of these files is in test_llama_cpp.py, which needs llama.cpp.
+"""
+
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import gguf as theirs
+import numpy as np
+import pytest
+import torch
+from conftest import NANO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_hostile import refused
+from transformers import AutoModelForCausalLM
+
+import smolforge
+from smolforge import cli, commit, gguf
+from smolforge.checkpoint import llama_cpp, resolve, weights
+from smolforge.config import ModelConfig
+from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.export.gguf import FILE_TYPES, HARD_TEXTS, size_label, to_gguf
+from smolforge.export.transformers import to_transformers
+from smolforge.gguf import blocks, container
+from smolforge.presets import shape
+from smolforge.testing import failing, sentences, tiny_config, tiny_model
+from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer import llama_cpp as tokenizers
+from smolforge.tokenizer.llama_cpp import from_values, to_values
+
+WIDE = {"intermediate_size": 64}
+"""With it every matrix of the tiny model divides into blocks of 32."""
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def saved(path: Path, **changes) -> Path:
+    """A model with a chat template, in a folder."""
+    model = tiny_model(**changes)
+    tokenizer = Tokenizer(
+        model.tokenizer.backend, model.tokenizer.settings | {"chat_template": TEMPLATE, "pad_token": "<|im_end|>"}
+    )
+    weights.save(model, path, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """A folder and its .gguf, made once."""
+    below = tmp_path_factory.mktemp("sound")
+    to_gguf(saved(below / "model"), below / "it.gguf", "f32")
+    return below
+
+
+@pytest.fixture
+def folder(sound, tmp_path):
+    return shutil.copytree(sound / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def file(sound, tmp_path):
+    return Path(shutil.copy(sound / "it.gguf", tmp_path))
+
+
+@pytest.fixture
+def recipe(tmp_path, text_file):
+    content = {key: value for key, value in NANO.items() if key != "model"} | {"data": {"sources": [str(text_file)]}}
+    (tmp_path / "recipe.json").write_text(json.dumps(content))
+    return tmp_path / "recipe.json"
+
+
+# The container, both ways beside the gguf package.
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+plain = st.one_of(
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+    st.floats(width=32, allow_nan=False),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
+    st.lists(st.text(st.characters(codec="utf-8"), max_size=5), min_size=1, max_size=5),
+)
+shapes = st.lists(st.integers(1, 3), min_size=0, max_size=2).map(lambda outer: (*outer, 32))
+
+
+@settings(max_examples=40)
+@given(
+    values=st.dictionaries(names.map("smolforge.".__add__), plain, max_size=6),
+    tensors=st.dictionaries(names, st.tuples(shapes, st.sampled_from(sorted(FILE_TYPES))), max_size=4),
+)
+def test_what_is_written_is_read_by_us_and_by_the_gguf_package(tmp_path_factory, values, tensors):
+    path = tmp_path_factory.mktemp("gguf") / "a.gguf"
+    generator = torch.Generator().manual_seed(len(values))
+    given = {name: torch.randn(size, generator=generator) for name, (size, _) in tensors.items()}
+    types = {name: gguf.TYPES[kind] for name, (_, kind) in tensors.items()}
+    container.write(path, values, given, types)
+    read = gguf.File(path)
+    assert read.values == values
+    assert list(read.tensors) == list(given)
+    for name, tensor in given.items():
+        assert torch.equal(read[name], types[name].rounded(tensor))
+    reader = theirs.GGUFReader(path)
+    assert {key: reader.fields[key].contents() for key in values} == values
+    for each in reader.tensors:
+        mine = read[each.name].numpy()
+        np.testing.assert_array_equal(theirs.dequantize(each.data, each.tensor_type).reshape(mine.shape), mine)
+
+
+def test_what_the_gguf_package_writes_is_read(tmp_path):
+    writer = theirs.GGUFWriter(tmp_path / "b.gguf", "llama")
+    for form in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
+        getattr(writer, f"add_{form}")(f"a.{form}", 7)
+    writer.add_float64("a.float64", 0.1)
+    writer.add_array("a.floats", [0.5, 2.0])
+    writer.add_custom_alignment(64)
+    tensors = {"x": np.arange(12, dtype=np.float32).reshape(3, 4), "y": np.ones(5, np.float16)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = gguf.File(tmp_path / "b.gguf")
+    assert [read.values[key] for key in read.values if key.startswith("a.")] == [7] * 8 + [0.1, [0.5, 2.0]]
+    assert read.tensors["y"].start % 64 == 0
+    assert {name: read[name].tolist() for name in tensors} == {name: each.tolist() for name, each in tensors.items()}
+
+
+def hard_rows() -> torch.Tensor:
+    """Rows of 32 with zeros, ties, halves, tiny and large numbers."""
+    rows = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
+    rows[:8] = 0
+    rows[8:16, ::2] = -rows[8:16, 1::2]
+    rows[16:24] = torch.arange(32) - 15.5
+    rows[24:32] *= 1e-6
+    rows[32:40] *= 1e4
+    rows[40] = 127.0 * torch.tensor([1.0, *[0.5 / 127] * 31])
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "bf16", "f16"])
+def test_blocks_are_ggmls_to_the_bit(kind):
+    rows, reference = hard_rows(), theirs.GGMLQuantizationType[kind.upper()]
+    ours = blocks.to_blocks(rows, gguf.TYPES[kind])
+    wanted = theirs.quantize(rows.numpy(), reference)
+    assert ours.numpy().tobytes() == wanted.tobytes()
+    back = blocks.from_blocks(ours, gguf.TYPES[kind], (4096, 32))
+    np.testing.assert_array_equal(back.numpy(), theirs.dequantize(wanted, reference).reshape(4096, 32))
+    assert gguf.TYPES[kind].number == reference
+    assert (gguf.TYPES[kind].size, gguf.TYPES[kind].size_bytes) == theirs.GGML_QUANT_SIZES[reference]
+
+
+def test_the_head_of_llama_quantizes_q4_0_is_read():
+    content = np.random.default_rng(0).integers(0, 256, (64, 210), dtype=np.uint8)
+    content[:, -2:] = np.full((64, 1), 0.01, np.float16).view(np.uint8)
+    ours = blocks.from_blocks(torch.from_numpy(content).flatten(), gguf.TYPES["q6_K"], (64, 256))
+    np.testing.assert_array_equal(ours.numpy(), theirs.dequantize(content, theirs.GGMLQuantizationType.Q6_K))
+
+
+# A model out and in again.
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_every_family_and_type_comes_back(tmp_path, family, kind):
+    source = saved(tmp_path / "source", model_type=family, **WIDE)
+    made = to_gguf(source, tmp_path / "it.gguf", kind)
+    assert made.files == {"it.gguf": (tmp_path / "it.gguf").stat().st_size}
+    before, after = smolforge.load(source), smolforge.load(tmp_path / "it.gguf")
+    assert before.config.model_copy(update={"initializer_range": 0.02}) == after.config
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert after.tokenizer.settings["chat_template"] == TEMPLATE
+    assert (after.tokenizer.bos_id, after.tokenizer.eos_id, after.tokenizer.pad_id) == (0, 0, 2)
+    weights_after = dict(after.named_parameters())
+    for name, weight in before.named_parameters():
+        apart = (weight - weights_after[name]).abs().max() / weight.abs().max()
+        assert apart <= {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.51 / 127, "q4_0": 1.01 / 8}[kind]
+        if kind == "q4_0" and "norm" not in name and "mlp.gate.weight" not in name:
+            eight = name.startswith("model.embed") or (family == "mixtral" and ".k_proj" in name + ".v_proj")
+            assert apart > 0 or eight
+    assert (made.max_abs_logit_diff == 0) == (kind == "f32")
+
+
+def test_transformers_reads_the_same_model(tmp_path):
+    """Which undoes the rotation and reads blocks by its own code."""
+    for family, kind in (("llama", "f32"), ("llama", "q8_0"), ("llama", "q4_0"), ("qwen3", "f32")):
+        folder, path = tmp_path / f"{family}-{kind}", tmp_path / f"{family}-{kind}.gguf"
+        wide = {"head_dim": 128} if family == "qwen3" else {}  # Transformers takes that for granted there
+        to_gguf(saved(folder, model_type=family, **WIDE, **wide), path, kind)
+        oracle = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+        ours, wanted = smolforge.load(path), oracle.state_dict()
+        for name, weight in ours.named_parameters():
+            assert torch.equal(weight, wanted[name]), (family, kind, name)
+        ids = torch.tensor([ours.tokenizer.encode("the model reads a token")])
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids), oracle(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_an_untied_head_and_its_own_head_dim(tmp_path):
+    source = saved(tmp_path / "m", tie_word_embeddings=False, head_dim=16, **WIDE)
+    made = to_gguf(source, tmp_path / "it.gguf", "q4_0")
+    types = {name: stored.type.name for name, stored in gguf.File(tmp_path / "it.gguf").tensors.items()}
+    assert (types["output.weight"], types["token_embd.weight"]) == ("q8_0", "q4_0")
+    assert made.tensors == {"q4_0": 15, "q8_0": 1, "f32": 5}
+    assert smolforge.load(tmp_path / "it.gguf").config.head_size == 16
+
+
+def test_rows_that_do_not_divide_are_half_precision(folder, tmp_path):
+    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0")  # intermediate_size 48
+    assert made.tensors == {"q8_0": 1, "q4_0": 12, "f16": 2, "f32": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("smollm2-135m", "135M"), ("smollm2-1.7b", "1.7B"), ("smollm2-nano", None)]
+)
+def test_size_labels_are_the_gguf_packages(name, label):
+    config = ModelConfig.model_validate(shape(name))
+    total = sum(weight.numel() for weight in resolve.build(config).parameters()) if label is None else None
+    assert size_label(config) == (label or theirs.size_label(total, total, 0, 0))
+
+
+def test_loss_before_and_after(folder, tmp_path):
+    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0", sentences(20))
+    assert made.loss is not None
+    before, after = made.loss
+    assert before != after
+    assert math.isclose(before, after, rel_tol=0.05)
+    assert 0 < made.top1_agreement <= 1
+
+
+# The tokenizer.
+
+
+def test_the_real_tokenizer_is_the_same_again(shared):
+    real = Tokenizer.load(shared / "smollm2-tokenizer")
+    values = to_values(real, 49_160)  # a vocabulary with a few ids to spare
+    assert values["tokenizer.ggml.pre"] == "smollm"
+    assert values["tokenizer.ggml.tokens"][49_152:] == [f"[PAD{number}]" for number in range(49_152, 49_160)]
+    again = from_values(values, "it.gguf")
+    assert again.fingerprint == real.fingerprint
+    for text in HARD_TEXTS:
+        assert again.encode(text) == real.encode(text)
+        assert again.decode(real.encode(text)) == real.decode(real.encode(text))
+
+
+def test_gpt2s_cut_has_a_name_too(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1] | {"trim_offsets": False}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(folder)
+    values = to_values(tokenizer, 320)
+    assert values["tokenizer.ggml.pre"] == "gpt-2"
+    again = from_values(values, "it.gguf")
+    assert [again.encode(text) for text in HARD_TEXTS] == [tokenizer.encode(text) for text in HARD_TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "it cuts text as none of smollm, gpt-2 does"),
+        ({"normalizer": {"type": "Lowercase"}}, "its normalizer is not GPT-2's"),
+        ({"model": {"ignore_merges": True}}, "its ignore_merges is not GPT-2's"),
+    ],
+)
+def test_a_tokenizer_llama_cpp_has_no_name_for(folder, tmp_path, change, said):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change = {key: content[key] | value if key == "model" else value for key, value in change.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content | change))
+    with pytest.raises(SettingError, match=said):
+        to_gguf(folder, tmp_path / "it.gguf")
+
+
+def test_special_tokens_that_take_the_space_beside_them_are_not_lost_silently(folder, tmp_path):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"][1]["lstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidFile, match=r"cannot say what this tokenizer does with 'a <\|im_start\|> b'"):
+        to_gguf(folder, tmp_path / "it.gguf")
+    assert not (tmp_path / "it.gguf").exists()
+
+
+# What goes wrong.
+
+
+def test_what_is_refused(tmp_path, folder, file):
+    for wrong, said in (
+        ({"kind": "q5_K"}, "type is 'q5_K'; it should be one of f32"),
+        ({"out": file}, "is there already; name a new file"),
+        ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))
+    with pytest.raises(SettingError, match="llama.cpp does not have a starcoder2 model without biases; --to"):
+        to_gguf(saved(tmp_path / "s", model_type="starcoder2"), tmp_path / "x.gguf")
+    weights.save(tiny_model(), tmp_path / "mute")
+    with pytest.raises(SettingError, match="has no tokenizer, which a .gguf holds"):
+        to_gguf(tmp_path / "mute", tmp_path / "x.gguf")
+    with pytest.raises(SettingError, match="smollm2-nano is a shape with random weights"):
+        to_gguf("smollm2-nano", tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("value", [1e30, float("nan")])
+def test_what_a_type_cannot_hold(tmp_path, value):
+    model = tiny_model(**WIDE)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = value
+    weights.save(model, tmp_path / "model", model.tokenizer)
+    for kind in ("f16", "q8_0", "q4_0"):
+        with pytest.raises(InvalidFile, match="has values that .* cannot hold; --type f32|holds NaN or infinity"):
+            to_gguf(tmp_path / "model", tmp_path / "it.gguf", kind)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path):
+    for after in itertools.count():
+        try:
+            with failing(tmp_path, after=after), pytest.raises(MissingResource, match="the disk is full: .* bytes and"):
+                to_gguf(folder, tmp_path / "it.gguf", "f32")
+        except pytest.fail.Exception:
+            break
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert after > 1
+    assert (tmp_path / "it.gguf").is_file()
+
+
+def test_a_wrong_rotation_is_seen(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama_cpp, "unrotated", lambda name, weight, config: weight)
+    with pytest.raises(AssertionError, match="q_proj.weight was not written as it is"):
+        to_gguf(folder, tmp_path / "it.gguf")
+    assert not (tmp_path / "it.gguf").exists()
+
+
+# Files from outside.
+
+
+def u32(number: int) -> bytes:
+    return struct.pack("<I", number)
+
+
+def u64(number: int) -> bytes:
+    return struct.pack("<Q", number)
+
+
+def text(said: str) -> bytes:
+    return u64(len(said)) + said.encode()
+
+
+def head(tensors: int = 0, values: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + u32(version) + u64(tensors) + u64(values)
+
+
+def tensor(name: str = "a", sides: tuple[int, ...] = (2,), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + u32(len(sides)) + b"".join(map(u64, sides)) + u32(kind) + u64(offset)
+
+
+ARCHITECTURE = text("general.architecture") + u32(8) + text("llama")
+HOSTILE = {
+    "nothing": (b"", "ends before"),
+    "not one": (b"<html>" * 9, "does not begin with GGUF"),
+    "version 9": (head(version=9), "has version 9"),
+    "big-endian": (head(version=3 << 24), "big-endian"),
+    "2^60 tensors": (head(2**60), "claims 1,152,921,504,606,846,976 tensors"),
+    "2^60 values": (head(0, 2**60), "claims 0 tensors and 1,152"),
+    "2^60 entries": (head(0, 1) + text("a") + u32(9) + u32(8) + u64(2**60), "entries in a, more than any real one"),
+    "a list of 2^60 numbers": (head(0, 1) + text("a") + u32(9) + u32(0) + u64(2**60), "entries in a"),
+    "many empty texts": (
+        head(0, 3) + (text("a") + u32(9) + u32(8) + u64(3 << 19) + bytes(3 << 22)),
+        "'' twice|type 0|ends",
+    ),
+    "a text of 2^60": (head(0, 1) + text("a") + u32(8) + u64(2**60), "ends before its values do"),
+    "a key of 2^63": (head(0, 1) + u64(2**63), "ends before its values do"),
+    "a long key": (head(0, 1) + text("a" * 300) + u32(7) + b"\1", "a name of 300 characters"),
+    "no UTF-8": (head(0, 1) + u64(1) + b"\xff" + u32(7) + b"\1", "not UTF-8"),
+    "type 99": (head(0, 1) + text("a") + u32(99), "of type 99"),
+    "a list of lists": (head(0, 1) + text("a") + u32(9) + u32(9) + u64(1), "entries of type 9"),
+    "twice the same": (head(0, 2) + ARCHITECTURE * 2, "has 'general.architecture' twice"),
+    "alignment 0": (head(1, 1) + text("general.alignment") + u32(4) + u32(0), "general.alignment 0"),
+    "alignment of 3": (head(1, 1) + text("general.alignment") + u32(4) + u32(3), "general.alignment 3"),
+    "alignment a text": (head(1, 1) + text("general.alignment") + u32(8) + text("x"), "general.alignment 'x'"),
+    "no axes": (head(1) + tensor(sides=()), "with 0 axes"),
+    "2^31 axes": (head(1) + text("a") + u32(2**31), "with 2,147,483,648 axes"),
+    "an empty side": (head(1) + tensor(sides=(2, 0)), "of shape"),
+    "too large": (head(1) + tensor(sides=(2**62, 4)), "cannot hold"),
+    "overflowing": (head(1) + tensor(sides=(2**32, 2**32)), "cannot hold"),
+    "another type": (head(1) + tensor(kind=12), "of ggml's type 12; those read here are f32"),
+    "half a block": (head(1) + tensor(sides=(33,), kind=8), "of shape"),
+    "no data": (head(1) + tensor(), "ends before a does; it was cut"),
+    "overlapping": (head(2) + tensor() + tensor("b") + bytes(128), "data of b at 0, where 32 follows"),
+    "a gap": (head(2) + tensor() + tensor("b", offset=64) + bytes(256), "data of b at 64, where 32"),
+    "data elsewhere": (head(1) + tensor(offset=2**60) + bytes(64), "data of a at 1,152"),
+    "a tensor twice": (head(2) + tensor() + tensor(offset=32) + bytes(128), "has 'a' twice"),
+    "another model": (head(0, 1) + ARCHITECTURE.replace(b"llama", b"gemma"), "kind 'gemma'; llama and qwen3 are read"),
+    "nameless": (head(0, 0), "kind 'None'"),
+    "no embedding": (head(0, 1) + ARCHITECTURE, "lacks token_embd.weight"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(tmp_path, capsys, content, said):
+    path = tmp_path / "it.gguf"
+    path.write_bytes(content)
+    err = refused(capsys, "generate", path, "--prompt", "a")
+    assert "it.gguf" in err
+    assert any(each in err for each in said.split("|")), err
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
+def test_cut_files(file, capsys, share):
+    os.truncate(file, int(file.stat().st_size * share))
+    assert "it was cut" in refused(capsys, "generate", file, "--prompt", "a") or share < 0.2
+
+
+def rewritten(file: Path, **changes) -> None:
+    """The file with other values; None takes one away."""
+    read = gguf.File(file)
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    values = {key: value for key, value in (read.values | changes).items() if value is not None}
+    tensors = {name: read[name] for name in read.tensors}
+    container.write(file, values, tensors, {name: stored.type for name, stored in read.tensors.items()})
+
+
+LIES = [
+    ({"llama__embedding_length": 64}, "token_embd.weight has shape (320, 32) where its settings make it (320, 64)"),
+    ({"llama__embedding_length": 2**31}, "hidden_size"),
+    ({"llama__embedding_length": "32"}, "hidden_size"),
+    ({"llama__embedding_length": None}, "does not say hidden_size"),
+    ({"llama__block_count": 4096}, "20 tensors, too few for 4,096 layers"),
+    ({"llama__block_count": 3}, "lacks 9 of 29 tensors, the first blk.2.attn_k.weight"),
+    ({"llama__block_count": 1}, "9 tensors this model has no place for, the first 'blk.1.attn_k.weight'"),
+    ({"llama__attention__head_count": [4, 4]}, "num_attention_heads"),
+    ({"llama__attention__head_count": 0}, "num_attention_heads"),
+    ({"llama__attention__head_count": True}, "num_attention_heads"),
+    ({"llama__rope__dimension_count": 4}, "rope.dimension_count is 4, which is not implemented; only 8 is"),
+    ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type is yarn"),
+    ({"llama__rope__freq_base": float("nan")}, "rope_theta"),
+    ({"llama__attention__sliding_window": 8}, "'attention.sliding_window' that is not known"),
+    ({"llama__expert_count": 4, "llama__expert_used_count": 2}, "lacks"),
+    ({"tokenizer__ggml__model": "llama"}, "kind 'llama', 'smollm', which is not read"),
+    ({"tokenizer__ggml__pre": "\x1b[31m" * 200}, "which is not read"),
+    ({"tokenizer__ggml__tokens": ["a"] * 320}, "a token twice"),
+    ({"tokenizer__ggml__tokens": [1, 2]}, "tokens that is no list of str"),
+    ({"tokenizer__ggml__token_type": [1]}, "token types that do not fit its 320 tokens"),
+    ({"tokenizer__ggml__token_type": [9] * 320}, "token types"),
+    ({"tokenizer__ggml__merges": ["no such"]}, "a tokenizer that is broken"),
+    ({"tokenizer__ggml__merges": ["x"]}, "a tokenizer that is broken"),
+    ({"tokenizer__ggml__eos_token_id": 2**31}, "eos_token_id 2147483648, which is no token"),
+    ({"tokenizer__chat_template": 5}, "tokenizer.chat_template that is no text"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), LIES, ids=[str(changes)[:60] for changes, _ in LIES])
+def test_files_that_lie(file, capsys, changes, said):
+    rewritten(file, **changes)
+    err = refused(capsys, "generate", file, "--prompt", "a")
+    assert said in err
+    assert "\x1b" not in err
+
+
+def test_more_tokens_than_the_model_has(file, capsys):
+    tokens = [*gguf.File(file).values["tokenizer.ggml.tokens"], "one", "more"]
+    rewritten(file, tokenizer__ggml__tokens=tokens, tokenizer__ggml__token_type=[1] * 322)
+    said = refused(capsys, "generate", file, "--prompt", "a")
+    assert "322 tokens for a model of 320, so they are not its own" in said
+
+
+def test_lists_that_would_take_long_to_build_are_not_built(file, capsys, monkeypatch):
+    with monkeypatch.context() as less:
+        less.setattr(tokenizers, "MOST_ADDED", 2)
+        said = refused(capsys, "generate", file, "--prompt", "a")
+    assert "has 3 special or added tokens, more than any real one" in said
+    many = 200_000
+    rewritten(file, tokenizer__ggml__tokens=[f"t{n}" for n in range(many)], tokenizer__ggml__token_type=[3] * many)
+    assert "has 200,000 tokens for a model of 320" in refused(capsys, "generate", file, "--prompt", "a")
+
+
+def test_only_llamas_have_experts(tmp_path, capsys):
+    to_gguf(saved(tmp_path / "m", model_type="qwen3"), tmp_path / "it.gguf", "f32")
+    rewritten(tmp_path / "it.gguf", qwen3__expert_count=4, qwen3__expert_used_count=2)
+    assert "a setting 'expert_count' that is not known" in refused(capsys, "generate", tmp_path / "it.gguf")
+
+
+def test_files_that_never_end(tmp_path, capsys):
+    (tmp_path / "zero.gguf").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for name in ("zero.gguf", "pipe.gguf"):
+        assert "is neither a model folder nor a .gguf" in refused(capsys, "generate", tmp_path / name, "--prompt", "a")
+
+
+places = st.floats(0, 1, exclude_max=True)
+odd = st.sampled_from([0, 1, 3, 33, 2**16, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1])
+lies = st.one_of(plain, st.sampled_from([math.nan, math.inf, "", "{" * 5000, "a" * 70_000, [0] * 320, [""] * 320]))
+
+
+def flipped(content: bytearray, place: float, bit: int) -> None:
+    content[int(place * len(content))] ^= 1 << bit
+
+
+def misnumbered(content: bytearray, place: float, number: int, size: int) -> None:
+    """Before the data, which a tiny vocabulary takes most of: a length, count, type, side or offset, now and then."""
+    begin = int(place * 9000)
+    content[begin : begin + size] = (number % 2 ** (8 * size)).to_bytes(size, "little")
+
+
+def cut(content: bytearray, place: float) -> None:
+    del content[int(place * len(content)) :]
+
+
+damages = st.one_of(
+    st.builds(lambda *given: lambda content: flipped(content, *given), places, st.integers(0, 7)),
+    st.builds(lambda *given: lambda content: misnumbered(content, *given), places, odd, st.sampled_from([4, 8])),
+    st.builds(lambda place: lambda content: cut(content, place), places),
+)
+
+
+def tried(path: Path) -> None:
+    """A file is read and used, or refused in a sentence; soon, and in little memory."""
+    begun, most = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        model = smolforge.load(path)
+        ids = model.tokenizer.encode("the model reads <|im_end|> 12\0") if model.tokenizer else [1]
+        model(torch.tensor([ids or [0]]))
+    except InvalidFile as error:
+        assert "\n" not in str(error)
+        assert path.name in str(error) or "tokenizer" in str(error)
+    assert time.process_time() - begun < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 200 << 10
+
+
+@settings(max_examples=100)
+@given(harm=st.lists(damages, min_size=1, max_size=3))
+def test_a_damaged_file_is_refused_or_read_but_never_worse(sound, harm):
+    content = bytearray((sound / "it.gguf").read_bytes())
+    for each in harm:
+        each(content)
+        content = content or bytearray(1)
+    (sound / "damaged.gguf").write_bytes(content)
+    tried(sound / "damaged.gguf")
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_a_file_that_lies_of_anything_is_refused_or_read_but_never_worse(sound, data):
+    path = sound / "lying.gguf"
+    shutil.copy(sound / "it.gguf", path)
+    values = gguf.File(path).values
+    for key in data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True)):
+        if isinstance(values[key], list) and data.draw(st.booleans()):
+            begin, end, to = (int(data.draw(places) * 320) for _ in range(3))
+            values[key] = [*values[key][:to], *values[key][begin:end], *values[key][to + end - begin :]]
+        else:
+            values[key] = data.draw(lies)
+    rewritten(path, **values)
+    tried(path)
+
+
+# Through every door.
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    out, other = tmp_path / "it.gguf", tmp_path / "held-out.txt"
+    other.write_text(sentences(30, 500))
+    words = ["--to", "gguf", "--type", "q8_0", "--out", str(out), "--text", str(other)]
+    assert cli.run(["export", str(folder), *words]) == 0
+    said = capsys.readouterr().out
+    assert f"{out.stat().st_size:,}  {out}" in said
+    assert "tensors: 13 in q8_0, 5 in f32, 2 in f16" in said
+    assert "the likeliest token the same in" in said
+    assert " before, " in said
+    assert cli.run(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "f16.gguf"), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["type"] == "f16"
+    assert 0 < content["max_abs_logit_diff"] < 0.1
+    assert cli.run(["generate", str(out), "--prompt", "the model", "--max-new-tokens", "5", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 5
+    assert cli.run(["evaluate", str(out), "--text", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["held-out"]["loss"] > 0
+    assert cli.run(["inspect", str(out), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["tokenizer"]["ids"] == len(smolforge.load(folder).tokenizer)
+    assert content["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
+
+
+def test_verify_and_on_to_transformers(file, folder, tmp_path, capsys, compiling):
+    report = tmp_path / "verify.json"
+    assert cli.run(["--debug", "verify", str(file), "--out", str(report)]) == 0, capsys.readouterr()
+    assert json.loads(report.read_text())["greedy_match"] is True
+    made = to_transformers(file, tmp_path / "back")
+    assert (made.dtype, made.rounding_logit_diff) == ("float32", 0)
+    before, after = smolforge.load(folder), smolforge.load(tmp_path / "back")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    to_gguf(folder, tmp_path / "narrow.gguf", "bf16")
+    assert to_transformers(tmp_path / "narrow.gguf", tmp_path / "narrow").dtype == "bfloat16"
+
+
+def test_what_transformers_does_not_read_is_not_compared(tmp_path, capsys):
+    """Of a mixture it reads what it knows, and would make up the rest."""
+    to_gguf(saved(tmp_path / "m", model_type="mixtral"), tmp_path / "it.gguf", "f32")
+    assert cli.run(["verify", str(tmp_path / "it.gguf"), "--out", str(tmp_path / "verify.json")]) == 1
+    assert "Transformers does not read all of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--lora.rank", "2"]])
+def test_training_begins_from_one(file, recipe, tmp_path, more):
+    words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(file), "--train.steps", "1"]
+    assert cli.run([*words, *more, "--optim.schedule.warmup-steps", "0"]) == 0
+    trained = resolve.load(tmp_path / "run")
+    assert trained.tokenizer.fingerprint == resolve.load(file).tokenizer.fingerprint
+    before = dict(resolve.load(file).named_parameters())
+    moved = max((weight - before[name]).abs().max().item() for name, weight in trained.named_parameters())
+    assert 0 < moved < 0.1
+
+
+def test_it_has_no_moments(file, recipe, tmp_path, capsys):
+    words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(file), "--init-moments", "true"]
+    assert cli.run(words) == 3
+    assert "has no moments to go on with" in capsys.readouterr().err
+
+
+def test_a_tokenizer_by_the_name_of_a_file(file):
+    assert resolve.tokenizer(file).fingerprint == resolve.load(file).tokenizer.fingerprint
+    rewritten(file, tokenizer__ggml__model=None)
+    assert resolve.load(file).tokenizer is None
+    with pytest.raises(InvalidFile, match="has no tokenizer in it"):
+        resolve.tokenizer(file)
+
+
+def test_a_whole_file_or_none(tmp_path):
+    with pytest.raises(KeyError):
+        commit.write_whole_file(tmp_path / "a", lambda path: (path.write_text("half"), {}["b"]))
+    assert list(tmp_path.iterdir()) == []
+    commit.write_whole_file(tmp_path / "new" / "a", lambda path: path.write_text("whole") and None)
+    assert (tmp_path / "new" / "a").read_text() == "whole"
+
+
+def test_what_follows_from_others_need_not_be_said(tmp_path):
+    to_gguf(saved(tmp_path / "m", num_key_value_heads=4), tmp_path / "it.gguf", "f32")
+    before = smolforge.load(tmp_path / "it.gguf").config
+    left_out = ("attention__head_count_kv", "attention__key_length", "attention__value_length", "vocab_size")
+    rewritten(tmp_path / "it.gguf", **{f"llama__{key}": None for key in left_out})
+    assert smolforge.load(tmp_path / "it.gguf").config == before
+    assert before == tiny_config(num_key_value_heads=4, initializer_range=0.02)
