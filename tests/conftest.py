@@ -1,5 +1,6 @@
 """What several tests start from. Nothing here touches a network: the Hub is a mirror on this machine."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -9,9 +10,10 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+import torch._dynamo  # by any optimizer: as well before the first freeze below
 from hypothesis import settings
 
-from smolforge.testing import HubMirror, sentences, tiny_config, tiny_tokenizer
+from smolforge.testing import HubMirror, processes, sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 
 # huggingface_hub reads these when it is first imported, which must be after this.
@@ -21,8 +23,17 @@ MIRROR = HubMirror(SCRATCH / "mirror").__enter__()
 os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 os.environ.setdefault("TRACKIO_DIR", str(SCRATCH / "trackio"))  # a child imports this file as well
 os.environ |= {"HF_ENDPOINT": MIRROR.url, "HF_HOME": str(SCRATCH / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # uploads go by LFS, which the mirror speaks
 for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(name, None)
+
+# What files begin with that have the work of a child.
+processes.PRELOADED += [
+    "pytest",
+    "hypothesis.strategies",
+    "jaxtyping",
+    "huggingface_hub",
+]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -58,6 +69,16 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest is begun first: at the end each worker has something short to take."""
+    items.sort(key=lambda item: item.get_closest_marker("heavy") is None)
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their place: those of a packed file change each second, and processes must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubMirror]:
     """An empty Hub and an empty cache."""
@@ -81,6 +102,13 @@ def compiling() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_no_garbage():
+    """Each run begins with a full collection, which took half of a short run's time, with all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _quiet_numbers():
     torch.manual_seed(0)
@@ -96,6 +124,25 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(sentences(300))
     return path
+
+
+@pytest.fixture(params=["int8", "int4", "q8_0"])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tiny model as a folder of integers, or a .gguf; both know how to chat."""
+    from smolforge.chat import CHATML
+    from smolforge.checkpoint import weights
+    from smolforge.export.gguf import to_gguf
+    from smolforge.quantized import Scheme, quantize
+
+    model, folder = tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "small"
+    tokenizer = Tokenizer(model.tokenizer.backend, model.tokenizer.settings | {"chat_template": CHATML})
+    if request.param != "q8_0":
+        quantize(model, Scheme(4, 32, True) if request.param == "int4" else Scheme(8, None, True))
+    weights.save(model, folder, tokenizer)
+    if request.param == "q8_0":
+        to_gguf(folder, folder.with_suffix(".gguf"), "q8_0")
+        return folder.with_suffix(".gguf")
+    return folder
 
 
 @pytest.fixture
