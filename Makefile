@@ -4,14 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-long check bench faults studies clean
+.PHONY: quickstart test test-long check bench faults studies demonstration clean
 STUDIES := $(basename $(notdir $(wildcard recipes/studies/*.toml)))
 
 quickstart: $(VENV)/.base
 	$(BIN)/smolforge quickstart
 
+# Containers often forbid bytecode, without which each worker and child compiles everything anew.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal
 
 test-long: $(VENV)/.test
 	$(BIN)/pytest --hypothesis-profile new
@@ -27,7 +28,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/loading.py
-	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/decoding.py $(if $(wildcard .llama/venv/bin/python),--llama .llama/venv/bin/python)
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/reporting.py
 
@@ -39,6 +40,11 @@ faults: $(VENV)/.test
 studies: $(VENV)/.test
 	for name in $(STUDIES); do OMP_NUM_THREADS=1 $(BIN)/smolforge compare $$name --out runs/studies/$$name || exit; done
 	$(BIN)/python docs/results.py $(addprefix runs/studies/,$(STUDIES))
+
+# smolforge, Transformers' Trainer, litgpt and a plain loop: same text, shape and clock, in peace and killed. An hour;
+# `make demonstration SHORT=1` a quarter of one. It goes on where it was stopped.
+demonstration: $(VENV)/.test .litgpt
+	$(BIN)/python benchmarks/demonstration/demonstrate.py runs/demonstration$(if $(SHORT),-short --seconds 60 --seeds 1)
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,7 +59,28 @@ $(VENV)/.test: $(VENV)/.base
 # litgpt takes no Transformers 5, so it has an environment of its own; make bench finds it there.
 .litgpt:
 	$(PYTHON) -m venv $@
-	$@/bin/pip --disable-pip-version-check install --quiet litgpt numpy safetensors torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$@/bin/pip --disable-pip-version-check install --quiet litgpt litdata numpy safetensors torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$@/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision  # litdata brings it, and nothing here reads a picture
+
+# Clients that pin what we do not, each in an environment of its own: make .clients/langchain-openai .clients/litellm
+.clients/%:
+	$(PYTHON) -m venv $@
+	$@/bin/pip --disable-pip-version-check install --quiet $* || { rm -rf $@; exit 1; }
+
+# llama.cpp, which tests/test_llama_cpp.py holds .gguf files to: built from source, in ten to twenty minutes on two cores.
+# What is half done when a step fails is taken away, or it would count as made.
+.llama:
+	$(PYTHON) -m venv $@/venv && \
+	$@/venv/bin/pip --disable-pip-version-check download --no-deps --no-binary :all: --dest $@ llama-cpp-python==0.3.36 && \
+	mkdir $@/source && tar --extract --gzip --file $@/llama_cpp_python-0.3.36.tar.gz --directory $@/source --strip-components 1 && \
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $@/venv/bin/pip --disable-pip-version-check install $@/source && \
+	$@/venv/bin/pip --disable-pip-version-check install --no-deps --target $@/converter sentencepiece || { rm -rf $@; exit 1; }
+
+# What a Space runs in, which is no part of .[test]; the long tests of tests/test_sharing.py find it there.
+.space:
+	$(PYTHON) -m venv $@
+	$@/bin/pip --disable-pip-version-check install --quiet $(shell sed -n 's/^GRADIO = "\(.*\)"/gradio==\1/p' src/smolforge/export/space/__init__.py) \
+		$(shell grep -E '^(torch|transformers)==' constraints.txt) || { rm -rf $@; exit 1; }
 
 clean:
-	rm -rf $(VENV) .litgpt build dist .ruff_cache .hypothesis
+	rm -rf $(VENV) .litgpt .clients .llama .space build dist .ruff_cache .hypothesis

@@ -178,31 +178,14 @@ def litgpt(job: Job) -> tuple[nn.Module, Callable[..., Tensor]]:
     """Its GPT, weights renamed by its own converter, and the loss of its pretraining."""
     import json
 
-    from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
+    from litgpt_shape import shape_of
     from safetensors.torch import load_file
 
     ours = json.loads((job.folder / "config.json").read_text("utf-8"))
-    config = Config(
-        block_size=job.length,
-        vocab_size=ours["vocab_size"],
-        padded_vocab_size=ours["vocab_size"],
-        n_layer=ours["num_hidden_layers"],
-        n_head=ours["num_attention_heads"],
-        n_query_groups=ours["num_key_value_heads"],
-        n_embd=ours["hidden_size"],
-        head_size=ours["head_dim"],
-        intermediate_size=ours["intermediate_size"],
-        rope_base=int(ours["rope_parameters"]["rope_theta"]),
-        norm_eps=ours["rms_norm_eps"],
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        mlp_class_name="LLaMAMLP",
-    )
+    config = shape_of(job.folder, job.length)
     model, renamed = GPT(config), dict[str, Tensor]()
     copy_weights_hf_llama(config, {}, renamed, load_file(job.folder / "model.safetensors"))
     model.load_state_dict(renamed)

@@ -1,0 +1,130 @@
+"""litgpt's pretrain, by the function behind its command: TextFiles, `--resume auto`, its own loader and compiler."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ground import ENDLESS, settings
+from watch import Steps, named
+
+
+def shape(ground: Path, folder: Path) -> Any:
+    from litgpt_shape import shape_of
+
+    return shape_of(folder, settings(ground)["sequence_length"])
+
+
+def prepare(ground: Path) -> None:
+    """The model folders as `litgpt convert_to_litgpt` leaves them, and its own preparation of the text."""
+    import torch
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
+    from litgpt.tokenizer import Tokenizer
+    from litgpt.utils import save_config
+    from safetensors.torch import load_file
+
+    given = settings(ground)
+    for seed in given["seeds"]:
+        folder, renamed = ground / f"seed-{seed}", dict[str, Any]()
+        config = shape(ground, folder)
+        copy_weights_hf_llama(config, {}, renamed, load_file(folder / "model.safetensors"))
+        renamed.setdefault("lm_head.weight", renamed["transformer.wte.weight"])
+        torch.save(renamed, folder / "lit_model.pth")
+        save_config(config, folder)
+    data = texts(ground)
+    data.connect(Tokenizer(ground / f"seed-{given['seeds'][0]}"), given["rows"], given["sequence_length"])
+    data.prepare_data()
+
+
+def texts(ground: Path) -> Any:
+    """Its TextFiles over two files, since a file is what it makes a process for; the first is for its validation."""
+    from litgpt.data import TextFiles
+
+    folder = ground / "prepared" / "litgpt"
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        documents = [file.read_text("utf-8") for file in sorted((ground / "text").glob("*.txt"))]
+        (folder / "1.txt").write_text("<|endoftext|>".join(documents), "utf-8")
+        (folder / "held_out").mkdir()
+        (folder / "held_out" / "0.txt").write_text((ground / "held_out.txt").read_text("utf-8"), "utf-8")
+    return TextFiles(train_data_path=folder, val_data_path=folder / "held_out", num_workers=0)
+
+
+def train(ground: Path, out: Path, seed: int) -> None:
+    from litgpt import pretrain
+    from litgpt.args import EvalArgs, TrainArgs
+
+    given, write = settings(ground), Steps(out)
+    tokens = given["rows"] * given["sequence_length"]
+    begun = checkpoints(out)
+    count = max(begun, default=0)
+
+    following = pretrain.CycleIterator.__next__
+    under_way: list[Any] = []
+
+    def watched(self: Any) -> Any:
+        """A step is over when the batch of the next is asked for."""
+        nonlocal count
+        if under_way:
+            count += 1
+            write(count, named(under_way.pop()[:, :-1]))
+        under_way.append(following(self))
+        return under_way[0]
+
+    pretrain.CycleIterator.__next__ = watched  # type: ignore
+    sys.argv = ["pretrain", "demonstration"]  # read again by its saving, which writes down how it was called
+    pretrain.setup(
+        "demonstration",
+        shape(ground, ground / f"seed-{seed}"),
+        out / "run",
+        "32-true",
+        initial_checkpoint_dir=None if begun else ground / f"seed-{seed}",
+        resume=bool(begun),
+        data=texts(ground),
+        train=TrainArgs(
+            save_interval=given["save_every"],
+            log_interval=1,
+            global_batch_size=given["rows"],
+            micro_batch_size=given["rows"],
+            max_tokens=ENDLESS * tokens,
+            max_seq_length=given["sequence_length"],
+            max_norm=given["max_grad_norm"],
+            min_lr=given["learning_rate"],
+            lr_warmup_steps=given["warmup_steps"],
+            tie_embeddings=True,
+        ),
+        eval=EvalArgs(interval=ENDLESS, max_iters=1, initial_validation=False, final_validation=False),
+        optimizer={
+            "class_path": "torch.optim.AdamW",
+            "init_args": {
+                "lr": given["learning_rate"],
+                "betas": tuple(given["betas"]),
+                "eps": given["eps"],
+                "weight_decay": given["weight_decay"],
+            },
+        },
+        tokenizer_dir=ground / f"seed-{seed}",
+        devices=1,
+        logger_name="csv",
+        seed=seed,
+    )
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    found = (out / "run").glob("step-*/lit_model.pth")
+    return {int(file.parent.name.removeprefix("step-")): file for file in found}
+
+
+resumes_from = checkpoints
+
+
+def export(file: Path, out: Path) -> None:
+    import torch
+    from litgpt import Config
+    from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
+    from safetensors.torch import save_file
+
+    config = Config.from_file(file.parent / "model_config.yaml")
+    state, renamed = torch.load(file, map_location="cpu")["model"], dict[str, Any]()
+    state = {name.removeprefix("_orig_mod."): each for name, each in state.items()}
+    copy_weights_llama(config, renamed, state, untie_weights=True)
+    save_file({name: each.contiguous() for name, each in renamed.items()}, out)

@@ -1,0 +1,82 @@
+"""smolforge, by its Python interface: the same command starts and goes on."""
+
+from pathlib import Path
+from typing import Any
+
+from ground import ENDLESS, settings
+from watch import Steps, named
+
+
+def overrides(ground: Path, seed: int) -> dict[str, Any]:
+    given = settings(ground)
+    return {
+        "init_from": str(ground / f"seed-{seed}"),
+        "data.sources": [str(ground / "prepared" / "smolforge")],
+        "seed": seed,
+        "model.preset": given["preset"],
+        "optim.name": "adamw",
+        "optim.learning_rate": given["learning_rate"],
+        "optim.betas": given["betas"],
+        "optim.eps": given["eps"],
+        "optim.weight_decay": given["weight_decay"],
+        "optim.max_grad_norm": given["max_grad_norm"],
+        "optim.schedule.warmup_steps": given["warmup_steps"],
+        "optim.schedule.decay": "none",
+        "optim.schedule.final_learning_rate": given["learning_rate"],
+        "train.steps": ENDLESS,
+        "train.sequence_length": given["sequence_length"],
+        "train.batch_tokens": given["rows"] * given["sequence_length"],
+        "train.dtype": given["dtype"],
+        "train.compile": False,
+        "train.checkpoint_every": given["save_every"],
+        "train.keep_last": ENDLESS,
+        "train.evaluate_every": None,
+        "train.sample_every": None,
+        "report.to": None,
+    }
+
+
+def prepare(ground: Path) -> None:
+    from smolforge.config import Data
+    from smolforge.data import shards
+    from smolforge.tokenizer import Tokenizer
+
+    data = Data(sources=(str(ground / "text"),), held_out=0)
+    shards.prepare(data, ground / "prepared" / "smolforge", Tokenizer.load(ground / "tokenizer"))
+
+
+def train(ground: Path, out: Path, seed: int) -> None:
+    from smolforge.data import batches
+    from smolforge.recipe import resume_or_start
+    from smolforge.recipe.workshop import Silent
+
+    rows: dict[int, list[str]] = {}
+    plain = batches.Windows.batch
+
+    def batch(self: Any, step: int, *given: Any) -> Any:
+        made = plain(self, step, *given)
+        rows[step + 1] = named(made.ids)
+        return made
+
+    batches.Windows.batch = batch
+    write = Steps(out)
+
+    class Watching(Silent):
+        def stepped(self, metrics: dict[str, Any]) -> None:
+            write(metrics["step"], rows.pop(metrics["step"]))
+
+    resume_or_start("nano", out / "run", overrides(ground, seed), observer=Watching())
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    """Weights by step."""
+    found = (out / "run" / "checkpoints").glob("step-*/model.safetensors")
+    return {int(file.parent.name.removeprefix("step-")): file for file in found}
+
+
+resumes_from = checkpoints
+
+
+def export(file: Path, out: Path) -> None:
+    """Weights under Hugging Face's names."""
+    out.write_bytes(file.read_bytes())

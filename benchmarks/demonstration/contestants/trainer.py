@@ -1,0 +1,79 @@
+"""Transformers' Trainer, as its examples use it: text in blocks, `get_last_checkpoint`, `resume_from_checkpoint`."""
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ground import ENDLESS, settings
+from watch import Steps, named
+
+
+def prepare(ground: Path) -> None:
+    """run_clm.py's group_texts: all ids strung together, cut into blocks, the rest dropped."""
+    import torch
+    from tokenizers import Tokenizer
+
+    given, tokenizer = settings(ground), Tokenizer.from_file(str(ground / "tokenizer" / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    texts = [file.read_text("utf-8") for file in sorted((ground / "text").glob("*.txt"))]
+    ids = [each for text in tokenizer.encode_batch(texts) for each in [*text.ids, end]]
+    length = given["sequence_length"]
+    blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    (ground / "prepared").mkdir(exist_ok=True)
+    torch.save(blocks, ground / "prepared" / "trainer.pt")
+
+
+def train(ground: Path, out: Path, seed: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    given, write = settings(ground), Steps(out)
+    blocks = torch.load(ground / "prepared" / "trainer.pt")
+    model = AutoModelForCausalLM.from_pretrained(ground / f"seed-{seed}", dtype=torch.float32)
+    fetched: deque[list[str]] = deque()  # the loader is a batch ahead
+
+    def collate(examples: list[Any]) -> dict[str, Any]:
+        ids = torch.stack([example["input_ids"] for example in examples])
+        fetched.append(named(ids))
+        return {"input_ids": ids, "labels": ids}
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            write(state.global_step, fetched.popleft())
+
+    arguments = TrainingArguments(
+        output_dir=str(out / "run"),
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        max_steps=ENDLESS,
+        per_device_train_batch_size=given["rows"],
+        learning_rate=given["learning_rate"],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=given["warmup_steps"],
+        adam_beta1=given["betas"][0],
+        adam_beta2=given["betas"][1],
+        adam_epsilon=given["eps"],
+        weight_decay=given["weight_decay"],
+        max_grad_norm=given["max_grad_norm"],
+        save_steps=given["save_every"],
+        save_total_limit=None,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": block} for block in blocks]
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows, callbacks=[Watching()])  # type: ignore
+    last = get_last_checkpoint(str(out / "run")) if (out / "run").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    found = (out / "run").glob("checkpoint-*/model.safetensors")
+    return {int(file.parent.name.removeprefix("checkpoint-")): file for file in found}
+
+
+resumes_from = checkpoints
+
+
+def export(file: Path, out: Path) -> None:
+    out.write_bytes(file.read_bytes())

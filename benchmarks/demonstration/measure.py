@@ -1,0 +1,207 @@
+"""What a run left behind, measured: bits a byte of every checkpoint, the same weights or not, rows, a flipped bit."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from contestants import CONTESTANTS
+from fire import Run, restarts
+from ground import settings
+from watch import FILE, read
+
+PATIENCE = 180
+"""Seconds in which a start shows whether it notices a flipped bit."""
+SETTLED = 5
+"""Steps after a start before speed counts."""
+
+
+class Point(NamedTuple):
+    """A checkpoint: after so many steps and seconds, so good."""
+
+    step: int
+    seconds: float
+    bits_per_byte: float
+    sha256: str
+
+
+def points(name: str, ground: Path, out: Path, seen: Run) -> list[Point]:
+    """All checkpoints of a run, in turn; out/points.json keeps them."""
+    kept = out / "points.json"
+    if not kept.is_file():
+        exported = out / "exported"
+        subprocess.run(CONTESTANTS[name].command("export", str(out), str(exported)), check=True, capture_output=True)
+        files = CONTESTANTS[name].module.checkpoints(out)
+        found = [
+            Point(step, files[step].stat().st_mtime - seen.began, *measured(ground, exported / f"{step}.safetensors"))
+            for step in sorted(files)
+            if (exported / f"{step}.safetensors").is_file()
+        ]
+        kept.write_text(json.dumps(found) + "\n")
+        shutil.rmtree(exported)
+    return [Point(*each) for each in json.loads(kept.read_text())]
+
+
+def measured(ground: Path, file: Path) -> tuple[float, str]:
+    """Bits a byte of the held-out text, in rows of the trained length, by Transformers; a hash of the weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    model, state, (rows, labels) = judge(ground), load_file(file), held_out(ground)
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    nats = 0.0
+    with torch.inference_mode():
+        for ids, following in zip(rows.split(32), labels.split(32), strict=True):
+            logits = model(ids).logits.flatten(0, 1)
+            nats += torch.nn.functional.cross_entropy(logits, following.flatten(), reduction="sum").item()
+    content = hashlib.sha256()
+    for key in sorted(state):
+        if key != "lm_head.weight":
+            content.update(key.encode() + state[key].contiguous().numpy().tobytes())
+    return nats / math.log(2) / settings(ground)["held_out_bytes"], content.hexdigest()
+
+
+@cache
+def judge(ground: Path) -> Any:
+    """A model of the shape, to be filled."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(ground / f"seed-{settings(ground)['seeds'][0]}").eval()
+
+
+@cache
+def held_out(ground: Path) -> tuple[Any, Any]:
+    """Rows of ids and the labels that follow them; the text begins after the end of a document."""
+    import torch
+    from tokenizers import Tokenizer
+
+    tokenizer, length = (
+        Tokenizer.from_file(str(ground / "tokenizer" / "tokenizer.json")),
+        settings(ground)["sequence_length"],
+    )
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode((ground / "held_out.txt").read_text("utf-8")).ids]
+    count = -(-(len(ids) - 1) // length)
+    rows = torch.zeros(count * length, dtype=torch.long)
+    labels = torch.full((count * length,), -100)
+    rows[: len(ids) - 1], labels[: len(ids) - 1] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
+    return rows.view(count, length), labels.view(count, length)
+
+
+def at(found: Sequence[Point], seconds: float) -> float | None:
+    """What one has after so many seconds: the newest checkpoint by then."""
+    return next((point.bits_per_byte for point in reversed(found) if point.seconds <= seconds), None)
+
+
+def same(peace: Sequence[Point], fire: Sequence[Point]) -> bool | None:
+    """Whether the last checkpoint that both have holds the same weights, to the bit."""
+    ours, theirs = ({point.step: point.sha256 for point in each} for each in (peace, fire))
+    both = ours.keys() & theirs.keys()
+    return ours[max(both)] == theirs[max(both)] if both else None
+
+
+def rows(out: Path) -> dict[int, list[str]]:
+    """The rows of each step, as it counts in the end: of a step taken twice, the last."""
+    return {line["step"]: line["rows"] for line in read(out)}
+
+
+def repeated_or_skipped(peace: Path, fire: Path) -> tuple[int, int, int]:
+    """Rows that a killed run saw more often than one in peace, those it saw less often, and of how many."""
+    ours, theirs = rows(peace), rows(fire)
+    last = min(max(ours, default=0), max(theirs, default=0))
+    calm, killed = (
+        Counter(itertools.chain.from_iterable(each.get(step, []) for step in range(1, last + 1)))
+        for each in (ours, theirs)
+    )
+    return (killed - calm).total(), (calm - killed).total(), calm.total()
+
+
+def tokens_per_second(ground: Path, out: Path, seen: Run) -> float | None:
+    """Median over the steps that follow one another within a life, after its first few; None where none do."""
+    given, times = settings(ground), list[float]()
+    for life in lives(out, seen):
+        times += [later - earlier for earlier, later in itertools.pairwise(life[SETTLED:])]
+    return given["rows"] * given["sequence_length"] / statistics.median(times) if times else None
+
+
+def lives(out: Path, seen: Run) -> Iterator[list[float]]:
+    """Times of the steps of each start."""
+    steps = [line["time"] - seen.began for line in read(out)]
+    for start, end in zip(seen.starts, [*seen.starts[1:], math.inf], strict=True):
+        yield [each for each in steps if start < each < end]
+
+
+def notices_a_flipped_bit(name: str, ground: Path, out: Path, seed: int) -> bool | None:
+    """Whether a start from a checkpoint with one bit flipped does anything but go on from it."""
+    kept = out / "flipped.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(_notices(name, ground, out, seed)))
+    return json.loads(kept.read_text())
+
+
+def _notices(name: str, ground: Path, out: Path, seed: int) -> bool | None:
+    if not CONTESTANTS[name].module.resumes_from(out):
+        return None
+    copy = out.with_name(out.name + "-flipped")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(out, copy)
+    (copy / FILE).unlink()
+    files = CONTESTANTS[name].module.resumes_from(copy)
+    newest = max(files)
+    flip(files[newest])
+    first, ended = first_step(name, ground, copy, seed)
+    shutil.rmtree(copy)
+    return first != newest + 1 if first is not None or ended else None
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle: among the weights or moments of any file of theirs."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    file.write_bytes(content)
+
+
+def first_step(name: str, ground: Path, out: Path, seed: int) -> tuple[int | None, bool]:
+    """The first step of a start, if it comes to one in time, and whether it ended without any."""
+    with (out / "output.log").open("wb") as log:
+        command = CONTESTANTS[name].command("train", str(ground), str(out), str(seed))
+        child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    until = time.time() + PATIENCE
+    while child.poll() is None and time.time() < until and not read(out):
+        time.sleep(0.2)
+    ended = child.poll() is not None
+    if not ended:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    return (read(out)[0]["step"] if read(out) else None), ended
+
+
+def summary(name: str, ground: Path, outs: Mapping[str, Path], seen: Mapping[str, Run], marks: Sequence[float]) -> dict:
+    """One contestant, one seed: every column."""
+    found = {kind: points(name, ground, outs[kind], seen[kind]) for kind in outs}
+    first, again = restarts(outs["peace"], seen["peace"]), restarts(outs["fire"], seen["fire"])[1:]
+    return {
+        "bits_per_byte": {kind: {f"{mark:g}": at(found[kind], mark) for mark in marks} for kind in outs},
+        "tokens_per_second": tokens_per_second(ground, outs["peace"], seen["peace"]),
+        "peak_bytes": seen["peace"].peak_bytes,
+        "same_weights": same(found["peace"], found["fire"]),
+        "rows": repeated_or_skipped(outs["peace"], outs["fire"]),
+        "kills": len(seen["fire"].killed),
+        "restart_seconds": statistics.median(again) if again else None,
+        "first_step_seconds": first[0] if first else None,
+        "helped": seen["fire"].helped,
+        "failures": seen["fire"].failures,
+        "points": {kind: found[kind] for kind in outs},
+        "killed": seen["fire"].killed,
+    }

@@ -1,0 +1,160 @@
+"""The table and the figure of a demonstration, from its numbers alone.
+
+python benchmarks/demonstration/page.py OUT
+"""
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contestants import CONTESTANTS
+from fire import MEAN_SECONDS
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from smolforge.comparison import style
+
+PAGE = Path(__file__).with_name("page.md").read_text("utf-8")
+LINES = {"peace": style.SOLID, "fire": style.DASHES[-1]}
+
+
+def marks(seconds: float) -> list[float]:
+    """The moments to compare at."""
+    return [each for each in (30.0, 60.0, 120.0, 300.0) if each < seconds] + [seconds]
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    import torch
+
+    from smolforge.device import name_of
+
+    return {"cpu": name_of(torch.device("cpu")), "cores": os.cpu_count()}
+
+
+def write(out: Path) -> str:
+    """OUT/demonstration.md and .svg; returns what a terminal shows."""
+    numbers = json.loads((out / "demonstration.json").read_text())
+    (out / "demonstration.md").write_text(page(numbers))
+    style.save(lambda: draw(numbers), out / "demonstration")
+    return f"{table(numbers)}\n\n{conditions(numbers)}\n\n{used(numbers)}"
+
+
+def page(numbers: Mapping[str, Any]) -> str:
+    """page.md, filled."""
+    return PAGE.format(table=table(numbers), conditions=conditions(numbers), used=used(numbers))
+
+
+def table(numbers: Mapping[str, Any]) -> str:
+    """A column for each contestant, a line for each thing that was measured."""
+    found = {name: list(seeds.values()) for name, seeds in numbers["found"].items()}
+    lines = [("", *(CONTESTANTS[name].title for name in found)), ("---",) * (len(found) + 1)]
+    for what, cell in columns(marks(numbers["seconds"])).items():
+        lines.append((what, *(cell(seeds) for seeds in found.values())))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def columns(at: Sequence[float]) -> dict[str, Callable[[Sequence[Mapping[str, Any]]], str]]:
+    """What is said of the seeds of one contestant."""
+    moments = ", ".join(f"{each:g}" for each in at)
+    return {
+        f"bits a byte in peace, at {moments} s": lambda seeds: bits(seeds, "peace", at),
+        f"bits a byte under fire, at {moments} s": lambda seeds: bits(seeds, "fire", at),
+        "weights as if never killed": lambda seeds: said([one["same_weights"] for one in seeds]),
+        "rows of text repeated; skipped": rows,
+        "a flipped bit in the last checkpoint is noticed": lambda seeds: said(
+            [one["notices_a_flipped_bit"] for one in seeds]
+        ),
+        "checkpoints deleted by hand to go on": lambda seeds: str(sum(one["helped"] for one in seeds)),
+        "restart to next step": lambda seeds: spread(known(seeds, "restart_seconds"), "{:.1f} s".format),
+        "start to first step": lambda seeds: spread(known(seeds, "first_step_seconds"), "{:.1f} s".format),
+        "tokens a second": lambda seeds: spread(known(seeds, "tokens_per_second"), "{:,.0f}".format),
+        "peak memory": lambda seeds: spread([one["peak_bytes"] / 2**20 for one in seeds], "{:,.0f} MiB".format),
+    }
+
+
+def conditions(numbers: Mapping[str, Any]) -> str:
+    """What all had in common."""
+    count, common = max((len(each) for each in numbers["found"].values()), default=0), numbers["ground"]
+    seeds = "1 seed" if count == 1 else f"{count} seeds, medians (range)"
+    return (
+        f"{seeds}; {numbers['seconds']:g} s each by the clock from the first start; kills {MEAN_SECONDS} s apart in "
+        f"the mean. {common['bytes']:,} bytes of text (sha256 {common['sha256'][:12]}), {common['held_out_bytes']:,} "
+        f"held out; shape {common['preset']}; AdamW {common['learning_rate']:g} after {common['warmup_steps']} steps, "
+        f"{common['rows']} x {common['sequence_length']} tokens a step, {common['dtype']}, saved every "
+        f"{common['save_every']} steps. {numbers['machine']['cores']} cores, {numbers['machine']['cpu']}."
+    )
+
+
+def used(numbers: Mapping[str, Any]) -> str:
+    """How each was used, with its versions; who was not there."""
+    lines = [f"- {how}" for how in numbers["used"].values()]
+    return "\n".join(lines + [f"- {CONTESTANTS[name].title}: not installed here" for name in numbers["absent"]])
+
+
+def rows(seeds: Sequence[Mapping[str, Any]]) -> str:
+    repeated, skipped, of = (sum(one["rows"][number] for one in seeds) for number in range(3))
+    return f"{repeated:,}; {skipped:,} of {of:,}"
+
+
+def known(seeds: Sequence[Mapping[str, Any]], column: str) -> list[float]:
+    """What was seen: a run that came to no step has no speed."""
+    return [one[column] for one in seeds if one[column] is not None]
+
+
+def bits(seeds: Sequence[Mapping[str, Any]], kind: str, at: Sequence[float]) -> str:
+    found = [[one["bits_per_byte"][kind][f"{mark:g}"] for one in seeds] for mark in at]
+    return ", ".join(f"{statistics.median(each):.2f}" if None not in each else "none" for each in found)
+
+
+def spread(values: Sequence[float], write: Callable[[float], str]) -> str:
+    if not values:
+        return "never"
+    middle = write(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({write(min(values))} to {write(max(values))})"
+
+
+def said(answers: Sequence[bool | None]) -> str:
+    """yes or no where all seeds agree."""
+    words = ["not seen" if each is None else "yes" if each else "no" for each in answers]
+    return words[0] if len(set(words)) == 1 else f"{words.count('yes')} of {len(words)}"
+
+
+def draw(numbers: Mapping[str, Any]) -> Figure:
+    """Bits a byte over tokens, where what is exact lies together, and over seconds, where what is fast goes ahead."""
+    figure, key = style.canvas(), list[tuple[str, Artist]]()
+    tokens = numbers["ground"]["rows"] * numbers["ground"]["sequence_length"]
+    left, right = figure.subplots(1, 2, sharey=True)
+    for look, (name, seeds) in zip(style.looks(len(numbers["found"])), numbers["found"].items(), strict=True):
+        for one in seeds.values():
+            line = curves(left, one, look.color, lambda point: point[0] * tokens / 1e6)
+        curves(right, next(iter(seeds.values())), look.color, lambda point: point[1])
+        key.append((CONTESTANTS[name].title, line))
+    for at in next(iter(next(iter(numbers["found"].values())).values()))["killed"]:
+        right.axvline(at, color=style.RULE, linewidth=0.8, zorder=0)
+    left.set(xlabel="million tokens, all seeds", ylabel="bits a byte, held-out text")
+    right.set(xlabel="seconds since the first start, one seed", xlim=(0, numbers["seconds"]))
+    for axes in (left, right):
+        style.ruled(axes)
+    key.append(("killed at the grey lines", Line2D([], [], color=style.INK, linestyle=style.DASHES[-1])))
+    style.legend(figure, key)
+    return figure
+
+
+def curves(axes: Axes, one: Mapping[str, Any], color: str, across: Callable[[Sequence[Any]], float]) -> Artist:
+    """What one had at each checkpoint, in peace and under fire; `across` says where a point stands. The first line."""
+    for kind, dashes in LINES.items():
+        found = one["points"][kind]
+        axes.plot([*map(across, found)], [point[2] for point in found], color=color, linestyle=dashes, linewidth=1.1)
+    return axes.lines[-len(LINES)]
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))

@@ -1,0 +1,160 @@
+"""What the demonstration says of a run, on runs made by hand; `make demonstration` runs the contestants themselves."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "demonstration"))
+import fire
+import measure
+import page
+from watch import FILE, Steps, read
+
+
+def steps(folder: Path, lines: list[tuple[int, float, list[str]]]) -> Path:
+    folder.mkdir()
+    said = [{"step": step, "time": time, "rows": rows} for step, time, rows in lines]
+    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in said) + '{"step": 9, "ti')
+    return folder
+
+
+def points(*found: tuple[int, float, str]) -> list[measure.Point]:
+    return [measure.Point(step, seconds, 2.0 + seconds / 100, sha) for step, seconds, sha in found]
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """In peace rows a to d; under fire step 2 was taken, lost, and taken again with another row, seen before."""
+    peace = steps(tmp_path / "peace", [(1, 1.0, ["a"]), (2, 2.0, ["b"]), (3, 3.0, ["c"]), (4, 4.0, ["d"])])
+    lines = [(1, 1.0, ["a"]), (2, 2.0, ["b"]), (2, 12.0, ["a"]), (3, 13.0, ["c"])]
+    return peace, steps(tmp_path / "fire", lines)
+
+
+def test_a_torn_line_is_no_step(runs):
+    assert [line["step"] for line in read(runs[0])] == [1, 2, 3, 4]
+
+
+def test_rows_are_compared_as_they_count_in_the_end(runs):
+    assert measure.repeated_or_skipped(*runs) == (1, 1, 3)
+    assert measure.repeated_or_skipped(runs[0], runs[0]) == (0, 0, 4)
+
+
+def test_weights_are_compared_at_the_last_step_both_have():
+    peace = points((20, 5, "x"), (40, 9, "y"), (60, 14, "z"))
+    assert measure.same(peace, points((20, 8, "x"), (40, 20, "y"))) is True
+    assert measure.same(peace, points((20, 8, "x"), (40, 20, "other"))) is False
+    assert measure.same(peace, points((30, 8, "x"))) is None
+
+
+def test_what_one_has_after_so_many_seconds_is_the_newest_checkpoint_by_then():
+    found = points((20, 5, "x"), (40, 9, "y"))
+    assert measure.at(found, 4.9) is None
+    assert measure.at(found, 5) == measure.at(found, 8.9) == pytest.approx(2.05)
+    assert measure.at(found, 100) == pytest.approx(2.09)
+
+
+def test_restarts_and_speed_are_of_the_lives_of_a_run(tmp_path):
+    times = [3.0 + 0.5 * number for number in range(10)] + [24.0 + 0.5 * number for number in range(10)]
+    out = steps(tmp_path / "run", [(number + 1, time, ["a"]) for number, time in enumerate(times)])
+    seen = fire.Run(began=0.0, starts=[0.0, 10.0, 20.0])
+    assert fire.restarts(out, seen) == [3.0, 4.0]  # the second start came to no step
+    (tmp_path / "ground.json").write_text(json.dumps({"rows": 8, "sequence_length": 256}))
+    assert measure.tokens_per_second(tmp_path, out, seen) == pytest.approx(8 * 256 / 0.5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kills_are_the_same_for_all_and_leave_time_at_the_end(seed):
+    assert fire.moments(seed, 120) == fire.moments(seed, 120)
+    assert all(0 < each < 120 for each in fire.moments(seed, 120))
+    assert fire.moments(seed, 120) == sorted(fire.moments(seed, 120))
+    assert fire.moments(seed, random.uniform(1, 3)), "no run is spared"
+
+
+def test_memory_is_that_of_a_contestant_and_not_of_who_starts_it():
+    held = bytearray(b"1") * (300 << 20)  # here
+    script = "import time; held = bytearray(b'1') * (60 << 20); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    assert 60 << 20 < fire._waited(child, time.time() + 2) < 150 << 20 < len(held)
+    assert child.returncode == -9
+
+
+def test_what_is_written_of_a_step_is_there_at_once(tmp_path):
+    Steps(tmp_path)(3, ["a", "b"])
+    (line,) = read(tmp_path)
+    assert (line["step"], line["rows"]) == (3, ["a", "b"])
+
+
+def numbers() -> dict:
+    one = {
+        "bits_per_byte": {kind: {"30": 2.5, "60": None} for kind in ("peace", "fire")},
+        "tokens_per_second": 5000.0,
+        "peak_bytes": 2**30,
+        "same_weights": True,
+        "rows": [0, 0, 2400],
+        "kills": 2,
+        "restart_seconds": 4.0,
+        "first_step_seconds": 5.0,
+        "helped": 0,
+        "failures": [],
+        "notices_a_flipped_bit": True,
+        "points": {kind: [[20, 9.0, 2.5, "x"], [40, 15.0, 2.3, "y"]] for kind in ("peace", "fire")},
+        "killed": [20.0],
+    }
+    ground = {"bytes": 10, "sha256": "0" * 64, "held_out_bytes": 5, "preset": "smollm2-nano", "learning_rate": 3e-3}
+    ground |= {"warmup_steps": 20, "rows": 8, "sequence_length": 256, "save_every": 20, "dtype": "float32"}
+    other = one | {"same_weights": False, "helped": 1, "tokens_per_second": 3000.0}
+    never = other | {"tokens_per_second": None, "restart_seconds": None, "points": {"peace": [], "fire": []}}
+    found = {"smolforge": {"0": one}, "plain": {"0": one, "1": other, "2": never}}
+    said = {"absent": ["litgpt"], "used": {"smolforge": "by its interface"}, "machine": {"cpu": "any", "cores": 2}}
+    return {"seconds": 60, "ground": ground, "found": found, **said}
+
+
+def test_the_table_says_what_was_seen_and_who_was_not_there(tmp_path):
+    (tmp_path / "demonstration.json").write_text(json.dumps(numbers()))
+    table = page.write(tmp_path)
+    for line in (
+        "|  | smolforge | plain loop, as nanoGPT's |",
+        "| bits a byte in peace, at 30, 60 s | 2.50, none | 2.50, none |",
+        "| weights as if never killed | yes | 1 of 3 |",
+        "| rows of text repeated; skipped | 0; 0 of 2,400 | 0; 0 of 7,200 |",
+        "| checkpoints deleted by hand to go on | 0 | 2 |",
+        "| tokens a second | 5,000 | 4,000 (3,000 to 5,000) |",
+        "- by its interface",
+        "- litgpt: not installed here",
+    ):
+        assert line in table.splitlines()
+    assert (tmp_path / "demonstration.svg").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("life", "noticed"),
+    [
+        ("write(21, [])", False),
+        ("write(1, [])", True),  # it went back to a sound one, or began anew
+        ("raise SystemExit(1)", True),
+        ("time.sleep(60)", None),
+    ],
+)
+def test_a_flipped_bit_is_noticed_by_what_does_not_go_on_from_it(tmp_path, monkeypatch, life, noticed):
+    script = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from watch import Steps"
+    script += f"; write = Steps(Path(sys.argv[2])); {life}; time.sleep(60)"
+
+    class Theirs:
+        module = SimpleNamespace(resumes_from=lambda out: {20: out / "weights"})
+
+        def command(self, verb, ground, out, seed):
+            return [sys.executable, "-c", script, str(Path(fire.__file__).parent), out]
+
+    steps(tmp_path / "run", [(20, 1.0, ["a"])])
+    (tmp_path / "run" / "weights").write_bytes(bytes(100))
+    monkeypatch.setitem(measure.CONTESTANTS, "theirs", Theirs())
+    monkeypatch.setattr(measure, "PATIENCE", 2 if noticed is None else 60)
+    assert measure.notices_a_flipped_bit("theirs", tmp_path, tmp_path / "run", 0) is noticed
+    assert (tmp_path / "run" / "weights").read_bytes() == bytes(100), "a copy is broken, not the run"
+    assert not (tmp_path / "run-flipped").exists()
