@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import begin_at_once
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -38,7 +39,7 @@ from smolforge.errors import InvalidFile
 from smolforge.runs.journal import read_records
 from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
-from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start
+from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start, wait_until
 
 OPTIM = {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4}}
 TRAIN = {
@@ -136,8 +137,7 @@ class Bench:
         return Path(f"{run}.said").read_text()
 
     def wait_for_lock(self, child: BaseProcess, run: Path) -> None:
-        while child.is_alive() and not (run / ".lock").is_file():
-            pass
+        wait_until((run / ".lock").is_file, child)
 
     def run_all(self, runs: Sequence[Path], faults: Sequence[Fault]) -> list[int]:
         """The command for each of several runs, one after the other in one process; their exit codes."""
@@ -174,7 +174,7 @@ class Bench:
 
 def command(output: Path, words: list[str], fault: Fault) -> None:
     """A command line in this process, its words going to a file."""
-    torch.set_num_threads(1)
+    begin_at_once()
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -14,6 +14,7 @@ from conftest import NANO
 
 from smolforge import __version__, cli, training
 from smolforge.checkpoint import state
+from smolforge.cli import lengths
 from smolforge.cli.flags import parse
 from smolforge.cli.terminal import arithmetic_line, duration, metrics_line
 from smolforge.config import Train
@@ -96,7 +97,20 @@ def test_prepare_and_inspect_a_corpus(capsys, tmp_path, text_file):
     assert counts["bytes"] == len(text_file.read_bytes())
     facts = json.loads(call(capsys, "inspect", tmp_path / "corpus", "--json")[1])
     assert facts["train"]["tokens"] + facts["held_out"]["tokens"] == counts["tokens"]
-    assert facts["beginning"].startswith("0: the")
+    assert facts["windows"][0].startswith("0: the")
+    assert sum(row["tokens"] for row in facts["histogram"]) == counts["tokens"]
+    assert sum(row["documents"] for row in facts["histogram"]) == counts["documents"]
+    code, out, _ = call(capsys, "inspect", tmp_path / "corpus", "--figure", tmp_path / "lengths.svg")
+    assert "windows of 64 tokens" in out
+    assert max(map(len, "\n".join(lengths.lines(facts, 80)).splitlines())) < 80
+    assert "tokens a document" in (tmp_path / "lengths.svg").read_text()
+    index = tmp_path / "corpus" / "train" / "00000.ds.index"
+    whole = index.read_bytes()
+    for content in (whole[:-8], b"", bytes(len(whole))):
+        index.write_bytes(content)
+        code, _, err = call(capsys, "inspect", tmp_path / "corpus")
+        assert code == 3
+        assert "where corpus.json says" in err
     code, out, _ = call(capsys, "prepare", text_file, "--out", tmp_path / "few", "--vocab-size", 300, "--tokens", "1K")
     assert code == 0
     assert "held out" in out
@@ -137,6 +151,7 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
         ("train nano", 2, "train needs --run; smolforge train --help explains it"),
         ("train nano --runn r", 2, "train needs --run, not --runn"),
         ("train nano --run", 2, "train needs --run; smolforge train --help explains it"),
+        ("export runs/a --to gguf", 2, "export needs --out; smolforge export --help explains it"),
         ("trian nano --run r", 2, "train"),
         ("train nano --run r --train.stpes 5", 2, "there is no setting --train.stpes. Did you mean --train.steps?"),
         ("train nano --run r --train.steps", 2, "--train.steps needs a value"),
@@ -164,8 +179,24 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
         ("generate smollm2-135m --temperature hot", 2, "--temperature is 'hot'; it should be a finite number"),
         ("generate smollm2-135m a few words", 2, "'a' is one word too many"),
         ("prepare nope.txt --out c", 3, "'nope.txt'"),
-        ("prepare --out c --tokens lots", 2, "'lots' is not a count"),
-        ("prepare --out c --vocab-size 10", 2, "at least 259, not 10"),
+        ("prepare --out c --tokens lots", 2, "--tokens is 'lots'; it should be a count like 50000, 10M or 2B"),
+        ("prepare --out c --vocab-size 10", 2, "at least 259 and at most 1,048,576, not 10"),
+        ("prepare --out c --vocab-size 1000000000", 2, "at most 1,048,576, not 1000000000"),
+        ("prepare --out c --tokens 0", 2, "--tokens is '0'; it should be a count above 0, like 50000, 10M or 2B"),
+        ("prepare --out c --tokens=", 2, "--tokens is ''; it should be a count"),
+        (
+            "prepare --out c --workers 0",
+            2,
+            "--workers is 0; it should be at least 1, or left out for one for each core",
+        ),
+        ("prepare --out c --partition x", 2, "--executor slurm takes it"),
+        ("prepare --out c --executor slurm --hours 0", 2, "--hours is 0; it should be at least 1"),
+        ("prepare --out .", 2, ". exists and is not a corpus; give another folder"),
+        ("prepare --out there/c", 2, "there/c cannot be made (Not a directory); give another folder"),
+        ("prepare there.jsonl --out c", 3, "has no text under the key 'text'; name the right one with --text-key"),
+        ("prepare there.jsonl --out c --filter b>1", 3, "line 1 has no key 'b' (--filter); it has a."),
+        ("prepare there.jsonl --out c --filter a>>1", 2, "it should be a list of a condition"),
+        ("prepare ~nobody-here/x --out c", 3, "match for the data source '~nobody-here/x'"),
         ("inspect nowhere", 2, "'nowhere' is no model, corpus or run, and there is no recipe 'nowhere'"),
         ("inspect smollm2-135m --train.steps 5", 2, "settings are for recipes; smollm2-135m is none"),
         ("inspect nano --train.stpes 5", 2, "Did you mean --train.steps?"),
@@ -174,6 +205,8 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
 )
 def test_mistakes_get_one_sentence_and_their_code(capsys, tmp_path, monkeypatch, words, code, said):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").write_text("a file")
+    (tmp_path / "there.jsonl").write_text('{"a": 1}')
     found, out, err = call(capsys, *words.split())
     assert (found, out) == (code, "")
     assert said in err

@@ -33,6 +33,7 @@ def benches() -> Iterator[dict[str, Bench]]:
     shutil.rmtree(folder)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in CAMPAIGNS if name != "small-disk"])
 def test_a_campaign(benches, name):
     chosen = CAMPAIGNS[name]

@@ -1,6 +1,7 @@
 """The house rules that a machine can check. import-linter has the floors themselves."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LONGEST_FUNCTION, LONGEST_FILE = 50, 330
 
 
+@functools.cache
 def trees():
     return [(path, ast.parse(path.read_text())) for path in FILES]
 
 
+@functools.cache
 def functions():
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     return [(path, node) for path, tree in trees() for node in ast.walk(tree) if isinstance(node, kinds)]

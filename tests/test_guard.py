@@ -341,6 +341,7 @@ def test_a_stop_among_left_out_updates_is_not_gone_back_to(tmp_path, recipe_file
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "fate",
     [power.all_lost, *(pytest.param(each, marks=pytest.mark.long) for each in (power.names_kept, power.contents_kept))],

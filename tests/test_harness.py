@@ -88,6 +88,7 @@ ARC = ["arc/arc_easy_validation.jsonl", "arc/arc_challenge_validation.jsonl"]
 WHOLE = [pytest.param(name, None, marks=pytest.mark.long) for name in (HELLASWAG, *ARC)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "limit"), [(HELLASWAG, 12), (ARC[1], 12), *WHOLE])
 def test_hellaswag_and_arc(shared, tmp_path, monkeypatch, name, limit):
     """With the published tokenizer."""

@@ -11,6 +11,7 @@ from smolforge.recipe.read import read_recipe, write_recipe
 from smolforge.settings import replaced
 
 
+@pytest.mark.heavy
 def test_mutated_recipes_and_command_lines_are_refused_in_one_sentence():
     assert mutations(300).endswith("0 tracebacks")
 

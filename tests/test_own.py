@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from children import of_a_rank, without_permission
 from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,12 +18,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from smolforge import cli, load, optim, own, train
-from smolforge.comparison.study import conduct
+from smolforge.comparison.study import conduct, machine
 from smolforge.comparison.study.read import read
 from smolforge.config import Optim
 from smolforge.memory import Branches, Cache, Causal, Documents, Within, masked
 from smolforge.model import build
-from smolforge.ranks import World
 from smolforge.recipe.workshop import Silent
 from smolforge.runs.journal import read_records
 from smolforge.testing import in_child, tiny_config
@@ -218,6 +217,7 @@ def test_windows_in_each_other_are_the_narrower():
 # Running
 
 
+@pytest.mark.heavy
 def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in EXAMPLES.iterdir():
@@ -234,6 +234,7 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     text = path.read_text().replace("300_000", "1024").replace("train.batch_tokens = 2048", "")
     text = text.replace("train.evaluate_every = 12", tomli_w.dumps(small)).replace("[0, 1, 2, 3, 4]", "[0]")
     path.write_text(text)
+    monkeypatch.setattr(machine, "DECODED", 2)
     monkeypatch.chdir(Path(__file__).parent)  # its module is beside the study, and not here
     study = read(path)
     assert study.recipes["sliding"].model.attention == SLIDING
@@ -281,6 +282,14 @@ def test_a_run_resumes_to_the_bit_and_speaks_with_permission(lab, capsys):
     assert json.loads(out)["token_ids"]
     code, out, _ = call(capsys, "verify", lab / "parts", "--own=lab:Sliding", "--out", lab / "verify.json")
     assert code == 0, out
+    asked = ("--own=lab:Sliding", "--against", "transformers")
+    code, _, err = call(capsys, "verify", lab / "parts", *asked, "--out", lab / "verify.json")
+    assert code == 2
+    assert "classes of your own (lab:Sliding), which transformers cannot know" in err
+    asked = ("--own=lab:Sliding", "--against", "transformers")
+    code, _, err = call(capsys, "verify", lab / "parts", *asked, "--out", lab / "verify.json")
+    assert code == 2
+    assert "classes of your own (lab:Sliding), which transformers cannot know" in err
 
 
 def test_a_changed_class_is_noticed(lab, caplog):
@@ -304,11 +313,6 @@ def test_all_parts_at_once_save_and_load(lab):
         assert verify_classes("x", config, False, lambda check: None).holds
 
 
-def of_a_rank(rank: int, port: int, recipe: Path, run: Path) -> None:
-    own._admitted.clear()
-    train(recipe, run, world=World(rank, 2, rank, f"localhost:{port}"))
-
-
 def test_every_rank_knows_them(lab):
     recipe = recipe_with(lab, model_attention="lab:Sliding")
     port = free_port()
@@ -319,20 +323,6 @@ def test_every_rank_knows_them(lab):
 
 
 # Refusals
-
-
-def without_permission(lab: Path) -> None:
-    """Every verb that reads a run, where its module could be imported."""
-    os.chdir(lab)
-    sys.path.insert(0, str(lab))
-    checkpoint = next((lab / "run" / "checkpoints").iterdir())
-    for words in (["inspect", lab / "run"], ["generate", checkpoint, "--prompt", "a"], ["verify", lab / "run"]):
-        assert cli.run(list(map(str, words))) in (1, 3), words
-    other = ["train", lab / "recipe.toml", "--run", lab / "run", "--train.steps", "5"]
-    assert cli.run(list(map(str, other))) == 3
-    assert "lab" not in sys.modules
-    assert cli.run([*map(str, other), "--model.attention", "lab:Sliding"]) == 0
-    assert "lab" in sys.modules
 
 
 def test_files_have_no_code_run(lab):

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli, commit
-from smolforge.checkpoint import state, weights
+from smolforge.checkpoint import resolve, state, weights
 from smolforge.config import Data
 from smolforge.data.batches import stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
@@ -92,6 +92,12 @@ def test_every_form_of_a_pair_is_the_same_pair(tmp_path):
     assert decode(ids[:middle].tolist()).replace("yes", "no") == decode(ids[middle:].tolist())
 
 
+def test_a_pair_is_told_as_one(tmp_path):
+    source, told = written(tmp_path / "p.jsonl", pairs(5)), []
+    prepare(Data(sources=(str(source),), format="pairs"), tmp_path / "c", PLAIN, report=told.append)
+    assert told[-1]["documents"] == 5
+
+
 def test_of_several_turns_the_last_is_learned(tmp_path):
     long = {"chosen": said("a", "b", "c", "yes"), "rejected": said("a", "b", "c", "no")}
     corpus = corpus_of(tmp_path / "c", [long], held_out=0)
@@ -107,6 +113,14 @@ def test_of_several_turns_the_last_is_learned(tmp_path):
         ([], "is no pair"),
         ({"chosen": "a", "rejected": "b"}, "has no prompt that chosen would answer"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same answer"),
+        (
+            {
+                "prompt": "Hi",
+                "chosen": [said("", "a")[1] | {"score": 1}],
+                "rejected": [said("", "a")[1] | {"score": 2}],
+            },
+            "chosen and rejected are the same answer",
+        ),
         ({"prompt": "Hi", "chosen": "a", "rejected": " \n"}, "rejected is empty"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "has a number as its chosen"),
         (
@@ -401,7 +415,8 @@ def test_the_reference_is_what_the_model_says_and_shared_beside_a_corpus(begun, 
     assert sorted((corpus.folder / "reference").iterdir()) == [known]
     assert again.metrics["validation_loss"] < math.log(2)
     wide = read_recipe(begun / "dpo.json", {"train.dtype": "float64"})
-    assert reference.place_of(wide, corpus) != known == reference.place_of(run.recipe, corpus)
+    base = resolve.fingerprint(run.recipe.init_from)
+    assert reference.place_of(wide, corpus, base) != known == reference.place_of(run.recipe, corpus, base)
 
 
 def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, caplog):

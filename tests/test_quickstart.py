@@ -2,6 +2,7 @@
 
 import json
 import signal
+from pydoc_data.topics import topics
 
 import pytest
 from conftest import NANO
@@ -14,13 +15,24 @@ from smolforge.errors import Stopped
 from smolforge.runs.journal import read_records
 
 
-def test_the_whole_life(tmp_path, monkeypatch):
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    """On a tenth of the documentation, which is prose like the rest: the tokenizer and xz read all that is given."""
+    (tmp_path / "docs").mkdir()
+    for name, text in list(topics.items())[:24]:
+        (tmp_path / "docs" / f"{name.replace('/', '-')}.txt").write_text(text)
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(NANO | {"model": NANO["model"] | {"vocab_size": 400}}))
+    data = {"sources": [str(tmp_path / "docs")], "held_out": 0.2}
+    path.write_text(json.dumps(NANO | {"model": NANO["model"] | {"vocab_size": 400}, "data": data}))
+    return str(path)
+
+
+@pytest.mark.heavy
+def test_the_whole_life(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
     out = tmp_path / "out"
     with Display(quiet=True) as show:
-        summary = life.live(out, 1, show, str(path))
+        summary = life.live(out, 1, show, recipe)
     assert summary["steps"] == 50
     assert summary["resume"] == {**summary["resume"], "from": "step-00000025", "to": "step-00000050", "equal": True}
     starts = json.loads((out / "environment.json").read_text())
@@ -34,7 +46,7 @@ def test_the_whole_life(tmp_path, monkeypatch):
     assert lines.count("not beaten") == 2
     assert life.score_lines(summary | {"bits_per_byte": 1.0}).count("(beaten)") == 2
 
-    again = life.live(out, 1, show, str(path))
+    again = life.live(out, 1, show, recipe)
     assert again["resume"]["sha256"] == summary["resume"]["sha256"]
     assert len(json.loads((out / "environment.json").read_text())) == 3
 
@@ -48,10 +60,8 @@ def test_a_resume_that_is_not_exact_is_said(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["resume"]["equal"] is False
 
 
-def test_a_persons_own_interrupt_ends_it(tmp_path, monkeypatch):
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(NANO | {"model": NANO["model"] | {"vocab_size": 400}}))
+def test_a_persons_own_interrupt_ends_it(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
     with Display(quiet=True) as show, pytest.raises(Stopped, match="after step 3"):
         show.listeners.append(lambda metrics: signal.raise_signal(signal.SIGINT) if metrics["step"] == 3 else None)
-        life.live(tmp_path / "out", 1, show, str(path))
+        life.live(tmp_path / "out", 1, show, recipe)

@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import begin_at_once
 from conftest import NANO
 
 from smolforge import cli, ranks, training
 from smolforge.checkpoint import state
 from smolforge.data.batches import Windows, stream
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
+from smolforge.data.mixture import Mixture
 from smolforge.device import pick_device
 from smolforge.errors import MissingResource, SettingError
 from smolforge.objective import Objective
@@ -30,10 +32,11 @@ from smolforge.recipe import train
 from smolforge.recipe.plan import plan, plan_of_ranks
 from smolforge.recipe.read import to_recipe
 from smolforge.recipe.settle import check_shares
+from smolforge.recipe.text import rows_of
 from smolforge.runs import RunFolder
 from smolforge.runs.journal import read_records
 from smolforge.settings import replaced
-from smolforge.testing import sentences, tiny_config
+from smolforge.testing import sentences, tiny_config, tiny_tokenizer
 from smolforge.testing.processes import ended, start
 
 Fault = Callable[[int], None]
@@ -114,7 +117,7 @@ def free_port() -> int:
 
 def one_rank(said: Path, environment: dict[str, str], words: list[str], faults: list[Fault]) -> None:
     """What a launcher starts, in this process."""
-    torch.set_num_threads(1)
+    begin_at_once()
     os.environ |= environment
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -163,6 +166,7 @@ def noted(folder: Path, rank: int) -> None:
 # The same numbers
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("settings", "rows", "tolerance"),
     [
@@ -187,6 +191,38 @@ def test_one_two_and_four_ranks_train_the_same(bench, settings, rows, tolerance)
         assert len({(bench.folder / f"weights-{rank}").read_text() for rank in range(size)}) == 1
         for rank in range(size):
             (bench.folder / f"rows-{rank}").unlink()
+
+
+def test_a_mixture_on_two_ranks_is_that_on_one(bench):
+    """Rows, losses and what is counted, over borders of stages, also where one rank is killed on the way."""
+    for name, begin, lines in (("web", 0, 300), ("code", 5000, 8)):
+        (bench.folder / f"{name}.txt").write_text(sentences(lines, begin))
+    tiny_tokenizer().save(bench.folder / "tokenizer")
+    mixture = {name: {"source": str(bench.folder / f"{name}.txt")} for name in ("web", "code")}
+    stages = [
+        {"until_step": 3, "weights": {"web": 3, "code": 1}},
+        {"until_step": 6},
+        {"weights": {"web": 1, "code": 9}},
+    ]
+    tree = NANO | {"tokenizer": str(bench.folder / "tokenizer"), "data": {"mixture": mixture, "stages": stages}}
+    bench.recipe.write_text(json.dumps(tree))
+    given = {"train.steps": 9, "train.batch_tokens": 32 * 5, "optim.schedule.steps": 9, "train.evaluate_every": "none"}
+    alone = train(bench.recipe, bench.run("1"), **given)
+    killed = partial(at, 1, 7, partial(signalled, signal.SIGKILL))
+    assert bench.train(2, "2", killed, partial(noted, bench.folder), **given)[1] == -signal.SIGKILL
+    assert bench.train(2, "2", **given, **{"data.num_workers": 3}) == [0, 0], bench.said
+    rows = rows_of(Mixture.open(bench.run("2")), alone.recipe)
+    sizes = [len(Ranks(World(rank, 2)).share(5)) for rank in range(2)]
+    read = [np.fromfile(bench.folder / f"rows-{n}", np.int64).reshape(-1, size, 32)[:7] for n, size in enumerate(sizes)]
+    for step, shares in enumerate(zip(*read, strict=True)):
+        assert np.array_equal(np.concatenate(shares), rows.batch(step, 5).ids.numpy())
+    assert bench.losses("2") == pytest.approx(bench.losses("1"), rel=1e-6, abs=0)
+    one, two = (
+        [[each[key] for key in ("stage", "tokens", "tokens_from_web", "tokens_from_code")] for each in found]
+        for found in (read_records(bench.run(name) / "metrics.jsonl") for name in ("1", "2"))
+    )
+    assert one == two
+    assert [each[0] for each in one] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2, 4])

@@ -87,7 +87,7 @@ def test_cut_off_and_resumed_it_is_the_same(recipe, items, tmp_path):
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
     whole, again = lines(tmp_path / "whole"), lines(tmp_path / "cut")
     scores = [name for name in whole[8] if name.startswith("task_")]
-    assert len(scores) == 3
+    assert len(scores) == 4
     assert all(whole[step].get(name) == again[step].get(name) for step in whole for name in scores)
 
 

@@ -19,6 +19,7 @@ FILES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.toml"
 WITHIN = 0.01
 FULL = {
     "power-of-two": [{"preset": "smollm2-135m"}, {"preset": "pow2-135m"}],
+    "power-of-two-int4": [{"preset": "smollm2-135m"}, {"preset": "pow2-135m"}],
     "tied-against-untied": [{"preset": "smollm2-135m-untied"}, {"intermediate_size": 2082}],
     "compact-against-llama": [{}, {"model_type": "starcoder2", "intermediate_size": 2304}],
     "dense-against-experts": [{}, {"model_type": "mixtral", "intermediate_size": 192}],
@@ -26,6 +27,7 @@ FULL = {
 """What the comments say of the full size, where parameters in all are equal."""
 EQUAL = {
     "power-of-two": ["original", "power-of-two"],
+    "power-of-two-int4": ["original", "power-of-two"],
     "tied-against-untied": ["untied", "tied-wider"],
     "compact-against-llama": ["llama", "compact"],
     "dense-against-experts": ["dense", "equal-total"],

@@ -138,6 +138,7 @@ def killed(path, out, run, step):
     conduct(read(path), out, Audience(run, step, lambda: os.kill(os.getpid(), signal.SIGKILL)), measuring=False)
 
 
+@pytest.mark.heavy
 def test_a_killed_study_goes_on_where_it_was_and_says_the_same(done, tmp_path):
     _, path, _, said, _ = done
     out = tmp_path / "out"
@@ -284,7 +285,7 @@ def test_other_tokens_are_another_corpus_and_bytes_compare_them(tmp_path):
         ({"study": {"seeds": []}}, "study.seeds"),
         ({"study": {"seeds": [-1]}}, "study.seeds has -1 in it; it should be"),
         ({"study": {"test": "sign"}}, "study.test is 'sign'; it should be paired-t or welch-t"),
-        ({"study": {"metric": "loss"}}, "study.metric is 'loss'; it should be validation_loss or"),
+        ({"study": {"metric": "loss"}}, "study.metric is 'loss'; it should be validation_loss,"),
         ({"study": {"tasks": ["helaswag"]}}, "there is no task 'helaswag'"),
         ({"study": {"tasks": ["a/items.jsonl", "items.jsonl"]}}, "study.tasks has two that are called the same"),
         (

@@ -127,6 +127,7 @@ def test_no_law_where_there_can_be_none():
     assert math.isnan(through(np.array([1.0, 2.0]), np.array([1.0, 1.0]), 1.0).exponent)
 
 
+@pytest.mark.heavy
 def test_a_ladder_is_reported_and_its_numbers_read_back(tmp_path):
     widths = {f"w{width}": {"model.intermediate_size": width} for width in (16, 32, 64, 128)}
     changes = {"variants": {"plain": None, "muon": None, **widths}}

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from copy import copy
 
 import pytest
 import tokenizers
@@ -14,7 +15,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from smolforge import tokenizer as tokenizer_module
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.testing import sentences, tiny_tokenizer
-from smolforge.tokenizer import IncrementalDecoder, Tokenizer, byte_symbols, split_at_lines
+from smolforge.tokenizer import Tokenizer, byte_symbols, split_at_lines
+from smolforge.tokenizer.incremental import IncrementalDecoder
 
 TINY = tiny_tokenizer()
 anything = st.text(max_size=60) | st.sampled_from(["<|endoftext|>", "👩‍👩‍👧 naïve\r\n\t", "١٢٣ 12345", "\x00\x04\x16"])
@@ -72,6 +74,7 @@ def test_cutting_long_texts_changes_no_token(text, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
     assert "".join(split_at_lines(text)) == text
     assert other.encode(text) == whole
+    assert Tokenizer.train([*NASTY, sentences(50)], 500).fingerprint == other.fingerprint
 
 
 def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
@@ -80,6 +83,26 @@ def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
     whole = [real.encode(text) for text in texts]
     monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
     assert [real.encode(text) for text in texts] == whole
+
+
+def test_only_so_much_text_is_in_the_library_at_a_time(monkeypatch):
+    texts = ["", *NASTY, sentences(50), "", "end"]
+    whole = TINY.encode_batch(texts)
+    asked = []
+
+    class Watched:
+        def encode_batch_fast(self, parts, **given):
+            asked.append(sum(map(len, parts)))
+            return TINY.backend.encode_batch_fast(parts, **given)
+
+    other = copy(TINY)
+    other.backend = Watched()
+    monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
+    monkeypatch.setattr(tokenizer_module, "AT_ONCE", 500)
+    assert other.encode_batch(texts) == whole
+    longest = max(len(part) for text in texts for part in split_at_lines(text))
+    assert len(asked) > 5 and max(asked) <= 500 + longest
+    assert other.encode_batch([]) == []
 
 
 def test_saved_and_loaded_is_the_same(tmp_path):
@@ -112,7 +135,7 @@ def test_refusals(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InvalidFile, match="is not JSON"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(SettingError, match="at least 259, not 100"):
+    with pytest.raises(SettingError, match="at least 259 and at most 1,048,576, not 100"):
         Tokenizer.train(["text"], 100)
 
 

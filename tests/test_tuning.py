@@ -296,6 +296,10 @@ TALKS = {"messages": asked("a", "b")}
         ({"messages": [{"role": "user", "content": [1]}]}, "line 2: the content of message 1 is a list"),
         ({"messages": [turn("robot", "a")]}, "line 2: message 1 has the role 'robot'; it should be one of system"),
         ({"messages": [turn("system", "a")] * 2}, "line 2: message 2 is a system message; there may be one"),
+        (
+            {"messages": [turn("user", "a"), turn("assistant", "") | {"tool_calls": [{"type": "function"}]}]},
+            "line 2: an assistant's message has tool_calls, which the chat template does not write",
+        ),
         ({"prompt": 5, "completion": "a"}, "line 2 has a number as its prompt"),
         ({"prompt": "a"}, "line 2 is no conversation: it has neither messages nor a prompt and a completion"),
         ({"text": "a"}, "line 2 is no conversation.*--data.format text reads plain text"),
@@ -351,7 +355,8 @@ def made_corpus(folder: Path, conversations) -> Corpus:
         learned = [flag for asked, said in turns for flag in [False] * asked + [True] * said + [False]]
         writer.add(Encoded([next(number) for _ in learned], 1, learned=learned))
     writer.close()
-    return Corpus(folder, {"fingerprint": "", "token_bytes": 4, "eos_id": 7, "format": "chat"})
+    sizes = {TRAIN: writer.size, HELD_OUT: dict.fromkeys(writer.size, 0)}
+    return Corpus(folder, {"fingerprint": "", "token_bytes": 4, "eos_id": 7, "format": "chat", "splits": sizes})
 
 
 LENGTHS = st.lists(
@@ -394,7 +399,8 @@ def test_each_conversation_once_an_epoch_and_whole(conversations, length, seed):
 
 
 def test_rows_are_the_same_for_any_workers_and_ranks_and_come_in_other_orders(tmp_path):
-    rows = PackedRows(made_corpus(tmp_path, [[(3, 2 + n % 7)] for n in range(90)]), TRAIN, 24, seed=5)
+    corpus = made_corpus(tmp_path, [[(3, 2 + n % 7)] for n in range(90)])
+    rows = PackedRows(corpus, TRAIN, 24, seed=5)
     whole = [batch.ids for batch in islice(stream(rows, count(), 4, 0), 12)]
     ahead = [batch.ids for batch in islice(stream(rows, count(), 4, 3), 12)]
     shares = [
@@ -403,7 +409,7 @@ def test_rows_are_the_same_for_any_workers_and_ranks_and_come_in_other_orders(tm
     assert all(torch.equal(one, other) for one, other in zip(whole, ahead, strict=True))
     assert all(torch.equal(one, torch.cat(parts)) for one, *parts in zip(whole, *shares, strict=True))
     assert not torch.equal(rows.batch(0, rows.count).ids, rows.batch(1, rows.count).ids)
-    assert not torch.equal(rows.batch(0, 4).ids, PackedRows(Corpus(tmp_path, {**FACTS}), TRAIN, 24, 6).batch(0, 4).ids)
+    assert not torch.equal(rows.batch(0, 4).ids, PackedRows(corpus, TRAIN, 24, 6).batch(0, 4).ids)
     assert rows.padding == pytest.approx((rows.batch(0, rows.count).ids == 7).double().mean().item())
 
 
@@ -412,9 +418,6 @@ def test_little_is_filled_up_where_lengths_are_as_chats_have_them():
     for capacity in (1024, 8192):
         lengths = np.sort(np.minimum(drawn, capacity))[::-1]
         assert lengths.sum() / ((best_fit(lengths, capacity).max() + 1) * capacity) > 0.99
-
-
-FACTS = {"fingerprint": "", "token_bytes": 4, "eos_id": 7, "format": "chat"}
 
 
 def test_no_room_for_an_answer_is_said(tmp_path):

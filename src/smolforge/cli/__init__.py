@@ -14,10 +14,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from smolforge import __version__
 from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.own import admit, blamed
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
 LONGEST_LINE = 1200
@@ -25,15 +29,16 @@ ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
 HELP = """SmolLM2-135M and its kin, through their whole life.
 
-With any command, --own module:Class lets models be loaded that have this class of yours in them, and --debug shows
-where an error came from."""
+With any command, --own module:Class lets models be loaded that have this class of yours in them, and --debug shows \
+where an error came from. smolforge COMMAND --help has an example of each."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
-    "prepare": "Text to token shards that train reads.",
+    "prepare": "Text to token shards, which train reads with --data.sources OUT.",
     "train": "Train a recipe, or resume exactly what is in its run folder.",
     "generate": "Continue a text, streaming.",
+    "chat": "Talk with a model on a terminal.",
     "serve": "Answer OpenAI's clients over HTTP: completions and chats, several at a time.",
-    "verify": "Prove that a model is what it says: Transformers, published references, itself.",
+    "verify": "Prove that a model is what it says.",
     "export": "Hand a model on, checked by a round trip.",
     "compare": "Runs side by side, or ideas by a study: a table, figures for print, one page.",
     "evaluate": "How good a model is: on a text, HellaSwag, ARC and others, or items of your own.",
@@ -57,22 +62,31 @@ def run(argv: Sequence[str]) -> int:
         return _run(argv)
 
 
-def _run(argv: Sequence[str]) -> int:
-    from cyclopts import App, CycloptsError
+def program(verb: str | None = None) -> "App":
+    """All commands, each imported when it is called; of `verb`, which is about to be, everything its help says."""
+    from cyclopts import App, Parameter
 
-    words = [word for word in argv if word != "--debug"]
-    debug = len(words) < len(argv)
-    words, own = _own_classes(words)
     app = App(
         name="smolforge",
         help=HELP,
         version=__version__,
-        help_format="plaintext",
+        help_format="markdown" if verb else "plaintext",  # which joins lines, and takes longer to import
+        default_parameter=Parameter(negative=()),
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # it would leave without a word
     )
-    for name, help_text in COMMANDS.items():
-        app.command(f"smolforge.cli.{name}:{name}", name=name, help=help_text)
+    for name, short in COMMANDS.items():
+        app.command(f"smolforge.cli.{name}:{name}", name=name, help=None if name == verb else short)
+    return app
+
+
+def _run(argv: Sequence[str]) -> int:
+    from cyclopts import CycloptsError
+
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) < len(argv)
+    words, own = _own_classes(words)
+    app = program(next((word for word in words if word in COMMANDS), None))
     try:
         admit(own)
         return app(words, exit_on_error=False, print_error=False) or 0
@@ -111,8 +125,9 @@ def _usage(error: Exception, words: Sequence[str]) -> str:
 
     match error:
         case MissingArgumentError(argument=argument, command_chain=[*_, verb]) if argument is not None:
+            known = {name for each in program()[verb].assemble_argument_collection() for name in each.names}
             given = [word.partition("=")[0] for word in words]
-            near = [] if argument.name in given else get_close_matches(argument.name, given, n=1)
+            near = [] if argument.name in given else get_close_matches(argument.name, {*given} - known, n=1)
             name = argument.name if argument.index is None else argument.name.removeprefix("--").upper()
             hint = f", not {near[0]}" if near else f"; smolforge {verb} --help explains it"
             return f"{verb} needs {name}{hint}"

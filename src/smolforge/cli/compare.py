@@ -16,12 +16,14 @@ from smolforge.signals import stop_signals
 def compare(
     *what: str,
     out: Path = Path("comparison"),
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Runs side by side, or a study: a table, figures for print, and one page that has everything.
+    """Runs side by side, or ideas by a study: a table, figures for print, one page.
 
     A study is a TOML file with variants of a recipe, seeds, and a budget that is held equal. Its runs are trained
     into OUT/runs one after the other; the same command goes on where it was stopped.
+
+        smolforge compare runs/mine --out report
 
     Parameters
     ----------

@@ -33,9 +33,11 @@ def evaluate(
     dtype: str = "float32",
     device: str = "auto",
     random: bool = False,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """How good a model is: at choosing answers, and at predicting a text.
+    """How good a model is: on a text, HellaSwag, ARC and others, or items of your own.
+
+        smolforge evaluate runs/mine --text notes.txt
 
     Parameters
     ----------

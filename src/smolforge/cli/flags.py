@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
 from smolforge.errors import SettingError, did_you_mean
-from smolforge.settings import NONE, fields, shown
+from smolforge.settings import NONE, entered, fields, shown
 
 VARIABLES = (
     ("WANDB_WATCH", "report.watch", ("gradients", "parameters", "all")),
@@ -31,6 +31,8 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
             raise SettingError(f"{shown(word)} is one word too many; settings are flags such as --train.steps 500")
         flag, equals, value = word[2:].partition("=")
         name = flag.replace("-", "_")
+        if name not in known and (field := in_a_table(name)) is not None:
+            known[name] = field
         if name not in known:
             near = did_you_mean(name.lower(), known).replace("_", "-").replace("mean ", "mean --")
             raise SettingError(f"there is no setting --{flag:.60}.{near or ' smolforge inspect RECIPE lists all.'}")
@@ -41,12 +43,21 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
         field = known[name]
         name = "model.preset" if name == "model" else name
         if field is not None and _is_list(field.annotation) and not (value == NONE and _is_list_or_none(field)):
-            given[name] = [*given.get(name, []), *_items(flag, value)]
+            given[name] = [*given.get(name, []), *items(f"--{flag}", value)]
         elif name in given:
             raise SettingError(f"--{flag} is given twice")
         else:
             given[name] = value
     return given
+
+
+def in_a_table(name: str) -> Any:
+    """The field of a setting such as data.mixture.NAME.weight, if it is one."""
+    parts = name.split(".")
+    way, group = entered(Recipe, parts)
+    table = dict(fields(Recipe)).get(".".join(parts[: way - 1])) if way else None
+    is_table = table is not None and any(get_origin(each) is dict for each in get_args(table.annotation))
+    return dict(fields(group)).get(".".join(parts[way:])) if is_table else None
 
 
 def from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -71,11 +82,11 @@ def _is_list_or_none(field: Any) -> bool:
     return NoneType in get_args(field.annotation)
 
 
-def _items(flag: str, value: str) -> list[Any]:
+def items(name: str, value: str) -> list[Any]:
     """`a,b`, or a TOML list where an item has a comma in it."""
     if not value.startswith("["):
         return value.split(",")
     try:
         return tomllib.loads(f"items = {value}")["items"]
     except (ValueError, RecursionError):
-        raise SettingError(f'--{flag} is {shown(value)}; it should be a list such as a,b or ["a", "b"]') from None
+        raise SettingError(f'{name} is {shown(value)}; it should be a list such as a,b or ["a", "b"]') from None

@@ -11,9 +11,11 @@ def quickstart(
     out: Path = Path("quickstart"),
     *,
     seconds: int = 130,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> int:
     """The whole life of a small model on this machine, offline, in about three minutes.
+
+        smolforge quickstart --out first-model
 
     Parameters
     ----------

@@ -41,8 +41,8 @@ class Watching:
         console.quiet = quiet
         self.told.add(shape)
 
-    def preparing(self, counts: dict[str, int]) -> None:
-        self.display.preparing(counts)
+    def preparing(self, counts: dict[str, int], source: str = "") -> None:
+        self.display.preparing(counts, source)
 
     def referring(self, pairs: int, of: int) -> None:
         self.display.referring(pairs, of)

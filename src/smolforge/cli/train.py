@@ -19,14 +19,18 @@ def train(
     run: Path,
     fresh: bool = False,
     profile: int | None = None,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    json_: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Train a recipe, or resume exactly what is in its run folder.
 
     Every setting of a recipe is a flag: --train.steps 500, --data.sources my.txt, --optim.learning-rate 1e-3,
     --tokenizer FOLDER, --budget 5m, --init-from MODEL. `smolforge inspect RECIPE` lists them with their values.
+    RECIPE is a file, or the name of one that comes along; nano is the small one. Ctrl-C saves and ends; the same
+    command goes on.
 
     Several processes train one run together when torchrun or srun starts them: docs/clusters.md.
+
+        smolforge train nano --run runs/mine --data.sources my.txt --budget 5m
 
     Parameters
     ----------
