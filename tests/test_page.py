@@ -324,7 +324,7 @@ def test_a_base_model_goes_on_with_a_document(base, look):
     seen = look(base, "#document")
     assert seen.page.locator("#chat").is_hidden()
     assert seen.page.get_by_role("button", name="Chat").is_disabled()
-    seen.page.fill("#max_tokens", "8")
+    seen.most(8)
     seen.page.focus("#document")
     seen.page.keyboard.type("one")
     seen.page.keyboard.press("Shift+Enter")
@@ -376,6 +376,23 @@ def test_tokens_stand_where_their_text_does(chatty, look):
     assert seen.page.evaluate(run, [completion, "so, 🙂é end"]) == [["🙂", "é", " end"]] * 2
     assert seen.page.evaluate(run, [completion, "so: 🙂 and é end"])[1] == ["🙂", "é", " end"]
     assert seen.page.evaluate(run, [completion, "so: 🙂é bend"])[1] == ["🙂", "é"]
+
+
+def test_a_document_ends_its_lines_as_a_field_does(base, look):
+    """Wherever a token ends: between the two characters of a line's end as well."""
+    seen = look(base, "#document")
+    parts = ["a", "\r\n", "b", "\r", "\nc", "\r", "d\r"]
+    offsets = [len("".join(parts[:i])) for i in range(len(parts))]
+    scores = {"tokens": parts, "token_logprobs": [-1.0] * 7, "top_logprobs": [{}] * 7, "text_offset": offsets}
+    choice = {"index": 0, "text": "".join(parts), "logprobs": scores, "finish_reason": "length"}
+    body = f"data: {json.dumps({'choices': [choice]})}\n\ndata: [DONE]\n\n"
+    events = {"content-type": "text/event-stream"}
+    seen.page.route("**/v1/completions", lambda route: route.fulfill(headers=events, body=body))
+    seen.page.fill("#document", "x\n")
+    seen.page.keyboard.press("Enter")
+    seen.page.wait_for_selector("body:not(.busy) #regenerate:enabled")
+    assert seen.page.input_value("#document") == "x\na\nb\nc\nd\n"
+    assert seen.page.locator("#printed .token").all_text_contents() == ["a", "\n", "b", "\nc", "\n", "d\n"]
 
 
 # What must not happen
@@ -547,6 +564,7 @@ def test_a_keyboard_is_enough(chatty, look):
             press(key)
         raise AssertionError(f"Tab never comes to {wanted}")
 
+    seen.most(20)
     tab_to("max_tokens", "Shift+Tab")
     press("ControlOrMeta+A")
     seen.page.keyboard.type("6")

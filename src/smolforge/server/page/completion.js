@@ -4,7 +4,7 @@
 import { answer, busy, measured, stop } from "./answer.js";
 import { announce, by, copy, eachFrame, follow, sends, trouble } from "./elements.js";
 import { memory } from "./settings.js";
-import { Drawing, edited, Growing, spoken } from "./tokens.js";
+import { Drawing, edited, Growing, inField, spoken } from "./tokens.js";
 
 const WALKS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"];
 
@@ -90,9 +90,9 @@ export class Completion {
     const growing = new Growing(text, [...tokens]);
     let latest;
     const show = () => {
-      this.sheet = { text: growing.text, tokens: growing.visible, cut: text.length };
-      this.field.value = growing.text;
-      follow(this.scroller, () => this.drawing.draw(growing.text, page.probabilities ? growing.visible : []));
+      this.sheet = { ...inField(growing.text, growing.visible), cut: text.length };
+      this.field.value = this.sheet.text;
+      follow(this.scroller, () => this.drawing.draw(this.sheet.text, page.probabilities ? this.sheet.tokens : []));
       by("completion-stats").textContent = measured(latest, page.context);
       page.alternatives.check();
     };

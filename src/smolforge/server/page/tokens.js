@@ -86,6 +86,14 @@ export function edited(tokens, before, after) {
   return kept;
 }
 
+/** A text and its tokens as a field holds them: it ends lines by "\n", whatever a model wrote. */
+export function inField(text, tokens) {
+  const lost = [...text.matchAll(/\r(?=\n)/g)].map((found) => found.index);
+  const at = (place) => place - lost.filter((index) => index < place).length;
+  const moved = tokens.map((token) => ({ ...token, start: at(token.start), end: at(token.end) }));
+  return { text: text.replace(/\r\n?/g, "\n"), tokens: moved.filter((token) => token.end > token.start) };
+}
+
 /** Text in an element, its tokens as spans. */
 export class Drawing {
   static tokens = new WeakMap(); // span -> token
