@@ -313,6 +313,12 @@ def test_all_parts_at_once_save_and_load(lab):
         assert verify_classes("x", config, False, lambda check: None).holds
 
 
+def test_a_norm_without_parameters_trains(lab):
+    """What a token costs is asked of its shape before the first step."""
+    run = train(recipe_with(lab, model_normalization="lab:Unscaled"), lab / "run", steps=2)
+    assert run.metrics["step"] == 2
+
+
 def test_every_rank_knows_them(lab):
     recipe = recipe_with(lab, model_attention="lab:Sliding")
     port = free_port()

@@ -76,6 +76,6 @@ def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attent
     """
     counts = parameter_counts(config)
     embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
-    matrices = active_parameters(config) - counts["norms"] - embedding_only
+    matrices = active_parameters(config) - counts.get("norms", 0) - embedding_only
     width = config.num_attention_heads * config.head_size
     return 6 * matrices + _OF_ATTENTION[attention] * config.num_hidden_layers * width * sequence_length
