@@ -319,6 +319,13 @@ def test_a_norm_without_parameters_trains(lab):
     assert run.metrics["step"] == 2
 
 
+def test_python_looks_where_it_did_before(lab, monkeypatch):
+    monkeypatch.syspath_prepend(str(lab))
+    before = list(sys.path)
+    own.admit(["lab:Same"], [lab, lab])
+    assert sys.path == before
+
+
 def test_every_rank_knows_them(lab):
     recipe = recipe_with(lab, model_attention="lab:Sliding")
     port = free_port()

@@ -53,7 +53,7 @@ def _imported(name: str, folders: Sequence[Path]) -> type:
 @contextmanager
 def _also_in(folders: Sequence[Path]) -> Iterator[None]:
     """Python looks in these last. Only in here: later, a folder named as a package is would be taken for it."""
-    more = [str(folder) for folder in folders]
+    more = [each for each in dict.fromkeys(map(str, folders)) if each not in sys.path]
     sys.path.extend(more)
     try:
         yield
