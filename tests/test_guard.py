@@ -302,6 +302,15 @@ def test_a_judge_of_few_words_remembers_how_many_in_a_row():
         judge(11, float("nan"), 1.0)
 
 
+def test_a_spike_after_updates_left_out_goes_back_to_before_them():
+    """A signal may have had a checkpoint saved among them, which a run without stops does not have."""
+    skips = [{"kind": "skip", "step": step, "reason": "the loss is nan"} for step in (9, 10)]
+    judge = Judge(Guard(), decided(skips), 10, [3.0] * 128, lambda _: None)
+    with pytest.raises(Rewind, match="the loss is 99") as raised:
+        judge(11, 99.0, 1.0)
+    assert raised.value.first == 9
+
+
 @given(st.lists(st.tuples(st.sampled_from(["go", "skip", "save", "rewind"]), st.integers(0, 3)), max_size=60))
 def test_folded_incidents_say_what_happened(history):
     """Live and replayed from any step: the same batches, the same updates left out, no batch used twice."""

@@ -119,7 +119,7 @@ class Judge:
             if reason is not None:
                 self.record({"kind": "skip", "step": step, "reason": reason})
             elif (spike := self.spike(loss)) is not None:
-                raise Rewind(step, spike, first=step)
+                raise Rewind(step, spike, first=step - self.in_a_row)
         if reason is None:
             self.in_a_row = 0
             if math.isfinite(loss):
