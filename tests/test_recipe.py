@@ -660,6 +660,17 @@ def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_fil
     assert losses(tmp_path / "run") == losses(once)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_signals_while_a_start_is_decided_have_their_exit_codes_too(tmp_path, recipe_file, monkeypatch, number, code):
+    """Epochs prepare the whole text there, and a budget measures."""
+    before = signal.getsignal(number)
+    monkeypatch.setattr("smolforge.recipe.settled", lambda *_: signal.raise_signal(number))
+    with pytest.raises(Stopped, match=f"stopped by {number.name} before the first step") as caught:
+        train(recipe_file, tmp_path / "run")
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
+
+
 def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
     def twice():
         while not state.all_of(tmp_path / "run"):  # a write still under way would be left like a killed one

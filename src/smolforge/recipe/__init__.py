@@ -17,6 +17,7 @@ from smolforge.recipe.text import count_rows
 from smolforge.recipe.workshop import Observer, Silent
 from smolforge.runs import RECIPE
 from smolforge.settings import validated
+from smolforge.signals import stop_signals
 
 PRESET = "model.preset"
 OF_OWN = {"optim.name", *(f"model.{part}" for part in PARTS)}
@@ -65,7 +66,7 @@ def resume_or_start(
 
     `seen` is what environment.json should say of the surroundings.
     """
-    with joined(world) as ranks:
+    with stop_signals(), joined(world) as ranks:  # preparing, measuring and downloading come before the run has its own
         tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size, observer).model_dump())
         return run_settled(admitted(validated(Recipe, tree), recipe), Path(run), observer, ranks, profile, seen)
 
