@@ -346,6 +346,21 @@ def test_a_full_standard_output_is_said(finished):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_result_that_a_full_disk_refuses_is_said():
+    """What is printed without a flush, as all results are."""
+    command = [sys.executable, "-m", "smolforge", "inspect", "smollm2-135m", "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (4, "smolforge: [Errno 28] No space left on device\n")
+
+
+def test_a_result_that_nobody_reads_is_no_error():
+    command = f"{sys.executable} -m smolforge inspect smollm2-135m --json | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_long_text_of_a_prompt_is_said(capsys, finished):
     code, _, err = call(capsys, "generate", finished, "--prompt", sentences(30))
     assert code == 2

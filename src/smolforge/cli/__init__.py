@@ -89,7 +89,9 @@ def _run(argv: Sequence[str]) -> int:
     app = program(next((word for word in words if word in COMMANDS), None))
     try:
         admit(own)
-        return app(words, exit_on_error=False, print_error=False) or 0
+        code = app(words, exit_on_error=False, print_error=False) or 0
+        _flush()
+        return code
     except CycloptsError as error:
         return _say(SettingError(_usage(error, words)), USAGE, debug)
     except Elsewhere as error:
@@ -99,10 +101,25 @@ def _run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say(KeyboardInterrupt("interrupted"), INTERRUPTED, debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except Exception as error:
         return _say(*_known(error), debug)
+
+
+def _flush() -> None:
+    """Hear now of a full disk or a closed pipe: when it ends, Python has words and an exit code of its own for them."""
+    try:
+        print(end="", flush=True)
+    except OSError as error:
+        _drop_output()
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
+def _drop_output() -> None:
+    """What could not be written goes nowhere, or Python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _own_classes(words: Sequence[str]) -> tuple[list[str], list[str]]:
