@@ -1,6 +1,7 @@
 """The command line: exit codes, one sentence for every mistake, JSON for scripts."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -325,6 +326,33 @@ def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
     last = re.search(r"after step (\d+), everything is saved", " ".join(err.split()))
     assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", int(last[1]))
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("verb", "number", "code"),
+    [
+        ("train", signal.SIGINT, 130),
+        ("train", signal.SIGTERM, 75),
+        ("train", signal.SIGUSR1, 75),
+        ("inspect", signal.SIGINT, 130),
+        ("inspect", signal.SIGTERM, 130),
+    ],
+)
+def test_a_signal_amid_the_first_imports_is_one_sentence_too(tmp_path, verb, number, code):
+    """A library in the place of cyclopts sends it to whoever imports it."""
+    (tmp_path / "cyclopts.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
+    command, environment = [sys.executable, "-m", "smolforge", verb], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"smolforge: stopped by {number.name} before it began\n"
+
+
+def test_an_interrupt_before_a_command_is_known_is_one_sentence_too(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "program", interrupted)
+    assert call(capsys, "inspect", "machine") == (130, "", "smolforge: interrupted\n")
 
 
 def test_a_model_reads_standard_input_and_a_closed_pipe_is_no_error(tmp_path, finished):

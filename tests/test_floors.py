@@ -49,7 +49,7 @@ def test_attention_and_the_loop_are_short():
 def test_house_rules(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "each module opens with its story"
-    below = "cli" not in path.parts
+    below = "cli" not in path.parts and path.name != "__main__.py"
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("hasattr", "eval", "exec")

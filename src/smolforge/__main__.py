@@ -1,5 +1,33 @@
-"""`python -m smolforge`."""
+"""`smolforge`, and `python -m smolforge`: a signal while the command line is imported is told in one sentence too."""
 
-from smolforge.cli import main
+import os
+import signal
+import sys
 
-main()
+from smolforge.signals import EXIT_CODES
+
+
+def main() -> None:
+    """Run the command line of this process. Until that hears of signals itself, they end it at once."""
+    training = sys.argv[1:2] == ["train"]
+    codes = EXIT_CODES if training else dict.fromkeys((signal.SIGINT, signal.SIGTERM), EXIT_CODES[signal.SIGINT])
+
+    def end(number: int, _: object) -> None:
+        asked = signal.Signals(number)
+        try:
+            os.write(2, f"smolforge: stopped by {asked.name} before it began\n".encode())
+        finally:
+            os._exit(codes[asked])
+
+    before = {number: signal.signal(number, end) for number in codes}
+    import cyclopts  # noqa: F401 (it takes longest)
+
+    from smolforge import cli
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

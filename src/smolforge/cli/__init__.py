@@ -1,4 +1,4 @@
-"""The command line: one command a verb, and the only place that reads argv and talks to people.
+"""The command line: one command a verb; here, and in `__main__` before it, argv is read and people are talked to.
 
 Nothing heavy is imported before a command is known, so `--help` answers at once. Every error a user can
 cause ends as one line and an exit code; `--debug` shows where it came from.
@@ -58,8 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command line; returns its exit code."""
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) < len(argv)
     with _telling(), _terminated_as_interrupted():
-        return _run(argv)
+        try:
+            return _run(words, debug)
+        except KeyboardInterrupt:  # also amid imports
+            return _say(KeyboardInterrupt("interrupted"), INTERRUPTED, debug)
 
 
 def program(verb: str | None = None) -> "App":
@@ -80,11 +85,9 @@ def program(verb: str | None = None) -> "App":
     return app
 
 
-def _run(argv: Sequence[str]) -> int:
+def _run(words: Sequence[str], debug: bool) -> int:
     from cyclopts import CycloptsError
 
-    words = [word for word in argv if word != "--debug"]
-    debug = len(words) < len(argv)
     words, own = _own_classes(words)
     app = program(next((word for word in words if word in COMMANDS), None))
     try:
@@ -98,8 +101,6 @@ def _run(argv: Sequence[str]) -> int:
         return error.exit_code
     except (SettingError, InvalidFile, MissingResource, Diverged, Stopped) as error:
         return _say(error, error.exit_code, debug)
-    except KeyboardInterrupt:
-        return _say(KeyboardInterrupt("interrupted"), INTERRUPTED, debug)
     except BrokenPipeError:
         _drop_output()
         return 0

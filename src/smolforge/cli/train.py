@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.cli.flags import from_variables, parse
 from smolforge.errors import SettingError
 from smolforge.signals import stop_signals
 
@@ -45,12 +44,15 @@ def train(
     json_
         Print the final metrics as one JSON object.
     """
-    overrides = from_variables(os.environ) | parse(settings)
-    if profile is not None:
-        if profile < 1:
-            raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
     with stop_signals():  # also while the imports take their seconds
+        from smolforge.cli.flags import from_variables, parse
+
+        overrides = from_variables(os.environ) | parse(settings)
+        if profile is not None:
+            if profile < 1:
+                raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
+
         from smolforge.cli.terminal import Display
         from smolforge.device.conditions import surroundings
         from smolforge.ranks import world_of
