@@ -15,7 +15,7 @@ from itertools import accumulate
 import pytest
 import torch
 from conftest import NANO
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from smolforge import cli
 from smolforge.checkpoint import moments, nanotron, resolve, state, weights
@@ -283,6 +283,17 @@ def test_a_run_stopped_on_the_way_is_the_same_run(tmp_path, recipe_file, corpus,
     whole_run = train(recipe_file, tmp_path / "whole", steps=4, **given)
     train(recipe_file, tmp_path / "parts", steps=2, **given)
     assert all(map(torch.equal, bits(whole_run), bits(train(recipe_file, tmp_path / "parts", steps=4, **given))))
+
+
+def test_an_average_begins_with_the_run_that_goes_on(tmp_path, recipe_file, corpus, trained):
+    """The weights are those of a run without one, and the average of them is another model."""
+    given = settings(corpus, init_from=str(write(tmp_path / "nanotron", *trained)))
+    plain = train(recipe_file, tmp_path / "plain", steps=3, **given)
+    averaged = train(recipe_file, tmp_path / "averaged", steps=3, **given, **{"optim.ema_decay": 0.9})
+    kept = load_file(state.folder_of(averaged.folder, 3) / moments.FILE)
+    names = [name for name, _ in plain.model.named_parameters()]
+    assert all(map(torch.equal, bits(plain), [kept[f"training.{name}"] for name in names]))
+    assert not all(map(torch.equal, bits(plain), bits(averaged)))
 
 
 class Harmful:
