@@ -18,7 +18,7 @@ from conftest import NANO
 from safetensors.torch import load_file, save_file
 
 from smolforge import cli
-from smolforge.checkpoint import moments, nanotron, resolve, state, weights
+from smolforge.checkpoint import moments, nanotron, resolve, state, tensors, weights
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.export.transformers import to_transformers
@@ -480,6 +480,14 @@ def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, re
     with pytest.raises(InvalidFile, match="has no moments to go on with .training/optimizer.safetensors."):
         train(recipe_file, tmp_path / "run", **settings(corpus, init_from=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_before_its_first_step_has_no_moments(tmp_path, recipe_file, corpus):
+    first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False))
+    checkpoint = state.folder_of(first.folder, 2)
+    tensors.write(checkpoint / moments.FILE, {})  # as it stands there
+    with pytest.raises(InvalidFile, match="was saved before its first step and has no moments; leave init_moments out"):
+        moments.check_there(checkpoint)
 
 
 def test_a_warm_up_of_moments_that_need_none_is_said(tmp_path, recipe_file, corpus, trained, caplog):
