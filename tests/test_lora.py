@@ -257,6 +257,8 @@ def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, sai
     ("change", "said"),
     [
         ({"use_dora": True}, "use_dora is 'True', which is not implemented"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which is not implemented"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
         ({"peft_type": "IA3"}, "only LORA is implemented"),
         ({"r": 5}, "has rank 4"),
         ({"r": "4"}, "r is '4'"),
