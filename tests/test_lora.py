@@ -25,6 +25,7 @@ from smolforge.loss import loss_sum
 from smolforge.model import build
 from smolforge.recipe.plan import learning
 from smolforge.recipe.read import read_recipe, to_recipe
+from smolforge.recipe.settle import settle
 from smolforge.testing import in_child, tiny_config, tiny_model
 
 TARGETS = Lora().targets
@@ -197,6 +198,16 @@ def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, cap
     change_one(out / adapter.WEIGHTS)
     code, _, err = call(capsys, *begun, "--run", tmp_path / "low", "--lora.rank", 2)
     assert (code, "whose weights are others now" in err) == (3, True), err
+
+
+def test_a_base_on_the_hub_keeps_its_name(hub, recipe, base):
+    """Whether its commit is looked up or given, or the adapter would name a folder of this machine's cache."""
+    commit = hub.add("org/base", base)
+    for asked in ("org/base", f"org/base@{commit}"):
+        begun = settle(read_recipe(recipe, {"init_from": asked})).init_from
+        assert begun == f"org/base@{commit}"
+        said = adapter.settings_of(Lora(rank=2), begun)
+        assert (said["base_model_name_or_path"], said["revision"]) == ("org/base", commit)
 
 
 def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
