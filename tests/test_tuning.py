@@ -610,6 +610,16 @@ def test_what_does_not_fit_together_is_said(recipe_file, tmp_path, caplog):
         train(recipe_file, tmp_path / "other", str(corpus.folder), 1, **{"data.format": "text"})
 
 
+def test_held_out_conversations_too_long_to_measure_are_refused_at_once(recipe_file, tmp_path):
+    long = {"messages": [turn("system", "s"), *asked("a " * 60, "b")], "kind": "long"}
+    source = written(tmp_path / "x.jsonl", *(each | {"kind": "short"} for each in chats(30)), long)
+    given = {"data.group_key": "kind", "data.held_out": 0.5}
+    with pytest.raises(InvalidFile, match="held_out has no conversation whose first answer begins within a row"):
+        train(recipe_file, tmp_path / "run", str(source), **given)
+    told = tmp_path / "run" / "metrics.jsonl"
+    assert not told.is_file() or not told.read_text()
+
+
 def test_inspect_shows_what_is_learned(tmp_path, capsys):
     source = written(tmp_path / "x.jsonl", *chats(30), {"messages": [turn("user", "alone")]})
     command = ["prepare", str(source), "--out", str(tmp_path / "corpus"), "--format", "chat", "--vocab-size", "320"]
