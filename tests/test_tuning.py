@@ -257,6 +257,17 @@ def test_conversations_in_every_form_become_shards(tmp_path):
     assert chat_corpus(tmp_path / "corpus", source, held_out=0).fingerprint == corpus.fingerprint
 
 
+def test_a_call_of_a_tool_needs_no_words(tmp_path):
+    """As OpenAI's clients write it, with null for what is said; learned is what the template makes of it."""
+    calls = "(message.content or '') + ((message.tool_calls | tojson) if message.tool_calls else '')"
+    tokenizer = with_template(CHATML.replace("message['content']", calls))
+    talk = [turn("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]
+    source = written(tmp_path / "x.jsonl", {"messages": talk})
+    corpus = prepare(Data(sources=(str(source),), format="chat", held_out=0), tmp_path / "corpus", tokenizer)
+    learned = corpus.tokens(TRAIN)[:][corpus.learned(TRAIN)[:] == 1].tolist()
+    assert corpus.tokenizer().decode(learned) == '[{"type": "function"}]<|im_end|>'
+
+
 def test_a_changed_mask_or_template_is_noticed(tmp_path):
     source = written(tmp_path / "chats.jsonl", *chats(30))
     corpus = chat_corpus(tmp_path / "corpus", source)

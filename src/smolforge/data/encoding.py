@@ -124,13 +124,13 @@ def all_or_nothing(_: Tokenizer, whole: list[Encoded], room: float) -> list[Enco
 
 def said_in(document: Document) -> str:
     """What all say in a conversation, for a tokenizer to learn from."""
-    return "\n".join(message["content"] for message in messages_of(document)[0])
+    return "\n".join(message.get("content", "") for message in messages_of(document)[0])
 
 
 def said_in_pair(document: Document) -> str:
     """The same of a pair."""
     chosen, rejected = pair_of(document)
-    return "\n".join(message["content"] for message in [*chosen, rejected[-1]])
+    return "\n".join(message.get("content", "") for message in [*chosen, rejected[-1]])
 
 
 FORMS = {

@@ -40,7 +40,7 @@ def pair_of(document: Document) -> tuple[Messages, Messages]:
 
 def is_empty(answer: dict[str, Any]) -> bool:
     """Whether an answer says nothing."""
-    return not answer["content"].strip()
+    return not answer.get("content", "").strip() and not answer.get("tool_calls")
 
 
 def pair(record: Any, place: str) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
