@@ -23,6 +23,7 @@ from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.packed import packed
 from smolforge.loss import loss_sum
 from smolforge.model import build
+from smolforge.recipe import plan
 from smolforge.recipe.plan import learning
 from smolforge.recipe.read import read_recipe, to_recipe
 from smolforge.recipe.settle import settle
@@ -108,6 +109,15 @@ def test_only_the_updates_learn_and_are_counted():
     assert have == lora.adapters(model).keys()
     tree = NANO | {"init_from": "x", "lora": {"rank": 3}}
     assert learning(to_recipe(tree)) == sum(value.numel() for value in lora.adapters(model).values())
+
+
+def test_a_budget_counts_on_steps_of_the_updates(recipe, monkeypatch):
+    """They are quicker than the model's, and need less memory."""
+    measured, known = [], plan.optimizers
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0)
+    monkeypatch.setattr(plan, "optimizers", lambda model, settings: measured.append(model) or known(model, settings))
+    assert plan.tokens_per_second(read_recipe(recipe)) > 0
+    assert [len(lora.low_rank(model)) for model in measured] == [2 * len(TARGETS)]
 
 
 def test_peft_says_the_same_and_learns_the_same(base):

@@ -284,7 +284,10 @@ def work(recipe: Recipe, device: torch.device, devices: int = 1) -> Work:
 def tokens_per_second(recipe: Recipe) -> float:
     """Measured: a few whole steps of a throw-away model, with fewer rows where one step would take long."""
     device = pick_device(recipe.train.device)
-    model = build(recipe.model).to(device)
+    model = build(recipe.model)
+    if recipe.lora.rank is not None:
+        lora.adapt(model, recipe.lora, recipe.seed)
+    model.to(device)
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_rows, most)
