@@ -295,7 +295,8 @@ def tokens_per_second(recipe: Recipe) -> float:
     steps = 2**40  # ends when it was measured
     schedule = recipe.optim.schedule.over(steps).model_dump()
     size = {"train.batch_tokens": batch.ids.numel(), "train.steps": steps, "optim.schedule": schedule}
-    probe = replaced(recipe, size | {"data.stages": None})
+    plain = {"data.stages": None, "data.intra_document_masking": False}  # there is no text, nor a tokenizer
+    probe = replaced(recipe, size | plain)
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(
