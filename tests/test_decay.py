@@ -38,6 +38,7 @@ def test_it_is_the_published_decay_and_nothing_else():
     assert optim == {name: value for name, value in published.optim if name != "schedule"}
     assert ours.train.batch_tokens == published.train.batch_tokens
     assert ours.train.sequence_length == published.train.sequence_length
+    assert ours.train.micro_batch_size == "auto", "no device holds a step of 512 rows at once"
     length, begin = 400_000, published.train.steps - 400_000
     whole = rates(replaced(ours, {"optim.schedule.warmup_steps": 0}))
     schedule = published.optim.schedule.over(published.train.steps)

@@ -23,8 +23,10 @@ from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation.packed import packed
 from smolforge.loss import loss_sum
 from smolforge.model import build
+from smolforge.recipe import plan
 from smolforge.recipe.plan import learning
 from smolforge.recipe.read import read_recipe, to_recipe
+from smolforge.recipe.settle import settle
 from smolforge.testing import in_child, tiny_config, tiny_model
 
 TARGETS = Lora().targets
@@ -107,6 +109,15 @@ def test_only_the_updates_learn_and_are_counted():
     assert have == lora.adapters(model).keys()
     tree = NANO | {"init_from": "x", "lora": {"rank": 3}}
     assert learning(to_recipe(tree)) == sum(value.numel() for value in lora.adapters(model).values())
+
+
+def test_a_budget_counts_on_steps_of_the_updates(recipe, monkeypatch):
+    """They are quicker than the model's, and need less memory."""
+    measured, known = [], plan.optimizers
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0)
+    monkeypatch.setattr(plan, "optimizers", lambda model, settings: measured.append(model) or known(model, settings))
+    assert plan.tokens_per_second(read_recipe(recipe)) > 0
+    assert [len(lora.low_rank(model)) for model in measured] == [2 * len(TARGETS)]
 
 
 def test_peft_says_the_same_and_learns_the_same(base):
@@ -199,6 +210,16 @@ def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, cap
     assert (code, "whose weights are others now" in err) == (3, True), err
 
 
+def test_a_base_on_the_hub_keeps_its_name(hub, recipe, base):
+    """Whether its commit is looked up or given, or the adapter would name a folder of this machine's cache."""
+    commit = hub.add("org/base", base)
+    for asked in ("org/base", f"org/base@{commit}"):
+        begun = settle(read_recipe(recipe, {"init_from": asked})).init_from
+        assert begun == f"org/base@{commit}"
+        said = adapter.settings_of(Lora(rank=2), begun)
+        assert (said["base_model_name_or_path"], said["revision"]) == ("org/base", commit)
+
+
 def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", steps=4)
     asked = []
@@ -257,6 +278,8 @@ def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, sai
     ("change", "said"),
     [
         ({"use_dora": True}, "use_dora is 'True', which is not implemented"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which is not implemented"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is"),
         ({"peft_type": "IA3"}, "only LORA is implemented"),
         ({"r": 5}, "has rank 4"),
         ({"r": "4"}, "r is '4'"),

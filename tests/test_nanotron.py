@@ -15,10 +15,10 @@ from itertools import accumulate
 import pytest
 import torch
 from conftest import NANO
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from smolforge import cli
-from smolforge.checkpoint import moments, nanotron, resolve, state, weights
+from smolforge.checkpoint import moments, nanotron, resolve, state, tensors, weights
 from smolforge.data.shards import prepare
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.export.transformers import to_transformers
@@ -285,6 +285,17 @@ def test_a_run_stopped_on_the_way_is_the_same_run(tmp_path, recipe_file, corpus,
     assert all(map(torch.equal, bits(whole_run), bits(train(recipe_file, tmp_path / "parts", steps=4, **given))))
 
 
+def test_an_average_begins_with_the_run_that_goes_on(tmp_path, recipe_file, corpus, trained):
+    """The weights are those of a run without one, and the average of them is another model."""
+    given = settings(corpus, init_from=str(write(tmp_path / "nanotron", *trained)))
+    plain = train(recipe_file, tmp_path / "plain", steps=3, **given)
+    averaged = train(recipe_file, tmp_path / "averaged", steps=3, **given, **{"optim.ema_decay": 0.9})
+    kept = load_file(state.folder_of(averaged.folder, 3) / moments.FILE)
+    names = [name for name, _ in plain.model.named_parameters()]
+    assert all(map(torch.equal, bits(plain), [kept[f"training.{name}"] for name in names]))
+    assert not all(map(torch.equal, bits(plain), bits(averaged)))
+
+
 class Harmful:
     """What runs where a pickle is trusted."""
 
@@ -469,6 +480,14 @@ def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, re
     with pytest.raises(InvalidFile, match="has no moments to go on with .training/optimizer.safetensors."):
         train(recipe_file, tmp_path / "run", **settings(corpus, init_from=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_stopped_before_its_first_step_has_no_moments(tmp_path, recipe_file, corpus):
+    first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False))
+    checkpoint = state.folder_of(first.folder, 2)
+    tensors.write(checkpoint / moments.FILE, {})  # as it stands there
+    with pytest.raises(InvalidFile, match="was saved before its first step and has no moments; leave init_moments out"):
+        moments.check_there(checkpoint)
 
 
 def test_a_warm_up_of_moments_that_need_none_is_said(tmp_path, recipe_file, corpus, trained, caplog):

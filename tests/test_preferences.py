@@ -112,16 +112,6 @@ def test_of_several_turns_the_last_is_learned(tmp_path):
         ({"messages": said("a", "b")}, "is no pair: .*; --data.format chat reads conversations"),
         ([], "is no pair"),
         ({"chosen": "a", "rejected": "b"}, "has no prompt that chosen would answer"),
-        ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same answer"),
-        (
-            {
-                "prompt": "Hi",
-                "chosen": [said("", "a")[1] | {"score": 1}],
-                "rejected": [said("", "a")[1] | {"score": 2}],
-            },
-            "chosen and rejected are the same answer",
-        ),
-        ({"prompt": "Hi", "chosen": "a", "rejected": " \n"}, "rejected is empty"),
         ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "has a number as its chosen"),
         (
             {"chosen": said("a", "b"), "rejected": said("c", "d")},
@@ -137,6 +127,22 @@ def test_of_several_turns_the_last_is_learned(tmp_path):
 def test_a_bad_line_gets_a_sentence(line, sentence, tmp_path):
     with pytest.raises(InvalidFile, match=rf"bad\.jsonl, line 2.* ?{sentence}"):
         corpus_of(tmp_path / "bad", [pairs(1)[0], line])
+
+
+def test_pairs_in_which_nothing_can_be_preferred_are_left_out_and_counted(tmp_path):
+    """Of the same answer twice there is no gradient, and a row of a published set nobody can correct."""
+    scored = {key: [said("", "a")[1] | {"score": score}] for score, key in enumerate(KEYS)}
+    useless = [
+        {"prompt": "Hi", "chosen": "a", "rejected": "a"},
+        {"prompt": "Hi", **scored},
+        {"prompt": "Hi", "chosen": "a", "rejected": " \n"},
+        {"prompt": "Hi", "chosen": "", "rejected": "b"},
+    ]
+    corpus = corpus_of(tmp_path / "c", [pairs(1)[0], *useless], held_out=0)
+    assert corpus.facts["dropped"]["unanswered"] == len(useless)
+    assert corpus.fingerprint == corpus_of(tmp_path / "d", pairs(1), held_out=0).fingerprint
+    with pytest.raises(InvalidFile, match="hold no pair of answers"):
+        corpus_of(tmp_path / "e", useless)
 
 
 def test_other_formats_name_this_one_and_a_prompt_is_held_out_whole(tmp_path):

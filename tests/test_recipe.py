@@ -238,6 +238,11 @@ def test_memory_of_the_head_is_what_is_measured(tmp_path):
     assert head_bytes(recipe, 2048, 4, accumulates=True) == pytest.approx(int(done.stdout) * 1024, rel=0.15)
 
 
+def test_the_pace_is_measured_without_a_text_where_documents_are_kept_apart(monkeypatch):
+    monkeypatch.setattr("smolforge.recipe.plan.PROBE_SECONDS", 0)
+    assert tokens_per_second(to_recipe(NANO | {"data": {"intra_document_masking": True}})) > 0
+
+
 def test_what_will_not_fit_or_take_days_is_said():
     warnings = plan(replaced(read_recipe("smollm2-135m"), {"train.micro_batch_size": None})).warnings()
     assert any("--train.micro-batch-size needs less" in warning for warning in warnings)

@@ -257,6 +257,17 @@ def test_conversations_in_every_form_become_shards(tmp_path):
     assert chat_corpus(tmp_path / "corpus", source, held_out=0).fingerprint == corpus.fingerprint
 
 
+def test_a_call_of_a_tool_needs_no_words(tmp_path):
+    """As OpenAI's clients write it, with null for what is said; learned is what the template makes of it."""
+    calls = "(message.content or '') + ((message.tool_calls | tojson) if message.tool_calls else '')"
+    tokenizer = with_template(CHATML.replace("message['content']", calls))
+    talk = [turn("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}]
+    source = written(tmp_path / "x.jsonl", {"messages": talk})
+    corpus = prepare(Data(sources=(str(source),), format="chat", held_out=0), tmp_path / "corpus", tokenizer)
+    learned = corpus.tokens(TRAIN)[:][corpus.learned(TRAIN)[:] == 1].tolist()
+    assert corpus.tokenizer().decode(learned) == '[{"type": "function"}]<|im_end|>'
+
+
 def test_a_changed_mask_or_template_is_noticed(tmp_path):
     source = written(tmp_path / "chats.jsonl", *chats(30))
     corpus = chat_corpus(tmp_path / "corpus", source)
@@ -608,6 +619,16 @@ def test_what_does_not_fit_together_is_said(recipe_file, tmp_path, caplog):
     corpus = chat_corpus(tmp_path / "corpus", source)
     with pytest.raises(SettingError, match=r"is chat; --data\.format chat learns from it as such"):
         train(recipe_file, tmp_path / "other", str(corpus.folder), 1, **{"data.format": "text"})
+
+
+def test_held_out_conversations_too_long_to_measure_are_refused_at_once(recipe_file, tmp_path):
+    long = {"messages": [turn("system", "s"), *asked("a " * 60, "b")], "kind": "long"}
+    source = written(tmp_path / "x.jsonl", *(each | {"kind": "short"} for each in chats(30)), long)
+    given = {"data.group_key": "kind", "data.held_out": 0.5}
+    with pytest.raises(InvalidFile, match="held_out has no conversation whose first answer begins within a row"):
+        train(recipe_file, tmp_path / "run", str(source), **given)
+    told = tmp_path / "run" / "metrics.jsonl"
+    assert not told.is_file() or not told.read_text()
 
 
 def test_inspect_shows_what_is_learned(tmp_path, capsys):

@@ -23,11 +23,14 @@ FOLDER, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safet
 PREFIX = "base_model.model."
 INERT = frozenset(
     """
-    alora_invocation_tokens auto_mapping base_model_name_or_path inference_mode init_lora_weights lora_alpha
+    auto_mapping base_model_name_or_path inference_mode lora_alpha
     lora_dropout megatron_core peft_type peft_version qalora_group_size r revision target_modules task_type
     """.split()  # noqa: SIM905
 )
 """Settings that are read, or say nothing about what the adapter computes; others must be off."""
+BEGINNING, HARMLESS = "init_lora_weights", (True, "gaussian", "orthogonal", "eva")
+"""How it began, and ways that leave the base as it is. pissa, olora, corda and loftq take from the base what they give
+to the adapter, and peft does so again when it reads one."""
 
 
 def settings_of(settings: Lora, base: str) -> dict[str, Any]:
@@ -103,7 +106,8 @@ def check_settings(content: dict[str, Any], path: Path) -> None:
         if isinstance(content.get(key), bool) or not isinstance(content.get(key), int | float) or content[key] <= 0:
             raise InvalidFile(f"{path}: {key} is {content.get(key)!r}; it should be a number above 0")
     for key, value in content.items():
-        if key not in INERT and value not in (None, False, "none", {}, []):
+        known = key in INERT or (key == BEGINNING and value in HARMLESS)
+        if not known and value not in (None, False, "none", {}, []):
             raise InvalidFile(f"{path}: {key} is {str(value)[:60]!r}, which is not implemented")
 
 

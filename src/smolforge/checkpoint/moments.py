@@ -42,13 +42,15 @@ def of_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def check_names(folder: Path) -> None:
-    """Raises InvalidFile where a checkpoint's file is broken, or has more than what AdamW remembers."""
+    """Raises InvalidFile where a checkpoint's file is broken, empty, or has more than what AdamW remembers."""
     try:
         with safe_open(folder / FILE, "pt") as file:
-            other = {name.partition(".")[0] for name in file.keys()} - {*MOMENTS, STEP}  # noqa: SIM118
+            kinds = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InvalidFile(f"{folder / FILE} cannot be read: {error}") from None
-    if other:
+    if not kinds:
+        raise InvalidFile(f"{folder} was saved before its first step and has no moments; leave init_moments out")
+    if other := kinds - {*MOMENTS, STEP}:
         raise InvalidFile(
             f"{folder / FILE} has {min(other)} beside AdamW's moments; what another optimizer or an average made "
             "can be begun from, but not gone on with: leave init_moments out"

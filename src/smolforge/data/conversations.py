@@ -63,10 +63,11 @@ def check(messages: Any, place: str) -> None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise InvalidFile(f'{place}: message {number} is {_kind(message)}, not {{"role": ..., "content": ...}}')
+        calls = message.get("role") == "assistant" and message.get("tool_calls")  # which may be all it says
         for key in ("role", "content"):
-            if message.get(key) is None:
+            if message.get(key) is None and not (key == "content" and calls):
                 raise InvalidFile(f"{place}: message {number} has no {key}")
-            if not isinstance(message[key], str):
+            if not isinstance(message.get(key), str | None):
                 raise InvalidFile(f"{place}: the {key} of message {number} is {_kind(message[key])}; it should be text")
         if message["role"] not in ROLES:
             raise InvalidFile(

@@ -10,7 +10,7 @@ from smolforge.chat import Turns
 from smolforge.config import Data
 from smolforge.data.conversations import conversation_document, messages_of
 from smolforge.data.documents import Document, text_document
-from smolforge.data.preferences import pair_of, preference_document
+from smolforge.data.preferences import is_empty, pair_of, preference_document
 from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.tokenizer import Tokenizer
@@ -84,17 +84,15 @@ def encode_conversations(tokenizer: Tokenizer, found: Sequence[Document]) -> lis
 
 
 def encode_pairs(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
-    """Of both conversations of a pair the last message is learned. Raises as `encode_conversations`, and for answers
-    that the template writes alike.
+    """Of both conversations of a pair the last message is learned. Nothing is left of a pair in which nothing can be
+    preferred: an answer is empty, or the template writes both alike. Raises as `encode_conversations`.
     """
     both = [[(messages, len(messages) - 1) for messages in pair_of(document)] for document in found]
     encoded = encode_talks(tokenizer, list(zip(found, both, strict=True)))
-    for document, (chosen, rejected) in zip(found, encoded, strict=True):
-        if chosen.ids == rejected.ids:
-            raise InvalidFile(
-                f"{document.place}: chosen and rejected are the same answer, of which nothing can be preferred"
-            )
-    return encoded
+    return [
+        [] if chosen.ids == rejected.ids or any(is_empty(messages[-1]) for messages, _ in talks) else [chosen, rejected]
+        for talks, (chosen, rejected) in zip(both, encoded, strict=True)
+    ]
 
 
 def encode_talks(tokenizer: Tokenizer, found: Sequence[tuple[Document, list[Talk]]]) -> list[list[Encoded]]:
@@ -126,13 +124,13 @@ def all_or_nothing(_: Tokenizer, whole: list[Encoded], room: float) -> list[Enco
 
 def said_in(document: Document) -> str:
     """What all say in a conversation, for a tokenizer to learn from."""
-    return "\n".join(message["content"] for message in messages_of(document)[0])
+    return "\n".join(message.get("content", "") for message in messages_of(document)[0])
 
 
 def said_in_pair(document: Document) -> str:
     """The same of a pair."""
     chosen, rejected = pair_of(document)
-    return "\n".join(message["content"] for message in [*chosen, rejected[-1]])
+    return "\n".join(message.get("content", "") for message in [*chosen, rejected[-1]])
 
 
 FORMS = {

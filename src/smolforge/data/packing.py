@@ -42,7 +42,7 @@ class PackedRows:
         kept = np.flatnonzero(self.lengths)
         if not len(kept):
             raise InvalidFile(
-                f"{corpus.folder} has no conversation whose first answer begins within a row of "
+                f"{corpus.folder / split} has no conversation whose first answer begins within a row of "
                 f"train.sequence_length ({sequence_length:,}) tokens; lengthen it"
             )
         self.members = in_rows(kept, self.lengths, sequence_length, seed)

@@ -38,6 +38,11 @@ def pair_of(document: Document) -> tuple[Messages, Messages]:
     return [*said["prompt"], said["chosen"]], [*said["prompt"], said["rejected"]]
 
 
+def is_empty(answer: dict[str, Any]) -> bool:
+    """Whether an answer says nothing."""
+    return not answer.get("content", "").strip() and not answer.get("tool_calls")
+
+
 def pair(record: Any, place: str) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
     """Prompt, chosen and rejected message of a line. Raises InvalidFile, beginning with `place`, for anything else."""
     if not isinstance(record, dict) or not set(ANSWERS) <= record.keys():
@@ -74,8 +79,6 @@ def check_answer(messages: Messages, key: str, place: str) -> None:
         raise InvalidFile(
             f"{place}: {key} ends with a message of the {last['role']}; it should be the assistant's answer"
         )
-    if not last["content"].strip():
-        raise InvalidFile(f"{place}: {key} is empty; an answer should say something")
     if len(messages) < 2 or messages[-2]["role"] == "assistant":
         what = "answers nothing" if len(messages) < 2 else "goes on with what the assistant said"
         raise InvalidFile(f"{place}: {key} {what}; it should be one message after a prompt")

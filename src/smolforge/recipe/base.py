@@ -40,10 +40,13 @@ def begun_from(folder: Path, with_moments: bool, dtype: torch.dtype) -> Language
 
 
 def bring_moments(recipe: Recipe, model: LanguageModel, chosen: list[torch.optim.Optimizer]) -> None:
-    """Where the recipe asks for them, give AdamW the moments of the model that the run starts from."""
+    """Where the recipe asks for them, give AdamW the moments of the model that the run starts from.
+
+    An average of the weights begins with the run.
+    """
     if recipe.init_moments and recipe.init_from is not None:
         found = moments.read(resolve.find(recipe.init_from), model.head.dtype)
-        optim.load_state_tensors(chosen, model, found)
+        optim.load_state_tensors([each for each in chosen if not isinstance(each, optim.Average)], model, found)
         steps = found[f"step.{next(name for name, _ in model.named_parameters())}"]
         log.info("AdamW goes on with the moments of %s after its %d steps", recipe.init_from, steps.item())
 

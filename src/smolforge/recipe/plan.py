@@ -284,7 +284,10 @@ def work(recipe: Recipe, device: torch.device, devices: int = 1) -> Work:
 def tokens_per_second(recipe: Recipe) -> float:
     """Measured: a few whole steps of a throw-away model, with fewer rows where one step would take long."""
     device = pick_device(recipe.train.device)
-    model = build(recipe.model).to(device)
+    model = build(recipe.model)
+    if recipe.lora.rank is not None:
+        lora.adapt(model, recipe.lora, recipe.seed)
+    model.to(device)
     row_flops = recipe.train.sequence_length * flops_per_token(recipe.model, recipe.train.sequence_length)
     most = max(1, int(PROBE_FLOPS / row_flops))
     rows = min(recipe.train.micro_rows, most)
@@ -292,7 +295,8 @@ def tokens_per_second(recipe: Recipe) -> float:
     steps = 2**40  # ends when it was measured
     schedule = recipe.optim.schedule.over(steps).model_dump()
     size = {"train.batch_tokens": batch.ids.numel(), "train.steps": steps, "optim.schedule": schedule}
-    probe = replaced(recipe, size | {"data.stages": None})
+    plain = {"data.stages": None, "data.intra_document_masking": False}  # there is no text, nor a tokenizer
+    probe = replaced(recipe, size | plain)
     chosen, taken, begun = optimizers(model, recipe.optim), [], time.perf_counter()
     heard = Action(1, lambda _, metrics: taken.append(1 / metrics["tokens_per_second"]), late=True)
     train(

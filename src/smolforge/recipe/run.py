@@ -41,7 +41,15 @@ from smolforge.recipe.profile import Profile
 from smolforge.recipe.read import write_recipe
 from smolforge.recipe.saving import Background, Saving
 from smolforge.recipe.standing import check_disk, restore, standing, take_back
-from smolforge.recipe.text import check_items, check_prompts, open_text, rows_of, tasks_of, tell_of_rows
+from smolforge.recipe.text import (
+    check_held_out,
+    check_items,
+    check_prompts,
+    open_text,
+    rows_of,
+    tasks_of,
+    tell_of_rows,
+)
 from smolforge.recipe.workshop import Observer, Silent, Start, Workshop
 from smolforge.runs import METRICS, RECIPE, RunFolder, how_it_ended
 from smolforge.runs.journal import read_records
@@ -138,6 +146,7 @@ def prepared(
     text = open_text(recipe, files.path, files.stored_recipe() is not None, observer)
     check_prompts(recipe, text.tokenizer())
     check_items(asked, recipe, text.tokenizer())
+    check_held_out(text, recipe)
     tell_of_rows(text, rows_of(text, recipe), recipe)
     if not recipe.keeps_its_beginning:
         return str(text.folder), None, None

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from smolforge.checkpoint import moments, resolve
@@ -41,7 +42,7 @@ def settle(
     if recipe.init_from is not None:
         shape = shape_to_start_from(recipe, explicit, written)
         begun = resolve.pinned(recipe.init_from)
-        if recipe.keeps_its_beginning and begun == recipe.init_from:  # it will be read again, from wherever that is
+        if recipe.keeps_its_beginning and Path(begun).exists():  # it will be read again, from wherever that is
             begun = str(resolve.find(begun).resolve())
         recipe = replaced(recipe, {"model": shape.model_dump(), "init_from": begun})
         check_moments(recipe)

@@ -178,3 +178,10 @@ def check_items(asked: Sequence[Task], recipe: Recipe, tokenizer: Tokenizer) -> 
     """Refuse items beyond the model's context before the first step rather than at their first turn."""
     for task in asked:
         encoded(tokenizer, task.items, recipe.model.max_position_embeddings)
+
+
+def check_held_out(text: Prepared, recipe: Recipe) -> None:
+    """Refuse held-out conversations that are all too long to be measured, before the first step as well."""
+    measured = recipe.train.evaluate_every and text.size(corpus.HELD_OUT)["tokens"]
+    if measured and isinstance(text, corpus.Corpus) and text.format == "chat":
+        packing.PackedRows(text, corpus.HELD_OUT, recipe.train.sequence_length, seed=0)
