@@ -378,6 +378,20 @@ def test_tokens_stand_where_their_text_does(chatty, look):
     assert seen.page.evaluate(run, [completion, "so: 🙂é bend"])[1] == ["🙂", "é"]
 
 
+def test_text_behind_an_answer_is_no_part_of_its_last_token(chatty, look):
+    """What was typed between two answers stays text, whether the second tells of tokens or not."""
+    run = """async (choice) => {
+        const { Growing } = await import("/page/tokens.js");
+        const growing = new Growing("the model and", [{ start: 3, end: 9, name: " model", logprob: -1, top: [] }]);
+        growing.add(choice);
+        return growing.visible.map((token) => growing.text.slice(token.start, token.end));
+    }"""
+    scores = {"tokens": [" so"], "token_logprobs": [-1.0], "top_logprobs": [{" so": -1.0}], "text_offset": [0]}
+    seen = look(chatty)
+    assert seen.page.evaluate(run, {"text": " so", "logprobs": scores}) == [" model", " so"]
+    assert seen.page.evaluate(run, {"text": " so", "logprobs": None}) == [" model"]
+
+
 def test_a_document_ends_its_lines_as_a_field_does(base, look):
     """Wherever a token ends: between the two characters of a line's end as well."""
     seen = look(base, "#document")
