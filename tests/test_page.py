@@ -209,6 +209,28 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(chatty, look, monkeypatch, 
     assert seen.page.get_by_role("button", name="Send").is_visible()
 
 
+def test_one_answer_at_a_time_in_both_views(chatty, look, monkeypatch):
+    """While the chat is answering, the document's Regenerate asks for nothing, and Stop still stops."""
+    seen = look(chatty)
+    seen.page.fill("#temperature", "0")
+    seen.page.fill("#max_tokens", "4")
+    seen.page.get_by_role("button", name="Complete").click()
+    seen.say("the")
+    seen.page.wait_for_selector("body:not(.busy) #regenerate:enabled")
+    slow(chatty.engine, monkeypatch, 0.1)
+    seen.page.fill("#max_tokens", "90")
+    seen.page.get_by_role("button", name="Chat").click()
+    seen.say("hi")
+    seen.page.wait_for_function("() => document.querySelector('.assistant .said')?.textContent.length > 3")
+    seen.page.get_by_role("button", name="Complete").click()
+    seen.page.get_by_role("button", name="Regenerate").click()
+    seen.page.keyboard.press("Escape")
+    seen.page.wait_for_selector("body:not(.busy)")
+    assert chatty.idle(1)
+    assert len(seen.bodies()) == 2
+    assert "stopped" in seen.page.locator(".assistant .stats").text_content()
+
+
 def test_every_control_reaches_the_server(chatty, look):
     seen = look(chatty)
     given = {
