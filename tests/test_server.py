@@ -436,6 +436,20 @@ def test_an_error_of_ours_is_a_500_and_the_server_lives(running, monkeypatch, ca
     assert running.post("/v1/completions", prompt="x").status_code == 200
 
 
+def test_an_error_that_nobody_foresaw_has_the_shape_of_all(running, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("secret words of the prompt")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL, "smolforge.server"):
+        patch.setattr(running.model.tokenizer, "encode", broken)
+        for route in ("/v1/completions", "/tokenize"):
+            response = running.post(route, prompt="x")
+            assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+            assert "secret" not in response.text
+            assert response.headers["x-request-id"]
+    assert running.post("/v1/completions", prompt="x").status_code == 200
+
+
 def test_a_drain_finishes_what_is_under_way(monkeypatch):
     with Running() as server:
         slow(server.engine, monkeypatch, 0.01)

@@ -24,7 +24,7 @@ from smolforge.generation import engine
 from smolforge.server import page
 from smolforge.server.answers import DONE, Answer, Words, event
 from smolforge.server.desk import Desk, Job, Ticket
-from smolforge.server.errors import Refused, of_validation
+from smolforge.server.errors import Broken, Refused, of_validation
 from smolforge.server.fields import Chat, Completion, Detokenize, Message, Tokenize
 from smolforge.server.guard import Guard, Rules
 from smolforge.server.metrics import Metrics
@@ -42,6 +42,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "The host is not one of this server's",
         404: "No such route or model",
         405: "No such method",
+        408: "The body did not come in time",
         413: "The body is too large",
         415: "The body is no JSON",
         429: "Too many requests wait",
@@ -202,6 +203,10 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
     async def plain(request: Request, error: HTTPException) -> Response:
         said = {404: "there is no such route", 405: "this route does not take this method"}
         return Refused(error.status_code, said.get(error.status_code, str(error.detail))).response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return Broken().response()
 
     guarded: ASGIApp = Guard(app, rules, metrics)
     if cors_origins:
