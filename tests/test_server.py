@@ -24,7 +24,7 @@ from smolforge.generation.engine import Scores
 from smolforge.generation.stream import generate
 from smolforge.server.answers import Words
 from smolforge.server.guard import Rules
-from smolforge.server.running import Place, made
+from smolforge.server.running import Place, made, serve
 from smolforge.testing import tiny_model
 
 TEMPLATE = (
@@ -483,6 +483,32 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(monkeypatch):
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"shutting_down"' in rest[-2]
+
+
+def test_a_second_signal_ends_streams_at_once_and_says_so(monkeypatch):
+    """One drains; the next does not wait until uvicorn loses its patience and cuts what is under way."""
+    own, said = Running(), []
+    slow(own.engine, monkeypatch, 0.1)
+
+    def ask():
+        url = f"http://127.0.0.1:{own.server.servers[0].sockets[0].getsockname()[1]}"
+        body = {"prompt": "the", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            main = threading.main_thread().ident
+            signal.pthread_kill(main, signal.SIGTERM)
+            while not own.desk.draining:
+                time.sleep(0.005)
+            signal.pthread_kill(main, signal.SIGTERM)
+            said.extend(line for line in lines if line)
+
+    client = threading.Thread(target=ask)
+    with pytest.raises(KeyboardInterrupt):
+        serve(own.server, own.desk, client.start)
+    client.join()
+    assert said[-1] == "data: [DONE]"
+    assert '"shutting_down"' in said[-2]
 
 
 def test_nothing_that_people_write_is_logged(running, caplog):
