@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -403,6 +404,20 @@ def test_a_client_that_hangs_up_frees_its_slot(running, monkeypatch, stream):
     assert running.idle(2)
     assert len(steps) - gone <= 3, "in a step, and the time that a hang-up takes to be heard"
     assert 'finished_reason="abort"' in running.http.get("/metrics").text
+
+
+def test_the_time_between_tokens_is_that_of_each_choice(monkeypatch):
+    """Not the nothing that lies between those of two choices in one step."""
+    with Running() as server:
+        slow(server.engine, monkeypatch, 0.02)
+        server.post("/v1/completions", prompt="the", n=3, max_tokens=12, temperature=0, ignore_eos=True)
+        told = server.http.get("/metrics").text
+
+    def of(name):
+        return float(re.search(rf'^vllm:{name}{{model_name="tiny"}} (\S+)$', told, re.MULTILINE)[1])
+
+    assert of("time_to_first_token_seconds_count") == 3
+    assert of("inter_token_latency_seconds_sum") / of("inter_token_latency_seconds_count") >= 0.02
 
 
 def test_a_full_queue_says_come_back_and_the_sdk_does(monkeypatch):
