@@ -208,6 +208,17 @@ def test_echo_has_the_prompt_and_its_scores(running, stream):
         assert text[logprobs["text_offset"][place] :].startswith(logprobs["tokens"][place])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_that_is_ignored_moves_no_text(running, stream):
+    """Where the end-of-text token is said and gone beyond, what follows still stands where its offset says."""
+    eos = running.model.tokenizer.eos_id
+    given = {"prompt": "the", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": stream}
+    response = running.post("/v1/completions", **given, logit_bias={str(eos): 100})
+    choices = [each["choices"][0] for each in events(response)] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == ""
+    assert [place for each in choices if each["logprobs"] for place in each["logprobs"]["text_offset"]] == [0] * 4
+
+
 def test_stop_strings_are_no_part_of_the_text(running):
     free = running.post("/v1/completions", prompt="the", max_tokens=30, temperature=0).json()["choices"][0]["text"]
     word = free[6:8]
