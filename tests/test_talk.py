@@ -28,7 +28,7 @@ from smolforge.cli.talk import Talk, speed
 from smolforge.config import Data, Generation
 from smolforge.data.conversations import messages_of
 from smolforge.data.reading import documents
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.generation.stream import Piece, Voice, generate
 from smolforge.testing import tiny_model
 
@@ -277,6 +277,17 @@ def test_saved_is_loaded_and_learned_from(talk, tmp_path):
     assert len(json.loads(file.read_text())["messages"]) == 7
     with pytest.raises(SettingError, match="is there already; /save takes a name that is new"):
         Talk.save(other, str(Path(__file__)))
+
+
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/x.jsonl", f"{'x' * 300}.jsonl"], ids=["home", "long"])
+def test_a_name_that_cannot_be_does_not_end_the_chat(talk, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    talk.say("the model")
+    with pytest.raises(MissingResource, match="could not be written"):
+        talk.save(name)
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        talk.load(name)
+    assert (talk.file, len(talk.said)) == (None, 2)
 
 
 def test_a_question_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
