@@ -356,6 +356,13 @@ def test_commands_that_are_none_or_come_too_early(chat):
     assert out.count("> ") == 9
 
 
+@pytest.mark.parametrize("word", ["/exit", "/exit ", "/exit now"])
+def test_exit_leaves_whatever_stands_behind_it(chat, word):
+    code, out, err = chat(word, "never heard")
+    assert (code, out.count("> ")) == (0, 1)
+    assert "there is no command" not in err
+
+
 # What is typed
 
 
