@@ -247,6 +247,19 @@ def test_tokens_there_and_back(running):
     assert running.model.tokenizer.eos_id not in running.post("/tokenize", prompt=f"a{eos}").json()["tokens"]
 
 
+def test_the_template_that_is_told_is_the_one_that_is_used():
+    with Running() as server:
+        tokenizer = server.model.tokenizer
+        tokenizer.settings["pad_token"] = "<|im_end|>"
+        told = server.http.get("/tokenizer_info").json()
+        assert (told["chat_template"], told["pad_token"]) == (TEMPLATE, "<|im_end|>")
+        assert (told["bos_token"], told["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
+        for none in ("", [{"name": "rag", "template": "x"}]):
+            tokenizer.settings["chat_template"] = none
+            tokenizer.template = tokenizer._chat_template()
+            assert server.http.get("/tokenizer_info").json()["chat_template"] is None
+
+
 def test_keys_of_top_logprobs_do_not_collide():
     words = Words(tiny_model().tokenizer)
     halves = [token for token in range(100, 250) if "\ufffd" in words.tokenizer.decode([token])][:3]

@@ -264,9 +264,10 @@ def token_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """Its special tokens and template, as lm-evaluation-harness asks for them."""
-        settings, own = service.tokenizer.settings, service.tokenizer
-        named = {key: own.decode([own.bos_id]) if own.bos_id is not None else None for key in ("bos_token",)}
-        return {**named, "eos_token": own.eos_token, "pad_token": None, "chat_template": settings.get("chat_template")}
+        own = service.tokenizer
+        named = {name: own.named(name) for name in ("bos_token", "pad_token")}
+        template = None if own.template is None else own.template.source
+        return {**named, "eos_token": own.eos_token, "chat_template": template}
 
 
 def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
