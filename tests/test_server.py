@@ -378,7 +378,10 @@ def test_bodies_of_another_kind_or_size(running):
     assert running.http.post("/v1/completions", content=big, headers=headers).status_code == 413
     parts = (big[i : i + 10_000] for i in range(0, len(big), 10_000))  # no length is said
     assert running.http.post("/v1/completions", content=parts, headers=headers).status_code == 413
-    assert running.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example"):
+        assert running.http.get("/v1/models", headers={"Host": host}).status_code == 403
+    for host in ("localhost:80", "127.0.0.2:80", "[::1]"):
+        assert running.http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_every_route_but_two_wants_the_key(keyed):
