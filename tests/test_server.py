@@ -730,9 +730,9 @@ def test_what_serve_prints_works_as_it_stands_and_sigterm_drains(folder):
         environment = os.environ | {"SMOLFORGE_API_KEY": KEY}
         if shutil.which("curl"):
             found = subprocess.run(["bash", "-c", curl], env=environment, capture_output=True, text=True, check=True)
-            assert json.loads(found.stdout)["choices"][0]["message"]["content"]
+            assert json.loads(found.stdout)["usage"]["completion_tokens"] > 0, "the text may be empty: it is drawn"
         found = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
-        assert found.stdout.strip(), found.stderr
+        assert (found.returncode, found.stdout[-1:]) == (0, "\n"), found.stderr
     finally:
         process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)
