@@ -319,7 +319,7 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
         ({"prompt": "x", "temperature": 3}, "temperature"),
         ({"prompt": "x", "n": 100}, "n"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "best_of": 4}, None),
+        ({"prompt": "x", "best_of": 4}, "best_of"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "x", "logit_bias": {"-1": 3}}, "logit_bias"),
@@ -328,7 +328,7 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
         ({"prompt": [5, 400]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
-        ({"prompt": "x", "stream_options": {"include_usage": True}}, None),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
         ({}, "prompt"),
     ],
 )
@@ -345,7 +345,11 @@ def test_wrong_fields_are_named(running, body, param):
 
 def test_chats_refuse_what_they_cannot_do(running):
     user = [{"role": "user", "content": "hi"}]
-    for more, param in (({"tools": [{}]}, "tools"), ({"top_logprobs": 2}, None), ({"max_tokens": 0}, None)):
+    for more, param in (
+        ({"tools": [{}]}, "tools"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ):
         response = running.post("/v1/chat/completions", messages=user, **more)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
