@@ -15,6 +15,7 @@ from smolforge.generation.packed import FEW_ROWS, Packed, packed
 from smolforge.generation.samplers import LogitBias, PresencePenalty, Sampling, sampling
 from smolforge.generation.stream import Writer
 from smolforge.memory import Cache
+from smolforge.quantized import Scheme, quantize
 from smolforge.testing import tiny_model
 
 GREEDY = sampling(Generation(temperature=0))
@@ -250,6 +251,22 @@ def test_what_is_not_ours_stays_on_the_plain_path():
         assert packed(other) is other
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
     assert packed(model) is model
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8, None, True), Scheme(4, 32, True)])
+def test_what_is_said_of_a_prompt_does_not_depend_on_what_was_answered_before(scheme):
+    """The first request finds nothing laid out, the second finds integers laid out for answers."""
+    model = tiny_model(hidden_size=64, intermediate_size=96)
+    quantize(model, scheme)
+    engine, said = Engine(model, 1, 128), []
+    for _ in range(2):
+        engine.submit(Request([5, 9, 20, 7], GREEDY, 2, top_logprobs=0, echo=True))
+        tokens = []
+        while engine.busy:
+            tokens += engine.step()
+        said.append([token.scores.logprob for token in tokens[1:]])
+    assert isinstance(engine.network, Packed)
+    assert said[1] == pytest.approx(said[0], abs=1e-6)
 
 
 def test_greedy_text_equals_transformers_in_a_crowd():

@@ -579,7 +579,7 @@ def test_the_commands(folder, tmp_path, capsys):
     assert content["type"] == "f16"
     assert 0 < content["max_abs_logit_diff"] < 0.1
     assert cli.run(["generate", str(out), "--prompt", "the model", "--max-new-tokens", "5", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["token_ids"]) == 5
+    assert 1 <= len(json.loads(capsys.readouterr().out)["token_ids"]) <= 5, "drawn: the text may end before"
     assert cli.run(["evaluate", str(out), "--text", str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["held-out"]["loss"] > 0
     assert cli.run(["inspect", str(out), "--json"]) == 0

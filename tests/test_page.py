@@ -209,6 +209,28 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(chatty, look, monkeypatch, 
     assert seen.page.get_by_role("button", name="Send").is_visible()
 
 
+def test_one_answer_at_a_time_in_both_views(chatty, look, monkeypatch):
+    """While the chat is answering, the document's Regenerate asks for nothing, and Stop still stops."""
+    seen = look(chatty)
+    seen.page.fill("#temperature", "0")
+    seen.page.fill("#max_tokens", "4")
+    seen.page.get_by_role("button", name="Complete").click()
+    seen.say("the")
+    seen.page.wait_for_selector("body:not(.busy) #regenerate:enabled")
+    slow(chatty.engine, monkeypatch, 0.1)
+    seen.page.fill("#max_tokens", "90")
+    seen.page.get_by_role("button", name="Chat").click()
+    seen.say("hi")
+    seen.page.wait_for_function("() => document.querySelector('.assistant .said')?.textContent.length > 3")
+    seen.page.get_by_role("button", name="Complete").click()
+    seen.page.get_by_role("button", name="Regenerate").click()
+    seen.page.keyboard.press("Escape")
+    seen.page.wait_for_selector("body:not(.busy)")
+    assert chatty.idle(1)
+    assert len(seen.bodies()) == 2
+    assert "stopped" in seen.page.locator(".assistant .stats").text_content()
+
+
 def test_every_control_reaches_the_server(chatty, look):
     seen = look(chatty)
     given = {
@@ -376,6 +398,20 @@ def test_tokens_stand_where_their_text_does(chatty, look):
     assert seen.page.evaluate(run, [completion, "so, 🙂é end"]) == [["🙂", "é", " end"]] * 2
     assert seen.page.evaluate(run, [completion, "so: 🙂 and é end"])[1] == ["🙂", "é", " end"]
     assert seen.page.evaluate(run, [completion, "so: 🙂é bend"])[1] == ["🙂", "é"]
+
+
+def test_text_behind_an_answer_is_no_part_of_its_last_token(chatty, look):
+    """What was typed between two answers stays text, whether the second tells of tokens or not."""
+    run = """async (choice) => {
+        const { Growing } = await import("/page/tokens.js");
+        const growing = new Growing("the model and", [{ start: 3, end: 9, name: " model", logprob: -1, top: [] }]);
+        growing.add(choice);
+        return growing.visible.map((token) => growing.text.slice(token.start, token.end));
+    }"""
+    scores = {"tokens": [" so"], "token_logprobs": [-1.0], "top_logprobs": [{" so": -1.0}], "text_offset": [0]}
+    seen = look(chatty)
+    assert seen.page.evaluate(run, {"text": " so", "logprobs": scores}) == [" model", " so"]
+    assert seen.page.evaluate(run, {"text": " so", "logprobs": None}) == [" model"]
 
 
 def test_a_document_ends_its_lines_as_a_field_does(base, look):

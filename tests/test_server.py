@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from smolforge.generation.engine import Scores
 from smolforge.generation.stream import generate
 from smolforge.server.answers import Words
 from smolforge.server.guard import Rules
-from smolforge.server.running import Place, made
+from smolforge.server.running import Place, made, serve
 from smolforge.testing import tiny_model
 
 TEMPLATE = (
@@ -207,6 +208,17 @@ def test_echo_has_the_prompt_and_its_scores(running, stream):
         assert text[logprobs["text_offset"][place] :].startswith(logprobs["tokens"][place])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_end_that_is_ignored_moves_no_text(running, stream):
+    """Where the end-of-text token is said and gone beyond, what follows still stands where its offset says."""
+    eos = running.model.tokenizer.eos_id
+    given = {"prompt": "the", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": stream}
+    response = running.post("/v1/completions", **given, logit_bias={str(eos): 100})
+    choices = [each["choices"][0] for each in events(response)] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == ""
+    assert [place for each in choices if each["logprobs"] for place in each["logprobs"]["text_offset"]] == [0] * 4
+
+
 def test_stop_strings_are_no_part_of_the_text(running):
     free = running.post("/v1/completions", prompt="the", max_tokens=30, temperature=0).json()["choices"][0]["text"]
     word = free[6:8]
@@ -233,6 +245,19 @@ def test_tokens_there_and_back(running):
     eos = running.http.get("/tokenizer_info").json()["eos_token"]
     assert running.post("/tokenize", prompt=eos).json()["tokens"] == [running.model.tokenizer.eos_id]
     assert running.model.tokenizer.eos_id not in running.post("/tokenize", prompt=f"a{eos}").json()["tokens"]
+
+
+def test_the_template_that_is_told_is_the_one_that_is_used():
+    with Running() as server:
+        tokenizer = server.model.tokenizer
+        tokenizer.settings["pad_token"] = "<|im_end|>"
+        told = server.http.get("/tokenizer_info").json()
+        assert (told["chat_template"], told["pad_token"]) == (TEMPLATE, "<|im_end|>")
+        assert (told["bos_token"], told["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
+        for none in ("", [{"name": "rag", "template": "x"}]):
+            tokenizer.settings["chat_template"] = none
+            tokenizer.template = tokenizer._chat_template()
+            assert server.http.get("/tokenizer_info").json()["chat_template"] is None
 
 
 def test_keys_of_top_logprobs_do_not_collide():
@@ -294,7 +319,7 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
         ({"prompt": "x", "temperature": 3}, "temperature"),
         ({"prompt": "x", "n": 100}, "n"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "best_of": 4}, None),
+        ({"prompt": "x", "best_of": 4}, "best_of"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "x", "logit_bias": {"-1": 3}}, "logit_bias"),
@@ -303,7 +328,7 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
         ({"prompt": [5, 400]}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
-        ({"prompt": "x", "stream_options": {"include_usage": True}}, None),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
         ({}, "prompt"),
     ],
 )
@@ -320,7 +345,11 @@ def test_wrong_fields_are_named(running, body, param):
 
 def test_chats_refuse_what_they_cannot_do(running):
     user = [{"role": "user", "content": "hi"}]
-    for more, param in (({"tools": [{}]}, "tools"), ({"top_logprobs": 2}, None), ({"max_tokens": 0}, None)):
+    for more, param in (
+        ({"tools": [{}]}, "tools"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ):
         response = running.post("/v1/chat/completions", messages=user, **more)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
@@ -353,7 +382,10 @@ def test_bodies_of_another_kind_or_size(running):
     assert running.http.post("/v1/completions", content=big, headers=headers).status_code == 413
     parts = (big[i : i + 10_000] for i in range(0, len(big), 10_000))  # no length is said
     assert running.http.post("/v1/completions", content=parts, headers=headers).status_code == 413
-    assert running.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example"):
+        assert running.http.get("/v1/models", headers={"Host": host}).status_code == 403
+    for host in ("localhost:80", "127.0.0.2:80", "[::1]"):
+        assert running.http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
 def test_every_route_but_two_wants_the_key(keyed):
@@ -405,6 +437,20 @@ def test_a_client_that_hangs_up_frees_its_slot(running, monkeypatch, stream):
     assert 'finished_reason="abort"' in running.http.get("/metrics").text
 
 
+def test_the_time_between_tokens_is_that_of_each_choice(monkeypatch):
+    """Not the nothing that lies between those of two choices in one step."""
+    with Running() as server:
+        slow(server.engine, monkeypatch, 0.02)
+        server.post("/v1/completions", prompt="the", n=3, max_tokens=12, temperature=0, ignore_eos=True)
+        told = server.http.get("/metrics").text
+
+    def of(name):
+        return float(re.search(rf'^vllm:{name}{{model_name="tiny"}} (\S+)$', told, re.MULTILINE)[1])
+
+    assert of("time_to_first_token_seconds_count") == 3
+    assert of("inter_token_latency_seconds_sum") / of("inter_token_latency_seconds_count") >= 0.02
+
+
 def test_a_full_queue_says_come_back_and_the_sdk_does(monkeypatch):
     with Running(slots=1, queue=0) as server:
         slow(server.engine, monkeypatch, 0.01)
@@ -433,6 +479,20 @@ def test_an_error_of_ours_is_a_500_and_the_server_lives(running, monkeypatch, ca
         streamed = events(running.post("/v1/completions", prompt="x", stream=True))
         assert streamed[-1]["error"]["type"] == "server_error"
     assert running.idle()
+    assert running.post("/v1/completions", prompt="x").status_code == 200
+
+
+def test_an_error_that_nobody_foresaw_has_the_shape_of_all(running, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("secret words of the prompt")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.CRITICAL, "smolforge.server"):
+        patch.setattr(running.model.tokenizer, "encode", broken)
+        for route in ("/v1/completions", "/tokenize"):
+            response = running.post(route, prompt="x")
+            assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+            assert "secret" not in response.text
+            assert response.headers["x-request-id"]
     assert running.post("/v1/completions", prompt="x").status_code == 200
 
 
@@ -469,6 +529,32 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(monkeypatch):
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"shutting_down"' in rest[-2]
+
+
+def test_a_second_signal_ends_streams_at_once_and_says_so(monkeypatch):
+    """One drains; the next does not wait until uvicorn loses its patience and cuts what is under way."""
+    own, said = Running(), []
+    slow(own.engine, monkeypatch, 0.1)
+
+    def ask():
+        url = f"http://127.0.0.1:{own.server.servers[0].sockets[0].getsockname()[1]}"
+        body = {"prompt": "the", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+            lines = response.iter_lines()
+            next(lines)
+            main = threading.main_thread().ident
+            signal.pthread_kill(main, signal.SIGTERM)
+            while not own.desk.draining:
+                time.sleep(0.005)
+            signal.pthread_kill(main, signal.SIGTERM)
+            said.extend(line for line in lines if line)
+
+    client = threading.Thread(target=ask)
+    with pytest.raises(KeyboardInterrupt):
+        serve(own.server, own.desk, client.start)
+    client.join()
+    assert said[-1] == "data: [DONE]"
+    assert '"shutting_down"' in said[-2]
 
 
 def test_nothing_that_people_write_is_logged(running, caplog):
@@ -648,9 +734,9 @@ def test_what_serve_prints_works_as_it_stands_and_sigterm_drains(folder):
         environment = os.environ | {"SMOLFORGE_API_KEY": KEY}
         if shutil.which("curl"):
             found = subprocess.run(["bash", "-c", curl], env=environment, capture_output=True, text=True, check=True)
-            assert json.loads(found.stdout)["choices"][0]["message"]["content"]
+            assert json.loads(found.stdout)["usage"]["completion_tokens"] > 0, "the text may be empty: it is drawn"
         found = subprocess.run([sys.executable, "-c", snippet], env=environment, capture_output=True, text=True)
-        assert found.stdout.strip(), found.stderr
+        assert (found.returncode, found.stdout[-1:]) == (0, "\n"), found.stderr
     finally:
         process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=20)

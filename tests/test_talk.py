@@ -28,7 +28,7 @@ from smolforge.cli.talk import Talk, speed
 from smolforge.config import Data, Generation
 from smolforge.data.conversations import messages_of
 from smolforge.data.reading import documents
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.generation.stream import Piece, Voice, generate
 from smolforge.testing import tiny_model
 
@@ -279,6 +279,17 @@ def test_saved_is_loaded_and_learned_from(talk, tmp_path):
         Talk.save(other, str(Path(__file__)))
 
 
+@pytest.mark.parametrize("name", ["~nobody-has-this-name/x.jsonl", f"{'x' * 300}.jsonl"], ids=["home", "long"])
+def test_a_name_that_cannot_be_does_not_end_the_chat(talk, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    talk.say("the model")
+    with pytest.raises(MissingResource, match="could not be written"):
+        talk.save(name)
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        talk.load(name)
+    assert (talk.file, len(talk.said)) == (None, 2)
+
+
 def test_a_question_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
     (tmp_path / "one.json").write_text('{"messages": [\n{"role": "user", "content": "the model"}]}')
     talk.forgotten = 2
@@ -343,6 +354,13 @@ def test_commands_that_are_none_or_come_too_early(chat):
         assert says in err
     assert err.count("tokens/s") == 1, "a path behind a space is a message"
     assert out.count("> ") == 9
+
+
+@pytest.mark.parametrize("word", ["/exit", "/exit ", "/exit now"])
+def test_exit_leaves_whatever_stands_behind_it(chat, word):
+    code, out, err = chat(word, "never heard")
+    assert (code, out.count("> ")) == (0, 1)
+    assert "there is no command" not in err
 
 
 # What is typed

@@ -85,7 +85,7 @@ def converse(model: "LanguageModel", options: Generation, system: str | None = N
                 warned = True
                 continue
             warned = False
-            if text == "/exit":
+            if text.partition(" ")[0] == "/exit":
                 return
             _heard(talk, text)
 

@@ -4,6 +4,7 @@ What was said stays whole, to be saved; the model is shown its end, as much as i
 """
 
 import json
+import os
 import re
 import signal
 import threading
@@ -96,12 +97,12 @@ class Talk:
     def save(self, given: str) -> None:
         """Write the conversation, over its own file but over no other."""
         self._needs_template()
-        path = Path(given).expanduser() if given else self.file
+        path = _named(given) if given else self.file
         if path is None:
             raise SettingError("/save needs the name of a file")
         if not self.said:
             raise SettingError("there is no conversation yet to save")
-        if path.exists() and path != self.file:
+        if os.path.exists(path) and path != self.file:  # noqa: PTH110 (Path's own raises where one may not look)
             raise SettingError(f"{path} is there already; /save takes a name that is new")
         messages = [*self._first(), *self.said]
         commit.replace(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
@@ -113,7 +114,7 @@ class Talk:
         self._needs_template()
         if not given:
             raise SettingError("/load needs the name of a file")
-        path = Path(given).expanduser()
+        path = _named(given)
         first, *rest = messages = _conversation(path)
         self.tokenizer.chat(messages)  # before anything is changed
         self.told, self.said = (first["content"], rest) if first["role"] == "system" else (None, messages)
@@ -211,6 +212,11 @@ def _value(name: str, given: str) -> Any:
         with suppress(ValueError):
             return number(given)
     return None if given == NONE else given
+
+
+def _named(given: str) -> Path:
+    """What is meant by a name; ~ is one's home."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111 (Path's own raises where there is no such user)
 
 
 def _conversation(path: Path) -> list[dict[str, Any]]:

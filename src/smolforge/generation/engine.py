@@ -140,6 +140,12 @@ class Engine:
         return sum(row.read for row in self.answering) + (self.reading.read if self.reading else 0)
 
     @property
+    def reader(self) -> Network:
+        """What reads and scores prompts. Integers laid out for answers round more, and nothing that is said of a prompt
+        may depend on whether something was answered before."""
+        return self.network if self.model.scheme is None else self.model
+
+    @property
     def busy(self) -> bool:
         return bool(self.waiting or self.used_slots)
 
@@ -182,7 +188,7 @@ class Engine:
         chunk = prompt[row.read : row.read + CHUNK_TOKENS]
         positions = torch.arange(row.read, row.read + len(chunk), device=device)[None]
         window = self.cache.at(positions, first=len(self.answering))
-        hidden = self.network.hidden(torch.tensor([list(chunk)], device=device), positions, window)[0]
+        hidden = self.reader.hidden(torch.tensor([list(chunk)], device=device), positions, window)[0]
         tokens = self._echo(row, hidden) if row.request.echo else []
         row.read += len(chunk)
         if row.read < len(prompt):
@@ -191,7 +197,7 @@ class Engine:
         if row.request.max_new_tokens == 0:
             return tokens
         self.answering.append(row)
-        return [*tokens, self._draw(row, self.network.logits(hidden[-1:])[0])]
+        return [*tokens, self._draw(row, self.reader.logits(hidden[-1:])[0])]
 
     def _draw(self, row: Row, logits: Float[Tensor, " v"]) -> Token:
         """The row's next token; after its last, the row has left."""
@@ -215,7 +221,7 @@ class Engine:
         else:
             for place in range(0, len(labels), SCORED_TOKENS):
                 part = slice(place, place + SCORED_TOKENS)
-                found += scores(self.network.logits(states[part]), labels[part], top)
+                found += scores(self.reader.logits(states[part]), labels[part], top)
         tokens = [Token(row.number, prompt[row.read + i], None, each, True) for i, each in enumerate(found)]
         if row.request.max_new_tokens == 0 and end == len(prompt):
             tokens[-1] = tokens[-1]._replace(finish_reason="length")

@@ -63,7 +63,8 @@ class LegacyLogprobs:
             top = None if token.scores is None else self.words.top(token.id, token.scores)
             own = None if token.scores is None else bounded(token.scores.logprob)
             rows.append((self.words.text(token.id), own, top, self.offset))
-            self.offset += len(self.decoder.push(token.id))
+            if token.of_prompt or token.id != self.words.tokenizer.eos_id:  # an answer's end has no text
+                self.offset += len(self.decoder.push(token.id))
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 

@@ -24,7 +24,7 @@ from smolforge.generation import engine
 from smolforge.server import page
 from smolforge.server.answers import DONE, Answer, Words, event
 from smolforge.server.desk import Desk, Job, Ticket
-from smolforge.server.errors import Refused, of_validation
+from smolforge.server.errors import Broken, Refused, of_validation
 from smolforge.server.fields import Chat, Completion, Detokenize, Message, Tokenize
 from smolforge.server.guard import Guard, Rules
 from smolforge.server.metrics import Metrics
@@ -42,6 +42,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "The host is not one of this server's",
         404: "No such route or model",
         405: "No such method",
+        408: "The body did not come in time",
         413: "The body is too large",
         415: "The body is no JSON",
         429: "Too many requests wait",
@@ -203,6 +204,10 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
         said = {404: "there is no such route", 405: "this route does not take this method"}
         return Refused(error.status_code, said.get(error.status_code, str(error.detail))).response()
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return Broken().response()
+
     guarded: ASGIApp = Guard(app, rules, metrics)
     if cors_origins:
         guarded = CORSMiddleware(guarded, cors_origins, allow_methods=["*"], allow_headers=["*"])
@@ -259,9 +264,10 @@ def token_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """Its special tokens and template, as lm-evaluation-harness asks for them."""
-        settings, own = service.tokenizer.settings, service.tokenizer
-        named = {key: own.decode([own.bos_id]) if own.bos_id is not None else None for key in ("bos_token",)}
-        return {**named, "eos_token": own.eos_token, "pad_token": None, "chat_template": settings.get("chat_template")}
+        own = service.tokenizer
+        named = {name: own.named(name) for name in ("bos_token", "pad_token")}
+        template = None if own.template is None else own.template.source
+        return {**named, "eos_token": own.eos_token, "chat_template": template}
 
 
 def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:

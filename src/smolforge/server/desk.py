@@ -35,7 +35,8 @@ class Ticket:
         self.desk, self.jobs = desk, jobs
         self.loop, self.heard = asyncio.get_running_loop(), asyncio.Queue()
         self.open, self.left, self.begun = True, len(jobs), time.perf_counter()
-        self.last: float | None = None
+        self.last: list[float | None] = [None] * len(jobs)
+        """When each job's last token came."""
         self.watch: asyncio.Future[None] | None = None
         """What waits for the client to hang up; it ends with the ticket."""
 
@@ -141,12 +142,12 @@ class Desk:
         ticket, place = self.jobs[number]
         new = len(piece.token_ids)
         self.metrics.generated.inc(new)
-        now = time.perf_counter()
-        if new and ticket.last is None:
+        now, last = time.perf_counter(), ticket.last[place]
+        if new and last is None:
             self.metrics.first_token.observe(now - ticket.begun)
-        elif new and ticket.last is not None:
-            self.metrics.between_tokens.observe((now - ticket.last) / new)
-        ticket.last = now if new else ticket.last
+        elif new and last is not None:
+            self.metrics.between_tokens.observe((now - last) / new)
+        ticket.last[place] = now if new else last
         if piece.finish_reason is not None:
             del self.jobs[number]
             self.metrics.prompt.inc(len(ticket.jobs[place].request.prompt))

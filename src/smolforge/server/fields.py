@@ -72,11 +72,12 @@ class Asked(Fields):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    @model_validator(mode="after")
-    def _options_need_a_stream(self) -> "Asked":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only for a request with stream set to true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_a_stream(cls, given: StreamOptions | None, others: Any) -> StreamOptions | None:
+        if given is not None and not others.data.get("stream"):
+            raise ValueError("it is only for a request with stream set to true")
+        return given
 
     @field_validator("logit_bias")
     @classmethod
@@ -134,10 +135,15 @@ class Completion(Asked):
     best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     add_special_tokens: bool | None = None
 
+    @field_validator("best_of")
+    @classmethod
+    def _all_are_returned(cls, given: int | None, others: Any) -> int | None:
+        if given is not None and given != (others.data.get("n") or 1):
+            raise ValueError("it should be n or left out; choosing among more answers is not offered")
+        return given
+
     @model_validator(mode="after")
     def _as_we_can(self) -> "Completion":
-        if self.best_of is not None and self.best_of != self.choices:
-            raise ValueError("best_of should be n or left out; choosing among more answers is not offered")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens may be 0 only with echo set to true")
         return self
@@ -196,13 +202,19 @@ class Chat(Asked):
     parallel_tool_calls: Any = None
     chat_template_kwargs: "TemplateWords | None" = None
 
-    @model_validator(mode="after")
-    def _as_we_can(self) -> "Chat":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs set to true")
-        if self.max_tokens == 0:
-            raise ValueError("max_tokens should be at least 1")
-        return self
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, given: int | None, others: Any) -> int | None:
+        if given is not None and not others.data.get("logprobs"):
+            raise ValueError("it needs logprobs set to true")
+        return given
+
+    @field_validator("max_tokens")
+    @classmethod
+    def _says_something(cls, given: int | None) -> int | None:
+        if given == 0:
+            raise ValueError("it should be at least 1")
+        return given
 
     @property
     def scored(self) -> int | None:

@@ -21,7 +21,7 @@ log = logging.getLogger("smolforge.server")
 PUBLIC = ("/health", *page.FILES)
 """Routes that need no key: the sign of life, and the page, which asks for one."""
 BODY_SECONDS = 30.0
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+LOCAL_NAME = re.compile(r"localhost|127(\.\d{1,3}){3}|\[::1\]")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -71,7 +71,7 @@ class Guard:
     async def _checked(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.rules.local_only and re.sub(r":\d+$", "", host) not in LOCAL_NAMES:
+        if self.rules.local_only and not LOCAL_NAME.fullmatch(re.sub(r":\d+$", "", host)):
             raise Refused(403, "this server answers to localhost only; --host says where else", code="wrong_host")
         if self.rules.key is not None and scope["path"] not in PUBLIC:
             check_key(headers, self.rules.key)

@@ -20,7 +20,6 @@ from smolforge.server.metrics import Metrics
 
 log = logging.getLogger("smolforge.server")
 DRAIN_SECONDS = 30.0
-START_SECONDS = 30.0
 IDLE_SECONDS = 30
 """How long a connection may stay open without a request."""
 
@@ -62,8 +61,8 @@ def serve(server: uvicorn.Server, desk: Desk, ready: Callable[[], None]) -> None
     `ready` is called when requests are taken. Raises MissingResource where the port is not to be had.
     """
     thread = threading.Thread(target=_run, args=(server,), name="http", daemon=True)
-    asked = threading.Event()
-    before = _signals([signal.SIGTERM, signal.SIGINT], lambda *_: asked.set())
+    asked: list[int] = []  # an Event's lock may be held by this very thread when the signal comes
+    before = _signals([signal.SIGTERM, signal.SIGINT], lambda number, _: asked.append(number))
     desk.thread.start()
     thread.start()
     try:
@@ -73,14 +72,14 @@ def serve(server: uvicorn.Server, desk: Desk, ready: Callable[[], None]) -> None
             where = f"{server.config.host}:{server.config.port}"
             raise MissingResource(f"{where} cannot be listened on; is it in use? --port takes another")
         ready()
-        while not asked.wait(0.2) and thread.is_alive():
-            pass
+        while not asked and thread.is_alive():
+            thread.join(0.2)
         _signals([signal.SIGTERM, signal.SIGINT], _end_now)
         desk.drain(DRAIN_SECONDS)
     finally:
+        desk.drain(0.0)
         server.should_exit = True
         thread.join()
-        desk.drain(0.0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -74,6 +74,7 @@ export class Completion {
   }
 
   #again() {
+    if (busy()) return;
     const { text, tokens, cut } = this.sheet;
     this.sheet = { text: text.slice(0, cut), tokens: tokens.filter((token) => token.end <= cut), cut };
     this.field.value = this.sheet.text;

@@ -10,6 +10,7 @@ export class Growing {
   constructor(text = "", tokens = []) {
     this.text = text;
     this.tokens = tokens;
+    this.given = tokens.length; // those of earlier answers, whose ends are known
     this.waiting = []; // tokens whose text is held back, as what may become a stop string is
     this.walked = 0; // code points of the answer up to `unit`, a place in the text
     this.unit = text.length;
@@ -38,7 +39,7 @@ export class Growing {
 
   /** Where the last token ends is known when the next begins. */
   #close(end) {
-    const last = this.tokens.at(-1);
+    const last = this.tokens.length > this.given ? this.tokens.at(-1) : null;
     if (last && end >= last.start) last.end = end;
   }
 
