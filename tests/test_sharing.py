@@ -484,6 +484,37 @@ def hurried(real, tokenizer, timeout, **options):
     return real(tokenizer, timeout=20, **options)
 
 
+@pytest.mark.parametrize("chats", [False, True])
+def test_an_answer_that_fails_ends_at_once_and_says_why(tmp_path, monkeypatch, chats):
+    space_of(tmp_path, chats)
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    names = runpy.run_path(str(tmp_path / "space" / "app.py"))
+
+    def fails(streamer, **_):
+        streamer.on_finalized_text("it ")
+        raise MemoryError("this machine is too small")
+
+    monkeypatch.setattr(names["model"], "generate", fails)
+    begun = time.monotonic()
+    said = names["answer"]("the", [], 0, 1, 5) if chats else names["go_on"]("the", 0, 1, 5)
+    assert next(said).endswith("it ")
+    with pytest.raises(MemoryError, match="this machine is too small"):
+        list(said)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path, monkeypatch):
+    space_of(tmp_path, True)
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    names = runpy.run_path(str(tmp_path / "space" / "app.py"))
+    turns = [{"role": role, "content": "the model reads"} for role in ("user", "assistant") * 2]
+    last = {"role": "user", "content": "a token"}
+    whole = names["prompt"]([*turns, last], 10_000)["input_ids"]
+    short = names["prompt"]([*turns[2:], last], 10_000)["input_ids"]
+    assert names["prompt"]([*turns, last], whole.shape[1] - 1)["input_ids"].equal(short)
+    assert names["prompt"]([last, last], 3)["input_ids"].shape == (1, 3)  # where an answer was stopped before it began
+
+
 def test_nobody_writes_a_special_token():
     """Nor one that appears once another within it was taken out."""
     code = app(True, "model", "main", "a").split("def plain")[1].split("\n\n\n")[0]
