@@ -295,6 +295,7 @@ def test_what_is_refused(tmp_path, folder, file):
         ({"kind": "q5_K"}, "type is 'q5_K'; it should be one of f32"),
         ({"out": file}, "is there already; name a new file"),
         ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
+        ({"text": ""}, "the text to measure on is empty; name another, or none"),
     ):
         with pytest.raises(SettingError, match=said):
             to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))
