@@ -197,6 +197,24 @@ def test_the_base_of_an_adapter_is_told_without_its_place(tmp_path):
     assert str(tmp_path) not in card.card(known, [], "me/it", "apache-2.0", False)
 
 
+@pytest.mark.parametrize("form", ["plain", "it.gguf", "adapter"])
+def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
+    """Of a .gguf the template is in the file, of an adapter it may be in the base alone."""
+    model = tiny_model()
+    weights.save(model, tmp_path / "plain", model.tokenizer)
+    chatml = Path(smolforge.__file__).parent / "chat" / "chatml.jinja"
+    shutil.copyfile(chatml, tmp_path / "plain" / "chat_template.jinja")
+    if form == "it.gguf":
+        to_gguf(tmp_path / "plain", tmp_path / form, "f32")
+    if form == "adapter":
+        base = {"base_model_name_or_path": str(tmp_path / "plain"), "peft_type": "LORA"}
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "adapter_config.json").write_text(json.dumps(base))
+    text = card.card(origin(tmp_path / form), [], "me/it", "apache-2.0", False)
+    assert ModelCard(text).data.tags == ["smolforge", "conversational"]
+    assert "apply_chat_template" in text
+
+
 def test_its_figure_is_there_and_is_drawn(folder):
     text = (folder / "README.md").read_text()
     (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
