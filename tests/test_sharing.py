@@ -280,7 +280,7 @@ def test_a_mixture_is_told_source_by_source(run):
     assert "| own | `my.txt` | 100 | 25.0% |" in text
 
 
-def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys):
+def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys, monkeypatch):
     told = tmp_path / "scores.json"
     assert cli.run(["evaluate", str(run), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
     told.write_text(capsys.readouterr().out)
@@ -288,11 +288,25 @@ def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys)
     (found,) = [each for each in scores(origin(run), told) if each.metric == "acc" and each.how != "step 8"]
     assert (found.value, found.stderr, found.n) == (measured["acc"], measured["acc_stderr"], 5)
     assert found.how == "smolforge evaluate, 0-shot"
-    with pytest.raises(SettingError, match="is not the model in"):
+    monkeypatch.chdir(run.parent)
+    assert scores(origin(run.name), told) == scores(origin(run), told)  # however it is spelled
+    with pytest.raises(SettingError, match="with other weights than those in"):
         scores(origin(run / "checkpoints" / "step-00000004"), told)
     told.write_text("[]")
     with pytest.raises(InvalidFile, match="is not what smolforge evaluate MODEL --json prints"):
         scores(origin(run), told)
+
+
+def test_scores_of_a_run_that_has_gone_on_are_not_its_newest_checkpoints(run, tmp_path, capsys):
+    place = shutil.copytree(run, tmp_path / "run")
+    newest = place / "checkpoints" / "step-00000008"
+    newest.rename(tmp_path / "later")
+    assert cli.run(["evaluate", str(place), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
+    (tmp_path / "scores.json").write_text(capsys.readouterr().out)
+    (tmp_path / "later").rename(newest)
+    with pytest.raises(SettingError, match="with other weights than those in .*step-00000008"):
+        scores(origin(place), tmp_path / "scores.json")
+    assert scores(origin(place / "checkpoints" / "step-00000004"), tmp_path / "scores.json")
 
 
 def test_hostile_names_stay_within_their_cells():
