@@ -493,6 +493,8 @@ def test_a_space_of_a_hub_model_loads_it_at_its_commit(hub, tmp_path):
     assert set(files) == {"app.py", "requirements.txt", "README.md"}
     assert f'MODEL, REVISION, TITLE = "{REPO}", "{commit}", "small"' in (tmp_path / "space" / "app.py").read_text()
     assert yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])["models"] == [REPO]
+    with pytest.raises(SettingError, match="the app loads someone/small from the Hub, as it is there"):
+        to_space(REPO, tmp_path / "other", "bfloat16")
 
 
 @pytest.mark.parametrize("chats", [False, True])
