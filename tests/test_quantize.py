@@ -432,6 +432,10 @@ def test_a_runs_text_is_measured_in_its_own_windows(text_file, tmp_path):
     assert (text.name, text.window) == ("what the run held out", NANO["train"]["sequence_length"])
     assert text_for(run.model, resolve.find(tmp_path / "run"), text_file).window == text.window
     assert text_for(run.model, tmp_path / "elsewhere", text_file).window == 128
+    corpus = tmp_path / "run" / "corpus" / "corpus.json"
+    corpus.write_text(json.dumps(json.loads(corpus.read_text()) | {"fingerprint": "of another"}))
+    other = text_for(run.model, resolve.find(tmp_path / "run"), None)
+    assert (other.name, other.window) == ("the documentation of Python's language", text.window)
 
 
 LAYER = "model.layers.0.self_attn.q_proj"
