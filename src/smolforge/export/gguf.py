@@ -164,7 +164,8 @@ def check(
 def check_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
     """Raises InvalidFile where what was read back gives other ids than what was there."""
     assert after is not None
-    texts = [*HARD_TEXTS, *(f"a {token} b" for token in before.special.known)]
+    added = [token.content for token in before.backend.get_added_tokens_decoder().values()]
+    texts = [*HARD_TEXTS, *(f"a {token} b" for token in added), *(f"a{token}b" for token in added)]
     for text in texts:
         if before.encode(text) != after.encode(text) or trusted(before, text) != trusted(after, text):
             raise InvalidFile(f"a .gguf cannot say what this tokenizer does with {text[:40]!r}; nothing was kept")
