@@ -401,6 +401,15 @@ def test_refusals(hub, folder, monkeypatch, token, name, kind, match):
     assert hub.repositories == {}
 
 
+def test_without_a_token_nothing_is_made(hub, run, monkeypatch, capsys):
+    """The check of a large model takes minutes."""
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("smolforge.export.transformers.to_transformers", lambda *_: pytest.fail("it was made"))
+    assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 4
+    assert "there is no token to write someone/small with" in capsys.readouterr().err
+
+
 def test_a_network_that_is_gone_is_one_sentence(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(HfApi, "__init__", gone(HfApi.__init__))
