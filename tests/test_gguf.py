@@ -278,11 +278,19 @@ def test_a_tokenizer_llama_cpp_has_no_name_for(folder, tmp_path, change, said):
         to_gguf(folder, tmp_path / "it.gguf")
 
 
-def test_special_tokens_that_take_the_space_beside_them_are_not_lost_silently(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"lstrip": True}, r"a <\|im_start\|> b"),
+        ({"special": False, "lstrip": True}, r"a <\|im_start\|> b"),
+        ({"special": False, "single_word": True}, r"a<\|im_start\|>b"),
+    ],
+)
+def test_what_an_added_token_asks_of_its_neighbours_is_not_lost_silently(folder, tmp_path, change, text):
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"][1]["lstrip"] = True
+    content["added_tokens"][1] |= change
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InvalidFile, match=r"cannot say what this tokenizer does with 'a <\|im_start\|> b'"):
+    with pytest.raises(InvalidFile, match=f"cannot say what this tokenizer does with '{text}'"):
         to_gguf(folder, tmp_path / "it.gguf")
     assert not (tmp_path / "it.gguf").exists()
 
@@ -295,6 +303,7 @@ def test_what_is_refused(tmp_path, folder, file):
         ({"kind": "q5_K"}, "type is 'q5_K'; it should be one of f32"),
         ({"out": file}, "is there already; name a new file"),
         ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
+        ({"text": ""}, "the text to measure on is empty; name another, or none"),
     ):
         with pytest.raises(SettingError, match=said):
             to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))

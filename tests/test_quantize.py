@@ -128,6 +128,15 @@ def test_numpy_finds_the_same_integers_and_nothing_nearer(data):
     assert (ours == nearest).all()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_weights_whose_squares_are_no_numbers_are_rounded_too(size):
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * size
+    for bits, group in ((8, None), (4, 32)):
+        integers, scale = rounded(weight, bits, group)
+        back = unrolled(pack(integers, bits), scale, bits, torch.float32)
+        assert (back - weight).abs().max() < 0.11 * weight.abs().max()
+
+
 def test_a_word_has_its_first_integer_lowest():
     assert pack(torch.tensor([[-8, -7, 7, 0, 0, 0, 0, 0]], dtype=torch.int8), 4).item() == 0x88888F10 - 2**32
     assert pack(torch.tensor([[-128, -127, 127, 0]], dtype=torch.int8), 8).item() == 0x80FF0100 - 2**32
@@ -432,6 +441,10 @@ def test_a_runs_text_is_measured_in_its_own_windows(text_file, tmp_path):
     assert (text.name, text.window) == ("what the run held out", NANO["train"]["sequence_length"])
     assert text_for(run.model, resolve.find(tmp_path / "run"), text_file).window == text.window
     assert text_for(run.model, tmp_path / "elsewhere", text_file).window == 128
+    corpus = tmp_path / "run" / "corpus" / "corpus.json"
+    corpus.write_text(json.dumps(json.loads(corpus.read_text()) | {"fingerprint": "of another"}))
+    other = text_for(run.model, resolve.find(tmp_path / "run"), None)
+    assert (other.name, other.window) == ("the documentation of Python's language", text.window)
 
 
 LAYER = "model.layers.0.self_attn.q_proj"

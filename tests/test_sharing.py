@@ -197,6 +197,24 @@ def test_the_base_of_an_adapter_is_told_without_its_place(tmp_path):
     assert str(tmp_path) not in card.card(known, [], "me/it", "apache-2.0", False)
 
 
+@pytest.mark.parametrize("form", ["plain", "it.gguf", "adapter"])
+def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
+    """Of a .gguf the template is in the file, of an adapter it may be in the base alone."""
+    model = tiny_model()
+    weights.save(model, tmp_path / "plain", model.tokenizer)
+    chatml = Path(smolforge.__file__).parent / "chat" / "chatml.jinja"
+    shutil.copyfile(chatml, tmp_path / "plain" / "chat_template.jinja")
+    if form == "it.gguf":
+        to_gguf(tmp_path / "plain", tmp_path / form, "f32")
+    if form == "adapter":
+        base = {"base_model_name_or_path": str(tmp_path / "plain"), "peft_type": "LORA"}
+        (tmp_path / form).mkdir()
+        (tmp_path / form / "adapter_config.json").write_text(json.dumps(base))
+    text = card.card(origin(tmp_path / form), [], "me/it", "apache-2.0", False)
+    assert ModelCard(text).data.tags == ["smolforge", "conversational"]
+    assert "apply_chat_template" in text
+
+
 def test_its_figure_is_there_and_is_drawn(folder):
     text = (folder / "README.md").read_text()
     (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
@@ -262,7 +280,7 @@ def test_a_mixture_is_told_source_by_source(run):
     assert "| own | `my.txt` | 100 | 25.0% |" in text
 
 
-def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys):
+def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys, monkeypatch):
     told = tmp_path / "scores.json"
     assert cli.run(["evaluate", str(run), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
     told.write_text(capsys.readouterr().out)
@@ -270,11 +288,25 @@ def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys)
     (found,) = [each for each in scores(origin(run), told) if each.metric == "acc" and each.how != "step 8"]
     assert (found.value, found.stderr, found.n) == (measured["acc"], measured["acc_stderr"], 5)
     assert found.how == "smolforge evaluate, 0-shot"
-    with pytest.raises(SettingError, match="is not the model in"):
+    monkeypatch.chdir(run.parent)
+    assert scores(origin(run.name), told) == scores(origin(run), told)  # however it is spelled
+    with pytest.raises(SettingError, match="with other weights than those in"):
         scores(origin(run / "checkpoints" / "step-00000004"), told)
     told.write_text("[]")
     with pytest.raises(InvalidFile, match="is not what smolforge evaluate MODEL --json prints"):
         scores(origin(run), told)
+
+
+def test_scores_of_a_run_that_has_gone_on_are_not_its_newest_checkpoints(run, tmp_path, capsys):
+    place = shutil.copytree(run, tmp_path / "run")
+    newest = place / "checkpoints" / "step-00000008"
+    newest.rename(tmp_path / "later")
+    assert cli.run(["evaluate", str(place), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
+    (tmp_path / "scores.json").write_text(capsys.readouterr().out)
+    (tmp_path / "later").rename(newest)
+    with pytest.raises(SettingError, match="with other weights than those in .*step-00000008"):
+        scores(origin(place), tmp_path / "scores.json")
+    assert scores(origin(place / "checkpoints" / "step-00000004"), tmp_path / "scores.json")
 
 
 def test_hostile_names_stay_within_their_cells():
@@ -369,6 +401,15 @@ def test_refusals(hub, folder, monkeypatch, token, name, kind, match):
     assert hub.repositories == {}
 
 
+def test_without_a_token_nothing_is_made(hub, run, monkeypatch, capsys):
+    """The check of a large model takes minutes."""
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("smolforge.export.transformers.to_transformers", lambda *_: pytest.fail("it was made"))
+    assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 4
+    assert "there is no token to write someone/small with" in capsys.readouterr().err
+
+
 def test_a_network_that_is_gone_is_one_sentence(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(HfApi, "__init__", gone(HfApi.__init__))
@@ -461,6 +502,8 @@ def test_a_space_of_a_hub_model_loads_it_at_its_commit(hub, tmp_path):
     assert set(files) == {"app.py", "requirements.txt", "README.md"}
     assert f'MODEL, REVISION, TITLE = "{REPO}", "{commit}", "small"' in (tmp_path / "space" / "app.py").read_text()
     assert yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])["models"] == [REPO]
+    with pytest.raises(SettingError, match="the app loads someone/small from the Hub, as it is there"):
+        to_space(REPO, tmp_path / "other", "bfloat16")
 
 
 @pytest.mark.parametrize("chats", [False, True])
@@ -482,6 +525,37 @@ def test_an_app_answers_whatever_is_said(tmp_path, monkeypatch, chats, said):
 def hurried(real, tokenizer, timeout, **options):
     """A streamer that does not wait for minutes for what has failed."""
     return real(tokenizer, timeout=20, **options)
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_an_answer_that_fails_ends_at_once_and_says_why(tmp_path, monkeypatch, chats):
+    space_of(tmp_path, chats)
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    names = runpy.run_path(str(tmp_path / "space" / "app.py"))
+
+    def fails(streamer, **_):
+        streamer.on_finalized_text("it ")
+        raise MemoryError("this machine is too small")
+
+    monkeypatch.setattr(names["model"], "generate", fails)
+    begun = time.monotonic()
+    said = names["answer"]("the", [], 0, 1, 5) if chats else names["go_on"]("the", 0, 1, 5)
+    assert next(said).endswith("it ")
+    with pytest.raises(MemoryError, match="this machine is too small"):
+        list(said)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path, monkeypatch):
+    space_of(tmp_path, True)
+    monkeypatch.setitem(sys.modules, "gradio", MagicMock())
+    names = runpy.run_path(str(tmp_path / "space" / "app.py"))
+    turns = [{"role": role, "content": "the model reads"} for role in ("user", "assistant") * 2]
+    last = {"role": "user", "content": "a token"}
+    whole = names["prompt"]([*turns, last], 10_000)["input_ids"]
+    short = names["prompt"]([*turns[2:], last], 10_000)["input_ids"]
+    assert names["prompt"]([*turns, last], whole.shape[1] - 1)["input_ids"].equal(short)
+    assert names["prompt"]([last, last], 3)["input_ids"].shape == (1, 3)  # where an answer was stopped before it began
 
 
 def test_nobody_writes_a_special_token():

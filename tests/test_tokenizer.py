@@ -363,6 +363,17 @@ def test_the_template_survives_saving(tmp_path):
     assert Tokenizer.load(tmp_path).template is None
 
 
+def test_what_is_saved_asks_for_no_token_types_in_transformers_4(tmp_path):
+    """Where PreTrainedTokenizerFast makes them unless told, and generate(**tokenizer(text)) refuses them."""
+    tiny_tokenizer().save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert content["model_input_names"] == ["input_ids", "attention_mask"]
+    assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
+    said = tiny_tokenizer().settings | {"model_input_names": ["input_ids"]}
+    Tokenizer(tiny_tokenizer().backend, said).save(tmp_path)
+    assert Tokenizer.load(tmp_path).settings["model_input_names"] == ["input_ids"]
+
+
 BROKEN = {
     "tokenizer.json": [
         "",

@@ -50,7 +50,7 @@ def rounded(
         scale = (clip * whole).bfloat16().float().clamp(min=least)
         integers = (groups / scale).round_().clamp_(-half, half - 1)
         lost = (integers * scale - groups).square_().sum(-1, keepdim=True)
-        better = lost < error
+        better = lost <= error  # also where squares are beyond fp32, or too small for it
         best, scales, error = (
             torch.where(better, *pair) for pair in ((integers, best), (scale, scales), (lost, error))
         )

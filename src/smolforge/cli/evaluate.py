@@ -76,7 +76,7 @@ def evaluate(
     words, asked_there = _words(tasks), _words(harness)
     _check(words, asked_there, text or [], limit, few_shot, log)
     found = _found(asked_there)
-    from smolforge.checkpoint.resolve import load
+    from smolforge.checkpoint.resolve import fingerprint, load
     from smolforge.device import pick_device
     from smolforge.evaluation.published import published
     from smolforge.evaluation.tasks import find
@@ -84,6 +84,7 @@ def evaluate(
 
     asked = [find(word, limit, few_shot or 0) for word in words]
     loaded = load(model, dtype, str(pick_device(device)), random)
+    weights = fingerprint(model) if json_ and not random else None  # a run goes on, and its name means others
     window, step = _window(loaded, sequence_length, stride)
     results = {path.stem: _text(loaded, path, window, step) for path in text or []}
     scores = {task.name: _scored(loaded, task) for task in asked}
@@ -96,8 +97,8 @@ def evaluate(
     if json_:
         theirs = {name: score for name, (_, score) in beside.items()}
         made_by = versions() | ({"lm_eval": version("lm_eval")} if asked_there else {})
-        both = {**results, **measured}
-        print(json.dumps({"model": model, "dtype": dtype, "tasks": both, "published": theirs, "versions": made_by}))
+        said = {"model": model, "weights": weights, "dtype": dtype, "tasks": {**results, **measured}}
+        print(json.dumps({**said, "published": theirs, "versions": made_by}))
         return
     for line in [*_lines(results), *_harness_lines(measured)]:
         print(line)

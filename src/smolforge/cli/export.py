@@ -165,10 +165,11 @@ def _gguf(model: str, out: Path, kind: str, text: Path | None, json_: bool) -> N
 
 
 def _read(text: Path) -> str:
+    from smolforge.data.documents import read_text
+
     try:
-        with text.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(text)
+    except OSError as error:
         raise InvalidFile(f"{text} cannot be read: {error}") from None
 
 

@@ -27,10 +27,12 @@ def hub(
     json_: bool,
 ) -> None:
     """Make the folder, checked by a round trip, and upload it; or only show it."""
-    from smolforge.export.hub import check_name, upload
+    from smolforge.export.hub import check_name, check_token, upload
     from smolforge.export.transformers import to_transformers
 
     check_name(repo)
+    if not dry_run:
+        check_token(repo)
     with tempfile.TemporaryDirectory(prefix="smolforge-export-") as place:
         folder = Path(place) / repo.rpartition("/")[2]
         made = to_transformers(model, folder, dtype, largest, describe)

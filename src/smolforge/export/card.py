@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from smolforge.checkpoint import resolve
 from smolforge.data.sources.hub import name_of
 from smolforge.export import sections
 from smolforge.export.origin import Origin, origin
 from smolforge.export.scores import HELD_OUT, Score, scores
-from smolforge.tokenizer import Tokenizer
 
 README = "README.md"
 Draw = Callable[[Path, Path, str], None]
@@ -95,4 +95,5 @@ def _datasets(known: Origin) -> list[str]:
 
 
 def _chats(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file() and Tokenizer.load(folder).template is not None
+    tokenizer = resolve.tokenizer_of(resolve.with_tokenizer(folder))
+    return tokenizer is not None and tokenizer.template is not None

@@ -59,8 +59,8 @@ def to_gguf(model: str | Path, out: Path, kind: str = "f16", text: str | None = 
     """Write `out` in one of ggml's types, and say by how much that changed the model, on a `text` too.
 
     The file appears only if every tensor reads back as its type holds it, and the tokenizer gives the same ids. Raises
-    SettingError for what llama.cpp does not have or an `out` that is there, InvalidFile where the check does not hold,
-    MissingResource where the disk is full.
+    SettingError for what llama.cpp does not have, an `out` that is there or a text that is empty, InvalidFile where the
+    check does not hold, MissingResource where the disk is full.
     """
     if kind not in FILE_TYPES:
         raise SettingError(f"type is {kind!r}; it should be one of {', '.join(FILE_TYPES)}")
@@ -74,6 +74,8 @@ def to_gguf(model: str | Path, out: Path, kind: str = "f16", text: str | None = 
         raise SettingError(f"{model} is of integers; export the model it was made from")
     if loaded.tokenizer is None:
         raise SettingError(f"{model} has no tokenizer, which a .gguf holds beside the weights")
+    if text is not None and not loaded.tokenizer.encode(text):
+        raise SettingError("the text to measure on is empty; name another, or none")
     values, tensors = values_of(loaded, str(model), kind), llama_cpp.tensors_of(loaded)
     types = {name: type_of(name, tensor.shape, kind, loaded.config) for name, tensor in tensors.items()}
     needed = sum(types[name].bytes_of(tensor.numel()) for name, tensor in tensors.items())
@@ -162,7 +164,8 @@ def check(
 def check_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
     """Raises InvalidFile where what was read back gives other ids than what was there."""
     assert after is not None
-    texts = [*HARD_TEXTS, *(f"a {token} b" for token in before.special.known)]
+    added = [token.content for token in before.backend.get_added_tokens_decoder().values()]
+    texts = [*HARD_TEXTS, *(f"a {token} b" for token in added), *(f"a{token}b" for token in added)]
     for text in texts:
         if before.encode(text) != after.encode(text) or trusted(before, text) != trusted(after, text):
             raise InvalidFile(f"a .gguf cannot say what this tokenizer does with {text[:40]!r}; nothing was kept")

@@ -41,17 +41,24 @@ def check_name(repo: str) -> None:
         )
 
 
+def check_token(repo: str) -> None:
+    """Raises MissingResource where there is none to write with."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise MissingResource(f"there is no token to write {repo} with; run `hf auth login`, or set HF_TOKEN")
+
+
 def upload(folder: Path, repo: str, public: bool = False, replace: bool = False) -> Uploaded:
     """Make a repository's files be a folder's; `replace` says that others there may go (its history keeps them).
 
     Raises SettingError for a name that is none, or a repository that has other contents or readers than was said to be
     meant; InvalidFile for a card the Hub does not take; MissingResource for all that stands in the way.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     check_name(repo)
-    if get_token() is None:
-        raise MissingResource(f"there is no token to write {repo} with; run `hf auth login`, or set HF_TOKEN")
+    check_token(repo)
     api = HfApi()
     with _sentences(repo):
         there = _there(api, repo)

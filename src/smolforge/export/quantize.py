@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from smolforge import commit, gguf, quantized
-from smolforge.checkpoint import llama_cpp, resolve, weights
+from smolforge.checkpoint import llama_cpp, resolve, state, weights
 from smolforge.config import Generation
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.data.documents import read_text
@@ -146,7 +146,7 @@ def text_for(model: LanguageModel, source: Path, text: Path | None) -> Text:
 
 
 def of_run(source: Path) -> tuple[Corpus | None, int]:
-    """The corpus of the run whose checkpoint it is, where it held out plain text; the length of the run's windows."""
+    """What a checkpoint learned from, where that is there and held out plain text; the length of its run's windows."""
     source = source.resolve()
     run = source.parents[1] if source.parent.name == "checkpoints" else source
     if not (run / RECIPE).is_file():
@@ -155,7 +155,8 @@ def of_run(source: Path) -> tuple[Corpus | None, int]:
     for folder in (run / "corpus", *map(Path, recipe.data.sources)):
         if (folder / "corpus.json").is_file():
             corpus = Corpus.open(folder)
-            usable = corpus.format == "text" and corpus.size(HELD_OUT)["tokens"]
+            its_own = corpus.fingerprint == state.read_facts(source)["corpus"]
+            usable = its_own and corpus.format == "text" and corpus.size(HELD_OUT)["tokens"]
             return corpus if usable else None, recipe.train.sequence_length
     return None, recipe.train.sequence_length
 

@@ -61,12 +61,12 @@ def _while_training(known: Origin) -> list[Score]:
 def _told(known: Origin, path: Path) -> list[Score]:
     try:
         said = json.loads(path.read_text("utf-8"))
-        model, tasks = said["model"], said["tasks"]
+        model, measured, tasks = said["model"], said["weights"], said["tasks"]
         found = [score for name, values in tasks.items() for score in _of_task(name, values)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InvalidFile(f"{path} is not what smolforge evaluate MODEL --json prints") from None
-    if resolve.find(model) != known.folder:
-        raise SettingError(f"{path} has the scores of {model}, which is not the model in {known.folder}")
+    if measured != resolve.fingerprint(known.folder):
+        raise SettingError(f"{path} has the scores of {model} with other weights than those in {known.folder}")
     return found
 
 

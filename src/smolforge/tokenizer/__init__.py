@@ -232,7 +232,10 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
         # The class that runs tokenizer.json as it is; as GPT2Tokenizer, Transformers 5 forgets that digits stand alone.
-        settings = {"eos_token": self.eos_token, **self.settings, "tokenizer_class": "PreTrainedTokenizerFast"}
+        # In Transformers 4 that class makes token_type_ids unless told not to, and generate refuses them.
+        inputs = ["input_ids", "attention_mask"]
+        settings = {"eos_token": self.eos_token, "model_input_names": inputs, **self.settings}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / "tokenizer_config.json").write_text(
             json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8"
         )

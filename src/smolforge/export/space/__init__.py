@@ -28,7 +28,8 @@ CONSTANTS = 'MODEL, REVISION, TITLE = "model", "main", "A model"'
 def to_space(model: str | Path, out: Path, dtype: str | None = None, licence: str = "apache-2.0") -> dict[str, int]:
     """Write `out`, whole or not at all; returns its files' sizes.
 
-    Raises SettingError where `out` has something in it or the model has no tokenizer, and what to_transformers raises.
+    Raises SettingError where `out` has something in it, the model has no tokenizer, or a dtype is asked of one that the
+    app loads from the Hub, and what to_transformers raises.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -39,6 +40,8 @@ def to_space(model: str | Path, out: Path, dtype: str | None = None, licence: st
         raise SettingError(f"{model} has no tokenizer, so nobody could write to it")
     chats = tokenizer.template is not None
     repo, revision = _on_hub(model, source) or (FOLDER, "main")
+    if dtype is not None and repo != FOLDER:
+        raise SettingError(f"dtype is {dtype!r}, but the app loads {model} from the Hub, as it is there; leave it out")
     title = repo.rpartition("/")[2] if repo != FOLDER else out.name
 
     def fill(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """Chat with a model: `pip install -r requirements.txt && python app.py`, here or as a Space."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -10,10 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TextIteratorStreamer
 
 MODEL, REVISION, TITLE = "model", "main", "A model"
-FOLDER = Path(__file__).parent / MODEL
-SOURCE = str(FOLDER) if FOLDER.is_dir() else MODEL
+SOURCE = str(FOLDER) if (FOLDER := Path(__file__).parent / MODEL).is_dir() else MODEL
 tokenizer: Any = AutoTokenizer.from_pretrained(SOURCE, revision=REVISION)
-model = AutoModelForCausalLM.from_pretrained(SOURCE, revision=REVISION, dtype=torch.float32).eval()
+model: Any = AutoModelForCausalLM.from_pretrained(SOURCE, revision=REVISION, dtype=torch.float32).eval()
 SPECIAL = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
 
 
@@ -26,11 +26,10 @@ def plain(text: str) -> str:
 
 def prompt(messages: list[dict[str, str]], room: int) -> Any:
     """The conversation as ids; where it is too long, without its oldest turns."""
-    while True:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        if ids["input_ids"].shape[1] <= room or len(messages) == 1:
-            return {name: rows[:, -room:] for name, rows in ids.items()}
-        messages = messages[2:]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    if ids["input_ids"].shape[1] > room and len(messages) > 2:
+        return prompt(messages[2:], room)
+    return {name: rows[:, -room:] for name, rows in ids.items()}
 
 
 def answer(message: str, history: list[Any], temperature: float, top_p: float, tokens: int) -> Iterator[str]:
@@ -38,14 +37,15 @@ def answer(message: str, history: list[Any], temperature: float, top_p: float, t
     said = [{"role": turn["role"], "content": plain(turn["content"][0]["text"])} for turn in history]
     ids = prompt([*said, {"role": "user", "content": plain(message)}], model.config.max_position_embeddings - tokens)
     pieces, left = TextIteratorStreamer(tokenizer, timeout=300, skip_prompt=True, skip_special_tokens=True), Event()
-    stops = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), left.is_set())])
+    text, stops = "", StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), left.is_set())])
     draws = {"temperature": float(temperature), "top_p": top_p} if temperature else {}  # a page sends 2 for 2.0
     options = {**ids, **draws, "max_new_tokens": tokens, "streamer": pieces, "stopping_criteria": stops}
-    Thread(target=model.generate, kwargs={**options, "do_sample": temperature > 0}, daemon=True).start()
-    text = ""
+    done = ThreadPoolExecutor(1).submit(model.generate, **options, do_sample=temperature > 0)
+    done.add_done_callback(lambda _: pieces.on_finalized_text("", stream_end=True))  # where it failed as well
     try:
         for piece in pieces:
             yield (text := text + piece)
+        done.result()  # which tells the page why it failed
     finally:
         left.set()  # the page was closed, or its stop button pressed
 

@@ -1,8 +1,9 @@
 """Continue a text with a model: `pip install -r requirements.txt && python app.py`, here or as a Space."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import gradio as gr
@@ -13,7 +14,7 @@ MODEL, REVISION, TITLE = "model", "main", "A model"
 FOLDER = Path(__file__).parent / MODEL
 SOURCE = str(FOLDER) if FOLDER.is_dir() else MODEL
 tokenizer: Any = AutoTokenizer.from_pretrained(SOURCE, revision=REVISION)
-model = AutoModelForCausalLM.from_pretrained(SOURCE, revision=REVISION, dtype=torch.float32).eval()
+model: Any = AutoModelForCausalLM.from_pretrained(SOURCE, revision=REVISION, dtype=torch.float32).eval()
 
 
 def go_on(text: str, temperature: float, top_p: float, tokens: int) -> Iterator[str]:
@@ -25,10 +26,12 @@ def go_on(text: str, temperature: float, top_p: float, tokens: int) -> Iterator[
     stops = StoppingCriteriaList([lambda ids, *_, **__: torch.full((len(ids),), left.is_set())])
     draws = {"temperature": float(temperature), "top_p": top_p} if temperature else {}  # a page sends 2 for 2.0
     options = {**ids, **draws, "max_new_tokens": tokens, "streamer": pieces, "stopping_criteria": stops}
-    Thread(target=model.generate, kwargs={**options, "do_sample": temperature > 0}, daemon=True).start()
+    done = ThreadPoolExecutor(1).submit(model.generate, **options, do_sample=temperature > 0)
+    done.add_done_callback(lambda _: pieces.on_finalized_text("", stream_end=True))  # where it failed as well
     try:
         for piece in pieces:
             yield (text := text + piece)
+        done.result()  # which tells the page why it failed
     finally:
         left.set()  # the page was closed, or its stop button pressed
 
