@@ -151,15 +151,16 @@ def notices_a_flipped_bit(name: str, ground: Path, out: Path, seed: int) -> bool
 
 
 def _notices(name: str, ground: Path, out: Path, seed: int) -> bool | None:
-    if not CONTESTANTS[name].module.resumes_from(out):
+    module = CONTESTANTS[name].module
+    found = module.resumes_from(out)
+    newest = max(found, default=0)
+    if not newest or not found[newest].is_file():  # no checkpoint, or the last kill came while it was written
         return None
     copy = out.with_name(out.name + "-flipped")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(out, copy)
     (copy / FILE).unlink()
-    files = CONTESTANTS[name].module.resumes_from(copy)
-    newest = max(files)
-    flip(files[newest])
+    flip(module.resumes_from(copy)[newest])
     first, ended = first_step(name, ground, copy, seed)
     shutil.rmtree(copy)
     return first != newest + 1 if first is not None or ended else None

@@ -72,7 +72,10 @@ def checkpoints(out: Path) -> dict[int, Path]:
     return {int(file.parent.name.removeprefix("checkpoint-")): file for file in found}
 
 
-resumes_from = checkpoints
+def resumes_from(out: Path) -> dict[int, Path]:
+    """`get_last_checkpoint` takes the newest folder, whether or not there are weights in it yet."""
+    found = (out / "run").glob("checkpoint-*")
+    return {int(folder.name.removeprefix("checkpoint-")): folder / "model.safetensors" for folder in found}
 
 
 def export(file: Path, out: Path) -> None:
