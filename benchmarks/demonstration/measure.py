@@ -59,7 +59,8 @@ def measured(ground: Path, file: Path) -> tuple[float, str]:
     from safetensors.torch import load_file
 
     model, state, (rows, labels) = judge(ground), load_file(file), held_out(ground)
-    model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and {*missing} <= {"lm_head.weight"}, (file, missing, unexpected)
     model.tie_weights()
     nats = 0.0
     with torch.inference_mode():

@@ -79,4 +79,7 @@ def resumes_from(out: Path) -> dict[int, Path]:
 
 
 def export(file: Path, out: Path) -> None:
-    out.write_bytes(file.read_bytes())
+    """Read and written, so that a file that was being written is an error here."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(file), out)
