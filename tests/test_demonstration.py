@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "demonstration"))
+import demonstrate
 import fire
 import measure
 import page
@@ -59,6 +60,9 @@ def test_what_one_has_after_so_many_seconds_is_the_newest_checkpoint_by_then():
     assert measure.at(found, 4.9) is None
     assert measure.at(found, 5) == measure.at(found, 8.9) == pytest.approx(2.05)
     assert measure.at(found, 100) == pytest.approx(2.09)
+    begun_anew = points((20, 50, "x"), (40, 9, "y"))
+    assert measure.at(begun_anew, 49) == pytest.approx(2.09)
+    assert measure.at(begun_anew, 50) == pytest.approx(2.5)
 
 
 def test_restarts_and_speed_are_of_the_lives_of_a_run(tmp_path):
@@ -214,3 +218,10 @@ def test_a_flipped_bit_is_noticed_by_what_does_not_go_on_from_it(tmp_path, monke
     assert measure.notices_a_flipped_bit("theirs", tmp_path, tmp_path / "run", 0) is noticed
     assert (tmp_path / "run" / "weights").read_bytes() == bytes(100), "a copy is broken, not the run"
     assert not (tmp_path / "run-flipped").exists()
+
+
+def test_a_folder_begun_with_runs_of_another_length_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "demonstration.json").write_text(json.dumps({"seconds": 120.0}))
+    monkeypatch.setattr("sys.argv", ["demonstrate.py", str(tmp_path), "--seconds", "300"])
+    with pytest.raises(SystemExit, match="begun with 120 s a run; give another folder, or --seconds 120"):
+        demonstrate.main()

@@ -102,7 +102,8 @@ def held_out(ground: Path) -> tuple[Any, Any]:
 
 def at(found: Sequence[Point], seconds: float) -> float | None:
     """What one has after so many seconds: the newest checkpoint by then."""
-    return next((point.bits_per_byte for point in reversed(found) if point.seconds <= seconds), None)
+    by_then = [point for point in found if point.seconds <= seconds]
+    return max(by_then, key=lambda point: point.seconds).bits_per_byte if by_then else None
 
 
 def same(peace: Sequence[Point], fire: Sequence[Point]) -> bool | None:
