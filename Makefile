@@ -56,11 +56,12 @@ $(VENV)/.test: $(VENV)/.base
 	$(PIP) --editable .[test]
 	touch $@
 
-# litgpt takes no Transformers 5, so it has an environment of its own; make bench finds it there.
+# litgpt takes no Transformers 5, so it has an environment of its own; make bench finds it there. litdata brings
+# torchvision, and nothing here reads a picture.
 .litgpt:
-	$(PYTHON) -m venv $@
-	$@/bin/pip --disable-pip-version-check install --quiet litgpt litdata numpy safetensors torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$@/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision  # litdata brings it, and nothing here reads a picture
+	$(PYTHON) -m venv $@ && \
+	$@/bin/pip --disable-pip-version-check install --quiet litgpt litdata numpy safetensors torch==$(shell sed -n 's/^torch==//p' constraints.txt) && \
+	$@/bin/pip --disable-pip-version-check uninstall --quiet --yes torchvision || { rm -rf $@; exit 1; }
 
 # Clients that pin what we do not, each in an environment of its own: make .clients/langchain-openai .clients/litellm
 .clients/%:

@@ -79,7 +79,9 @@ def to_first_word(smolforge: Path, at: Path) -> float:
     with subprocess.Popen([smolforge, "generate", "runs/mine", *PROMPT], cwd=at, stdout=subprocess.PIPE) as child:
         assert child.stdout
         while len(read) <= len(PROMPT[1]):
-            read += os.read(child.stdout.fileno(), 1)
+            if not (more := os.read(child.stdout.fileno(), 1)):
+                raise SystemExit("generate ended before its first token")
+            read += more
         found = time.perf_counter() - begun
         child.kill()
     return found

@@ -109,7 +109,8 @@ VARIABLES = """
 
 The command line reads what these programs read everywhere: `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN`, `HF_ENDPOINT`,
 `HF_HUB_OFFLINE`, `HF_DATASETS_OFFLINE`, `WANDB_*`, `TOKENIZERS_PARALLELISM`, `NO_COLOR`, `CUDA_VISIBLE_DEVICES`, and
-what torchrun and Slurm set. `SMOLFORGE_API_KEY` is the key that `serve` asks for. Python code reads none of them.
+what torchrun and Slurm set. `SMOLFORGE_API_KEY` is the key that `serve` asks for. From Python those count that other
+libraries read, Hugging Face's above all; ours reads none.
 """
 
 
@@ -164,7 +165,7 @@ def codes() -> Iterator[str]:
     yield "| 1 | a check did not hold, or training diverged |\n"
     for error in (errors.SettingError, errors.InvalidFile, errors.MissingResource):
         yield f"| {error.exit_code} | {(error.__doc__ or '').strip()} |\n"
-    yield f"| {EXIT_CODES[signal.SIGTERM]} | stopped by SIGTERM or SIGUSR1, with everything saved |\n"
+    yield f"| {EXIT_CODES[signal.SIGTERM]} | stopped by SIGTERM, SIGUSR1 or SIGUSR2, with everything saved |\n"
     yield f"| {EXIT_CODES[signal.SIGINT]} | interrupted; of training, with everything saved |\n"
 
 

@@ -1,4 +1,4 @@
-"""Run examples/first_model.ipynb and keep what its cells print and draw: `python docs/notebook.py`..
+"""Run examples/first_model.ipynb and keep what its cells print and draw: `python docs/notebook.py`.
 
 cells of code -> run in order in one scratch folder -> their text and figures, as a notebook keeps them
 """

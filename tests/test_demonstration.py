@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "demonstration"))
+import demonstrate
 import fire
 import measure
 import page
+from contestants import plain, trainer
 from watch import FILE, Steps, read
 
 
@@ -57,6 +60,9 @@ def test_what_one_has_after_so_many_seconds_is_the_newest_checkpoint_by_then():
     assert measure.at(found, 4.9) is None
     assert measure.at(found, 5) == measure.at(found, 8.9) == pytest.approx(2.05)
     assert measure.at(found, 100) == pytest.approx(2.09)
+    begun_anew = points((20, 50, "x"), (40, 9, "y"))
+    assert measure.at(begun_anew, 49) == pytest.approx(2.09)
+    assert measure.at(begun_anew, 50) == pytest.approx(2.5)
 
 
 def test_restarts_and_speed_are_of_the_lives_of_a_run(tmp_path):
@@ -82,6 +88,60 @@ def test_memory_is_that_of_a_contestant_and_not_of_who_starts_it():
     child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
     assert 60 << 20 < fire._waited(child, time.time() + 2) < 150 << 20 < len(held)
     assert child.returncode == -9
+
+
+BROKEN_AFTER_BOTH = """
+import sys, time
+from pathlib import Path
+
+run = Path(sys.argv[1])
+for name in () if run.is_dir() else ("step-1", "step-2"):
+    (run / name).mkdir(parents=True)
+if (run / "step-2").is_dir():
+    sys.exit("broken")
+time.sleep(60)
+"""
+
+
+def test_after_two_failures_in_a_row_what_a_start_reads_is_deleted(tmp_path, monkeypatch):
+    """The newest folder, though it has no weights yet; the one before it stays."""
+
+    class Theirs:
+        module = SimpleNamespace(
+            resumes_from=lambda out: {int(each.name[-1]): each / "weights" for each in (out / "run").glob("step-*")}
+        )
+
+        def command(self, verb, ground, out, seed):
+            return [sys.executable, "-c", BROKEN_AFTER_BOTH, str(Path(out) / "run")]
+
+    monkeypatch.setitem(fire.CONTESTANTS, "theirs", Theirs())
+    seen = fire.run("theirs", tmp_path, tmp_path / "out", 0, 5, fire=False)
+    assert (seen.failures, seen.helped, len(seen.starts)) == (["broken"] * 2, 1, 3)
+    assert [each.name for each in (tmp_path / "out" / "run").iterdir()] == ["step-1"]
+
+
+def test_what_a_start_reads_may_be_half_written(tmp_path):
+    for folder in ("checkpoint-20", "checkpoint-40"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-20" / "model.safetensors").write_bytes(b"")
+    assert trainer.checkpoints(tmp_path).keys() == {20}
+    assert max(trainer.resumes_from(tmp_path)) == 40
+    kept = tmp_path / "run" / "ckpt.pt"
+    assert plain.resumes_from(tmp_path) == {}
+    torch.save({"iter_num": 40}, kept)
+    assert plain.resumes_from(tmp_path) == {40: kept}
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert plain.resumes_from(tmp_path) == {0: kept}
+
+
+@pytest.mark.parametrize("step", [0, 20])
+def test_of_a_checkpoint_that_was_being_written_no_bit_is_flipped(tmp_path, monkeypatch, step):
+    """At step 0 a file that cannot be read, at another a folder without weights."""
+    (tmp_path / "weights").write_bytes(bytes(100))
+    file = tmp_path / ("nothing" if step else "weights")
+    theirs = SimpleNamespace(module=SimpleNamespace(resumes_from=lambda out: {step: file}))
+    monkeypatch.setitem(measure.CONTESTANTS, "theirs", theirs)
+    assert measure.notices_a_flipped_bit("theirs", tmp_path, tmp_path, 0) is None
 
 
 def test_what_is_written_of_a_step_is_there_at_once(tmp_path):
@@ -158,3 +218,10 @@ def test_a_flipped_bit_is_noticed_by_what_does_not_go_on_from_it(tmp_path, monke
     assert measure.notices_a_flipped_bit("theirs", tmp_path, tmp_path / "run", 0) is noticed
     assert (tmp_path / "run" / "weights").read_bytes() == bytes(100), "a copy is broken, not the run"
     assert not (tmp_path / "run-flipped").exists()
+
+
+def test_a_folder_begun_with_runs_of_another_length_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "demonstration.json").write_text(json.dumps({"seconds": 120.0}))
+    monkeypatch.setattr("sys.argv", ["demonstrate.py", str(tmp_path), "--seconds", "300"])
+    with pytest.raises(SystemExit, match="begun with 120 s a run; give another folder, or --seconds 120"):
+        demonstrate.main()

@@ -34,6 +34,9 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     asked = parser.parse_args()
     asked.out, seeds = asked.out.resolve(), list(range(asked.seeds))
+    kept = asked.out / "demonstration.json"
+    if kept.is_file() and (begun := json.loads(kept.read_text())["seconds"]) != asked.seconds:
+        raise SystemExit(f"{asked.out} was begun with {begun:g} s a run; give another folder, or --seconds {begun:g}")
     common = ground.prepare(asked.out / "ground", seeds)
     if missing := [seed for seed in seeds if seed not in common["seeds"]]:
         raise SystemExit(
@@ -45,11 +48,13 @@ def main() -> None:
     found: dict[str, dict[int, Any]] = {name: {} for name in names}
     numbers = {"seconds": asked.seconds, "ground": common, "machine": page.machine(), "used": used}
     numbers |= {"absent": absent, "found": found}
+    if not kept.is_file():  # so that another length is refused from the first run on
+        kept.write_text(json.dumps(numbers) + "\n")
     said = ""
     for seed in seeds:
         for name in names:
             found[name][seed] = one(name, seed, asked)
-        (asked.out / "demonstration.json").write_text(json.dumps(numbers) + "\n")
+        kept.write_text(json.dumps(numbers) + "\n")
         said = page.write(asked.out)  # after each seed, for who cannot wait for all
     print(said)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from contestants import CONTESTANTS, Contestant
 from watch import read
 
-SOON = 20
+SOON = 60
 """Seconds within which a start that fails had a reason to, which is not ours."""
 MEAN_SECONDS = 30
 """Between kills."""
@@ -53,28 +53,31 @@ def run(name: str, ground: Path, out: Path, seed: int, seconds: float, fire: boo
     out.mkdir(parents=True)
     seen, ends = Run(began=time.time()), [*(moments(seed, seconds) if fire else []), seconds]
     for end in ends:
-        until = seen.began + end
+        until, failed = seen.began + end, 0
         while time.time() < until:
-            _life(CONTESTANTS[name], ground, out, seed, until, seen)
+            failed = failed + 1 if _life(CONTESTANTS[name], ground, out, seed, until, seen) else 0
+            if failed == 2:
+                _help(CONTESTANTS[name], out, seen)
+                failed = 0
         if end != seconds:
             seen.killed.append(end)
     (out / "run.json").write_text(json.dumps(asdict(seen)) + "\n")
     return seen
 
 
-def _life(contestant: Contestant, ground: Path, out: Path, seed: int, until: float, seen: Run) -> None:
-    """One process from its start to its kill, or to its own end."""
+def _life(contestant: Contestant, ground: Path, out: Path, seed: int, until: float, seen: Run) -> bool:
+    """One process from its start to its kill, or to its own end; whether that came soon."""
     begun = time.time()
     seen.starts.append(begun - seen.began)
     with (out / "output.log").open("ab") as log:
         command = contestant.command("train", str(ground), str(out), str(seed))
         child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=Path(__file__).parent)
     seen.peak_bytes = max(seen.peak_bytes, _waited(child, until))
-    if time.time() < until:
-        lines = (out / "output.log").read_text(errors="replace").strip().splitlines()
-        seen.failures.append(lines[-1][:300] if lines else "no word")
-        if time.time() - begun < SOON * 3 and len(seen.failures) % 2 == 0:
-            _help(contestant, out, seen)
+    if time.time() >= until:
+        return False
+    lines = (out / "output.log").read_text(errors="replace").strip().splitlines()
+    seen.failures.append(lines[-1][:300] if lines else "no word")
+    return time.time() - begun < SOON
 
 
 def _waited(child: subprocess.Popen, until: float) -> int:
@@ -100,8 +103,8 @@ def _peak_bytes(pid: int) -> int:
 
 
 def _help(contestant: Contestant, out: Path, seen: Run) -> None:
-    """After a second failure in a row delete the newest checkpoint, as a person would."""
-    if found := contestant.module.checkpoints(out):
+    """After a second failure in a row delete what a start reads, as a person would."""
+    if found := contestant.module.resumes_from(out):
         newest = found[max(found)]
         shutil.rmtree(newest.parent) if newest.parent.name != "run" else newest.unlink()
         seen.helped += 1

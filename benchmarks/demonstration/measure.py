@@ -59,7 +59,8 @@ def measured(ground: Path, file: Path) -> tuple[float, str]:
     from safetensors.torch import load_file
 
     model, state, (rows, labels) = judge(ground), load_file(file), held_out(ground)
-    model.load_state_dict(state, strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and {*missing} <= {"lm_head.weight"}, (file, missing, unexpected)
     model.tie_weights()
     nats = 0.0
     with torch.inference_mode():
@@ -101,7 +102,8 @@ def held_out(ground: Path) -> tuple[Any, Any]:
 
 def at(found: Sequence[Point], seconds: float) -> float | None:
     """What one has after so many seconds: the newest checkpoint by then."""
-    return next((point.bits_per_byte for point in reversed(found) if point.seconds <= seconds), None)
+    by_then = [point for point in found if point.seconds <= seconds]
+    return max(by_then, key=lambda point: point.seconds).bits_per_byte if by_then else None
 
 
 def same(peace: Sequence[Point], fire: Sequence[Point]) -> bool | None:
@@ -151,15 +153,16 @@ def notices_a_flipped_bit(name: str, ground: Path, out: Path, seed: int) -> bool
 
 
 def _notices(name: str, ground: Path, out: Path, seed: int) -> bool | None:
-    if not CONTESTANTS[name].module.resumes_from(out):
+    module = CONTESTANTS[name].module
+    found = module.resumes_from(out)
+    newest = max(found, default=0)
+    if not newest or not found[newest].is_file():  # no checkpoint, or the last kill came while it was written
         return None
     copy = out.with_name(out.name + "-flipped")
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(out, copy)
     (copy / FILE).unlink()
-    files = CONTESTANTS[name].module.resumes_from(copy)
-    newest = max(files)
-    flip(files[newest])
+    flip(module.resumes_from(copy)[newest])
     first, ended = first_step(name, ground, copy, seed)
     shutil.rmtree(copy)
     return first != newest + 1 if first is not None or ended else None

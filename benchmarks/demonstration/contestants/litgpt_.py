@@ -1,4 +1,4 @@
-"""litgpt's pretrain, by the function behind its command: TextFiles, `--resume auto`, its own loader and compiler."""
+"""litgpt's pretrain, by the function behind its command: TextFiles in one process, `--resume true`, its compiler."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def prepare(ground: Path) -> None:
 
 
 def texts(ground: Path) -> Any:
-    """Its TextFiles over two files, since a file is what it makes a process for; the first is for its validation."""
+    """Its TextFiles over one file, since it makes a process for each; what is held out is for its validation."""
     from litgpt.data import TextFiles
 
     folder = ground / "prepared" / "litgpt"

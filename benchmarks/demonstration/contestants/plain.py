@@ -84,11 +84,14 @@ def checkpoints(out: Path) -> dict[int, Path]:
 
 
 def resumes_from(out: Path) -> dict[int, Path]:
-    """The one file that a start reads."""
+    """The one file that a start reads; at step 0 where the kill came while it was written."""
     import torch
 
     kept = out / "run" / "ckpt.pt"
-    return {torch.load(kept, map_location="cpu")["iter_num"]: kept} if kept.is_file() else {}
+    try:
+        return {torch.load(kept, map_location="cpu")["iter_num"]: kept} if kept.is_file() else {}
+    except Exception:
+        return {0: kept}
 
 
 def export(file: Path, out: Path) -> None:

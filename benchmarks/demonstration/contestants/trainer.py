@@ -72,8 +72,14 @@ def checkpoints(out: Path) -> dict[int, Path]:
     return {int(file.parent.name.removeprefix("checkpoint-")): file for file in found}
 
 
-resumes_from = checkpoints
+def resumes_from(out: Path) -> dict[int, Path]:
+    """`get_last_checkpoint` takes the newest folder, whether or not there are weights in it yet."""
+    found = (out / "run").glob("checkpoint-*")
+    return {int(folder.name.removeprefix("checkpoint-")): folder / "model.safetensors" for folder in found}
 
 
 def export(file: Path, out: Path) -> None:
-    out.write_bytes(file.read_bytes())
+    """Read and written, so that a file that was being written is an error here."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(file), out)
