@@ -170,6 +170,19 @@ def test_a_large_text_comes_in_pieces_that_make_the_same_tokens(tmp_path, tokeni
         assert pieces.facts["splits"] == whole.facts["splits"]
 
 
+@pytest.mark.parametrize("limit", [400, 1000, 2500])
+def test_a_large_text_that_a_limit_cuts_ends_there(tmp_path, tokenizer, monkeypatch, limit):
+    path = write(tmp_path / "a.txt", sentences(700).encode())
+    whole = made(tmp_path / "whole", tokenizer, path, limit=limit)
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    pieces = made(tmp_path / "pieces", tokenizer, path, limit=limit)
+    assert pieces.fingerprint == whole.fingerprint
+    assert pieces.facts["splits"] == whole.facts["splits"]
+    for split in (TRAIN, HELD_OUT):
+        assert pieces.ends(split).tolist() == whole.ends(split).tolist() == [whole.size(split)["tokens"]]
+
+
 @pytest.mark.parametrize("letters", ["ж", "字。", "あ\u3000", "a\u00a0", "\u2003x", "é\r", "\ufeff"])
 def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokenizer, monkeypatch, letters):
     lines = [f"{letters * (1 + number % 3)}\nw{letters[::-1]}\n" for number in range(300)]
