@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from test_data import texts_of
 
 from smolforge.config import Data
-from smolforge.data import shards, tasks
+from smolforge.data import shards, tasks, writing
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.data.duplicates import first_of_each
 from smolforge.data.reading import documents
@@ -181,6 +181,23 @@ def test_a_large_text_that_a_limit_cuts_ends_there(tmp_path, tokenizer, monkeypa
     assert pieces.facts["splits"] == whole.facts["splits"]
     for split in (TRAIN, HELD_OUT):
         assert pieces.ends(split).tolist() == whole.ends(split).tolist() == [whole.size(split)["tokens"]]
+
+
+def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkeypatch):
+    sources = [write(tmp_path / f"{name}.txt", sentences(lines).encode()) for name, lines in (("a", 300), ("b", 60))]
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(tasks, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 600)
+    corpus = made(tmp_path / "corpus", tokenizer, *sources, held_out=0.0)
+    assert len(list((corpus.folder / TRAIN).glob("*.ds"))) == 2
+    ids, ends = corpus.tokens(TRAIN)[:], corpus.ends(TRAIN)
+    assert np.flatnonzero(ids == tokenizer.eos_id).tolist() == (ends - 1).tolist()
+    assert [tokenizer.decode(each[:-1].tolist()) for each in np.split(ids, ends[:-1])] == [
+        sentences(300),
+        sentences(60),
+    ]
 
 
 @pytest.mark.parametrize("letters", ["ж", "字。", "あ\u3000", "a\u00a0", "\u2003x", "é\r", "\ufeff"])
