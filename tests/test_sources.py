@@ -183,6 +183,20 @@ def test_a_large_text_that_a_limit_cuts_ends_there(tmp_path, tokenizer, monkeypa
         assert pieces.ends(split).tolist() == whole.ends(split).tolist() == [whole.size(split)["tokens"]]
 
 
+def test_a_large_text_is_long_or_short_as_a_whole(tmp_path, tokenizer, monkeypatch):
+    large, small = sentences(300), sentences(3, 900)
+    for name, content in (("a", large), ("b", small)):
+        write(tmp_path / f"{name}.txt", content.encode())
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    without = made(tmp_path / "without", tokenizer, tmp_path / "*.txt", max_characters=len(large) - 1)
+    assert "".join(all_texts(without)) == small
+    assert without.facts["dropped"]["too_long"] == 1
+    limits = {"min_characters": 100, "max_characters": len(large)}
+    alone = made(tmp_path / "alone", tokenizer, tmp_path / "a.txt", held_out=0.0, **limits)
+    assert texts_of(alone, TRAIN) == [large], "its last piece is a line"
+
+
 def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkeypatch):
     sources = [write(tmp_path / f"{name}.txt", sentences(lines).encode()) for name, lines in (("a", 300), ("b", 60))]
     monkeypatch.setattr(text, "LARGE_BYTES", 1000)

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from smolforge.data.sources.rows import LONGEST_LINE, Part, Row, Text
@@ -18,15 +19,31 @@ _SPACES = (
     rb"(?:\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)",
 )
 """White space, and what is no better, in UTF-8, by its length."""
+_INSIDE = bytes(range(0x80, 0xC0))
+"""All bytes of a character of UTF-8 but its first."""
 _LINE_END = re.compile(
     rb"\n" + b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES) + rb"(?=...)", re.DOTALL
 )
 
 
+def is_large(part: Part) -> bool:
+    """Whether it is a text that comes in pieces."""
+    return part.kind == "text" and (part.size or 0) > LARGE_BYTES
+
+
+def characters(path: Path) -> int:
+    """Of a UTF-8 file, counted without holding it. Raises InvalidFile where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(len(block.translate(None, _INSIDE)) for block in iter(partial(file.read, PIECE_BYTES), b""))
+    except OSError as error:
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}") from None
+
+
 def rows(part: Part, skip: int = 0) -> Iterator[Row]:
     """The text of a file, in one or more pieces."""
     path = Path(part.place)
-    if path.stat().st_size <= LARGE_BYTES:
+    if not is_large(part):
         yield from [Row(Text(read_text(path)), path.name, str(path))][skip:]
         return
     start = 0
