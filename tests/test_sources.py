@@ -28,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import texts_of
 
+from smolforge.chat import CHATML
 from smolforge.config import Data
 from smolforge.data import shards, tasks, writing
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
@@ -42,6 +43,7 @@ from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.settings import validated
 from smolforge.testing import disk, sentences, tiny_tokenizer
+from smolforge.tokenizer import Tokenizer
 
 NAME = "org/texts"
 
@@ -525,6 +527,48 @@ def test_what_another_process_made_meanwhile_is_found(tmp_path, tokenizer, text_
     monkeypatch.setattr(shards, "already", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None))
     assert made(tmp_path / "corpus", tokenizer, text_file).fingerprint == corpus.fingerprint
     assert not work_folder(tmp_path / "corpus").exists()
+
+
+def otherwise(tokenizer, **settings):
+    return Tokenizer(tokenizer.backend, tokenizer.settings | settings)
+
+
+def interrupted(*_):
+    raise MissingResource("the disk is full")
+
+
+def test_a_changed_template_is_never_mixed_in(tmp_path, tokenizer, monkeypatch):
+    talks = [{"prompt": "So?", "completion": sentences(1, number)} for number in range(20)]
+    make = partial(made, tmp_path / "corpus", format="chat")
+    source = write(tmp_path / "a.jsonl", packed(talks))
+    with monkeypatch.context() as patch, pytest.raises(MissingResource):
+        patch.setattr(shards, "finish", interrupted)
+        make(tokenizer, source)
+    other = otherwise(tokenizer, chat_template=CHATML.replace("helpful", "brief"))
+    whole = made(tmp_path / "whole", other, source, format="chat")
+    assert made(tmp_path / "before", tokenizer, source, format="chat").fingerprint != whole.fingerprint
+    assert make(other, source).fingerprint == whole.fingerprint
+
+
+def test_what_ends_a_text_is_noticed(tmp_path, tokenizer, text_file):
+    corpus = made(tmp_path / "corpus", tokenizer, text_file)
+    other = otherwise(tokenizer, eos_token="<|im_end|>")
+    with pytest.raises(SettingError, match="holds a corpus made with other settings"):
+        made(tmp_path / "corpus", other, text_file)
+    with pytest.raises(SettingError, match="its documents end with id 0, and this one's end of text is 2"):
+        made(tmp_path / "other", other, corpus.folder / TRAIN)
+
+
+def test_a_task_is_not_done_with_another_tokenizer(tmp_path, tokenizer, text_file, monkeypatch):
+    run = tasks.run
+
+    def late(task, tell):
+        tiny_tokenizer(300).save(task.work / "tokenizer")
+        run(task, tell)
+
+    monkeypatch.setattr(tasks, "run", late)
+    with pytest.raises(SettingError, match="is that of another tokenizer by now; run the same command again"):
+        made(tmp_path / "corpus", tokenizer, text_file)
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tokenizer):

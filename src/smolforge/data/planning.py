@@ -19,7 +19,7 @@ from smolforge.data.reading import read
 from smolforge.data.rooms import Rooms
 from smolforge.data.sources.tokenised import check_tokenizer
 from smolforge.data.splitting import Planned, digest, survey
-from smolforge.data.tasks import Task
+from smolforge.data.tasks import Task, identity
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.turns import chat_tokenizer
 
@@ -98,5 +98,5 @@ def tasks_of(
         for part, before in zip(each.parts, each.before, strict=True):
             if part.kind == "tokens":
                 check_tokenizer(Path(part.place), tokenizer)
-            found.append(Task(part, data, each.plan, before, rooms, tokenizer.fingerprint, work))
+            found.append(Task(part, data, each.plan, before, rooms, identity(tokenizer), work))
     return found
