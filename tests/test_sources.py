@@ -228,6 +228,17 @@ def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokeni
     assert len(found) > 20
 
 
+@pytest.mark.parametrize("line", [" = A title = \r\n \r\n", "A line.\r\n", "A paragraph.\n\n", " a , b \n"])
+def test_a_large_text_is_cut_whatever_ends_its_lines(tmp_path, tokenizer, monkeypatch, line):
+    path = write(tmp_path / "a.txt", (line * 300).encode())
+    monkeypatch.setattr(text, "PIECE_BYTES", 90)
+    found = [piece.decode() for piece, _ in text.pieces(path)]
+    assert "".join(found) == line * 300
+    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str
+    assert [word for piece in found for word, _ in words(piece)] == [word for word, _ in words(line * 300)]
+    assert len(found) > 20
+
+
 @given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 40), st.integers(0, 9))
 def test_parts_of_a_file_have_each_line_once(tmp_path_factory, lengths, part_bytes, end):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"

@@ -22,8 +22,11 @@ _SPACES = (
 _INSIDE = bytes(range(0x80, 0xC0))
 """All bytes of a character of UTF-8 but its first."""
 _LINE_END = re.compile(
-    rb"\n" + b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES) + rb"(?=...)", re.DOTALL
+    rb"\n(?:%b(?=...)|(?= [!-/:-~]))" % b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES),
+    re.DOTALL,
 )
+_LAST_OF_SEVERAL = re.compile(rb"[\r\n](?=\n[!-/:-~])")
+"""A line end before the last of several: GPT-2's word pattern takes that apart, others do not."""
 
 
 def is_large(part: Part) -> bool:
@@ -55,23 +58,27 @@ def rows(part: Part, skip: int = 0) -> Iterator[Row]:
 
 
 def pieces(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Some megabytes at a time, each but the last up to a single line end between visible characters: GPT-2's word
-    pattern takes that by itself, so that the ids of the pieces are those of the whole.
+    """Some megabytes at a time, each but the last up to a line end where the ids of the pieces are those of the whole:
+    where all word patterns cut, or else where GPT-2's does (`split_at_lines` of the tokenizer says why).
     """
     with path.open("rb") as file:
         rest = b""
         while block := file.read(PIECE_BYTES):
             rest += block
-            cuts = [found.end() for found in _LINE_END.finditer(rest, max(0, len(rest) - PIECE_BYTES))]
-            if cuts:
-                yield rest[: cuts[-1]], False
-                rest = rest[cuts[-1] :]
+            if cut := last(_LINE_END, rest) or last(_LAST_OF_SEVERAL, rest):
+                yield rest[:cut], False
+                rest = rest[cut:]
             elif len(rest) > LONGEST_LINE:
                 raise InvalidFile(
                     f"{path} has more than {LONGEST_LINE >> 20} MiB without a line end where it could be cut; "
                     "a text needs lines: break it, or write it as documents into a .jsonl file"
                 )
         yield rest, True
+
+
+def last(pattern: re.Pattern[bytes], text: bytes) -> int:
+    """The end of the last match in the newest bytes of a text; 0 for none."""
+    return max((found.end() for found in pattern.finditer(text, max(0, len(text) - PIECE_BYTES))), default=0)
 
 
 def read_text(path: Path) -> str:
