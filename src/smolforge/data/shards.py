@@ -119,11 +119,13 @@ def already(folder: Path, request: dict[str, Any]) -> Corpus | None:
     return None
 
 
-def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def clear(
+    folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tokens: int | None = None
+) -> None:
     """Delete what `prepare` would find in the way, and nothing it would return."""
     if not folder.exists():
         return
-    wanted = request_of(data, for_format(data, tokenizer), vocab_size, None)
+    wanted = request_of(data, for_format(data, tokenizer), vocab_size, max_tokens)
     try:
         same = Corpus.open(folder).facts["request"] == wanted
     except InvalidFile:
