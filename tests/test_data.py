@@ -121,6 +121,17 @@ def test_held_out_groups_are_whole(tmp_path, tokenizer):
     assert 0.1 < share <= 0.21
 
 
+@pytest.mark.parametrize("names", ["x", "xy"])
+def test_few_groups_are_whole_in_all_sources(tmp_path, tokenizer, names):
+    for name, start in (("x", 0), ("y", 300)):
+        lines = [{"text": f"g{n % 9} {sentences(2, start + 2 * n)}", "of": f"g{n % 9}"} for n in range(45)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = made(tmp_path, tokenizer, [tmp_path / f"{name}.jsonl" for name in names], group_key="of", held_out=0.3)
+    train, held = ({text.split()[0] for text in texts_of(corpus, split)} for split in (TRAIN, HELD_OUT))
+    assert held and not train & held
+    assert train | held == {f"g{number}" for number in range(9)}
+
+
 def test_a_single_file_holds_out_its_tail(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path, tokenizer, [text_file])
     (train,), (held,) = texts_of(corpus, TRAIN), texts_of(corpus, HELD_OUT)

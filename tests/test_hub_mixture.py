@@ -1,6 +1,7 @@
 """A mixture of data sets on the Hub and a file, trained on straight away: faults, a stall, a kill, and the same run."""
 
 import json
+import math
 import signal
 import time
 
@@ -11,6 +12,7 @@ from test_mixture import metrics_of, weights_of, written
 from test_sources import quick, records, table  # noqa: F401
 
 from smolforge.config import Data
+from smolforge.data.corpus import SPLITS, Corpus
 from smolforge.data.shards import prepare
 from smolforge.data.sources import hub as streamed
 from smolforge.errors import MissingResource
@@ -57,6 +59,14 @@ def test_killed_across_a_border_after_faults_it_is_the_same_run(mixed, hub, tmp_
     keys = ("loss", "stage", "tokens", "tokens_from_web", "tokens_from_math", "tokens_from_notes")
     one, two = ([[record[key] for key in keys] for record in metrics_of(each.folder)] for each in (resumed, straight))
     assert one == two
+
+
+def test_a_data_set_alone_is_prepared_up_to_what_the_run_needs(mixed, tmp_path):
+    tree = json.loads(mixed.read_text()) | {"data": {"sources": ["org/web"]}}
+    (tmp_path / "alone.json").write_text(json.dumps(tree))
+    run = resume_or_start(tmp_path / "alone.json", tmp_path / "runs" / "a", {})
+    text = Corpus.open(run.folder / "corpus")
+    assert 8 * 128 < sum(text.size(split)["tokens"] for split in SPLITS) <= math.ceil((8 * 128 + 1) / 0.95)
 
 
 @pytest.mark.parametrize("path", ["/api/datasets", "/tree/", ".parquet"])

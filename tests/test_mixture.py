@@ -41,6 +41,7 @@ from smolforge.recipe.workshop import Silent
 from smolforge.runs.journal import read_records
 from smolforge.settings import leaves, replaced
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
+from smolforge.tokenizer import Tokenizer
 from smolforge.verification.files import files as files_checked
 
 WEIGHTS = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any)
@@ -461,6 +462,11 @@ def test_a_mixture_needs_one_tokenizer(mixed, tmp_path):
     other = given | {"data.mixture.code.source": str(tmp_path / "code")}
     with pytest.raises(SettingError, match=r"data\.mixture\.code: .* was made with another tokenizer than the rest"):
         resume_or_start(mixed, tmp_path / "runs" / "c", other)
+    ended = Tokenizer(tiny_tokenizer().backend, {"eos_token": "<|im_end|>"})
+    prepare(Data(sources=(str(tmp_path / "code.txt"),)), tmp_path / "ended", ended)
+    other = given | {"data.mixture.code.source": str(tmp_path / "ended")}
+    with pytest.raises(SettingError, match="was made with another tokenizer than the rest"):
+        resume_or_start(mixed, tmp_path / "runs" / "d", other)
 
 
 def test_a_missing_source_is_named(mixed, tmp_path):

@@ -28,8 +28,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import texts_of
 
+from smolforge.chat import CHATML
 from smolforge.config import Data
-from smolforge.data import shards, tasks
+from smolforge.data import shards, tasks, writing
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.data.duplicates import first_of_each
 from smolforge.data.reading import documents
@@ -42,6 +43,7 @@ from smolforge.data.sources.rows import Row
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.settings import validated
 from smolforge.testing import disk, sentences, tiny_tokenizer
+from smolforge.tokenizer import Tokenizer
 
 NAME = "org/texts"
 
@@ -170,6 +172,50 @@ def test_a_large_text_comes_in_pieces_that_make_the_same_tokens(tmp_path, tokeni
         assert pieces.facts["splits"] == whole.facts["splits"]
 
 
+@pytest.mark.parametrize("limit", [400, 1000, 2500])
+def test_a_large_text_that_a_limit_cuts_ends_there(tmp_path, tokenizer, monkeypatch, limit):
+    path = write(tmp_path / "a.txt", sentences(700).encode())
+    whole = made(tmp_path / "whole", tokenizer, path, limit=limit)
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    pieces = made(tmp_path / "pieces", tokenizer, path, limit=limit)
+    assert pieces.fingerprint == whole.fingerprint
+    assert pieces.facts["splits"] == whole.facts["splits"]
+    for split in (TRAIN, HELD_OUT):
+        assert pieces.ends(split).tolist() == whole.ends(split).tolist() == [whole.size(split)["tokens"]]
+
+
+def test_a_large_text_is_long_or_short_as_a_whole(tmp_path, tokenizer, monkeypatch):
+    large, small = sentences(300), sentences(3, 900)
+    for name, content in (("a", large), ("b", small)):
+        write(tmp_path / f"{name}.txt", content.encode())
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    without = made(tmp_path / "without", tokenizer, tmp_path / "*.txt", max_characters=len(large) - 1)
+    assert "".join(all_texts(without)) == small
+    assert without.facts["dropped"]["too_long"] == 1
+    limits = {"min_characters": 100, "max_characters": len(large)}
+    alone = made(tmp_path / "alone", tokenizer, tmp_path / "a.txt", held_out=0.0, **limits)
+    assert texts_of(alone, TRAIN) == [large], "its last piece is a line"
+
+
+def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkeypatch):
+    sources = [write(tmp_path / f"{name}.txt", sentences(lines).encode()) for name, lines in (("a", 300), ("b", 60))]
+    monkeypatch.setattr(text, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(text, "PIECE_BYTES", 900)
+    monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(tasks, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(writing, "SHARD_TOKENS", 600)
+    corpus = made(tmp_path / "corpus", tokenizer, *sources, held_out=0.0)
+    assert len(list((corpus.folder / TRAIN).glob("*.ds"))) == 2
+    ids, ends = corpus.tokens(TRAIN)[:], corpus.ends(TRAIN)
+    assert np.flatnonzero(ids == tokenizer.eos_id).tolist() == (ends - 1).tolist()
+    assert [tokenizer.decode(each[:-1].tolist()) for each in np.split(ids, ends[:-1])] == [
+        sentences(300),
+        sentences(60),
+    ]
+
+
 @pytest.mark.parametrize("letters", ["ж", "字。", "あ\u3000", "a\u00a0", "\u2003x", "é\r", "\ufeff"])
 def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokenizer, monkeypatch, letters):
     lines = [f"{letters * (1 + number % 3)}\nw{letters[::-1]}\n" for number in range(300)]
@@ -179,6 +225,17 @@ def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokeni
     assert "".join(found) == "".join(lines)
     words = tokenizer.backend.pre_tokenizer.pre_tokenize_str
     assert [word for piece in found for word, _ in words(piece)] == [word for word, _ in words("".join(lines))]
+    assert len(found) > 20
+
+
+@pytest.mark.parametrize("line", [" = A title = \r\n \r\n", "A line.\r\n", "A paragraph.\n\n", " a , b \n"])
+def test_a_large_text_is_cut_whatever_ends_its_lines(tmp_path, tokenizer, monkeypatch, line):
+    path = write(tmp_path / "a.txt", (line * 300).encode())
+    monkeypatch.setattr(text, "PIECE_BYTES", 90)
+    found = [piece.decode() for piece, _ in text.pieces(path)]
+    assert "".join(found) == line * 300
+    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str
+    assert [word for piece in found for word, _ in words(piece)] == [word for word, _ in words(line * 300)]
     assert len(found) > 20
 
 
@@ -481,6 +538,48 @@ def test_what_another_process_made_meanwhile_is_found(tmp_path, tokenizer, text_
     monkeypatch.setattr(shards, "already", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None))
     assert made(tmp_path / "corpus", tokenizer, text_file).fingerprint == corpus.fingerprint
     assert not work_folder(tmp_path / "corpus").exists()
+
+
+def otherwise(tokenizer, **settings):
+    return Tokenizer(tokenizer.backend, tokenizer.settings | settings)
+
+
+def interrupted(*_):
+    raise MissingResource("the disk is full")
+
+
+def test_a_changed_template_is_never_mixed_in(tmp_path, tokenizer, monkeypatch):
+    talks = [{"prompt": "So?", "completion": sentences(1, number)} for number in range(20)]
+    make = partial(made, tmp_path / "corpus", format="chat")
+    source = write(tmp_path / "a.jsonl", packed(talks))
+    with monkeypatch.context() as patch, pytest.raises(MissingResource):
+        patch.setattr(shards, "finish", interrupted)
+        make(tokenizer, source)
+    other = otherwise(tokenizer, chat_template=CHATML.replace("helpful", "brief"))
+    whole = made(tmp_path / "whole", other, source, format="chat")
+    assert made(tmp_path / "before", tokenizer, source, format="chat").fingerprint != whole.fingerprint
+    assert make(other, source).fingerprint == whole.fingerprint
+
+
+def test_what_ends_a_text_is_noticed(tmp_path, tokenizer, text_file):
+    corpus = made(tmp_path / "corpus", tokenizer, text_file)
+    other = otherwise(tokenizer, eos_token="<|im_end|>")
+    with pytest.raises(SettingError, match="holds a corpus made with other settings"):
+        made(tmp_path / "corpus", other, text_file)
+    with pytest.raises(SettingError, match="its documents end with id 0, and this one's end of text is 2"):
+        made(tmp_path / "other", other, corpus.folder / TRAIN)
+
+
+def test_a_task_is_not_done_with_another_tokenizer(tmp_path, tokenizer, text_file, monkeypatch):
+    run = tasks.run
+
+    def late(task, tell):
+        tiny_tokenizer(300).save(task.work / "tokenizer")
+        run(task, tell)
+
+    monkeypatch.setattr(tasks, "run", late)
+    with pytest.raises(SettingError, match="is that of another tokenizer by now; run the same command again"):
+        made(tmp_path / "corpus", tokenizer, text_file)
 
 
 def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tokenizer):

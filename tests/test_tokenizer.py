@@ -62,7 +62,13 @@ def test_training_is_repeatable():
     assert tiny_tokenizer().fingerprint == TINY.fingerprint
 
 
-NASTY = ["a\n\nb\n  c\n\n\n d\ne\r\nf" * 30, "no line end " * 40, "\n" * 200, "x\n\u00a0y\u2028z\n1\n'll" * 20]
+NASTY = [
+    "a\n\nb\n  c\n\n\n d\ne\r\nf" * 30,
+    "no line end " * 40,
+    "\n" * 200,
+    "x\n\u00a0y\u2028z\n1\n'll" * 20,
+    " a \r\n b\r\n1\r\n\n (c)\n\nd \n 2\n 's" * 20,
+]
 
 
 @pytest.mark.parametrize("text", [sentences(50), *NASTY])
@@ -82,6 +88,7 @@ def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
     texts = [*NASTY, (shared / "wikitext2" / "wiki.test.raw").read_bytes()[:200_000].decode("utf-8", "ignore")]
     whole = [real.encode(text) for text in texts]
     monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
+    assert len(list(split_at_lines(texts[-1]))) > 100, "its lines end and begin with a space"
     assert [real.encode(text) for text in texts] == whole
 
 

@@ -16,7 +16,7 @@ from smolforge.data.corpus import SPLITS
 from smolforge.data.encoding import Encoded
 from smolforge.tokenizer import Tokenizer
 
-EDITION = 2
+EDITION = 3
 """Chunks of another are not gone on with."""
 ROWS = np.dtype(
     [

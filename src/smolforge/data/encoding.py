@@ -70,10 +70,10 @@ def encoded_text(tokenizer: Tokenizer, document: Document, ids: list[int] | None
 def beginning(tokenizer: Tokenizer, text: list[Encoded], room: float) -> list[Encoded]:
     """As much of a text as fits, and its end."""
     (whole,) = text
-    if len(whole.ids) <= room:
+    if len(whole.ids) + 2 * (not whole.ends) <= room:  # what a piece leaves has room for a token and the end
         return text
     ids = whole.ids[: max(0, int(room) - 1)]
-    part = whole._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()))
+    part = whole._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()), ends=True)
     return [part] if ids else []
 
 

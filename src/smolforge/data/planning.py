@@ -18,8 +18,8 @@ from smolforge.data.encoding import FORMS
 from smolforge.data.reading import read
 from smolforge.data.rooms import Rooms
 from smolforge.data.sources.tokenised import check_tokenizer
-from smolforge.data.splitting import Planned, digest, survey
-from smolforge.data.tasks import Task
+from smolforge.data.splitting import Planned, digest, surveys
+from smolforge.data.tasks import Task, identity
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.turns import chat_tokenizer
 
@@ -45,7 +45,7 @@ def planned_tasks(
     One that was trained is not trained again.
     """
     comparison(data, tokenizer)  # raises before hours are spent
-    planned = [survey(source, data) for source in data.sources]
+    planned = surveys(data)
     said, asked = work / "request.json", json.dumps(request)
     if said.is_file() and said.read_text("utf-8") == asked:
         tokenizer = tokenizer or Tokenizer.load(work / "tokenizer")
@@ -98,5 +98,5 @@ def tasks_of(
         for part, before in zip(each.parts, each.before, strict=True):
             if part.kind == "tokens":
                 check_tokenizer(Path(part.place), tokenizer)
-            found.append(Task(part, data, each.plan, before, rooms, tokenizer.fingerprint, work))
+            found.append(Task(part, data, each.plan, before, rooms, identity(tokenizer), work))
     return found

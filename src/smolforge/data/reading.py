@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from smolforge.config import Data
 from smolforge.data import sources
@@ -9,6 +10,7 @@ from smolforge.data.documents import Document, group_of, python_docs, whole
 from smolforge.data.encoding import FORMS
 from smolforge.data.sources import Part, Row, fetched
 from smolforge.data.sources.columns import tests
+from smolforge.data.sources.text import characters, is_large
 from smolforge.errors import InvalidFile
 
 FILTERED, MISSING, TOO_SHORT, TOO_LONG = "filtered", "missing", "too_short", "too_long"
@@ -36,15 +38,28 @@ def read(part: Part, data: Data, skip: int = 0) -> Iterator[Document | str]:
             make(row, data) if all(meets(row) for meets in conditions) else FILTERED
             for row in sources.rows(part, data, skip)
         )
+    if is_large(part):
+        return as_one(found, part, data, skip)
     return (within(each, data) if isinstance(each, Document) and each.ids is None else each for each in found)
 
 
 def within(document: Document, data: Data) -> Document | str:
-    """The document, unless it is too long or too short. (A piece of a large one says nothing of its length.)"""
-    length = len(document.text)
-    if data.min_characters and length < data.min_characters and document.ends:
+    """The document, unless it is too long or too short."""
+    return misfit(len(document.text), data) or document
+
+
+def as_one(pieces: Iterator[Document | str], part: Part, data: Data, skip: int) -> Iterator[Document | str]:
+    """The pieces of a large text, of which none says how long all of it is; or, once, why it is left out."""
+    limited = data.min_characters or data.max_characters is not None
+    why = misfit(characters(Path(part.place)), data) if limited else None
+    yield from pieces if why is None else [why][skip:]
+
+
+def misfit(length: int, data: Data) -> str | None:
+    """Why a text of so many characters is left out."""
+    if length < data.min_characters:
         return TOO_SHORT
-    return TOO_LONG if data.max_characters is not None and length > data.max_characters else document
+    return TOO_LONG if data.max_characters is not None and length > data.max_characters else None
 
 
 def fetched_documents(part: Part, data: Data, skip: int) -> Iterator[Document | str]:

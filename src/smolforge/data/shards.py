@@ -32,7 +32,7 @@ from smolforge.data.tasks import Task
 from smolforge.data.workers import do_all
 from smolforge.data.writing import ShardWriter
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = ["ShardWriter", "clear", "for_format", "prepare", "request_of", "work_folder"]
 
@@ -119,11 +119,13 @@ def already(folder: Path, request: dict[str, Any]) -> Corpus | None:
     return None
 
 
-def clear(folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def clear(
+    folder: Path, data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tokens: int | None = None
+) -> None:
     """Delete what `prepare` would find in the way, and nothing it would return."""
     if not folder.exists():
         return
-    wanted = request_of(data, for_format(data, tokenizer), vocab_size, None)
+    wanted = request_of(data, for_format(data, tokenizer), vocab_size, max_tokens)
     try:
         same = Corpus.open(folder).facts["request"] == wanted
     except InvalidFile:
@@ -154,6 +156,8 @@ def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, max_tok
         "max_tokens": max_tokens,
         "files": {source: sources.stamp(source) for source in data.sources},
     }
+    if data.format == "text" and tokenizer is not None and tokenizer.eos_token != END_OF_TEXT:
+        asked["end_of_text"] = tokenizer.eos_token
     if data.format != "text":
         template = tokenizer.template.source if tokenizer and tokenizer.template else CHATML
         asked["chat_template"] = hashlib.sha256(template.encode()).hexdigest()

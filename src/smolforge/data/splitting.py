@@ -5,10 +5,10 @@ much, packed or streamed:  a hash of the group, or of the text itself, so that i
 """
 
 import hashlib
-import math
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from smolforge.config import Data
@@ -48,7 +48,7 @@ class Counted:
     def __init__(self, groups: dict[str, int], held_out: float, divisible: bool = True) -> None:
         total, fewest = sum(groups.values()), FEWEST_GROUPS if divisible else 2
         self.by_group = len(groups) >= fewest and held_out > 0
-        self.train_characters = total * (1 - held_out) if divisible else math.inf
+        self.train_characters = int(total * (1 - held_out)) if divisible else sys.maxsize
         self.held_out_groups: set[str] = set()
         if self.by_group:
             # In the order of a hash, every group that still fits into the share; never none at all.
@@ -65,10 +65,10 @@ class Counted:
         if self.by_group:
             yield HELD_OUT if document.group in self.held_out_groups else TRAIN, document
         elif start + len(text) <= self.train_characters:
-            ends = document.ends or start + len(text) == int(self.train_characters)
+            ends = document.ends or start + len(text) == self.train_characters
             yield TRAIN, document._replace(ends=ends)
         else:
-            cut = max(0, int(self.train_characters) - start)
+            cut = max(0, self.train_characters - start)
             near = max(0, cut - BORDER_CHARACTERS)
             border = text.rfind("\n" if "\n" in text[near:cut] else " ", near, cut)
             cut = border + 1 if border >= 0 else cut
@@ -105,6 +105,19 @@ class Planned:
     parts: list[Part]
     before: list[int]
     plan: Plan
+    groups: dict[str, int] | None = None
+    """Characters of each, where they were counted."""
+
+
+def surveys(data: Data) -> list[Planned]:
+    """How all sources are read: what group_key names is on one side of the split in all of them. Raises as `survey`."""
+    found = [survey(source, data) for source in data.sources]
+    if data.group_key is None or len(found) == 1:
+        return found
+    counted = [each.groups for each in found if each.groups is not None]
+    groups = sum(map(Counter, counted), Counter())
+    plan = Counted(groups, data.held_out, False) if len(counted) == len(found) else Hashed(data.held_out)
+    return [replace(each, plan=plan) for each in found]
 
 
 def survey(source: str, data: Data) -> Planned:
@@ -122,7 +135,8 @@ def survey(source: str, data: Data) -> Planned:
                 total += len(document.text)
     if not total:
         raise InvalidFile(f"the data source {source!r} is empty{after_choice(data)}")
-    return Planned(source, parts, before, Counted(groups, data.held_out, FORMS[data.format].divisible))
+    divisible = FORMS[data.format].divisible and data.group_key is None
+    return Planned(source, parts, before, Counted(groups, data.held_out, divisible), groups)
 
 
 def after_choice(data: Data) -> str:

@@ -54,7 +54,7 @@ class Task:
     before: int
     rooms: Rooms
     tokenizer: str
-    """Its fingerprint."""
+    """Its identity."""
     work: Path
     """Folder of all tasks, with the tokenizer in it."""
     alone: bool = True
@@ -66,6 +66,12 @@ class Task:
         data = self.data.model_dump(mode="json", exclude={"sources", *OF_READING})
         asked = [EDITION, self.part, data, self.plan.described(), self.before, self.rooms.limits, self.tokenizer]
         return self.work / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+
+
+def identity(tokenizer: Tokenizer) -> str:
+    """A digest of all that decides the ids of a document: the words, what ends a text, how turns are written."""
+    template = tokenizer.template.source.splitlines() if tokenizer.template else None
+    return hashlib.sha256(json.dumps([tokenizer.fingerprint, tokenizer.eos_token, template]).encode()).hexdigest()
 
 
 def chunks(task: Task) -> list[Path]:
@@ -82,6 +88,8 @@ def run(task: Task, tell: Tell = lambda _: None) -> None:
     if is_done(task):
         return
     tokenizer = Tokenizer.load(task.work / "tokenizer")
+    if identity(tokenizer) != task.tokenizer:
+        raise SettingError(f"{task.work} is that of another tokenizer by now; run the same command again")
     with locked(task.folder):
         reading = Reading.resumed(task, comparison(task.data, tokenizer))
         number = len(chunks(task))

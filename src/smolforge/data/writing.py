@@ -14,8 +14,8 @@ SHARD_TOKENS = 1 << 28
 
 
 class ShardWriter:
-    """Writes one split in datatrove's format, a new shard every SHARD_TOKENS. Of conversations `.ds.loss` has a byte a
-    token, which says whether it is learned.
+    """Writes one split in datatrove's format, a new shard where a document ends behind SHARD_TOKENS. Of conversations
+    `.ds.loss` has a byte a token, which says whether it is learned.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
@@ -47,13 +47,14 @@ class ShardWriter:
             if self.file is None:
                 self._open(learned is not None)
             start = int(stops[begun - 1]) if begun else 0
-            fits = int(np.searchsorted(stops, start + SHARD_TOKENS - self.tokens))
-            until = min(len(lengths), fits + 1)  # the document that fills the shard is in it as a whole
+            full = max(begun, int(np.searchsorted(stops, start + SHARD_TOKENS - self.tokens)))
+            whole = np.flatnonzero(ends[full:])  # the document that fills the shard is in it with all its pieces
+            until = full + 1 + int(whole[0]) if len(whole) else len(lengths)
             stop = int(stops[until - 1])
             ended = stops[begun:until][ends[begun:until]] - start + self.tokens
             self._write(ids[start:stop], learned[start:stop] if learned is not None else None, ended)
             begun = until
-            if self.tokens >= SHARD_TOKENS:
+            if self.tokens >= SHARD_TOKENS and ends[until - 1]:
                 self.close()
 
     def count(self, **counts: int) -> None:

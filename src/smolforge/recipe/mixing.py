@@ -78,7 +78,8 @@ def open_mixture(recipe: Recipe, folder: Path, found: bool, tokenizer: Tokenizer
     for number, (name, tokens) in enumerate(needed.items(), 1):
         log.info("source %d of %d, %s: %s tokens are needed", number, len(needed), name, f"{tokens:,}")
         made[name] = prepared.get(name) or in_cache(recipe.data, name, tokens, cache, tokenizer, report)
-        if made[name].facts["tokenizer"] != tokenizer.fingerprint:
+        facts = made[name].facts
+        if (facts["tokenizer"], facts["eos_id"]) != (tokenizer.fingerprint, tokenizer.eos_id):
             raise SettingError(
                 f"data.mixture.{name}: {made[name].folder} was made with another tokenizer than the rest"
             )

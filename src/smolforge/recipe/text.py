@@ -1,6 +1,7 @@
 """The text of a run: the corpus its recipe names, or one made from its sources, by a tokenizer that all agree on."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_never
@@ -9,6 +10,7 @@ from smolforge.checkpoint import resolve
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus, packing, pairs, shards
 from smolforge.data.mixture import FILE, Mixture, MixtureRows, Prepared
+from smolforge.data.sources import on_hub
 from smolforge.errors import SettingError
 from smolforge.evaluation import tasks
 from smolforge.evaluation.multiple_choice import encoded
@@ -26,7 +28,7 @@ log = logging.getLogger("smolforge")
 def open_text(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> Prepared:
     """What the recipe learns from, one corpus or a mixture, prepared before the run begins."""
     if recipe.data.mixture is None:
-        return open_corpus(recipe, folder, begun, observer)
+        return open_corpus(recipe, folder, begun, observer, most_streamed(recipe))
     found = begun and (folder / FILE).is_file()  # a run that goes on needs nothing it began from
     named = {} if found else named_tokenizers(recipe)
     text = open_mixture(recipe, folder, found, next(iter(named.values()), None), observer.preparing)
@@ -36,8 +38,12 @@ def open_text(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> 
     return text
 
 
-def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> corpus.Corpus:
-    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins."""
+def open_corpus(
+    recipe: Recipe, folder: Path, begun: bool, observer: Observer, most: int | None = None
+) -> corpus.Corpus:
+    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins, of at most
+    so many tokens.
+    """
     if begun and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
     sources = recipe.data.sources
@@ -62,10 +68,23 @@ def open_corpus(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -
             "names the one it was trained with (HuggingFaceTB/cosmo2-tokenizer is that of SmolLM and SmolLM2)"
         )
     if not begun:  # what a try that never came to its first step left, unless it is of the same text
-        shards.clear(folder / "corpus", recipe.data, tokenizer, recipe.model.vocab_size)
-    made = shards.prepare(recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, report=observer.preparing)
+        shards.clear(folder / "corpus", recipe.data, tokenizer, recipe.model.vocab_size, most)
+    asked = (recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, most)
+    made = shards.prepare(*asked, report=observer.preparing)
     check_same_tokenizer(made, named)
     return made
+
+
+def most_streamed(recipe: Recipe) -> int | None:
+    """Tokens to prepare of a data set on the Hub: what is read up to the schedule's horizon, and the share held out.
+
+    None, for all there is, of other texts, and where epochs of it are counted.
+    """
+    data, train = recipe.data, recipe.train
+    if data.format != "text" or train.epochs is not None or len(data.sources) != 1 or not on_hub(data.sources[0]):
+        return None
+    steps = recipe.optim.schedule.steps or train.steps
+    return math.ceil((steps * train.batch_tokens + 1) / (1 - data.held_out))
 
 
 def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:

@@ -3,6 +3,7 @@
 import codecs
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from smolforge.data.sources.rows import LONGEST_LINE, Part, Row, Text
@@ -18,15 +19,34 @@ _SPACES = (
     rb"(?:\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)",
 )
 """White space, and what is no better, in UTF-8, by its length."""
+_INSIDE = bytes(range(0x80, 0xC0))
+"""All bytes of a character of UTF-8 but its first."""
 _LINE_END = re.compile(
-    rb"\n" + b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES) + rb"(?=...)", re.DOTALL
+    rb"\n(?:%b(?=...)|(?= [!-/:-~]))" % b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES),
+    re.DOTALL,
 )
+_LAST_OF_SEVERAL = re.compile(rb"[\r\n](?=\n[!-/:-~])")
+"""A line end before the last of several: GPT-2's word pattern takes that apart, others do not."""
+
+
+def is_large(part: Part) -> bool:
+    """Whether it is a text that comes in pieces."""
+    return part.kind == "text" and (part.size or 0) > LARGE_BYTES
+
+
+def characters(path: Path) -> int:
+    """Of a UTF-8 file, counted without holding it. Raises InvalidFile where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return sum(len(block.translate(None, _INSIDE)) for block in iter(partial(file.read, PIECE_BYTES), b""))
+    except OSError as error:
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}") from None
 
 
 def rows(part: Part, skip: int = 0) -> Iterator[Row]:
     """The text of a file, in one or more pieces."""
     path = Path(part.place)
-    if path.stat().st_size <= LARGE_BYTES:
+    if not is_large(part):
         yield from [Row(Text(read_text(path)), path.name, str(path))][skip:]
         return
     start = 0
@@ -38,23 +58,27 @@ def rows(part: Part, skip: int = 0) -> Iterator[Row]:
 
 
 def pieces(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Some megabytes at a time, each but the last up to a single line end between visible characters: GPT-2's word
-    pattern takes that by itself, so that the ids of the pieces are those of the whole.
+    """Some megabytes at a time, each but the last up to a line end where the ids of the pieces are those of the whole:
+    where all word patterns cut, or else where GPT-2's does (`split_at_lines` of the tokenizer says why).
     """
     with path.open("rb") as file:
         rest = b""
         while block := file.read(PIECE_BYTES):
             rest += block
-            cuts = [found.end() for found in _LINE_END.finditer(rest, max(0, len(rest) - PIECE_BYTES))]
-            if cuts:
-                yield rest[: cuts[-1]], False
-                rest = rest[cuts[-1] :]
+            if cut := last(_LINE_END, rest) or last(_LAST_OF_SEVERAL, rest):
+                yield rest[:cut], False
+                rest = rest[cut:]
             elif len(rest) > LONGEST_LINE:
                 raise InvalidFile(
                     f"{path} has more than {LONGEST_LINE >> 20} MiB without a line end where it could be cut; "
                     "a text needs lines: break it, or write it as documents into a .jsonl file"
                 )
         yield rest, True
+
+
+def last(pattern: re.Pattern[bytes], text: bytes) -> int:
+    """The end of the last match in the newest bytes of a text; 0 for none."""
+    return max((found.end() for found in pattern.finditer(text, max(0, len(text) - PIECE_BYTES))), default=0)
 
 
 def read_text(path: Path) -> str:

@@ -59,8 +59,6 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
         raise SettingError(f"{path} holds tokens; --tokenizer names the tokenizer that made them")
     name = named(path).rpartition("|")[0]
-    if name == tokenizer.fingerprint:
-        return
     theirs = Tokenizer.load(name).fingerprint if name and Path(name).exists() else None
     if theirs is not None and theirs != tokenizer.fingerprint:
         raise SettingError(f"{path} was made with another tokenizer ({name}); --tokenizer names it")
