@@ -43,7 +43,8 @@ studies: $(VENV)/.test
 
 # smolforge, Transformers' Trainer, litgpt and a plain loop: same text, shape and clock, in peace and killed. An hour;
 # `make demonstration SHORT=1` a quarter of one. It goes on where it was stopped.
-demonstration: $(VENV)/.test .litgpt
+demonstration: $(VENV)/.test
+	test -d .litgpt || $(MAKE) .litgpt || echo "litgpt cannot be installed here; the others go on without it"
 	$(BIN)/python benchmarks/demonstration/demonstrate.py runs/demonstration$(if $(SHORT),-short --seconds 60 --seeds 1)
 
 $(VENV)/.base: pyproject.toml constraints.txt

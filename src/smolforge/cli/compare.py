@@ -37,9 +37,10 @@ def compare(
     """
     if not what:
         raise SettingError("compare needs RUN... or STUDY: run folders, a folder of runs, or a study's file")
-    if is_study(what):
-        with stop_signals():  # also while the imports take their seconds
+    with stop_signals():  # also while the imports take their seconds
+        if studied := is_study(what):
             from smolforge.cli.study import study
+    if studied:
         study(what[0], out, json_)
         return
     from smolforge.comparison.page import write

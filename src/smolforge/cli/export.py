@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from smolforge.cli.quantize import quantize
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import SettingError
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _FOLDER = ("dtype", "max_shard_size", "license", "scores")
@@ -102,7 +102,7 @@ def export(
     if to == "space":
         share.space(model, out, dtype, license_, json_)
         return
-    describe = share.describing(model, str(out) if to == "hub" else out.name, license_, scores)
+    describe = share.describing(model, str(out) if to == "hub" else out.resolve().name, license_, scores)
     if to == "hub":
         share.hub(model, str(out), dtype, largest, describe, public, replace, dry_run, json_)
         return
@@ -144,9 +144,10 @@ def _adapter(model: str, out: Path, json_: bool) -> None:
 
 
 def _gguf(model: str, out: Path, kind: str, text: Path | None, json_: bool) -> None:
+    from smolforge.data.documents import read_text
     from smolforge.export.gguf import to_gguf
 
-    made = to_gguf(model, out, kind, None if text is None else _read(text))
+    made = to_gguf(model, out, kind, None if text is None else read_text(text))
     if json_:
         print(json.dumps(made.__dict__))
         return
@@ -162,15 +163,6 @@ def _gguf(model: str, out: Path, kind: str, text: Path | None, json_: bool) -> N
     if made.loss is not None:
         before, after = made.loss
         print(f"loss on {text}: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
-
-
-def _read(text: Path) -> str:
-    from smolforge.data.documents import read_text
-
-    try:
-        return read_text(text)
-    except OSError as error:
-        raise InvalidFile(f"{text} cannot be read: {error}") from None
 
 
 def _bytes(size: str) -> int:

@@ -26,6 +26,7 @@ def serve(
     dtype: str = "float32",
     device: str = "auto",
     threads: int | None = None,
+    random: bool = False,
 ) -> None:
     """Answer OpenAI's clients over HTTP: completions and chats, several at a time.
 
@@ -57,6 +58,8 @@ def serve(
         cpu, cuda or mps; auto takes the fastest present.
     threads
         Of the processor; without it, one a core.
+    random
+        Let a preset answer with random weights.
     """
     key = os.environ.get(KEY)
     check(host, port, slots, context, queue, key)
@@ -73,7 +76,7 @@ def serve(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(model, dtype, str(pick_device(device)))
+    loaded = load(model, dtype, str(pick_device(device)), random)
     room = context or min(loaded.config.max_position_embeddings, 2048)
     place = Place(host, port, slots, room, queue, tuple(cors_origin or ()))
     called = name or (Path(model).resolve().name if Path(model).exists() else model)

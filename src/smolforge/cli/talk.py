@@ -227,8 +227,6 @@ def _conversation(path: Path) -> list[dict[str, Any]]:
 
     try:
         record = json.loads(read_text(path))
-    except OSError as error:
-        raise InvalidFile(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise InvalidFile(f'{path} is not one JSON object {{"messages": [...]}}: {error}') from None
     return as_json(conversation(record, str(path))[0])

@@ -199,6 +199,10 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
     async def refused(request: Request, error: Refused) -> Response:
         return error.response()
 
+    @app.exception_handler(InvalidFile)
+    async def not_encodable(request: Request, error: InvalidFile) -> Response:
+        return Refused(400, str(error)).response()
+
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
         said = {404: "there is no such route", 405: "this route does not take this method"}

@@ -82,8 +82,12 @@ def last(pattern: re.Pattern[bytes], text: bytes) -> int:
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, its line ends kept as they are."""
-    return decoded(path.read_bytes(), path, 0).removeprefix("\ufeff")
+    """A whole UTF-8 file, its line ends kept as they are. Raises InvalidFile where it is none or cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidFile(f"{path} cannot be read: {error.strerror}") from None
+    return decoded(content, path, 0).removeprefix("\ufeff")
 
 
 def decoded(content: bytes, path: Path, start: int) -> str:
