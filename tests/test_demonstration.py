@@ -192,6 +192,16 @@ def test_the_table_says_what_was_seen_and_who_was_not_there(tmp_path):
     assert (tmp_path / "demonstration.svg").stat().st_size > 5000
 
 
+def test_the_page_and_the_readme_say_what_the_numbers_say():
+    root = Path(__file__).parents[1]
+    numbers = json.loads((root / "docs" / "demonstration.json").read_text())
+    assert (root / "docs" / "demonstration.md").read_text() == page.page(numbers)
+    first_screen = (root / "README.md").read_text().partition("## In Python")[0].splitlines()
+    shown = [line for line in first_screen if line.startswith("|")]
+    assert len(shown) > 3
+    assert set(shown) <= set(page.table(numbers).splitlines())
+
+
 @pytest.mark.parametrize(
     ("life", "noticed"),
     [

@@ -38,8 +38,9 @@ def compare(
     if not what:
         raise SettingError("compare needs RUN... or STUDY: run folders, a folder of runs, or a study's file")
     with stop_signals():  # also while the imports take their seconds
-        if studied := is_study(what):
-            from smolforge.cli.study import study
+        from smolforge.cli.study import study
+
+        studied = is_study(what)
     if studied:
         study(what[0], out, json_)
         return
