@@ -149,8 +149,8 @@ def test_what_was_stopped_or_failed_is_not_taken_for_read(monkeypatch):
     begun.close()
     assert not voice.writer.engine.busy
     with monkeypatch.context() as patch:
-        patch.setattr(voice.writer.engine, "network", None)
-        with pytest.raises(AttributeError):
+        patch.setattr(voice.writer.engine.cache, "at", None)
+        with pytest.raises(TypeError):
             list(voice.stream([5, 6, 1], options))
     assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
     count = iter(range(100))

@@ -37,11 +37,7 @@ def main() -> None:
     kept = asked.out / "demonstration.json"
     if kept.is_file() and (begun := json.loads(kept.read_text())["seconds"]) != asked.seconds:
         raise SystemExit(f"{asked.out} was begun with {begun:g} s a run; give another folder, or --seconds {begun:g}")
-    common = ground.prepare(asked.out / "ground", seeds)
-    if missing := [seed for seed in seeds if seed not in common["seeds"]]:
-        raise SystemExit(
-            f"{asked.out} was begun with {len(common['seeds'])} seeds, without {missing}; give another folder"
-        )
+    common = ground.prepare(asked.out / "ground")
     names = [name for name in asked.contestants if present(name, asked.out / "ground")]
     absent = [name for name in asked.contestants if name not in names]
     used = {name: CONTESTANTS[name].how() for name in names}

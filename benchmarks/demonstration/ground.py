@@ -1,7 +1,7 @@
-"""What all contestants stand on: one text, one tokenizer, one shape, one optimizer, and initial weights of each seed.
+"""What all contestants stand on: one text, one tokenizer, one shape, one optimizer, and one beginning.
 
 GROUND/text/*.txt        a document each, to train on       GROUND/tokenizer/        trained on them
-GROUND/held_out.txt      to measure on                      GROUND/seed-N/           a Hugging Face model folder
+GROUND/held_out.txt      to measure on                      GROUND/model/            random weights
 GROUND/ground.json       the settings below, and the hash of all text
 """
 
@@ -29,7 +29,7 @@ ENDLESS = 5000
 """Steps that no contestant reaches."""
 
 
-def prepare(folder: Path, seeds: list[int]) -> dict[str, Any]:
+def prepare(folder: Path) -> dict[str, Any]:
     """Make the ground, or find that it is there; returns ground.json."""
     if (folder / "ground.json").is_file():
         return json.loads((folder / "ground.json").read_text())
@@ -46,27 +46,23 @@ def prepare(folder: Path, seeds: list[int]) -> dict[str, Any]:
     (folder / "held_out.txt").write_text(held_out, "utf-8")
     tokenizer = Tokenizer.train(iter(train), 4096)
     tokenizer.save(folder / "tokenizer")
-    for seed in seeds:
-        _weights(folder / f"seed-{seed}", folder / "tokenizer", seed)
+    _weights(folder / "model", folder / "tokenizer")
     content = hashlib.sha256("\0".join([*train, held_out]).encode()).hexdigest()
     sizes = {"documents": len(train), "bytes": sum(len(text.encode()) for text in train)}
-    found = {**SETTINGS, **sizes, "sha256": content, "held_out_bytes": len(held_out.encode()), "seeds": seeds}
+    found = {**SETTINGS, **sizes, "sha256": content, "held_out_bytes": len(held_out.encode())}
     (folder / "ground.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 
-def _weights(folder: Path, tokenizer: Path, seed: int) -> None:
-    """Random weights, in the form that all can read."""
+def _weights(folder: Path, tokenizer: Path) -> None:
+    """What every run begins from, in the form that all can read."""
     import shutil
-
-    import torch
 
     from smolforge import presets
     from smolforge.checkpoint import weights
     from smolforge.config import ModelConfig
     from smolforge.model import build
 
-    torch.manual_seed(seed)
     weights.save(build(ModelConfig.model_validate(presets.shape(SETTINGS["preset"]))), folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 

@@ -135,12 +135,12 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
     for look, (name, seeds) in zip(style.looks(len(numbers["found"])), numbers["found"].items(), strict=True):
         for one in seeds.values():
             line = curves(left, one, look.color, lambda point: point[0] * tokens / 1e6)
-        curves(right, next(iter(seeds.values())), look.color, lambda point: point[1])
+        curves(right, [*seeds.values()][-1], look.color, lambda point: point[1])
         key.append((CONTESTANTS[name].title, line))
-    for at in next(iter(next(iter(numbers["found"].values())).values()))["killed"]:
+    for at in [*next(iter(numbers["found"].values())).values()][-1]["killed"]:
         right.axvline(at, color=style.RULE, linewidth=0.8, zorder=0)
     left.set(xlabel="million tokens, all seeds", ylabel="bits a byte, held-out text")
-    right.set(xlabel="seconds since the first start, one seed", xlim=(0, numbers["seconds"]))
+    right.set(xlabel="seconds since the first start, last seed", xlim=(0, numbers["seconds"]))
     for axes in (left, right):
         style.ruled(axes)
     key.append(("killed at the grey lines", Line2D([], [], color=style.INK, linestyle=style.DASHES[-1])))

@@ -15,7 +15,7 @@ def shape(ground: Path, folder: Path) -> Any:
 
 
 def prepare(ground: Path) -> None:
-    """The model folders as `litgpt convert_to_litgpt` leaves them, and its own preparation of the text."""
+    """The model folder as `litgpt convert_to_litgpt` leaves it, and its own preparation of the text."""
     import torch
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.tokenizer import Tokenizer
@@ -23,15 +23,14 @@ def prepare(ground: Path) -> None:
     from safetensors.torch import load_file
 
     given = settings(ground)
-    for seed in given["seeds"]:
-        folder, renamed = ground / f"seed-{seed}", dict[str, Any]()
-        config = shape(ground, folder)
-        copy_weights_hf_llama(config, {}, renamed, load_file(folder / "model.safetensors"))
-        renamed.setdefault("lm_head.weight", renamed["transformer.wte.weight"])
-        torch.save(renamed, folder / "lit_model.pth")
-        save_config(config, folder)
+    folder, renamed = ground / "model", dict[str, Any]()
+    config = shape(ground, folder)
+    copy_weights_hf_llama(config, {}, renamed, load_file(folder / "model.safetensors"))
+    renamed.setdefault("lm_head.weight", renamed["transformer.wte.weight"])
+    torch.save(renamed, folder / "lit_model.pth")
+    save_config(config, folder)
     data = texts(ground)
-    data.connect(Tokenizer(ground / f"seed-{given['seeds'][0]}"), given["rows"], given["sequence_length"])
+    data.connect(Tokenizer(folder), given["rows"], given["sequence_length"])
     data.prepare_data()
 
 
@@ -74,10 +73,10 @@ def train(ground: Path, out: Path, seed: int) -> None:
     sys.argv = ["pretrain", "demonstration"]  # read again by its saving, which writes down how it was called
     pretrain.setup(
         "demonstration",
-        shape(ground, ground / f"seed-{seed}"),
+        shape(ground, ground / "model"),
         out / "run",
         "32-true",
-        initial_checkpoint_dir=None if begun else ground / f"seed-{seed}",
+        initial_checkpoint_dir=None if begun else ground / "model",
         resume=bool(begun),
         data=texts(ground),
         train=TrainArgs(
@@ -102,7 +101,7 @@ def train(ground: Path, out: Path, seed: int) -> None:
                 "weight_decay": given["weight_decay"],
             },
         },
-        tokenizer_dir=ground / f"seed-{seed}",
+        tokenizer_dir=ground / "model",
         devices=1,
         logger_name="csv",
         seed=seed,

@@ -10,7 +10,7 @@ from watch import Steps, named
 def overrides(ground: Path, seed: int) -> dict[str, Any]:
     given = settings(ground)
     return {
-        "init_from": str(ground / f"seed-{seed}"),
+        "init_from": str(ground / "model"),
         "data.sources": [str(ground / "prepared" / "smolforge")],
         "seed": seed,
         "model.preset": given["preset"],

@@ -31,7 +31,7 @@ def train(ground: Path, out: Path, seed: int) -> None:
     given, write = settings(ground), Steps(out)
     length, rows = given["sequence_length"], given["rows"]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(ground / f"seed-{seed}", dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(ground / "model", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=given["learning_rate"],

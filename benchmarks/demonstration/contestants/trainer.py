@@ -30,7 +30,7 @@ def train(ground: Path, out: Path, seed: int) -> None:
 
     given, write = settings(ground), Steps(out)
     blocks = torch.load(ground / "prepared" / "trainer.pt")
-    model = AutoModelForCausalLM.from_pretrained(ground / f"seed-{seed}", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(ground / "model", dtype=torch.float32)
     fetched: deque[list[str]] = deque()  # the loader is a batch ahead
 
     def collate(examples: list[Any]) -> dict[str, Any]:
