@@ -347,6 +347,15 @@ def test_a_signal_amid_the_first_imports_is_one_sentence_too(tmp_path, verb, num
     assert done.stderr == f"smolforge: stopped by {number.name} before it began\n"
 
 
+def test_a_signal_that_a_shell_had_ignored_stays_so(tmp_path):
+    (tmp_path / "cyclopts.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nraise SystemExit(7)\n")
+    command, environment = (
+        f"trap '' INT; {sys.executable} -m smolforge inspect",
+        os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert subprocess.run(["bash", "-c", command], env=environment, check=False).returncode == 7
+
+
 def test_an_interrupt_before_a_command_is_known_is_one_sentence_too(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -19,7 +19,8 @@ def main() -> None:
         finally:
             os._exit(codes[asked])
 
-    before = {number: signal.signal(number, end) for number in codes}
+    heard = [number for number in codes if signal.getsignal(number) is not signal.SIG_IGN]  # as of a shell's background
+    before = {number: signal.signal(number, end) for number in heard}
     import cyclopts  # noqa: F401 (it takes longest)
 
     from smolforge import cli
