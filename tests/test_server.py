@@ -588,6 +588,8 @@ JSON = st.recursive(
 )
 
 
+# The server's threads, of this process, may draw from `random` while a strategy draws, which takes that for its own.
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.sampled_from(GOOD), data=st.data())
 def test_mutated_bodies_are_answered_or_refused(running, which, data):
