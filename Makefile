@@ -81,7 +81,7 @@ $(VENV)/.test: $(VENV)/.base
 # What a Space runs in, which is no part of .[test]; the long tests of tests/test_sharing.py find it there.
 .space:
 	$(PYTHON) -m venv $@
-	$@/bin/pip --disable-pip-version-check install --quiet $(shell sed -n 's/^GRADIO = "\(.*\)"/gradio==\1/p' src/smolforge/export/space/__init__.py) \
+	$@/bin/pip --disable-pip-version-check install --quiet $(shell sed -n 's/^GRADIO = "\(.*\)"/gradio==\1/p' src/smolforge/exporters/space/__init__.py) \
 		$(shell grep -E '^(torch|transformers)==' constraints.txt) || { rm -rf $@; exit 1; }
 
 clean:

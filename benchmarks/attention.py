@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smolforge import presets
-from smolforge.config import ModelConfig
+from smolforge.config import ModelConfig, presets
 from smolforge.data.batches import Batch
-from smolforge.memory import Causal, Documents, documents, masked
-from smolforge.model import build
-from smolforge.objective import Objective
-from smolforge.training import backward
+from smolforge.models.attention import Causal, Documents, documents, masked
+from smolforge.models.decoder import build
+from smolforge.training.loop import backward
+from smolforge.training.objective import Objective
 
 CAUSAL, DOCUMENTS, MASKED = "causal, whole rows", "documents", "documents by a mask"
 SHAPES = ((4, 512), (1, 2048), (8, 2048))

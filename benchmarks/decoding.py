@@ -25,14 +25,13 @@ from contest import Contestant
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import BaseStreamer
 
-from smolforge import presets
-from smolforge.checkpoint import weights
-from smolforge.config import Generation, ModelConfig
-from smolforge.export.gguf import to_gguf
+from smolforge.checkpoint import huggingface
+from smolforge.config import Generation, ModelConfig, presets
+from smolforge.exporters.gguf import to_gguf
+from smolforge.generation.cpu_decoding import packed
 from smolforge.generation.engine import Engine, Request
-from smolforge.generation.packed import packed
 from smolforge.generation.samplers import sampling
-from smolforge.model import LanguageModel, build
+from smolforge.models.decoder import LanguageModel, build
 from smolforge.testing import tiny_tokenizer
 
 GREEDY = sampling(Generation(temperature=0))
@@ -133,7 +132,7 @@ def llama_cpp(running: Contestant) -> Callable[[], Turn]:
 
 def exported(model: LanguageModel, folder: Path) -> Path:
     """A .gguf in f32, with a tokenizer that only fills its place."""
-    weights.save(model, folder / "model", tiny_tokenizer())
+    huggingface.save(model, folder / "model", tiny_tokenizer())
     to_gguf(folder / "model", folder / "model.gguf", "f32")
     return folder / "model.gguf"
 
@@ -159,7 +158,7 @@ def from_enter(model: LanguageModel, rounds: int) -> tuple[list[float], list[flo
     modules = "smolforge.checkpoint.resolve, smolforge.generation.stream, smolforge.device"
     whole, imports = [], []
     with tempfile.TemporaryDirectory() as folder:
-        weights.save(model, Path(folder), tiny_tokenizer())
+        huggingface.save(model, Path(folder), tiny_tokenizer())
         command = ["-m", "smolforge", "generate", folder, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]
         for _ in range(rounds):
             for found, words in ((imports, ["-c", f"import {modules}"]), (whole, command)):

@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 
-from smolforge import presets
-from smolforge.checkpoint import resolve, weights
-from smolforge.config import ModelConfig
+from smolforge.checkpoint import huggingface, loading
+from smolforge.config import ModelConfig, presets
 from smolforge.evaluation.multiple_choice import DELIMITER, Item, score
 from smolforge.evaluation.tasks import read_items
-from smolforge.model import build
+from smolforge.models.decoder import build
 from smolforge.tokenizer import Tokenizer
 
 BATCH_SIZES = (1, 8, 16)
@@ -31,7 +30,7 @@ Scorer = Callable[[Sequence[Item]], list[float]]
 
 
 def ours(folder: Path) -> Scorer:
-    model = resolve.load(folder)
+    model = loading.load(folder)
     return lambda items: [value for found in score(model, items) for value in found.logprobs]
 
 
@@ -73,7 +72,7 @@ def main() -> None:
     items = read_items(asked.items_file)
     with tempfile.TemporaryDirectory() as folder:
         config = ModelConfig.model_validate(presets.shape(asked.preset))
-        weights.save(build(config), Path(folder), Tokenizer.load(asked.tokenizer))
+        huggingface.save(build(config), Path(folder), Tokenizer.load(asked.tokenizer))
         native, theirs = ours(Path(folder)), harness(Path(folder))
     warm, rest = items[: asked.items], items[asked.items :]
     native(warm[:2])

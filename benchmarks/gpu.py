@@ -42,9 +42,8 @@ import job
 from contest import Contestant, Entrant, Failed, race, start_by
 from roofline import Machine, fastest_step
 
-from smolforge import presets
-from smolforge.config import ModelConfig
-from smolforge.sizes import flops_per_token
+from smolforge.config import ModelConfig, presets
+from smolforge.models.stats import flops_per_token
 
 OURS, THEIRS = "smolforge", "transformers"
 LEARNING_RATE = 3e-4
@@ -293,7 +292,7 @@ def main() -> None:
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # These leave CUDA alone when imported, as forking needs.
-    start_by("forkserver", "torch._dynamo", "smolforge.training")
+    start_by("forkserver", "torch._dynamo", "smolforge.training.loop")
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(asked, Path(scratch))
         try:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smolforge import loss
+from smolforge.training import loss
 
 PLAIN, CHUNKS = "F.cross_entropy", (256, 512, 1024, 2048, 4096, 8192)
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -139,10 +139,9 @@ def graphs() -> int:
 
 def prepared(preset: str, folder: Path) -> Path:
     """A model folder of the shape with fresh weights."""
-    from smolforge import presets
-    from smolforge.checkpoint import weights
-    from smolforge.config import ModelConfig
-    from smolforge.model import build
+    from smolforge.checkpoint import huggingface
+    from smolforge.config import ModelConfig, presets
+    from smolforge.models.decoder import build
 
-    weights.save(build(ModelConfig.model_validate(presets.shape(preset))), folder)
+    huggingface.save(build(ModelConfig.model_validate(presets.shape(preset))), folder)
     return folder

@@ -29,7 +29,7 @@ def loader(name: str, folder: Path) -> Callable[[], object]:
 
     dtype = torch.bfloat16 if name in (OURS_BF16, THEIRS_BF16) else torch.float32
     if name in (OURS, OURS_BF16):
-        from smolforge.checkpoint.resolve import load
+        from smolforge.checkpoint.loading import load
 
         return lambda: load(folder, dtype)
     from transformers import LlamaForCausalLM, logging
@@ -53,12 +53,11 @@ def write(folder: Path, preset: str) -> int:
     """A checkpoint of a preset's shape; returns its size."""
     import torch
 
-    from smolforge import presets
-    from smolforge.checkpoint import weights
-    from smolforge.config import ModelConfig
-    from smolforge.model import build
+    from smolforge.checkpoint import huggingface
+    from smolforge.config import ModelConfig, presets
+    from smolforge.models.decoder import build
 
-    weights.save(build(ModelConfig.model_validate(presets.shape(preset))), folder, dtype=torch.bfloat16)
+    huggingface.save(build(ModelConfig.model_validate(presets.shape(preset))), folder, dtype=torch.bfloat16)
     return (folder / "model.safetensors").stat().st_size
 
 

@@ -19,11 +19,11 @@ from smolforge.config import Data
 from smolforge.data.batches import Windows
 from smolforge.data.corpus import TRAIN
 from smolforge.data.mixture import Mixture, MixtureRows
-from smolforge.data.shards import prepare
-from smolforge.recipe import resume_or_start
-from smolforge.recipe.mixing import order_of
-from smolforge.runs.journal import read_records
+from smolforge.data.prepare.build import prepare
+from smolforge.runs import resume_or_start
+from smolforge.runs.mixture import order_of
 from smolforge.testing import sentences
+from smolforge.training.run_folder import read_records
 
 SHARES = (0.70, 0.15, 0.08, 0.06, 0.01)
 PARTS = ("data", "forward", "backward", "optimizer", "other")

@@ -29,18 +29,18 @@ import torch
 from torch import nn
 
 from smolforge.config import Recipe
+from smolforge.config.base import replaced
+from smolforge.config.load import read_recipe
 from smolforge.data.batches import Batch, Windows, stream
 from smolforge.data.corpus import TRAIN, Corpus
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.evaluation import measure_corpus
-from smolforge.meter import HostClock, Meter, Work
-from smolforge.model import build
-from smolforge.objective import Objective
-from smolforge.optim import Average, averaged, optimizers
-from smolforge.recipe.read import read_recipe
-from smolforge.recipe.settle import with_schedule_over
-from smolforge.settings import replaced
-from smolforge.training import Action, State, backward, train
+from smolforge.models.decoder import build
+from smolforge.runs.resolve import with_schedule_over
+from smolforge.training.loop import Action, State, backward, train
+from smolforge.training.objective import Objective
+from smolforge.training.optim import Average, averaged, optimizers
+from smolforge.training.step_timer import HostClock, Meter, Work
 
 RATES = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (1e-2, 2e-2, 4e-2)}
 """Muon's are its matrices'; the rest has AdamW in the recipe's proportion to them."""

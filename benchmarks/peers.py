@@ -21,16 +21,16 @@ class Smolforge:
     """Ours."""
 
     def __init__(self, **given: Any) -> None:
-        from smolforge import guard
-        from smolforge.checkpoint import weights
+        from smolforge.checkpoint import huggingface
         from smolforge.data.batches import Batch
-        from smolforge.objective import Objective
-        from smolforge.optim import optimizers
-        from smolforge.training import State
+        from smolforge.training import guard
+        from smolforge.training.loop import State
+        from smolforge.training.objective import Objective
+        from smolforge.training.optim import optimizers
 
         self.job = Job(**given)
         prepare(self.job)
-        model = weights.load(self.job.folder).to(self.job.device)
+        model = huggingface.load(self.job.folder).to(self.job.device)
         if self.job.compiled == "layers":
             for layer in model.model.layers:
                 layer.self_attn.layer = 0  # whole rows ask no layer's number, and one number makes one graph
@@ -54,9 +54,9 @@ class Smolforge:
         stopping: Callable[[], bool] = lambda: False,
     ) -> Taken:
         """So many steps of the loop, timed from the moment it asks for the first batch. `after` is called each step."""
-        from smolforge.meter import Meter, Work, clock
-        from smolforge.settings import replaced
-        from smolforge.training import Action, train
+        from smolforge.config.base import replaced
+        from smolforge.training.loop import Action, train
+        from smolforge.training.step_timer import Meter, Work, clock
 
         begun: list[float] = []
         heard: list[float] = []
@@ -103,8 +103,8 @@ class Smolforge:
 
     def repeats(self, steps: int = 3) -> bool:
         """Whether the same steps from the same weights end at the same weights, to the bit."""
-        from smolforge.optim import optimizers
-        from smolforge.training import State
+        from smolforge.training.loop import State
+        from smolforge.training.optim import optimizers
 
         parameters = list(self.objective.parameters())
         start, ends = [each.detach().clone() for each in parameters], []
@@ -119,7 +119,7 @@ class Smolforge:
 
     def profile(self, out: Path, steps: int = 3) -> str:
         """Where the time of some steps goes; the trace and this summary stay in out/profile."""
-        from smolforge.recipe.profile import FOLDER, SUMMARY, Profile
+        from smolforge.runs.profiler import FOLDER, SUMMARY, Profile
 
         with attending(self.job.attention), Profile(out, steps) as profile:
             self.take(steps + 1, profile.step)
@@ -195,7 +195,7 @@ def litgpt(job: Job) -> tuple[nn.Module, Callable[..., Tensor]]:
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """As `smolforge.optim` has it: matrices decay, vectors do not."""
+    """As `smolforge.training.optim` has it: matrices decay, vectors do not."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.01},

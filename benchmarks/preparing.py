@@ -43,7 +43,7 @@ def main() -> None:
 
 def paragraphs(files: list[Path]) -> list[str]:
     """Documents of about 2,000 characters; without files, of Python's documentation."""
-    from smolforge.data.documents import python_docs
+    from smolforge.data.prepare.documents import python_docs
 
     texts = [file.read_text() for file in files] or [document.text for document in python_docs()]
     return [text[start : start + 2000] for text in texts for start in range(0, len(text), 2000)]
@@ -165,26 +165,26 @@ def signatures(source: Path) -> None:
 def ours(source: Path, out: Path, given: argparse.Namespace, workers: int, deduplication: str = "exact") -> None:
     from smolforge.config import Data
     from smolforge.data import sources
-    from smolforge.data.shards import prepare
-    from smolforge.data.sources import lines
+    from smolforge.data.prepare.build import prepare
+    from smolforge.data.sources import jsonl
     from smolforge.tokenizer import Tokenizer
 
     if workers > 1:  # as if the file were large: in parts, of which there are some for each worker
-        sources.MANY_BYTES = lines.MANY_BYTES = 0
-        lines.PART_BYTES = 4 << 20
+        sources.MANY_BYTES = jsonl.MANY_BYTES = 0
+        jsonl.PART_BYTES = 4 << 20
     data = Data.model_validate({"sources": (str(source),), "deduplication": deduplication})
     prepare(data, out, Tokenizer.load(given.tokenizer), workers=workers)
-    sources.MANY_BYTES = lines.MANY_BYTES = 256 << 20
+    sources.MANY_BYTES = jsonl.MANY_BYTES = 256 << 20
 
 
 def measure_memory(source: Path, size: int, given: argparse.Namespace) -> None:
     from smolforge.config import Data
     from smolforge.data import sources
-    from smolforge.data.shards import prepare
-    from smolforge.data.sources import lines
+    from smolforge.data.prepare.build import prepare
+    from smolforge.data.sources import jsonl
     from smolforge.tokenizer import Tokenizer
 
-    sources.MANY_BYTES = lines.MANY_BYTES = 0  # so that fewer megabytes than a large file's are read as one
+    sources.MANY_BYTES = jsonl.MANY_BYTES = 0  # so that fewer megabytes than a large file's are read as one
     process, stop, most = psutil.Process(), threading.Event(), [0, 0]
 
     def watch() -> None:

@@ -35,10 +35,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smolforge.checkpoint import state
+from smolforge.checkpoint import training_state
 from smolforge.comparison.figures import loss_curve
-from smolforge.runs import METRICS, RECIPE, environment
-from smolforge.runs.journal import read_records
+from smolforge.training import environment
+from smolforge.training.run_folder import METRICS, RECIPE, read_records
 
 FILES = ("model.safetensors", "training/optimizer.safetensors", "training/random.safetensors")
 NUMBERS = ("step", "tokens", "loss", "grad_norm", "learning_rate")
@@ -124,7 +124,7 @@ def start(words: list[str], log: BinaryIO) -> subprocess.Popen:
 
 def saved_step(run: Path) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
-    return max(map(state.step_of, state.all_of(run)), default=0)
+    return max(map(training_state.step_of, training_state.all_of(run)), default=0)
 
 
 def last_step(run: Path) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from smolforge.export import quantize
-from smolforge.quantized import Scheme
+from smolforge.exporters import quantize
+from smolforge.models.quantized import Scheme
 
 SCHEMES = {
     "int8": Scheme(8, None, True),

@@ -42,18 +42,18 @@ def timed(owner: Any, name: str, spent: Counter[str], label: str, clock: Callabl
 
 def run_nano(kind: str, folder: Path, steps: int, every: int, answer: Connection) -> None:
     """Train; send (seconds, seconds by part)."""
-    from smolforge import guard, runs
     from smolforge.data.corpus import Corpus
-    from smolforge.recipe import run, train, workshop
-    from smolforge.recipe.saving import Saving
+    from smolforge.runs import callbacks, run, train
+    from smolforge.runs.async_checkpoint import Saving
+    from smolforge.training import guard, run_folder
 
     spent: Counter[str] = Counter()
     timed(run, "train", spent, "training", time.perf_counter)
-    timed(workshop.Workshop, "finish", spent, "last checkpoint", time.perf_counter)
-    timed(workshop.Workshop, "save", spent, "copying", time.perf_counter)
-    timed(workshop.Workshop, "stopping", spent, "looking", time.perf_counter)
+    timed(callbacks.Workshop, "finish", spent, "last checkpoint", time.perf_counter)
+    timed(callbacks.Workshop, "save", spent, "copying", time.perf_counter)
+    timed(callbacks.Workshop, "stopping", spent, "looking", time.perf_counter)
     timed(guard.Judge, "__call__", spent, "judging", time.perf_counter)
-    timed(runs.RunFolder, "append", spent, "metrics", time.perf_counter)
+    timed(run_folder.RunFolder, "append", spent, "metrics", time.perf_counter)
     timed(Saving, "_write", spent, "writing, beside", time.thread_time)
     timed(Corpus, "check", spent, "corpus check, beside", time.thread_time)
     given: dict[str, Any] = {
@@ -74,16 +74,15 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
     """Steps of the full shape alone and beside a write, and the seconds of each part of one checkpoint."""
     import torch
 
-    from smolforge import presets
-    from smolforge.checkpoint import state
-    from smolforge.config import ModelConfig, Optim
+    from smolforge.checkpoint import training_state
+    from smolforge.config import ModelConfig, Optim, presets
     from smolforge.data.batches import Batch
-    from smolforge.model import build
-    from smolforge.objective import Objective
-    from smolforge.optim import optimizers, state_tensors
-    from smolforge.recipe.saving import Background
+    from smolforge.models.decoder import build
+    from smolforge.runs.async_checkpoint import Background
     from smolforge.testing import tiny_tokenizer
-    from smolforge.training import backward
+    from smolforge.training.loop import backward
+    from smolforge.training.objective import Objective
+    from smolforge.training.optim import optimizers, state_tensors
 
     model = build(ModelConfig.model_validate(presets.shape(preset)))
     model.tokenizer = tiny_tokenizer()
@@ -104,14 +103,18 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
         return time.perf_counter() - start
 
     found: dict[str, list[float]] = {"step alone": [], "step beside a write": [], "copy": [], "write": []}
-    staging = state.Staging()
+    staging = training_state.Staging()
 
     def save(number: int) -> None:
         """Copy, then write beside one step; the time of each."""
-        moment: list[state.Snapshot] = []
-        tensors, target = state_tensors(chosen, model), state.folder_of(folder, number)
-        found["copy"].append(seconds(lambda: moment.append(state.snapshot(model, tensors, {"step": number}, staging))))
-        writing = Background(lambda: found["write"].append(seconds(lambda: state.save(target, *moment))), "checkpoint")
+        moment: list[training_state.Snapshot] = []
+        tensors, target = state_tensors(chosen, model), training_state.folder_of(folder, number)
+        found["copy"].append(
+            seconds(lambda: moment.append(training_state.snapshot(model, tensors, {"step": number}, staging)))
+        )
+        writing = Background(
+            lambda: found["write"].append(seconds(lambda: training_state.save(target, *moment))), "checkpoint"
+        )
         found["step beside a write"].append(step())
         writing.result()
 
@@ -119,9 +122,9 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
     for number in range(3):
         found["step alone"].append(step())
         save(number)
-    newest = state.folder_of(folder, 2)
-    found["check"] = [seconds(lambda: state.check(newest)) for _ in range(3)]
-    found["load"] = [seconds(lambda: state.load(newest, model)) for _ in range(3)]
+    newest = training_state.folder_of(folder, 2)
+    found["check"] = [seconds(lambda: training_state.check(newest)) for _ in range(3)]
+    found["load"] = [seconds(lambda: training_state.load(newest, model)) for _ in range(3)]
     answer.send((sum(path.stat().st_size for path in newest.rglob("*")), found))
 
 

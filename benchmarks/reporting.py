@@ -31,15 +31,16 @@ KINDS: dict[str, dict[str, Any]] = {
 def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
     """Train; send (seconds, seconds by part)."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
-    from smolforge import runs, tracking
+    from smolforge import tracking
     from smolforge.device.usage import Usage
-    from smolforge.recipe import run, train, workshop
-    from smolforge.tracking.watch import Watch
+    from smolforge.runs import callbacks, run, train
+    from smolforge.tracking.histograms import Watch
+    from smolforge.training import run_folder
 
     spent: Counter[str] = Counter()
     timed(run, "train", spent, "training", time.perf_counter)
-    timed(runs.RunFolder, "append", spent, "metrics.jsonl", time.perf_counter)
-    timed(workshop.Workshop, "weigh", spent, "norm of the weights", time.perf_counter)
+    timed(run_folder.RunFolder, "append", spent, "metrics.jsonl", time.perf_counter)
+    timed(callbacks.Workshop, "weigh", spent, "norm of the weights", time.perf_counter)
     timed(Usage, "after_a_step", spent, "use of the machine", time.perf_counter)
     timed(Watch, "gradients", spent, "watching", time.perf_counter)
     timed(Watch, "after", spent, "watching", time.perf_counter)

@@ -5,7 +5,7 @@
                        + bytes that must pass through memory between the products, at the measured bandwidth
                        + bytes of casting weights, clipping and AdamW, at that bandwidth
 
-FLOPs are `smolforge.sizes.flops_per_token`'s, causal attention counted as half. Half of the peak is the rate at which
+FLOPs are `smolforge.models.stats.flops_per_token`'s, causal attention counted as half. Half of the peak is the rate at which
 such a kernel is fast at heads of 64; `strict` has it at the whole peak, which none reaches. Bytes are counted for bf16
 autocast over fp32 weights: products write bf16, the residual stream stays fp32. Whatever happens between two products
 is taken to be one kernel, which reads what it needs and writes what others need once; what products and attention
@@ -72,7 +72,7 @@ def optimizer_bytes(parameters: int) -> int:
 
 def fastest_step(config: Any, length: int, tokens: int, machine: Machine, strict: bool = False) -> dict[str, float]:
     """Seconds of each part of a step of one micro-batch of so many tokens, in rows of this length."""
-    from smolforge.sizes import flops_per_token, parameter_counts
+    from smolforge.models.stats import flops_per_token, parameter_counts
 
     assert config.model_type in ("llama", "qwen3"), "the bytes of other families are not counted"
     counts = parameter_counts(config)
@@ -134,7 +134,7 @@ class Gauge:
     def about(self) -> dict[str, Any]:
         """What the device is, and the peak that an MFU on it is a share of."""
         from smolforge.device import memory_bytes, name_of
-        from smolforge.device.peaks import peak
+        from smolforge.device.peak_flops import peak
 
         device = torch.device(self.device)
         rate, source = peak(device, self.dtype)

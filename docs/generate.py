@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from cyclopts import App
 
-from smolforge import cli, errors, presets
-from smolforge.cli.terminal import schedule_line
-from smolforge.comparison.study.read import read as read_study
-from smolforge.config import Data, Recipe, Source, Stage
-from smolforge.recipe.read import read_recipe
-from smolforge.settings import FREE, Settings, fields, inside, leaves
-from smolforge.signals import EXIT_CODES
-from smolforge.sizes import parameter_counts
+from smolforge import cli, errors
+from smolforge.cli.run_display import schedule_line
+from smolforge.comparison.study.spec import read as read_study
+from smolforge.config import Data, Recipe, Source, Stage, presets
+from smolforge.config.base import FREE, Settings, fields, inside, leaves
+from smolforge.config.load import read_recipe
+from smolforge.models.stats import parameter_counts
+from smolforge.training.signals import EXIT_CODES
 
 DOCS = Path(__file__).parent
 SETTINGS = """# Settings

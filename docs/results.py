@@ -10,9 +10,8 @@ from pathlib import Path
 
 from smolforge.comparison import style
 from smolforge.comparison.study.figures import FIGURES
-from smolforge.comparison.study.record import Findings, Variant, recorded
-from smolforge.comparison.study.report import NUMBERS, markdown
-from smolforge.comparison.study.tables import losses
+from smolforge.comparison.study.report import NUMBERS, losses, markdown
+from smolforge.comparison.study.results import Findings, Variant, recorded
 
 RESULTS = Path(__file__).with_name("results")
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from smolforge import train
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.evaluation import loss_by_position
-from smolforge.model import LanguageModel, adapted
+from smolforge.models.decoder import LanguageModel, adapted
 
 SHORT, LONG, THETA, RAISED = 256, 1024, 1e4, 1e5
 EDGES = (0, 16, 64, 128, SHORT, 384, 512, 768, LONG)

@@ -33,13 +33,13 @@ from children import begin_at_once
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from smolforge import cli, commit
-from smolforge.checkpoint import resolve, state
+from smolforge import atomic, cli
+from smolforge.checkpoint import loading, training_state
 from smolforge.errors import InvalidFile
-from smolforge.runs.journal import read_records
 from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
 from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start, wait_until
+from smolforge.training.run_folder import read_records
 
 OPTIM = {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4}}
 TRAIN = {
@@ -80,7 +80,7 @@ class Outcome:
 
     @classmethod
     def of(cls, run: Path) -> "Outcome":
-        files = commit.check(state.all_of(run)[-1])["files"]
+        files = atomic.check(training_state.all_of(run)[-1])["files"]
         records = read_records(run / "metrics.jsonl")
         batches = [record.get("batch", record["step"] - 1) for record in records]
         return cls(
@@ -218,7 +218,7 @@ def saving(run: Path, since: float) -> bool:
 
 def somewhere(bench: Bench, run: Path, chance: random.Random) -> float:
     """A moment in what is left of a run, in seconds from now."""
-    done = max(map(state.step_of, state.all_of(run)), default=0)
+    done = max(map(training_state.step_of, training_state.all_of(run)), default=0)
     return chance.uniform(0, bench.seconds * (1 - done / bench.steps) + 0.2)
 
 
@@ -260,7 +260,7 @@ def kills(bench: Bench, count: int | None, chance: random.Random) -> str:
 
 def record(bench: Bench, disk: Path) -> Trace:
     """The operations of a run in two starts, in this process. What they leave is held to what the trace says."""
-    from smolforge.recipe import train
+    from smolforge.runs import train
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -324,7 +324,7 @@ def power_cuts(bench: Bench, count: int | None, chance: random.Random) -> str:
 def saves(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Power fails, or the process dies, at each operation of the last save: the old or the new one is there."""
     trace = record(bench, bench.new("recorded").with_name("disk"))
-    last = state.folder_of(Path("run"), bench.steps).with_name(f".tmp-step-{bench.steps:08d}")
+    last = training_state.folder_of(Path("run"), bench.steps).with_name(f".tmp-step-{bench.steps:08d}")
     first = next(number for number, each in enumerate(trace.operations) if each.path == last)
     operations = range(first, len(trace.operations) + 1)
     cases = some([(at, fate) for at in operations for fate in [power.all_kept, *fates(chance)]], count, chance)
@@ -332,10 +332,10 @@ def saves(bench: Bench, count: int | None, chance: random.Random) -> str:
     for at, fate in cases:
         disk = bench.new("save").with_name("disk")
         power.after_power_loss(trace, at, disk, fate)
-        found = state.newest_sound(disk / "run", lambda _: None)
+        found = training_state.newest_sound(disk / "run", lambda _: None)
         hold(found is not None, f"no checkpoint is sound after operation {at}, {fate.__name__} ({disk})")
-        new += state.step_of(found) == bench.steps
-        old += state.step_of(found) < bench.steps
+        new += training_state.step_of(found) == bench.steps
+        old += training_state.step_of(found) < bench.steps
         shutil.rmtree(disk.parent)
     return f"saves: {len(cases)} cut short; {old} times the checkpoint before is there, {new} times the new one"
 
@@ -358,7 +358,7 @@ class Damage:
 def damages(checkpoint: Path, older: Path, chance: random.Random) -> Iterator[Damage]:
     """Every kind of damage to every file of a checkpoint, again and again with other bits and lengths."""
     while True:
-        for name in [*commit.check(checkpoint)["files"], commit.MANIFEST]:
+        for name in [*atomic.check(checkpoint)["files"], atomic.MANIFEST]:
             size = (checkpoint / name).stat().st_size
             for bit in [chance.randrange(size * 8) for _ in range(4)]:
                 yield Damage(f"flipped at bit {bit}", name, partial(damage.flip_bit, bit=bit))
@@ -374,7 +374,7 @@ def means_the_same(path: Path, before: bytes) -> bool:
     """Some files are equal in all steps, some pages are zeros, and white space in a manifest says nothing."""
     try:
         after = path.read_bytes()
-        return after == before or (path.name == commit.MANIFEST and json.loads(after) == json.loads(before))
+        return after == before or (path.name == atomic.MANIFEST and json.loads(after) == json.loads(before))
     except (OSError, ValueError):
         return False
 
@@ -382,15 +382,17 @@ def means_the_same(path: Path, before: bytes) -> bool:
 def check_noticed(run: Path, older: Path, spoiled: Damage) -> None:
     """A resume passes over the newest checkpoint, and so does a reader of the model where it would read that file."""
     said: list[str] = []
-    hold(state.newest_sound(run, said.append) == older and len(said) == 1, f"{spoiled}: not noticed by a resume")
-    if spoiled.file in (*resolve.READ, commit.MANIFEST):
-        hold(resolve.find(run) == older, f"{spoiled}: not noticed by a reader of the model")
+    hold(
+        training_state.newest_sound(run, said.append) == older and len(said) == 1, f"{spoiled}: not noticed by a resume"
+    )
+    if spoiled.file in (*loading.READ, atomic.MANIFEST):
+        hold(loading.find(run) == older, f"{spoiled}: not noticed by a reader of the model")
 
 
 def bad_bits(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Damage of every kind is done to the newest checkpoint, noticed and undone; each hundredth run goes on with it."""
     run = bench.folder / "undisturbed"
-    older, newest = state.all_of(run)[-2:]
+    older, newest = training_state.all_of(run)[-2:]
     kinds: dict[str, int] = {}
     resumed = 0
     for spoiled in damages(newest, older, chance):
@@ -420,9 +422,9 @@ def wrong_names(bench: Bench, count: int | None, chance: random.Random) -> str:
     for do, left in ((damage.swap, 0), (Path.rename, 1)):
         run = bench.new("renamed")
         shutil.copytree(bench.folder / "undisturbed", run)
-        older, newest = state.all_of(run)[-2:]
-        do(newest, older if left == 0 else state.folder_of(run, bench.steps + 5))
-        found = state.newest_sound(run, lambda _: None)
+        older, newest = training_state.all_of(run)[-2:]
+        do(newest, older if left == 0 else training_state.folder_of(run, bench.steps + 5))
+        found = training_state.newest_sound(run, lambda _: None)
         hold(found in (None, older), f"{do.__name__}: a checkpoint under another step's name is taken for sound")
     return "wrong names: 2 noticed"
 
@@ -430,7 +432,7 @@ def wrong_names(bench: Bench, count: int | None, chance: random.Random) -> str:
 def payload_flips(bench: Bench, count: int | None, chance: random.Random) -> str:
     """For comparison: how many flipped bits of weights the safetensors library notices by itself."""
     path = bench.new("flipped").with_name("model.safetensors")
-    shutil.copyfile(state.all_of(bench.folder / "undisturbed")[-1] / path.name, path)
+    shutil.copyfile(training_state.all_of(bench.folder / "undisturbed")[-1] / path.name, path)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     noticed = 0
     for _ in range(count or 1):
@@ -537,12 +539,12 @@ def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
     for _ in range(count or 1):
         sent, run = chance.choice(list(EXIT_CODES)), bench.new("signalled")
         code, _ = send_anywhere(bench, run, sent, chance)
-        over = state.folder_of(run, bench.steps).exists()
+        over = training_state.folder_of(run, bench.steps).exists()
         hold(code == EXIT_CODES[sent] or over, f"{sent.name}: ended with {code}: {bench.said(run)} ({run})")
         if code == EXIT_CODES[sent]:
             records = read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-            newest = state.newest_sound(run, lambda _: None)
-            saved = state.step_of(newest) if newest else 0
+            newest = training_state.newest_sound(run, lambda _: None)
+            saved = training_state.step_of(newest) if newest else 0
             hold(saved == len(records), f"{sent.name}: {len(records)} steps were done and {saved} saved ({run})")
             stopped, inside = stopped + 1, inside + (0 < saved < bench.steps)
         bench.finish((run, sent.name))

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from smolforge import cli
-from smolforge.device import peaks
-from smolforge.ranks import World
-from smolforge.recipe import plan, resume_or_start, train
-from smolforge.recipe.workshop import Silent
+from smolforge.device import peak_flops
+from smolforge.runs import estimate, resume_or_start, train
+from smolforge.runs.callbacks import Silent
 from smolforge.testing.processes import die
+from smolforge.training.distributed import World
 
 
 def begin_at_once() -> None:
     """One thread, and no half second of multiplications to say how fast this machine is."""
     torch.set_num_threads(1)
-    plan.matrix_flops_per_second = peaks.matrix_flops_per_second = lambda device, dtype: 1e11
+    estimate.matrix_flops_per_second = peak_flops.matrix_flops_per_second = lambda device, dtype: 1e11
 
 
 class KilledAt(Silent):

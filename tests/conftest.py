@@ -129,16 +129,16 @@ def text_file(tmp_path: Path) -> Path:
 @pytest.fixture(params=["int8", "int4", "q8_0"])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny model as a folder of integers, or a .gguf; both know how to chat."""
-    from smolforge.chat import CHATML
-    from smolforge.checkpoint import weights
-    from smolforge.export.gguf import to_gguf
-    from smolforge.quantized import Scheme, quantize
+    from smolforge.checkpoint import huggingface
+    from smolforge.exporters.gguf import to_gguf
+    from smolforge.models.quantized import Scheme, quantize
+    from smolforge.tokenizer.chat import CHATML
 
     model, folder = tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "small"
     tokenizer = Tokenizer(model.tokenizer.backend, model.tokenizer.settings | {"chat_template": CHATML})
     if request.param != "q8_0":
         quantize(model, Scheme(4, 32, True) if request.param == "int4" else Scheme(8, None, True))
-    weights.save(model, folder, tokenizer)
+    huggingface.save(model, folder, tokenizer)
     if request.param == "q8_0":
         to_gguf(folder, folder.with_suffix(".gguf"), "q8_0")
         return folder.with_suffix(".gguf")
@@ -155,8 +155,8 @@ def shared() -> Path:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
-    from smolforge import training
     from smolforge.data.batches import Windows
+    from smolforge.training import loop
 
     real, numbers, bad = Windows.batch, {}, {}
 
@@ -176,7 +176,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 losses["loss"] = losses["loss"] + 10
         return losses
 
-    computed = training.backward
+    computed = loop.backward
     monkeypatch.setattr(Windows, "batch", batch)
-    monkeypatch.setattr(training, "backward", backward)
+    monkeypatch.setattr(loop, "backward", backward)
     return lambda kind, *which: bad.update(dict.fromkeys(which, kind))

@@ -26,7 +26,7 @@ import yaml
 
 from smolforge import cli
 from smolforge.config import Recipe
-from smolforge.settings import fields, leaves, place
+from smolforge.config.base import fields, leaves, place
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 RECIPES = [path for path in SHIPPED if "init_from" not in path.read_text()]  # others ask the Hub for their shape

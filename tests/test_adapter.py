@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from smolforge import cli
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.export.transformers import to_transformers
+from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import tiny_model
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'smolforge[harness]'")
@@ -78,7 +78,7 @@ def local(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     return tmp_path / "model"
 
 
@@ -150,7 +150,7 @@ def test_asking_again_draws_again(folder):
 
 
 def test_a_conversation_is_left_open_for_its_last_message(folder):
-    model = resolve.load(folder)
+    model = loading.load(folder)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     settings = {**model.tokenizer.settings, "chat_template": template}
@@ -196,7 +196,7 @@ def test_the_command(capsys, local, folder, tmp_path):
 
 
 def test_examples_are_as_many_as_a_task_says_unless_asked(local, folder):
-    path, model = local("choice", fewshot_split="test", num_fewshot=2), resolve.load(folder)
+    path, model = local("choice", fewshot_split="test", num_fewshot=2), loading.load(folder)
     for asked, shown in ((None, 2), (1, 1)):
         values, logged = harness.run(model, harness.find([path]), limit=2, few_shot=asked)
         assert values["local_choice"]["few_shot"] == shown
@@ -216,7 +216,7 @@ def test_examples_are_as_many_as_a_task_says_unless_asked(local, folder):
 )
 def test_mistakes_of_a_task_are_sentences(local, folder, changes, error, said):
     with pytest.raises(error, match=said) as caught:
-        harness.run(resolve.load(folder), harness.find([local("writing", **changes)]))
+        harness.run(loading.load(folder), harness.find([local("writing", **changes)]))
     assert "\n" not in str(caught.value)
 
 

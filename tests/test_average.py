@@ -9,14 +9,20 @@ from conftest import NANO
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from smolforge import training
-from smolforge.checkpoint import resolve, state
+from smolforge.checkpoint import loading, training_state
 from smolforge.config import Optim
+from smolforge.config.base import replaced
+from smolforge.config.load import to_recipe
 from smolforge.data.batches import Windows
 from smolforge.data.corpus import Corpus
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.evaluation import measure_corpus
-from smolforge.optim import (
+from smolforge.models.stats import parameter_counts
+from smolforge.runs import callbacks, train
+from smolforge.runs.estimate import checkpoint_bytes, training_bytes
+from smolforge.testing import tiny_model
+from smolforge.training import loop
+from smolforge.training.optim import (
     Average,
     averaged,
     leave_out,
@@ -25,13 +31,7 @@ from smolforge.optim import (
     scale_learning_rates,
     state_tensors,
 )
-from smolforge.recipe import train, workshop
-from smolforge.recipe.plan import checkpoint_bytes, training_bytes
-from smolforge.recipe.read import to_recipe
-from smolforge.runs.journal import read_records
-from smolforge.settings import replaced
-from smolforge.sizes import parameter_counts
-from smolforge.testing import tiny_model
+from smolforge.training.run_folder import read_records
 
 DECAY = 0.9
 """Reached with the 82nd update."""
@@ -48,7 +48,7 @@ def recipe_file(tmp_path, text_file):
 
 
 def hashes(run: Path, step: int) -> list[str]:
-    files = state.check(state.folder_of(run, step))["files"]
+    files = training_state.check(training_state.folder_of(run, step))["files"]
     return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
 
 
@@ -153,9 +153,9 @@ def test_a_state_with_and_one_without_are_not_exchanged(kept):
 def test_a_run_trains_as_without_and_shows_the_average(tmp_path, recipe_file, monkeypatch):
     """Of the weights that a run without one saved after each step; what is measured, saved and returned is that."""
     plain = train(recipe_file, tmp_path / "plain", **{"optim.name": "muon"})
-    sampled, draw = [], workshop.generate
+    sampled, draw = [], callbacks.generate
     monkeypatch.setattr(
-        workshop,
+        callbacks,
         "generate",
         lambda model, *given, **options: sampled.append(model.head.clone()) or draw(model, *given, **options),
     )
@@ -165,16 +165,18 @@ def test_a_run_trains_as_without_and_shows_the_average(tmp_path, recipe_file, mo
     assert [record["loss"] for record in records[0]] == [record["loss"] for record in records[1]]
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, 9):
-        for name, weight in resolve.load(state.folder_of(plain.folder, step), torch.float64).named_parameters():
+        for name, weight in loading.load(
+            training_state.folder_of(plain.folder, step), torch.float64
+        ).named_parameters():
             expected[name] = expected.get(name, weight.detach()).lerp(weight.detach(), share(step, SHORT))
-    saved, corpus = resolve.load(run.folder), Corpus.open(run.folder / "corpus")
+    saved, corpus = loading.load(run.folder), Corpus.open(run.folder / "corpus")
     for name, weight in saved.named_parameters():
         torch.testing.assert_close(weight.double(), expected[name], rtol=1e-5, atol=1e-7)
         assert torch.equal(weight, run.model.get_parameter(name))
     assert run.metrics["validation_loss"] == pytest.approx(measure_corpus(saved, corpus, 32)["loss"], rel=1e-6)
     assert run.metrics["validation_loss"] != pytest.approx(plain.metrics["validation_loss"], rel=1e-4)
     assert [torch.equal(head, saved.head) for head in sampled] == [True]
-    assert state.validation_loss(state.folder_of(run.folder, 8)) == run.metrics["validation_loss"]
+    assert training_state.validation_loss(training_state.folder_of(run.folder, 8)) == run.metrics["validation_loss"]
 
 
 def test_stopped_and_continued_equals_run_at_once(tmp_path, recipe_file):
@@ -206,14 +208,14 @@ def test_it_is_part_of_what_a_run_is_and_what_the_next_begins_from(tmp_path, rec
 @pytest.fixture
 def poison(monkeypatch):
     """Makes the loss of these batches, counted as they come, no number."""
-    computed, met, bad = training.backward, [], set()
+    computed, met, bad = loop.backward, [], set()
 
     def backward(*given):
         losses = computed(*given)
         met.append(None)
         return losses | {"loss": torch.tensor(float("nan"))} if len(met) - 1 in bad else losses
 
-    monkeypatch.setattr(training, "backward", backward)
+    monkeypatch.setattr(loop, "backward", backward)
     return lambda *which: bad.update(which)
 
 
@@ -221,7 +223,9 @@ def test_a_step_that_is_left_out_leaves_it_alone(tmp_path, recipe_file, poison):
     poison(3)
     run = train(recipe_file, tmp_path / "run", steps=5, **{"optim.ema_decay": SHORT})
     assert hashes(run.folder, 3) != hashes(run.folder, 2)
-    before, after = (state.load(state.folder_of(run.folder, step), tiny_model())[0] for step in (3, 5))
+    before, after = (
+        training_state.load(training_state.folder_of(run.folder, step), tiny_model())[0] for step in (3, 5)
+    )
     assert after["averaged.model.norm.weight"] == before["averaged.model.norm.weight"] + 1
 
 

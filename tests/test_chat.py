@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from smolforge.chat import ChatTemplate, process
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.testing import tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer.chat import ChatTemplate, process
 
 OFFICIAL = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

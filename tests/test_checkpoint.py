@@ -12,19 +12,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smolforge import commit
-from smolforge.checkpoint import families, resolve, state, weights
+from smolforge import atomic
+from smolforge.checkpoint import families, huggingface, loading, training_state
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.recipe import train
-from smolforge.runs.journal import read_records
+from smolforge.runs import train
 from smolforge.testing import Crash, crashing, failing, flip_bit, tiny_config, tiny_model
+from smolforge.training.run_folder import read_records
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     return tmp_path / "model"
 
 
@@ -45,7 +45,7 @@ def edit_weights(folder: Path, change):
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_reads_what_we_write(tmp_path, tied):
     model = tiny_model(tie_word_embeddings=tied)
-    weights.save(model, tmp_path, model.tokenizer)
+    huggingface.save(model, tmp_path, model.tokenizer)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert isinstance(theirs, LlamaForCausalLM)
     ids = torch.randint(320, (2, 30))
@@ -58,7 +58,7 @@ def test_we_read_what_transformers_writes(tmp_path, tied):
     names = tiny_config(tie_word_embeddings=tied).model_dump(exclude={"model_type"})
     theirs = LlamaForCausalLM(LlamaConfig(**names)).eval()
     theirs.save_pretrained(tmp_path)
-    ours = weights.load(tmp_path)
+    ours = huggingface.load(tmp_path)
     assert ours.config == tiny_config(tie_word_embeddings=tied, initializer_range=0.1)
     ids = torch.randint(320, (2, 30))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_the_published_configs_are_understood(shared, name):
 
 
 def test_saved_and_loaded_is_the_same_to_the_bit(folder):
-    model, again = tiny_model(), resolve.load(folder)
+    model, again = tiny_model(), loading.load(folder)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name])
     assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
@@ -100,32 +100,32 @@ def test_saved_and_loaded_is_the_same_to_the_bit(folder):
 def test_configs_that_would_be_another_model_are_refused(folder, change, said):
     edit_config(folder, **change)
     with pytest.raises(InvalidFile, match=said.replace(".", r"\.")):
-        weights.load(folder)
+        huggingface.load(folder)
 
 
 def test_tensors_are_all_used_and_all_there(folder):
     edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(InvalidFile, match=r"lacks 1 of 20 tensors, the first model\.norm\.weight"):
-        weights.load(folder)
+        huggingface.load(folder)
     edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32), "extra": torch.ones(1)}))
     with pytest.raises(InvalidFile, match="has 1 tensors this model has no place for, the first extra"):
-        weights.load(folder)
+        huggingface.load(folder)
 
 
 def test_a_tied_head_in_the_file_must_be_the_embedding(folder):
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": embedding.clone()}))
-    assert weights.load(folder).config.tie_word_embeddings
+    assert huggingface.load(folder).config.tie_word_embeddings
     edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
     with pytest.raises(InvalidFile, match="differs from the embedding"):
-        weights.load(folder)
+        huggingface.load(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 8 + b"{}"])
 def test_broken_weights_are_a_sentence(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(InvalidFile, match="cannot be read"):
-        weights.load(folder)
+        huggingface.load(folder)
 
 
 # MODEL
@@ -133,12 +133,12 @@ def test_broken_weights_are_a_sentence(folder, content):
 
 def test_names_that_are_no_model(tmp_path):
     with pytest.raises(SettingError, match=r"there is no model 'smollm2-135n'.*Did you mean smollm2-135m"):
-        resolve.load("smollm2-135n")
+        loading.load("smollm2-135n")
     with pytest.raises(SettingError, match=r"nothing to say; its published weights are HuggingFaceTB/SmolLM2-135M"):
-        resolve.load("smollm2-135m")
+        loading.load("smollm2-135m")
     with pytest.raises(InvalidFile, match=r"is not a model folder: it has no config\.json"):
-        resolve.load(tmp_path)
-    assert resolve.load("smollm2-nano", random=True).config.hidden_size == 192
+        loading.load(tmp_path)
+    assert loading.load("smollm2-nano", random=True).config.hidden_size == 192
 
 
 # Whole or not at all
@@ -151,12 +151,12 @@ def put(folder: Path, text: str = "content") -> None:
             with (temporary / name).open("w") as file:
                 file.write(f"{text} {name}")
 
-    commit.write_whole(folder, fill, {"step": 1})
+    atomic.write_whole(folder, fill, {"step": 1})
 
 
 def test_a_commit_is_sound(tmp_path):
     put(tmp_path / "step-1")
-    assert set(commit.check(tmp_path / "step-1")["files"]) == {"a", "b", "sub/c"}
+    assert set(atomic.check(tmp_path / "step-1")["files"]) == {"a", "b", "sub/c"}
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_nothing_and_harms_nothing(tmp_path, after):
     with failing(tmp_path, after), pytest.raises(MissingResource, match="the disk is full.*are free"):
         put(tmp_path / "step-2")
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    commit.check(tmp_path / "step-1")
+    atomic.check(tmp_path / "step-1")
 
 
 @pytest.mark.parametrize("after", range(1, 17))
@@ -189,7 +189,7 @@ def test_every_flipped_bit_is_found(tmp_path):
             if name == "manifest.json" and _same_json(path.read_bytes(), content):
                 continue  # white space says nothing
             with pytest.raises(InvalidFile, match="damaged"):
-                commit.check(tmp_path / "step-1")
+                atomic.check(tmp_path / "step-1")
             path.write_bytes(content)
 
 
@@ -204,11 +204,11 @@ def test_missing_and_shortened_files_are_found(tmp_path):
     put(tmp_path / "step-1")
     (tmp_path / "step-1" / "a").write_text("conten")
     with pytest.raises(InvalidFile, match="its size is not"):
-        commit.check(tmp_path / "step-1")
+        atomic.check(tmp_path / "step-1")
     (tmp_path / "step-1" / "a").unlink()
     with pytest.raises(InvalidFile, match="is missing"):
-        commit.check(tmp_path / "step-1")
-    commit.check(tmp_path / "step-1", only=["b"])
+        atomic.check(tmp_path / "step-1")
+    atomic.check(tmp_path / "step-1", only=["b"])
 
 
 # A run's checkpoints
@@ -216,9 +216,9 @@ def test_missing_and_shortened_files_are_found(tmp_path):
 
 def checkpoint(run: Path, step: int, loss: float | None = None, model=None) -> Path:
     model = model or tiny_model()
-    folder = state.folder_of(run, step)
+    folder = training_state.folder_of(run, step)
     facts = {"step": step, "tokens": 0, "corpus": "", "validation_loss": loss}
-    state.save(folder, state.snapshot(model, {"exp_avg.model.norm.weight": torch.ones(32)}, facts))
+    training_state.save(folder, training_state.snapshot(model, {"exp_avg.model.norm.weight": torch.ones(32)}, facts))
     return folder
 
 
@@ -228,7 +228,7 @@ def test_the_newest_sound_one_is_found_and_the_rest_named(tmp_path):
     flip_bit(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors", 40_000)
     (tmp_path / "checkpoints" / ".tmp-step-00000004").mkdir()
     said: list[str] = []
-    assert state.newest_sound(tmp_path, said.append) == state.folder_of(tmp_path, 2)
+    assert training_state.newest_sound(tmp_path, said.append) == training_state.folder_of(tmp_path, 2)
     assert len(said) == 1
     assert "step-00000003 is skipped" in said[0]
     assert "damaged" in said[0]
@@ -237,10 +237,14 @@ def test_the_newest_sound_one_is_found_and_the_rest_named(tmp_path):
 def test_retention_keeps_the_last_and_the_best(tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, None, 2.5, 2.4], 1):
         checkpoint(tmp_path, step, loss)
-    state.retain(tmp_path, keep_last=2, keep_best=True)
-    assert [path.name for path in state.all_of(tmp_path)] == ["step-00000002", "step-00000005", "step-00000006"]
-    state.retain(tmp_path, keep_last=2, keep_best=False)
-    assert [path.name for path in state.all_of(tmp_path)] == ["step-00000005", "step-00000006"]
+    training_state.retain(tmp_path, keep_last=2, keep_best=True)
+    assert [path.name for path in training_state.all_of(tmp_path)] == [
+        "step-00000002",
+        "step-00000005",
+        "step-00000006",
+    ]
+    training_state.retain(tmp_path, keep_last=2, keep_best=False)
+    assert [path.name for path in training_state.all_of(tmp_path)] == ["step-00000005", "step-00000006"]
 
 
 def test_random_states_come_back():
@@ -251,11 +255,11 @@ def test_random_states_come_back():
         return random.gauss(0, 1), random.random(), normal.tolist(), torch.rand(3).tolist()
 
     random.gauss(0, 1), np.random.standard_normal()
-    tensors = state.random_tensors()
-    state.set_random_tensors(tensors)
+    tensors = training_state.random_tensors()
+    training_state.set_random_tensors(tensors)
     first = draw()
     draw()
-    state.set_random_tensors(tensors)
+    training_state.set_random_tensors(tensors)
     assert draw() == first
 
 
@@ -264,19 +268,19 @@ def test_a_later_format_is_refused(tmp_path):
     facts = json.loads((folder / "training" / "state.json").read_text())
     (folder / "training" / "state.json").write_text(json.dumps(facts | {"format_version": 99}))
     with pytest.raises(InvalidFile, match="has format 99"):
-        state.read_facts(folder)
+        training_state.read_facts(folder)
 
 
 def test_generate_does_not_read_the_optimizer(tmp_path):
     """A damaged optimizer file does not keep a model from being loaded from its run."""
     folder = checkpoint(tmp_path, 1)
     flip_bit(folder / "training" / "optimizer.safetensors", 1500)
-    assert resolve.find(tmp_path) == folder
+    assert loading.find(tmp_path) == folder
     shutil.copytree(folder, tmp_path / "alone")
-    resolve.load(tmp_path / "alone")
+    loading.load(tmp_path / "alone")
     flip_bit(tmp_path / "alone" / "model.safetensors", 99_000)
     with pytest.raises(InvalidFile, match="damaged"):
-        resolve.load(tmp_path / "alone")
+        loading.load(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("message", ["Error while serializing: I/O error: No space left on device (os error 28)"])
@@ -286,7 +290,7 @@ def test_rust_libraries_meet_a_full_disk_too(tmp_path, message):
         raise SafetensorError(message)
 
     with pytest.raises(MissingResource, match="the disk is full.*are free"):
-        commit.write_whole(tmp_path / "step-1", fill, {})
+        atomic.write_whole(tmp_path / "step-1", fill, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -300,7 +304,7 @@ def test_a_config_must_say_the_sizes(folder):
 # What earlier versions wrote
 
 
-@pytest.mark.parametrize("number", range(1, state.FORMAT_VERSION + 1))
+@pytest.mark.parametrize("number", range(1, training_state.FORMAT_VERSION + 1))
 def test_runs_of_every_format_go_on(tmp_path, number):
     """Kept as they were written: the model speaks, and two further steps are what they would have been then.
 
@@ -308,7 +312,7 @@ def test_runs_of_every_format_go_on(tmp_path, number):
     """
     shutil.copytree(Path(__file__).parent / "fixtures" / f"format-{number}", tmp_path / "run")
     expected = json.loads((tmp_path / "run" / "expected.json").read_text())
-    assert resolve.load(tmp_path / "run").config.hidden_size == 16
+    assert loading.load(tmp_path / "run").config.hidden_size == 16
     train(tmp_path / "run" / "recipe.toml", tmp_path / "run", steps=6)
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     for record, then in zip(records[4:], expected, strict=True):

@@ -13,16 +13,17 @@ import pytest
 import torch
 from conftest import NANO
 
-from smolforge import __version__, cli, training
-from smolforge.checkpoint import state
-from smolforge.cli import lengths
+from smolforge import __version__, cli
+from smolforge.checkpoint import training_state
 from smolforge.cli.flags import parse
-from smolforge.cli.terminal import arithmetic_line, duration, metrics_line
+from smolforge.cli.inspect import corpus_report
+from smolforge.cli.run_display import arithmetic_line, duration, metrics_line
 from smolforge.config import Train
 from smolforge.device import is_out_of_memory
 from smolforge.errors import SettingError
-from smolforge.recipe import train
+from smolforge.runs import train
 from smolforge.testing import sentences
+from smolforge.training import loop
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_prepare_and_inspect_a_corpus(capsys, tmp_path, text_file):
     assert sum(row["documents"] for row in facts["histogram"]) == counts["documents"]
     code, out, _ = call(capsys, "inspect", tmp_path / "corpus", "--figure", tmp_path / "lengths.svg")
     assert "windows of 64 tokens" in out
-    assert max(map(len, "\n".join(lengths.lines(facts, 80)).splitlines())) < 80
+    assert max(map(len, "\n".join(corpus_report.length_lines(facts, 80)).splitlines())) < 80
     assert "tokens a document" in (tmp_path / "lengths.svg").read_text()
     index = tmp_path / "corpus" / "train" / "00000.ds.index"
     whole = index.read_bytes()
@@ -291,7 +292,7 @@ def test_out_of_memory_names_what_needs_less(tmp_path, recipe_file, capsys, monk
     def backward(*_):
         raise error
 
-    monkeypatch.setattr(training, "backward", backward)
+    monkeypatch.setattr(loop, "backward", backward)
     one, full = ("--train.micro-batch-size", 1), ("--train.activation-checkpointing", "full")
     for flags, way_out in (
         ((), "--train.micro-batch-size 2 (it is 4) or --train.activation-checkpointing full needs less"),
@@ -324,7 +325,7 @@ def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
     err = started.communicate(timeout=60)[1]
     assert started.returncode == code
     last = re.search(r"after step (\d+), everything is saved", " ".join(err.split()))
-    assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", int(last[1]))
+    assert training_state.all_of(tmp_path / "run")[-1] == training_state.folder_of(tmp_path / "run", int(last[1]))
     assert "Traceback" not in err
 
 

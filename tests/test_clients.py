@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_server import KEY, Running
 
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
 from smolforge.evaluation.multiple_choice import score
 from smolforge.evaluation.tasks import read_items
 from smolforge.testing import tiny_model
@@ -51,7 +51,7 @@ def asked(url, items, folder, tokenizer, tmp_path):
 def agree(model, items, tokenizer, tmp_path):
     """Every log-probability and verdict is that in this process, but for rounding; returns the largest difference."""
     torch.set_num_threads(1)
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     with Running(KEY, model=model, context=1024) as server:
         theirs = asked(server.url, items, tmp_path / "model", tokenizer, tmp_path)
     ours = score(model, read_items(items))

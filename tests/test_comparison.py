@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli
-from smolforge.comparison import curves, figures, marks, page, parts, style, table, told
+from smolforge.comparison import figures, page, style, summaries, table
 from smolforge.comparison.history import PARTS, read
-from smolforge.comparison.selection import holds_runs, select, shortest_names
+from smolforge.comparison.select import holds_runs, select, shortest_names
+from smolforge.config.load import to_recipe, write_recipe
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.recipe import train
-from smolforge.recipe.read import to_recipe, write_recipe
-from smolforge.runs.journal import as_line
+from smolforge.runs import train
+from smolforge.training.run_folder import as_line
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HELD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77 on here'); f.flush()"
@@ -249,7 +249,7 @@ XY = st.integers(1, 400).flatmap(
 def test_thinning_keeps_ends_and_means(values, most):
     y = np.array(values)
     x = np.arange(len(y), dtype=float) * 3
-    thin_x, thin_y = curves.thinned(x, y, most)
+    thin_x, thin_y = figures.thinned(x, y, most)
     assert len(thin_x) == len(thin_y) == min(most, len(y))
     assert (thin_x[0], thin_x[-1]) == (x[0], x[-1])
     assert np.array_equal([thin_y[0], thin_y[-1]], [y[0], y[-1]], equal_nan=True)
@@ -264,31 +264,31 @@ def test_thinning_keeps_ends_and_means(values, most):
 @given(XY)
 def test_smoothing_begins_as_the_curve_does_and_stays_inside(values):
     y = np.array(values)
-    smooth = curves.smoothed(y, share=0.2)
+    smooth = figures.smoothed(y, share=0.2)
     assert np.array_equal(smooth[:1], y[:1], equal_nan=True)
     if np.isfinite(y).any():
         assert np.nanmin(y) - 1e-9 <= np.nanmin(smooth) <= np.nanmax(smooth) <= np.nanmax(y) + 1e-9
     line = np.arange(float(len(y)))
     half = int(len(y) * 0.2) // 2
-    assert curves.smoothed(line, 0.2)[: len(y) - half] == pytest.approx(line[: len(y) - half])
+    assert figures.smoothed(line, 0.2)[: len(y) - half] == pytest.approx(line[: len(y) - half])
 
 
 def test_a_broken_run_does_not_press_the_others_flat():
     good, broken = np.linspace(9, 3, 100), np.concatenate([np.linspace(9, 5, 60), np.full(40, 1e6)])
-    low, high = curves.extent([good, broken])
-    assert (low, high) == curves.extent([np.append(good, 1e6)])
+    low, high = figures.extent([good, broken])
+    assert (low, high) == figures.extent([np.append(good, 1e6)])
     assert 2.5 < low < 3 < 11.25 < high < 11.8
-    assert curves.extent([good])[1] < 9.2
-    assert curves.extent([np.full(9, 2.0)]) == (1.5, 2.5)
-    assert curves.extent([np.array([np.nan])]) is None
-    assert curves.unit("tokens", 2e6) == (1e6, "million tokens")
-    assert curves.unit("tokens", 12.0) == (1, "tokens")
+    assert figures.extent([good])[1] < 9.2
+    assert figures.extent([np.full(9, 2.0)]) == (1.5, 2.5)
+    assert figures.extent([np.array([np.nan])]) is None
+    assert figures.unit("tokens", 2e6) == (1e6, "million tokens")
+    assert figures.unit("tokens", 12.0) == (1, "tokens")
 
 
 def test_what_happened_is_marked(runs):
     twice, wrong, _ = select([runs]).runs
-    assert marks.happened(twice) == [(4, "resumed")]
-    assert marks.happened(wrong) == [(2, "rewound"), (5, "left out")]
+    assert figures.happened(twice) == [(4, "resumed")]
+    assert figures.happened(wrong) == [(2, "rewound"), (5, "left out")]
     over = select([runs / "$a_1$ <b>"]).runs[0].at.astype(float)
     with style.styled("test"):
         (axes,) = figures.loss([twice], over="steps").axes
@@ -325,7 +325,7 @@ def test_the_loss_is_drawn_as_it_was(runs):
 def test_where_the_time_goes_leaves_out_the_steps_that_compile(tmp_path):
     lines = [step_line(step, seconds_forward=9.0 if step in (1, 5) else 0.2) for step in range(1, 9)]
     starts = (start(**ended("stopped")), start(4, **ended("finished")))
-    found = parts.mean_parts(read(make_run(tmp_path / "run", lines, starts)))
+    found = style.mean_parts(read(make_run(tmp_path / "run", lines, starts)))
     assert found == pytest.approx({"data": 0.1, "forward": 0.2, "backward": 0.1, "optimizer": 0.1, "other": 0.0})
 
 
@@ -458,34 +458,34 @@ def test_samples_lie_side_by_side(tmp_path):
 
     many = read(make_run(tmp_path / "many", samples=texts(*range(10, 310, 10))))
     few = read(make_run(tmp_path / "few", samples=texts(10, 152, 300)))
-    (found,) = told.samples([many, few])
-    assert (len(found.rows), found.left_out) == (told.MOST_SAMPLES, 30 - told.MOST_SAMPLES)
+    (found,) = summaries.samples([many, few])
+    assert (len(found.rows), found.left_out) == (summaries.MOST_SAMPLES, 30 - summaries.MOST_SAMPLES)
     left, right = zip(*found.rows, strict=True)
     assert (left[0].step, left[-1].step) == (10, 300)
     assert [each.step for each in right if each] == [10, 300]
-    (one,) = told.samples([read(make_run(tmp_path / "one", samples=texts(5)))])
-    assert one.rows == [[told.Sample(5, "at 5")]]
+    (one,) = summaries.samples([read(make_run(tmp_path / "one", samples=texts(5)))])
+    assert one.rows == [[summaries.Sample(5, "at 5")]]
     late = read(make_run(tmp_path / "late", samples=texts(1000, 2000, 3000)))
     short = read(make_run(tmp_path / "short", samples=texts(20, 40)))
-    (ended,) = told.samples([late, short])
+    (ended,) = summaries.samples([late, short])
     assert [row[1] and row[1].step for row in ended.rows] == [40, None, None]
 
 
 def test_what_happened_is_told_in_order(runs):
     twice, wrong, through = select([runs]).runs
-    assert [event.what for event in told.timeline(twice)] == ["began", "stopped", "resumed", "finished"]
-    assert [event.what for event in told.timeline(wrong)] == [
+    assert [event.what for event in summaries.timeline(twice)] == ["began", "stopped", "resumed", "finished"]
+    assert [event.what for event in summaries.timeline(wrong)] == [
         "began",
         "taken back to step 2",
         "update left out",
         "diverged",
     ]
-    first, second = told.environments(twice)
+    first, second = summaries.environments(twice)
     assert first.facts == {"name": "a cpu", "threads": "2"}
     assert second.facts == {"threads": "4"}
-    assert told.settings([twice, through])["optim.learning_rate"] == ["0.002", "0.003"]
-    assert told.settings([twice, through])["optim.betas"] == ["0.9, 0.95"]
-    assert told.written(0.1 + 0.2) != told.written(0.3)
+    assert summaries.settings([twice, through])["optim.learning_rate"] == ["0.002", "0.003"]
+    assert summaries.settings([twice, through])["optim.betas"] == ["0.9, 0.95"]
+    assert summaries.written(0.1 + 0.2) != summaries.written(0.3)
 
 
 def test_compare(runs, tmp_path, capsys, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from smolforge.config import ModelConfig, Recipe
+from smolforge.config.base import FREE, fields, leaves, replaced, validated
 from smolforge.errors import SettingError
-from smolforge.settings import FREE, fields, leaves, replaced, validated
 
 
 def refuse(tree):

@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.config import Data
-from smolforge.data import writing
-from smolforge.data.batches import Windows, permuted, stream
+from smolforge.data.batches import IGNORED, Windows, permuted, stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens
-from smolforge.data.documents import python_docs
-from smolforge.data.reading import documents
-from smolforge.data.shards import prepare
+from smolforge.data.prepare import merge
+from smolforge.data.prepare.build import prepare
+from smolforge.data.prepare.document_stream import documents
+from smolforge.data.prepare.documents import python_docs
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.loss import IGNORED
 from smolforge.testing import sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer, byte_symbols
 
@@ -208,7 +207,7 @@ def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
 def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch):
     from datatrove.utils.dataset import DatatroveFileDataset
 
-    monkeypatch.setattr(writing, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(merge, "SHARD_TOKENS", 1000)
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"text": sentences(4, 4 * n)}) for n in range(60)))
     corpus = made(tmp_path, tokenizer, [tmp_path / "x.jsonl"], held_out=0.0)
     shards = sorted((corpus.folder / "train").glob("*.ds"))

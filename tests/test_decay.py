@@ -3,16 +3,16 @@
 import pytest
 from conftest import NANO
 
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
+from smolforge.config.base import replaced
+from smolforge.config.load import read_recipe, to_recipe, write_recipe
 from smolforge.errors import SettingError
-from smolforge.optim import learning_rate
-from smolforge.recipe import train
-from smolforge.recipe.plan import within_budget
-from smolforge.recipe.read import read_recipe, to_recipe, write_recipe
-from smolforge.recipe.settle import with_schedule_over
-from smolforge.runs.journal import read_records
-from smolforge.settings import replaced
+from smolforge.runs import train
+from smolforge.runs.estimate import within_budget
+from smolforge.runs.resolve import with_schedule_over
 from smolforge.testing import tiny_model
+from smolforge.training.optim import learning_rate
+from smolforge.training.run_folder import read_records
 
 CHECKPOINTS = "HuggingFaceTB/SmolLM2-135M-intermediate-checkpoints"
 PLATEAU = "step-1440000"
@@ -81,7 +81,7 @@ def published(hub, tmp_path):
     """The Hub's repository in small: other weights on main than at the step that is asked for."""
     for seed, revision in ((1, "main"), (2, PLATEAU)):
         model = tiny_model(seed)
-        weights.save(model, tmp_path / revision, model.tokenizer)
+        huggingface.save(model, tmp_path / revision, model.tokenizer)
         commit = hub.add(CHECKPOINTS, tmp_path / revision, revision)
     return commit
 

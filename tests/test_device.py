@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from smolforge import device as device_module
-from smolforge.device import best_product, matrix_flops_per_second, name_of, peaks, pick_device
-from smolforge.device.energy import Counter, Energy, PerToken, energy, nvml, rapl
-from smolforge.device.peaks import DEVICES, flops_per_second, peak, published
+from smolforge.device import best_product, matrix_flops_per_second, name_of, peak_flops, pick_device
+from smolforge.device.peak_flops import DEVICES, flops_per_second, peak, published
+from smolforge.device.usage import Counter, Energy, PerToken, energy, nvml, rapl
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_the_table_is_dense_and_ordered():
 def test_the_published_peak_of_a_dtype(monkeypatch, dtype, precision, expected):
     matmul = SimpleNamespace(fp32_precision=precision)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(peaks, "name_of", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(peak_flops, "name_of", lambda device: "NVIDIA H200")
     assert peak(CPU, dtype) == (expected, "published")
 
 
@@ -108,8 +108,8 @@ def test_torch_says_when_it_multiplies_in_tf32():
     ("name", "dtype"), [("some new chip", torch.float32), ("Tesla T4", torch.bfloat16), ("NVIDIA H200", torch.float64)]
 )
 def test_what_is_not_published_is_measured_and_called_so(monkeypatch, name, dtype):
-    monkeypatch.setattr(peaks, "name_of", lambda device: name)
-    monkeypatch.setattr(peaks, "matrix_flops_per_second", lambda device, dtype: 123.0)
+    monkeypatch.setattr(peak_flops, "name_of", lambda device: name)
+    monkeypatch.setattr(peak_flops, "matrix_flops_per_second", lambda device, dtype: 123.0)
     assert peak(CPU, dtype) == (123.0, "measured")
 
 

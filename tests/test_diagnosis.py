@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.comparison import diagnosis
-from smolforge.comparison.between import costs
 from smolforge.comparison.diagnosis import FEWEST_STEPS, USUAL_MFU, diagnose
-from smolforge.comparison.evidence import PARTS, shares, time_shares, timed_steps
+from smolforge.comparison.step_times import PARTS, costs, shares, time_shares, timed_steps
 from smolforge.config import Recipe
-from smolforge.device.peaks import published
-from smolforge.recipe import train
-from smolforge.recipe.read import read_recipe
-from smolforge.runs.journal import read_records
-from smolforge.settings import replaced
+from smolforge.config.base import replaced
+from smolforge.config.load import read_recipe
+from smolforge.device.peak_flops import published
+from smolforge.runs import train
+from smolforge.training.run_folder import read_records
 
 CPU = replaced(
     read_recipe("nano"), {"train.dtype": "bfloat16", "train.compile": False, "train.micro_batch_size": 16}

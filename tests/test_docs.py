@@ -16,10 +16,10 @@ from pages import PAGES, ROOT, Block, anchors, blocks, commands_in_prose, is_as_
 from test_tuning import Typed, chats
 
 from smolforge import __version__, cli
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
 from smolforge.cli.flags import parse
-from smolforge.comparison.study.read import read as read_study
-from smolforge.recipe.read import read_recipe, to_recipe
+from smolforge.comparison.study.spec import read as read_study
+from smolforge.config.load import read_recipe, to_recipe
 from smolforge.testing import sentences, tiny_model
 
 DOCS = ROOT / "docs"
@@ -102,7 +102,7 @@ def home(tmp_path, monkeypatch, hub):
     items = [{"query": "the model", "choices": [" reads", " xyz"], "gold": number % 2} for number in range(6)]
     (tmp_path / "my_items.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in items))
     model = tiny_model(max_position_embeddings=2048)
-    weights.save(model, tmp_path / "small", model.tokenizer)
+    huggingface.save(model, tmp_path / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -10,12 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from smolforge.config import Generation
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.generation.cpu_decoding import FEW_ROWS, Packed, packed
 from smolforge.generation.engine import CHUNK_TOKENS, Engine, Request
-from smolforge.generation.packed import FEW_ROWS, Packed, packed
 from smolforge.generation.samplers import LogitBias, PresencePenalty, Sampling, sampling
 from smolforge.generation.stream import Writer
-from smolforge.memory import Cache
-from smolforge.quantized import Scheme, quantize
+from smolforge.models.attention import Cache
+from smolforge.models.quantized import Scheme, quantize
 from smolforge.testing import tiny_model
 
 GREEDY = sampling(Generation(temperature=0))

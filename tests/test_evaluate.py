@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from smolforge import cli
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
 from smolforge.config import Data
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFile, MissingResource
-from smolforge.evaluation import measure, measure_text, tasks, text
+from smolforge.evaluation import measure, measure_text, perplexity, tasks
 from smolforge.evaluation.multiple_choice import score, score_slowly, summary
-from smolforge.evaluation.published import published
-from smolforge.evaluation.tasks import NAMED, find, read_items
-from smolforge.runs.environment import PACKAGES
+from smolforge.evaluation.tasks import NAMED, find, published, read_items
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
+from smolforge.training.environment import PACKAGES
 
 LINES = [
     {"id": "first", "query": "the model reads", "choices": ["a token", "the token and another"], "gold": 0},
@@ -34,7 +33,7 @@ LINES = [
 @pytest.fixture
 def model_folder(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     return str(tmp_path / "model")
 
 
@@ -115,7 +114,7 @@ def test_bits_per_byte_does_not_depend_on_batches(monkeypatch, stride):
         bits -= F.log_softmax(logits.double(), -1)[ids[place]].item() / math.log(2)
     found = []
     for tokens in (1, 64, 100_000):
-        monkeypatch.setattr(text, "TOKENS", tokens)
+        monkeypatch.setattr(perplexity, "TOKENS", tokens)
         found.append(measure_text(model, written, length, stride)["bits_per_byte"])
     assert found == pytest.approx([bits / len(written.encode())] * 3, rel=1e-5)
 
@@ -151,7 +150,7 @@ def test_published_scores_stand_beside_ours(capsys, hub, tmp_path, items, monkey
     assert published("someone/else", ours) == {}
     assert published("HuggingFaceTB/SmolLM2-1.7B", {"mmlu_cloze": 0.3}) == {}
     model = tiny_model()
-    weights.save(model, tmp_path / "small", model.tokenizer)
+    huggingface.save(model, tmp_path / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", tmp_path / "small")
     monkeypatch.setattr(tasks, "rows", lambda name, split, limit=None: find_items(LINES)[:limit])
     words = ["HuggingFaceTB/SmolLM2-135M", "--tasks", "hellaswag", "--limit", 2]
@@ -318,7 +317,7 @@ def test_a_preset_is_refused_unless_random_is_meant(capsys, items):
 
 
 def test_a_model_without_a_tokenizer_is_refused(capsys, tmp_path, items):
-    weights.save(tiny_model(), tmp_path / "bare")
+    huggingface.save(tiny_model(), tmp_path / "bare")
     code, _, err = call(capsys, tmp_path / "bare", "--tasks", items)
     assert code == 3
     assert "without a tokenizer" in err

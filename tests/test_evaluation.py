@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolforge.config import Data
+from smolforge.data.batches import IGNORED
 from smolforge.data.corpus import HELD_OUT
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFile
 from smolforge.evaluation import loss_by_position, measure, measure_corpus, windows
-from smolforge.loss import IGNORED
 from smolforge.testing import tiny_model
 
 

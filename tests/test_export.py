@@ -8,16 +8,16 @@ from test_families import oracle, random_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolforge import cli
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.export.transformers import to_transformers
+from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import failing, tiny_model
 
 
 @pytest.fixture
 def folder(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     return tmp_path / "model"
 
 
@@ -36,7 +36,7 @@ def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
     assert there == set(made.files)
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= there
     assert not there & {"manifest.json", "training"}
-    with weights.Tensors(tmp_path / "out") as tensors:
+    with huggingface.Tensors(tmp_path / "out") as tensors:
         assert "lm_head.weight" not in tensors.shapes()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert theirs.generation_config.temperature == 0.2
@@ -74,15 +74,15 @@ def test_special_ids_are_carried_over(folder, tmp_path):
 
 
 def test_what_does_not_say_the_same_is_not_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolforge.model.rotate", lambda x, angles: x)
+    monkeypatch.setattr("smolforge.models.decoder.rotate", lambda x, angles: x)
     with pytest.raises(InvalidFile, match="does not say the same in Transformers: logits differ by"):
         to_transformers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_what_was_written_is_the_model_to_the_bit(folder, tmp_path, monkeypatch):
-    right = weights.disk_tensors
-    monkeypatch.setattr(weights, "disk_tensors", lambda *given: {n: t * 1.5 for n, t in right(*given).items()})
+    right = huggingface.disk_tensors
+    monkeypatch.setattr(huggingface, "disk_tensors", lambda *given: {n: t * 1.5 for n, t in right(*given).items()})
     with pytest.raises(AssertionError, match="was not written as it is"):
         to_transformers(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -95,7 +95,7 @@ def test_what_a_dtype_cannot_hold_is_not_handed_on(tmp_path, value, said):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = value
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     with pytest.raises(InvalidFile, match=said):
         to_transformers(tmp_path / "model", tmp_path / "out", "float16")
     assert not (tmp_path / "out").exists()
@@ -127,7 +127,7 @@ def test_the_command(folder, tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content["greedy_match"] is True
     assert content["files"]["model.safetensors"] > 0
-    assert resolve.load(tmp_path / "b").config == resolve.load(folder).config
+    assert loading.load(tmp_path / "b").config == loading.load(folder).config
 
 
 @pytest.mark.parametrize(

@@ -7,23 +7,23 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from smolforge import experts, presets
-from smolforge.checkpoint import families, weights
-from smolforge.config import Generation, ModelConfig, Optim
+from smolforge.checkpoint import families, huggingface
+from smolforge.config import Generation, ModelConfig, Optim, presets
+from smolforge.config.base import validated
 from smolforge.data.batches import Batch
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.experts import Experts, balance_loss, grouped_linear, one_grouped_mm
 from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
-from smolforge.loss import loss_sum
-from smolforge.memory import Cache
-from smolforge.model import build
-from smolforge.objective import Objective
-from smolforge.optim import optimizers
-from smolforge.settings import validated
-from smolforge.sizes import active_parameters, component, parameter_counts
+from smolforge.models import moe
+from smolforge.models.attention import Cache
+from smolforge.models.decoder import build
+from smolforge.models.moe import Experts, balance_loss, grouped_linear, one_grouped_mm
+from smolforge.models.stats import active_parameters, component, parameter_counts
 from smolforge.testing import tiny_config
-from smolforge.training import backward
+from smolforge.training.loop import backward
+from smolforge.training.loss import loss_sum
+from smolforge.training.objective import Objective
+from smolforge.training.optim import optimizers
 
 FAMILIES = ("llama", "qwen3", "mixtral", "starcoder2")
 GREEDY = sampling(Generation(temperature=0))
@@ -83,7 +83,7 @@ def test_files_of_transformers_in_and_out(tmp_path, family, seed):
     config = random_config(family, seed)
     theirs = oracle(config)
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = weights.load(tmp_path / "theirs")
+    ours = huggingface.load(tmp_path / "theirs")
     assert ours.config == config
     ids = torch.randint(config.vocab_size, (2, 50))
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_files_of_transformers_in_and_out(tmp_path, family, seed):
         text = theirs.generate(ids[:1, :5], max_new_tokens=16, do_sample=False)[0, 5:].tolist()
     assert greedy_ids(ours, ids[0, :5].tolist(), 16) == text
 
-    weights.save(ours, tmp_path / "ours")
+    huggingface.save(ours, tmp_path / "ours")
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
         assert type(again) is type(theirs)
@@ -107,7 +107,7 @@ def test_gradients_equal_transformers(tmp_path, family):
     config = random_config(family, 4)
     theirs = oracle(config)
     theirs.save_pretrained(tmp_path)
-    ours = weights.load(tmp_path)
+    ours = huggingface.load(tmp_path)
     ids = torch.randint(config.vocab_size, (2, 40))
     theirs(ids, labels=ids).loss.backward()
     labels = F.pad(ids, (0, 1), value=-100)[:, 1:]
@@ -209,10 +209,10 @@ def test_one_kernel_equals_expert_by_expert():
 
 def test_the_kernel_is_used_only_where_it_can_be():
     bf16 = torch.bfloat16
-    assert experts.fits_grouped_mm(torch.empty(2, 256, 64, dtype=bf16))
-    assert not experts.fits_grouped_mm(torch.empty(2, 36, 64, dtype=bf16))
-    assert not experts.fits_grouped_mm(torch.empty(2, 64, 36, dtype=bf16))
-    assert not experts.fits_grouped_mm(torch.empty(2, 256, 64))
+    assert moe.fits_grouped_mm(torch.empty(2, 256, 64, dtype=bf16))
+    assert not moe.fits_grouped_mm(torch.empty(2, 36, 64, dtype=bf16))
+    assert not moe.fits_grouped_mm(torch.empty(2, 64, 36, dtype=bf16))
+    assert not moe.fits_grouped_mm(torch.empty(2, 256, 64))
 
 
 def test_a_token_gets_what_it_gets_alone():
@@ -313,8 +313,8 @@ def test_a_single_expert_is_one_too(tmp_path, family):
     own = {"num_local_experts": 1, "num_experts_per_tok": 1} if family == "mixtral" else {}
     theirs = oracle(tiny_config(model_type=family, **own))
     theirs.save_pretrained(tmp_path / "theirs")
-    ours = weights.load(tmp_path / "theirs")
-    weights.save(ours, tmp_path / "ours")
+    ours = huggingface.load(tmp_path / "theirs")
+    huggingface.save(ours, tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     ids = torch.randint(320, (1, 12))
     with torch.no_grad():
@@ -336,13 +336,13 @@ def test_what_a_file_leaves_out_is_the_classs_default(family):
 def test_shards_are_read_and_written(tmp_path):
     theirs = oracle(random_config("mixtral", 1))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert len(weights.files(tmp_path / "theirs")) > 2
-    ours = weights.load(tmp_path / "theirs")
-    weights.save(ours, tmp_path / "ours", max_shard_bytes=20_000)
+    assert len(huggingface.files(tmp_path / "theirs")) > 2
+    ours = huggingface.load(tmp_path / "theirs")
+    huggingface.save(ours, tmp_path / "ours", max_shard_bytes=20_000)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     ids = torch.randint(ours.config.vocab_size, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
-    (tmp_path / "ours" / weights.files(tmp_path / "ours")[1].name).unlink()
+    (tmp_path / "ours" / huggingface.files(tmp_path / "ours")[1].name).unlink()
     with pytest.raises(InvalidFile, match=r"lacks model-00002-of-\d+\.safetensors, which its model"):
-        weights.load(tmp_path / "ours")
+        huggingface.load(tmp_path / "ours")

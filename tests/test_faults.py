@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from campaigns import CAMPAIGNS, IN_MEMORY, Bench
 
-from smolforge import commit
+from smolforge import atomic
 from smolforge.errors import MissingResource
 from smolforge.testing import Crash, after_power_loss, crashing, failing, flip_bit, in_child, power, recorded
 from smolforge.testing.damage import swap, truncate, zero_page
@@ -69,9 +69,9 @@ def work(folder: Path) -> None:
     (folder / "log").rename(folder / "sub" / "log")
     (folder / "whole").mkdir()
     shutil.copyfile(folder / "sub" / "log", folder / "whole" / "copy")
-    commit.replace(folder / "whole" / "copy", "replaced")
-    commit.write_whole(folder / "committed", lambda into: [(into / "a").write_text("a"), None][1], {})
-    commit.remove(folder / "committed")
+    atomic.replace(folder / "whole" / "copy", "replaced")
+    atomic.write_whole(folder / "committed", lambda into: [(into / "a").write_text("a"), None][1], {})
+    atomic.remove(folder / "committed")
     (folder / "sub" / "text").write_text("short")
     (folder / "sub" / "log").unlink()
 
@@ -93,7 +93,7 @@ def test_a_trace_has_every_byte(tmp_path):
 def test_what_the_trace_did_not_see_is_said(tmp_path):
     with recorded(tmp_path) as trace:
         subprocess.run(["touch", tmp_path / "made"], check=True)
-        commit.sync(tmp_path / "made")
+        atomic.sync(tmp_path / "made")
     with pytest.raises(ValueError, match="made is not in the trace"):
         after_power_loss(trace, 1, tmp_path / "again", power.all_kept)
 
@@ -115,8 +115,8 @@ def test_what_a_disk_may_hold(tmp_path, fate, left):
     with recorded(disk) as trace:
         for name, words in (("synced", "safe"), ("renamed", "whole")):
             (disk / name).write_text(words)
-            commit.sync(disk / name)
-        commit.sync(disk)
+            atomic.sync(disk / name)
+        atomic.sync(disk)
         with (disk / "synced").open("a") as file:
             file.write(" and more")
         (disk / "new").write_text("words")
@@ -130,7 +130,7 @@ def test_chance_leaves_every_mixture(tmp_path):
     disk, chance = tmp_path / "disk", random.Random(0)
     disk.mkdir()
     with recorded(disk) as trace, (disk / "file").open("wb", buffering=0) as file:
-        commit.sync(disk)
+        atomic.sync(disk)
         file.write(b"one")
         file.write(b"two")
     found = set()
@@ -175,7 +175,7 @@ def test_a_disk_fails_as_asked(tmp_path):
     assert caught.value.filename == str(tmp_path / "three")
     assert content(tmp_path)[Path("three")] == b""
     with failing(tmp_path, error=errno.EIO, kinds=("sync",)), pytest.raises(MissingResource, match="Input/output"):
-        commit.replace(tmp_path / "one", "2")
+        atomic.replace(tmp_path / "one", "2")
     assert (tmp_path / "one").read_text() == "1"
 
 
@@ -184,7 +184,7 @@ def test_others_are_left_alone(tmp_path):
     (tmp_path / "watched").mkdir()
     with crashing(tmp_path / "watched", after=0):
         (tmp_path / "file").write_text("1")
-        commit.replace(tmp_path / "file", "2")
+        atomic.replace(tmp_path / "file", "2")
         shutil.copyfile(tmp_path / "file", tmp_path / "copy")
         assert list((tmp_path / "watched").iterdir()) == []
     assert (open, os.open, os.write) == before

@@ -24,18 +24,18 @@ from test_hostile import refused
 from transformers import AutoModelForCausalLM
 
 import smolforge
-from smolforge import cli, commit, gguf
-from smolforge.checkpoint import llama_cpp, resolve, weights
+from smolforge import atomic, cli
+from smolforge.checkpoint import gguf, huggingface, loading
+from smolforge.checkpoint.gguf import block_types, container, llama
 from smolforge.config import ModelConfig
+from smolforge.config.presets import shape
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.export.gguf import FILE_TYPES, HARD_TEXTS, size_label, to_gguf
-from smolforge.export.transformers import to_transformers
-from smolforge.gguf import blocks, container
-from smolforge.presets import shape
+from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, size_label, to_gguf
+from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import failing, sentences, tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer import llama_cpp as tokenizers
-from smolforge.tokenizer.llama_cpp import from_values, to_values
+from smolforge.tokenizer import gguf_tokenizer as tokenizers
+from smolforge.tokenizer.gguf_tokenizer import from_values, to_values
 
 WIDE = {"intermediate_size": 64}
 """With it every matrix of the tiny model divides into blocks of 32."""
@@ -48,7 +48,7 @@ def saved(path: Path, **changes) -> Path:
     tokenizer = Tokenizer(
         model.tokenizer.backend, model.tokenizer.settings | {"chat_template": TEMPLATE, "pad_token": "<|im_end|>"}
     )
-    weights.save(model, path, tokenizer)
+    huggingface.save(model, path, tokenizer)
     return path
 
 
@@ -149,10 +149,10 @@ def hard_rows() -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "bf16", "f16"])
 def test_blocks_are_ggmls_to_the_bit(kind):
     rows, reference = hard_rows(), theirs.GGMLQuantizationType[kind.upper()]
-    ours = blocks.to_blocks(rows, gguf.TYPES[kind])
+    ours = block_types.to_blocks(rows, gguf.TYPES[kind])
     wanted = theirs.quantize(rows.numpy(), reference)
     assert ours.numpy().tobytes() == wanted.tobytes()
-    back = blocks.from_blocks(ours, gguf.TYPES[kind], (4096, 32))
+    back = block_types.from_blocks(ours, gguf.TYPES[kind], (4096, 32))
     np.testing.assert_array_equal(back.numpy(), theirs.dequantize(wanted, reference).reshape(4096, 32))
     assert gguf.TYPES[kind].number == reference
     assert (gguf.TYPES[kind].size, gguf.TYPES[kind].size_bytes) == theirs.GGML_QUANT_SIZES[reference]
@@ -161,7 +161,7 @@ def test_blocks_are_ggmls_to_the_bit(kind):
 def test_the_head_of_llama_quantizes_q4_0_is_read():
     content = np.random.default_rng(0).integers(0, 256, (64, 210), dtype=np.uint8)
     content[:, -2:] = np.full((64, 1), 0.01, np.float16).view(np.uint8)
-    ours = blocks.from_blocks(torch.from_numpy(content).flatten(), gguf.TYPES["q6_K"], (64, 256))
+    ours = block_types.from_blocks(torch.from_numpy(content).flatten(), gguf.TYPES["q6_K"], (64, 256))
     np.testing.assert_array_equal(ours.numpy(), theirs.dequantize(content, theirs.GGMLQuantizationType.Q6_K))
 
 
@@ -223,7 +223,7 @@ def test_rows_that_do_not_divide_are_half_precision(folder, tmp_path):
 )
 def test_size_labels_are_the_gguf_packages(name, label):
     config = ModelConfig.model_validate(shape(name))
-    total = sum(weight.numel() for weight in resolve.build(config).parameters()) if label is None else None
+    total = sum(weight.numel() for weight in loading.build(config).parameters()) if label is None else None
     assert size_label(config) == (label or theirs.size_label(total, total, 0, 0))
 
 
@@ -309,7 +309,7 @@ def test_what_is_refused(tmp_path, folder, file):
             to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))
     with pytest.raises(SettingError, match="llama.cpp does not have a starcoder2 model without biases; --to"):
         to_gguf(saved(tmp_path / "s", model_type="starcoder2"), tmp_path / "x.gguf")
-    weights.save(tiny_model(), tmp_path / "mute")
+    huggingface.save(tiny_model(), tmp_path / "mute")
     with pytest.raises(SettingError, match="has no tokenizer, which a .gguf holds"):
         to_gguf(tmp_path / "mute", tmp_path / "x.gguf")
     with pytest.raises(SettingError, match="smollm2-nano is a shape with random weights"):
@@ -321,7 +321,7 @@ def test_what_a_type_cannot_hold(tmp_path, value):
     model = tiny_model(**WIDE)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = value
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     for kind in ("f16", "q8_0", "q4_0"):
         with pytest.raises(InvalidFile, match="has values that .* cannot hold; --type f32|holds NaN or infinity"):
             to_gguf(tmp_path / "model", tmp_path / "it.gguf", kind)
@@ -341,7 +341,7 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
 
 
 def test_a_wrong_rotation_is_seen(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama_cpp, "unrotated", lambda name, weight, config: weight)
+    monkeypatch.setattr(llama, "unrotated", lambda name, weight, config: weight)
     with pytest.raises(AssertionError, match="q_proj.weight was not written as it is"):
         to_gguf(folder, tmp_path / "it.gguf")
     assert not (tmp_path / "it.gguf").exists()
@@ -621,9 +621,9 @@ def test_what_transformers_does_not_read_is_not_compared(tmp_path, capsys):
 def test_training_begins_from_one(file, recipe, tmp_path, more):
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(file), "--train.steps", "1"]
     assert cli.run([*words, *more, "--optim.schedule.warmup-steps", "0"]) == 0
-    trained = resolve.load(tmp_path / "run")
-    assert trained.tokenizer.fingerprint == resolve.load(file).tokenizer.fingerprint
-    before = dict(resolve.load(file).named_parameters())
+    trained = loading.load(tmp_path / "run")
+    assert trained.tokenizer.fingerprint == loading.load(file).tokenizer.fingerprint
+    before = dict(loading.load(file).named_parameters())
     moved = max((weight - before[name]).abs().max().item() for name, weight in trained.named_parameters())
     assert 0 < moved < 0.1
 
@@ -635,18 +635,18 @@ def test_it_has_no_moments(file, recipe, tmp_path, capsys):
 
 
 def test_a_tokenizer_by_the_name_of_a_file(file):
-    assert resolve.tokenizer(file).fingerprint == resolve.load(file).tokenizer.fingerprint
+    assert loading.tokenizer(file).fingerprint == loading.load(file).tokenizer.fingerprint
     rewritten(file, tokenizer__ggml__model=None)
-    assert resolve.load(file).tokenizer is None
+    assert loading.load(file).tokenizer is None
     with pytest.raises(InvalidFile, match="has no tokenizer in it"):
-        resolve.tokenizer(file)
+        loading.tokenizer(file)
 
 
 def test_a_whole_file_or_none(tmp_path):
     with pytest.raises(KeyError):
-        commit.write_whole_file(tmp_path / "a", lambda path: (path.write_text("half"), {}["b"]))
+        atomic.write_whole_file(tmp_path / "a", lambda path: (path.write_text("half"), {}["b"]))
     assert list(tmp_path.iterdir()) == []
-    commit.write_whole_file(tmp_path / "new" / "a", lambda path: path.write_text("whole") and None)
+    atomic.write_whole_file(tmp_path / "new" / "a", lambda path: path.write_text("whole") and None)
     assert (tmp_path / "new" / "a").read_text() == "whole"
 
 

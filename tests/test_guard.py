@@ -12,15 +12,15 @@ from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge import cli, guard, training
-from smolforge.checkpoint import state
+from smolforge import cli
+from smolforge.checkpoint import training_state
 from smolforge.config import Guard
 from smolforge.errors import Diverged, Stopped
-from smolforge.guard import Judge, Rewind, decided
-from smolforge.recipe import train
-from smolforge.runs import RunFolder
-from smolforge.runs.journal import Journal, read_records
+from smolforge.runs import train
 from smolforge.testing import Crash, flip_bit, power, recorded
+from smolforge.training import guard, loop
+from smolforge.training.guard import Judge, Rewind, decided
+from smolforge.training.run_folder import Journal, RunFolder, read_records
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def recipe_file(tmp_path, text_file):
 
 
 def hashes(run: Path, step: int) -> list[str]:
-    files = state.check(state.folder_of(run, step))["files"]
+    files = training_state.check(training_state.folder_of(run, step))["files"]
     return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
 
 
@@ -74,7 +74,7 @@ def test_what_is_left_out_once_is_left_out_again(tmp_path, recipe_file, poison):
     train(recipe_file, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for step in (8, 12):
-        shutil.rmtree(state.folder_of(tmp_path / "again", step))
+        shutil.rmtree(training_state.folder_of(tmp_path / "again", step))
     poison("nothing", 5)
     train(recipe_file, tmp_path / "again")
     assert hashes(tmp_path / "again", 12) == hashes(tmp_path / "run", 12)
@@ -138,7 +138,7 @@ def test_decisions_are_made_again_from_any_checkpoint(tmp_path, recipe_file, poi
     train(recipe_file, tmp_path / "run", **{"train.checkpoint_every": 2})
     expected = hashes(tmp_path / "run", 12)
     for step in {*lost, 10, 6}:
-        flip_bit(state.folder_of(tmp_path / "run", step) / "model.safetensors", 40_000)
+        flip_bit(training_state.folder_of(tmp_path / "run", step) / "model.safetensors", 40_000)
     train(recipe_file, tmp_path / "run", **{"train.checkpoint_every": 2})
     assert hashes(tmp_path / "run", 12) == expected
 
@@ -146,7 +146,7 @@ def test_decisions_are_made_again_from_any_checkpoint(tmp_path, recipe_file, poi
 def test_a_crash_between_decision_and_rewind_changes_nothing(tmp_path, recipe_file, poison, monkeypatch):
     poison("loss", 5, 6, 7)
     train(recipe_file, tmp_path / "once")
-    from smolforge.recipe import run as run_module
+    from smolforge.runs import run as run_module
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "take_back", lambda *_: (_ for _ in ()).throw(Crash()))
@@ -173,7 +173,7 @@ def test_a_checkpoint_alone_remembers_what_was_decided(tmp_path, recipe_file, po
     """Without incidents.jsonl, as where only the checkpoint was carried elsewhere."""
     poison("loss", 5, 6, 7)
     train(recipe_file, tmp_path / "run")
-    shutil.rmtree(state.folder_of(tmp_path / "run", 12))
+    shutil.rmtree(training_state.folder_of(tmp_path / "run", 12))
     (tmp_path / "run" / "incidents.jsonl").rename(tmp_path / "aside")
     train(recipe_file, tmp_path / "run")
     assert batches(tmp_path / "run") == [0, 1, 2, 3, *range(8, 16)]
@@ -190,7 +190,7 @@ def test_too_many_rewinds_end_with_a_report(tmp_path, recipe_file, poison):
     assert caught.value.exit_code == 1
     assert [each["kind"] for each in incidents(tmp_path / "run")].count("rewind") == 1
     assert incidents(tmp_path / "run")[-1]["kind"] == "stop"
-    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+    assert [folder.name for folder in training_state.all_of(tmp_path / "run")] == ["step-00000004"]
     run = train(recipe_file, tmp_path / "run", **{"guard.max_rewinds": 4})
     assert run.metrics["step"] == 12
     assert batches(run.folder) == [0, 1, 2, 3, *range(11, 19)]
@@ -259,7 +259,7 @@ def test_a_full_disk_forgets_no_decision(tmp_path, recipe_file, poison, monkeypa
     assert len(full) == 6
     assert incidents(run.folder) == incidents(tmp_path / "once")
     assert hashes(run.folder, 12) == hashes(tmp_path / "once", 12)
-    assert state.read_facts(state.folder_of(run.folder, 12))["incidents"] == incidents(run.folder)
+    assert training_state.read_facts(training_state.folder_of(run.folder, 12))["incidents"] == incidents(run.folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -344,7 +344,7 @@ def test_a_stop_among_left_out_updates_is_not_gone_back_to(tmp_path, recipe_file
     poison("loss", 7, 8, 9)
     train(recipe_file, tmp_path / "once")
     train(recipe_file, tmp_path / "run", steps=8, **{"optim.schedule.steps": 12})
-    assert state.folder_of(tmp_path / "run", 8).is_dir()
+    assert training_state.folder_of(tmp_path / "run", 8).is_dir()
     train(recipe_file, tmp_path / "run", steps=12, **{"optim.schedule.steps": 12})
     assert batches(tmp_path / "run") == batches(tmp_path / "once") == [0, 1, 2, 3, *range(10, 18)]
     assert hashes(tmp_path / "run", 12) == hashes(tmp_path / "once", 12)
@@ -380,7 +380,7 @@ def test_hearing_a_step_late_changes_nothing(tmp_path, recipe_file, poison, monk
     poison("spike", 12)
     heard = {}
     for ahead in (False, True):
-        monkeypatch.setattr(training, "runs_ahead", lambda device, ahead=ahead: ahead)
+        monkeypatch.setattr(loop, "runs_ahead", lambda device, ahead=ahead: ahead)
         run = train(recipe_file, tmp_path / str(ahead))
         records = read_records(run.folder / "metrics.jsonl")
         plain = [
@@ -394,10 +394,10 @@ def test_hearing_a_step_late_changes_nothing(tmp_path, recipe_file, poison, monk
 def test_a_device_that_is_ahead_has_the_next_step_when_one_is_heard(tmp_path, recipe_file, monkeypatch):
     """But for those whose model is looked at."""
     order: list[str] = []
-    launch, hear = training.launch, training.hear
-    monkeypatch.setattr(training, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(training, "launch", lambda *given: (order.append(f"launch {given[4] + 1}"), launch(*given))[1])
-    monkeypatch.setattr(training, "hear", lambda *given: (order.append(f"hear {given[0].step}"), hear(*given))[1])
+    launch, hear = loop.launch, loop.hear
+    monkeypatch.setattr(loop, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(loop, "launch", lambda *given: (order.append(f"launch {given[4] + 1}"), launch(*given))[1])
+    monkeypatch.setattr(loop, "hear", lambda *given: (order.append(f"hear {given[0].step}"), hear(*given))[1])
     train(recipe_file, tmp_path / "run", steps=6)
     assert order == [
         *("launch 1", "launch 2", "hear 1", "launch 3", "hear 2", "launch 4", "hear 3", "hear 4"),

@@ -7,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
 from smolforge.evaluation.multiple_choice import score
 from smolforge.evaluation.tasks import read_items
-from smolforge.export.transformers import to_transformers
+from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import tiny_model
 from smolforge.tokenizer import Tokenizer
 
@@ -57,7 +57,7 @@ def agree(folder, path, limit, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     to_transformers(folder, tmp_path / "exported")
     theirs = through_the_harness(tmp_path / "exported", path, limit)
-    ours = score(resolve.load(tmp_path / "exported"), read_items(path)[:limit])
+    ours = score(loading.load(tmp_path / "exported"), read_items(path)[:limit])
     samples = sorted(theirs["samples"]["local"], key=lambda sample: sample["doc_id"])
     assert len(samples) == len(ours) > 0
     for sample, found in zip(samples, ours, strict=True):
@@ -73,7 +73,7 @@ def agree(folder, path, limit, tmp_path, monkeypatch):
 
 def test_items_made_here(tmp_path, monkeypatch):
     model, draw = tiny_model(), np.random.default_rng(0)
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     lines = []
     for number in range(24):
         query = " ".join(draw.choice(WORDS, 4)) + draw.choice(["", " ", "\n", "  "])
@@ -93,5 +93,5 @@ WHOLE = [pytest.param(name, None, marks=pytest.mark.long) for name in (HELLASWAG
 def test_hellaswag_and_arc(shared, tmp_path, monkeypatch, name, limit):
     """With the published tokenizer."""
     model = tiny_model(vocab_size=49152, max_position_embeddings=1024)
-    weights.save(model, tmp_path / "model", Tokenizer.load(shared / "smollm2-tokenizer"))
+    huggingface.save(model, tmp_path / "model", Tokenizer.load(shared / "smollm2-tokenizer"))
     agree(tmp_path / "model", shared / name, limit, tmp_path, monkeypatch)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smolforge import cli
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
 from smolforge.testing import tiny_config, tiny_model
 
 SECONDS = 2
@@ -20,7 +20,7 @@ SECONDS = 2
 @pytest.fixture
 def folder(tmp_path) -> Path:
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     return tmp_path / "model"
 
 
@@ -129,11 +129,11 @@ def test_an_index_that_points_elsewhere(folder, capsys, name):
 
 
 def test_an_index_is_held_to_its_shards(folder, capsys):
-    weights.save(tiny_model(), folder, max_shard_bytes=30_000)
+    huggingface.save(tiny_model(), folder, max_shard_bytes=30_000)
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = weights.files(folder)[0].name
+    content["weight_map"]["model.norm.weight"] = huggingface.files(folder)[0].name
     index.write_text(json.dumps(content))
     assert "does not hold what model.safetensors.index.json says" in refused(
         capsys, "generate", folder, "--prompt", "a"

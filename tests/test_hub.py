@@ -18,7 +18,7 @@ from conftest import NANO
 from huggingface_hub import constants
 
 from smolforge import cli
-from smolforge.checkpoint import download, resolve, weights
+from smolforge.checkpoint import download, huggingface, loading
 from smolforge.checkpoint.hub import fetch, is_id, split_id
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.testing import HubMirror, tiny_model, tiny_tokenizer
@@ -32,7 +32,7 @@ CONFIG = b'{"no": "model"}'
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "tiny"
     model = tiny_model()
-    weights.save(model, path, model.tokenizer)
+    huggingface.save(model, path, model.tokenizer)
     (path / "README.md").write_text("# a model")
     (path / "modeling_tiny.py").write_text("raise SystemExit")
     (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
@@ -60,7 +60,7 @@ def asked(hub, method="GET", part="/resolve/"):
 def refused(kind, match, name=NAME, capsys=None):
     """What loading says, in Python and at the command line."""
     with pytest.raises(kind, match=match) as caught:
-        resolve.load(name)
+        loading.load(name)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert cli.run(["generate", name, "--prompt", "a"]) == kind.exit_code
@@ -105,7 +105,7 @@ def test_no_ids(name):
 
 def test_loads_by_id_only_what_it_needs_and_only_once(hub, tiny, caplog):
     caplog.set_level(logging.INFO, "smolforge.hub")
-    loaded = resolve.load(NAME)
+    loaded = loading.load(NAME)
     assert weights_equal(loaded, tiny_model())
     assert loaded.tokenizer.encode("the model") == tiny_tokenizer().encode("the model")
     needed = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -114,7 +114,7 @@ def test_loads_by_id_only_what_it_needs_and_only_once(hub, tiny, caplog):
     assert re.search(rf"{NAME}: downloading \d+ kB in 5 files", caplog.text)
     hub.requests.clear()
     caplog.clear()
-    resolve.load(NAME)
+    loading.load(NAME)
     assert [each.path for each in hub.requests] == [f"/api/models/{NAME}/revision/main?blobs=true"]
     assert caplog.text == ""
 
@@ -126,37 +126,37 @@ def test_every_download_is_of_one_commit(hub, tiny):
 
 def test_revisions(hub, tiny, folder, tmp_path):
     other = tmp_path / "other"
-    weights.save(tiny_model(seed=1), other, tiny_tokenizer())
+    huggingface.save(tiny_model(seed=1), other, tiny_tokenizer())
     for revision in ("step-240000", "v1.0", "refs/pr/1"):
         commit = hub.add(NAME, other, revision)
     assert commit != tiny
     for revision in ("step-240000", "v1.0", "refs/pr/1", commit):
-        assert weights_equal(resolve.load(f"{NAME}@{revision}"), tiny_model(seed=1))
-    assert weights_equal(resolve.load(NAME), tiny_model())
-    assert weights_equal(resolve.load(f"{NAME}@{tiny}"), tiny_model())
+        assert weights_equal(loading.load(f"{NAME}@{revision}"), tiny_model(seed=1))
+    assert weights_equal(loading.load(NAME), tiny_model())
+    assert weights_equal(loading.load(f"{NAME}@{tiny}"), tiny_model())
 
 
 def test_a_branch_that_moved_is_followed(hub, tiny, tmp_path):
-    resolve.load(NAME)
-    weights.save(tiny_model(seed=1), tmp_path / "other")
+    loading.load(NAME)
+    huggingface.save(tiny_model(seed=1), tmp_path / "other")
     hub.add(NAME, tmp_path / "other")
-    assert weights_equal(resolve.load(NAME), tiny_model(seed=1))
+    assert weights_equal(loading.load(NAME), tiny_model(seed=1))
 
 
 def test_what_exists_here_comes_first(hub, tiny, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / NAME)
-    resolve.load(NAME)
-    resolve.read_config(NAME)
-    assert resolve.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    loading.load(NAME)
+    loading.read_config(NAME)
+    assert loading.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
     assert hub.requests == []
 
 
 def test_config_alone_and_tokenizer_alone(hub, tiny):
-    assert resolve.read_config(NAME) == tiny_model().config
+    assert loading.read_config(NAME) == tiny_model().config
     assert asked(hub) == ["config.json"]
     hub.requests.clear()
-    assert resolve.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    assert loading.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
     assert asked(hub) == ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -166,7 +166,7 @@ def test_inspect_and_prepare_by_id(hub, tiny, tmp_path, text_file, capsys):
     assert json.loads(out)["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
     assert re.fullmatch(rf"smolforge: {NAME}: downloading 1 kB in 1 file\n", err)
     assert cli.run(["prepare", str(text_file), "--out", str(tmp_path / "corpus"), "--tokenizer", NAME]) == 0
-    assert resolve.tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
+    assert loading.tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
     assert cli.run(["inspect", NAME, "--train.steps", "3"]) == 2
 
 
@@ -193,7 +193,7 @@ def test_a_warning_is_said_once(hub, tiny, capsys):
 
 
 def test_a_file_of_a_model_folder_means_the_folder(folder, tmp_path, capsys):
-    assert resolve.find(folder / "model.safetensors") == folder
+    assert loading.find(folder / "model.safetensors") == folder
     assert cli.run(["inspect", str(folder / "model.safetensors")]) == 0
     assert cli.run(["inspect", str(folder / "config.json")]) == 2
 
@@ -213,7 +213,7 @@ def test_shards(hub, sharded):
     parts = {path.name for path in sharded.glob("model-*.safetensors")}
     assert len(parts) > 1
     assert {path.name for path in fetch("someone/sharded").glob("*.safetensors")} == parts
-    assert weights_equal(resolve.load("someone/sharded"), tiny_model())
+    assert weights_equal(loading.load("someone/sharded"), tiny_model())
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", 3])
@@ -248,14 +248,14 @@ def test_repositories_that_are_no_models(hub, folder, capsys):
     hub.add(NAME, {"config.json": CONFIG})
     refused(InvalidFile, f"{NAME} has no model.safetensors, so it is no model", capsys=capsys)
     with pytest.raises(InvalidFile, match="has no tokenizer.json"):
-        resolve.tokenizer(NAME)
+        loading.tokenizer(NAME)
 
 
 def test_a_repository_that_is_not_there(hub, capsys):
     match = "there is no model 'someone/nothing': neither a folder here nor a repository on the Hub that you may see"
     refused(SettingError, match, "someone/nothing", capsys)
     with pytest.raises(SettingError, match="a model on the Hub is named org/name or org/name@revision"):
-        resolve.load("nothing")
+        loading.load("nothing")
 
 
 def test_a_revision_that_is_not_there(hub, tiny, folder, capsys):
@@ -270,7 +270,7 @@ def test_gated(hub, folder, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     refused(MissingResource, match)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    resolve.load(NAME)
+    loading.load(NAME)
 
 
 def test_a_token_that_is_refused(hub, tiny, capsys):
@@ -281,7 +281,7 @@ def test_a_token_that_is_refused(hub, tiny, capsys):
 @pytest.mark.parametrize("part", ["/api/", "model.safetensors", "config.json"])
 def test_a_server_error_is_waited_out(hub, tiny, part):
     hub.fail(times=2, status=500, path_contains=part)
-    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert weights_equal(loading.load(NAME), tiny_model())
 
 
 def test_a_server_that_stays_broken(hub, tiny, capsys):
@@ -292,7 +292,7 @@ def test_a_server_that_stays_broken(hub, tiny, capsys):
     refused(MissingResource, match, capsys=capsys)
     hub.fail(times=6, status=500, path_contains="model.safetensors")
     refused(MissingResource, match, capsys=capsys)
-    resolve.load(NAME)
+    loading.load(NAME)
 
 
 def test_a_server_that_hangs(hub, tiny, monkeypatch, capsys):
@@ -304,7 +304,7 @@ def test_a_server_that_hangs(hub, tiny, monkeypatch, capsys):
 def test_a_cut_connection_is_resumed(hub, tiny, folder, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.fail(times=2, cut_after=5000, path_contains="model.safetensors")
-    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert weights_equal(loading.load(NAME), tiny_model())
     ranges = [each.range for each in hub.requests if "model.safetensors" in each.path and each.method == "GET"]
     assert ranges == [None, "bytes=5000-", "bytes=10000-"]
 
@@ -320,7 +320,7 @@ def test_a_stopped_download_goes_on_in_the_next_process(hub, tiny, folder, monke
         assert cli.run(["generate", NAME, "--prompt", "a"]) == 130
     hub.requests.clear()
     caplog.set_level(logging.INFO, "smolforge.hub")
-    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert weights_equal(loading.load(NAME), tiny_model())
     assert [each.range for each in hub.requests if each.method == "GET" and "model.safetensors" in each.path] == [
         "bytes=30000-"
     ]
@@ -337,7 +337,7 @@ def test_damage_on_the_way_is_noticed_and_removed(hub, tiny, capsys):
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.partial"))
     assert not list(Path(constants.HF_HUB_CACHE).rglob("model.safetensors"))
     stored.path.write_bytes(sound)
-    resolve.load(NAME)
+    loading.load(NAME)
 
 
 def test_a_file_that_is_too_short(hub, tiny, capsys):
@@ -366,13 +366,13 @@ def unplugged(hub, monkeypatch):
 
 def test_a_part_of_a_model_is_no_model_to_go_on_with(hub, tiny, folder, tmp_path, monkeypatch, capsys):
     """The branch moved and only its config was looked at: without a network, the whole one from before serves."""
-    resolve.load(NAME)
+    loading.load(NAME)
     copy = shutil.copytree(folder, tmp_path / "later")
     (copy / "generation_config.json").write_text("{}")
     hub.add(NAME, copy)
     assert cli.run(["inspect", NAME]) == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve.load(NAME).tokenizer is not None
+    assert loading.load(NAME).tokenizer is not None
 
 
 def test_no_network(unplugged, capsys):
@@ -383,33 +383,33 @@ def test_no_network(unplugged, capsys):
 
 
 def test_no_network_but_a_cache(hub, tiny, request, caplog, capsys):
-    resolve.load(NAME)
+    loading.load(NAME)
     url = request.getfixturevalue("unplugged")
-    assert weights_equal(resolve.load(NAME), tiny_model())
+    assert weights_equal(loading.load(NAME), tiny_model())
     assert len(caplog.records) == 1
     assert f"{NAME} comes from the cache as it is: {url} cannot be reached" in caplog.text
     assert cli.run(["inspect", NAME, "--json"]) == 0
     assert capsys.readouterr().err.count("comes from the cache") == 1
     with pytest.raises(MissingResource):
-        resolve.load(f"{NAME}@step-1")
+        loading.load(f"{NAME}@step-1")
 
 
 def test_offline(hub, tiny, monkeypatch, caplog, capsys):
     fetch(NAME, ["config.json"])
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    resolve.read_config(NAME)
+    loading.read_config(NAME)
     match = f"{NAME} is no folder here, and as a model on the Hub it is not wholly in the cache .* HF_HUB_OFFLINE"
     refused(MissingResource, match, capsys=capsys)
     with pytest.raises(MissingResource):
-        resolve.tokenizer(NAME)
+        loading.tokenizer(NAME)
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     fetch(NAME)
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for name in (NAME, f"{NAME}@{tiny}"):
-        assert weights_equal(resolve.load(name), tiny_model())
+        assert weights_equal(loading.load(name), tiny_model())
     assert hub.requests == []
     assert caplog.text == ""
 

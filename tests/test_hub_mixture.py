@@ -13,10 +13,10 @@ from test_sources import quick, records, table  # noqa: F401
 
 from smolforge.config import Data
 from smolforge.data.corpus import SPLITS, Corpus
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.data.sources import hub as streamed
 from smolforge.errors import MissingResource
-from smolforge.recipe import resume_or_start
+from smolforge.runs import resume_or_start
 from smolforge.testing import in_child, tiny_tokenizer
 
 

@@ -18,13 +18,13 @@ from conftest import SHARED
 from gguf import GGUFReader
 from test_tokenizer import NASTY
 
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
 from smolforge.config import Generation
-from smolforge.export.gguf import FILE_TYPES, HARD_TEXTS, to_gguf
-from smolforge.export.transformers import to_transformers
+from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, to_gguf
+from smolforge.exporters.transformers import to_transformers
 from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
-from smolforge.model import build
+from smolforge.models.decoder import build
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
 
@@ -84,7 +84,7 @@ def folder(request, tmp_path_factory):
     template = (shared / "chat_template_instruct.jinja").read_text()
     real = Tokenizer.load(shared)
     model.tokenizer = Tokenizer(real.backend, real.settings | {"chat_template": template})
-    weights.save(model, below / "run", model.tokenizer)
+    huggingface.save(model, below / "run", model.tokenizer)
     to_transformers(below / "run", below / "model")
     return below / "model"
 
@@ -123,18 +123,18 @@ def test_the_quantiser_makes_the_same_file(folder, tmp_path, kind):
     to_gguf(folder, tmp_path / "ours.gguf", kind)
     child("-c", QUANTIZE, tmp_path / "f32.gguf", tmp_path / "theirs.gguf", FILE_TYPES[kind])
     assert stored(tmp_path / "ours.gguf") == stored(tmp_path / "theirs.gguf")
-    ours, theirs = (dict(resolve.load(tmp_path / name).named_parameters()) for name in ("ours.gguf", "theirs.gguf"))
+    ours, theirs = (dict(loading.load(tmp_path / name).named_parameters()) for name in ("ours.gguf", "theirs.gguf"))
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
 def test_a_head_of_six_bits_is_read(tmp_path):
     """What the quantiser makes of a width that 256 divides; here it is q8_0."""
     wide = tiny_model(hidden_size=256)
-    weights.save(wide, tmp_path / "wide", wide.tokenizer)
+    huggingface.save(wide, tmp_path / "wide", wide.tokenizer)
     to_gguf(tmp_path / "wide", tmp_path / "f32.gguf", "f32")
     child("-c", QUANTIZE, tmp_path / "f32.gguf", tmp_path / "theirs.gguf", FILE_TYPES["q4_0"])
     assert stored(tmp_path / "theirs.gguf")["token_embd.weight"][0] == "Q6_K"
-    head = resolve.load(tmp_path / "theirs.gguf").head
+    head = loading.load(tmp_path / "theirs.gguf").head
     assert 0 < (head - wide.head).abs().max() < wide.head.abs().max() / 32
 
 
@@ -142,7 +142,7 @@ def test_a_head_of_six_bits_is_read(tmp_path):
 def test_a_tokenizer_of_ours_is_cut_as_smollms_is(tmp_path):
     """Which is what the name in the file says, whosever tokens they are."""
     model = tiny_model(vocab_size=600)
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     to_gguf(tmp_path / "model", tmp_path / "f32.gguf", "f32")
     assert said(tmp_path / "f32.gguf")["tokenizer.ggml.pre"] == "smollm"
     asked = {"model": str(tmp_path / "f32.gguf"), "texts": TEXTS, "prompts": [], "count": 0}
@@ -153,7 +153,7 @@ def test_a_tokenizer_of_ours_is_cut_as_smollms_is(tmp_path):
 @torch.inference_mode()
 def test_llama_cpp_says_the_same(folder, tmp_path):
     to_gguf(folder, tmp_path / "f32.gguf", "f32")
-    model = resolve.load(folder)
+    model = loading.load(folder)
     prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
     asked = {"model": str(tmp_path / "f32.gguf"), "texts": TEXTS, "prompts": prompts, "count": GREEDY_TOKENS}
     answer = json.loads(child("-c", RUN, given=json.dumps(asked)).splitlines()[-1])

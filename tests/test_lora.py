@@ -16,18 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from smolforge import cli, load, lora, train
-from smolforge.checkpoint import adapter, resolve, state, weights
+from smolforge import cli, load, train
+from smolforge.checkpoint import huggingface, loading, peft_adapter, training_state
 from smolforge.config import Lora
+from smolforge.config.load import read_recipe, to_recipe
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.generation.packed import packed
-from smolforge.loss import loss_sum
-from smolforge.model import build
-from smolforge.recipe import plan
-from smolforge.recipe.plan import learning
-from smolforge.recipe.read import read_recipe, to_recipe
-from smolforge.recipe.settle import settle
+from smolforge.generation.cpu_decoding import packed
+from smolforge.models import lora
+from smolforge.models.decoder import build
+from smolforge.runs import estimate
+from smolforge.runs.estimate import learning
+from smolforge.runs.resolve import settle
 from smolforge.testing import in_child, tiny_config, tiny_model
+from smolforge.training.loss import loss_sum
 
 TARGETS = Lora().targets
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, of Transformers
@@ -51,7 +52,7 @@ def disturbed(model: nn.Module) -> None:
 def base(tmp_path) -> Path:
     """A model folder that Transformers reads."""
     model = tiny_model()
-    weights.save(model, tmp_path / "base", model.tokenizer)
+    huggingface.save(model, tmp_path / "base", model.tokenizer)
     return tmp_path / "base"
 
 
@@ -113,10 +114,12 @@ def test_only_the_updates_learn_and_are_counted():
 
 def test_a_budget_counts_on_steps_of_the_updates(recipe, monkeypatch):
     """They are quicker than the model's, and need less memory."""
-    measured, known = [], plan.optimizers
-    monkeypatch.setattr(plan, "PROBE_SECONDS", 0)
-    monkeypatch.setattr(plan, "optimizers", lambda model, settings: measured.append(model) or known(model, settings))
-    assert plan.tokens_per_second(read_recipe(recipe)) > 0
+    measured, known = [], estimate.optimizers
+    monkeypatch.setattr(estimate, "PROBE_SECONDS", 0)
+    monkeypatch.setattr(
+        estimate, "optimizers", lambda model, settings: measured.append(model) or known(model, settings)
+    )
+    assert estimate.tokens_per_second(read_recipe(recipe)) > 0
     assert [len(lora.low_rank(model)) for model in measured] == [2 * len(TARGETS)]
 
 
@@ -127,7 +130,7 @@ def test_peft_says_the_same_and_learns_the_same(base):
     lora.adapt(ours, settings, seed=0)
     disturbed(ours)
     folder = base.parent / "adapter"
-    adapter.write(folder, adapter.settings_of(settings, str(base)), lora.adapters(ours))
+    peft_adapter.write(folder, peft_adapter.settings_of(settings, str(base)), lora.adapters(ours))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True)
     ids = torch.arange(24)[None]
@@ -135,7 +138,9 @@ def test_peft_says_the_same_and_learns_the_same(base):
     loss, _ = loss_sum(ours.hidden(ids)[:, :-1], ours.head, ids[:, 1:])
     (loss / 23).backward()
     theirs(ids, labels=ids).loss.backward()
-    found = {name.removeprefix(adapter.PREFIX): each for name, each in theirs.named_parameters() if each.requires_grad}
+    found = {
+        name.removeprefix(peft_adapter.PREFIX): each for name, each in theirs.named_parameters() if each.requires_grad
+    }
     assert len(found) == len(lora.adapters(ours))
     for name, weight in lora.adapters(ours).items():
         other = found[f"{name}.default.weight"]
@@ -151,7 +156,7 @@ def test_a_run_its_files_and_peft(recipe, base, tmp_path, capsys):
         True,
     )
     run = train(recipe, tmp_path / "run")
-    newest = state.all_of(run.folder)[-1]
+    newest = training_state.all_of(run.folder)[-1]
     ids = torch.arange(24)[None]
     merged, before = load(run.folder), load(base)
     assert torch.equal(merged(ids), run.model(ids))
@@ -205,7 +210,7 @@ def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, cap
         code, _, err = call(capsys, *begun, "--run", tmp_path / name, "--lora.rank", rank)
         assert code == 0, err
         torch.testing.assert_close(load(tmp_path / name)(ids), ours(ids), atol=1e-4, rtol=1e-4)
-    change_one(out / adapter.WEIGHTS)
+    change_one(out / peft_adapter.WEIGHTS)
     code, _, err = call(capsys, *begun, "--run", tmp_path / "low", "--lora.rank", 2)
     assert (code, "whose weights are others now" in err) == (3, True), err
 
@@ -216,15 +221,15 @@ def test_a_base_on_the_hub_keeps_its_name(hub, recipe, base):
     for asked in ("org/base", f"org/base@{commit}"):
         begun = settle(read_recipe(recipe, {"init_from": asked})).init_from
         assert begun == f"org/base@{commit}"
-        said = adapter.settings_of(Lora(rank=2), begun)
+        said = peft_adapter.settings_of(Lora(rank=2), begun)
         assert (said["base_model_name_or_path"], said["revision"]) == ("org/base", commit)
 
 
 def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", steps=4)
     asked = []
-    known = resolve.fingerprint
-    monkeypatch.setattr(resolve, "fingerprint", lambda model: asked.append(model) or known(model))
+    known = loading.fingerprint
+    monkeypatch.setattr(loading, "fingerprint", lambda model: asked.append(model) or known(model))
     train(recipe, tmp_path / "run", steps=5)
     assert len(asked) == 1
 
@@ -238,7 +243,7 @@ def test_killed_and_resumed_to_the_bit(recipe, tmp_path, changes):
     parts = train(recipe, tmp_path / "parts")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, parts.model.state_dict()[name]), name
-    one, other = (state.all_of(run.folder)[-1] for run in (whole, parts))
+    one, other = (training_state.all_of(run.folder)[-1] for run in (whole, parts))
     for file in ("adapter/adapter_model.safetensors", "training/optimizer.safetensors"):
         assert (one / file).read_bytes() == (other / file).read_bytes()
 
@@ -247,7 +252,7 @@ def test_another_base_is_noticed(recipe, base, tmp_path, capsys):
     train(recipe, tmp_path / "run", steps=4)
     model = tiny_model()
     model.model.norm.weight.data += 1
-    weights.save(model, base, model.tokenizer)
+    huggingface.save(model, base, model.tokenizer)
     code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", "--train.steps", 6)
     assert code == 3
     assert "whose weights are others now" in err
@@ -296,7 +301,7 @@ def test_adapters_that_compute_something_else_are_refused(base, tmp_path, change
     lora.adapt(model, settings, 0)
     if change.get("base_model_name_or_path") == "SELF":
         change = {"base_model_name_or_path": str(tmp_path / "a")}
-    adapter.write(tmp_path / "a", adapter.settings_of(settings, str(base)) | change, lora.adapters(model))
+    peft_adapter.write(tmp_path / "a", peft_adapter.settings_of(settings, str(base)) | change, lora.adapters(model))
     with pytest.raises((InvalidFile, SettingError), match=said):
         load(tmp_path / "a")
 
@@ -306,8 +311,8 @@ def test_broken_adapter_files(base, tmp_path, fault):
     settings = Lora(rank=4, targets=("q_proj",))
     model = load(base)
     lora.adapt(model, settings, 0)
-    adapter.write(tmp_path / "a", adapter.settings_of(settings, str(base)), lora.adapters(model))
-    file = tmp_path / "a" / adapter.WEIGHTS
+    peft_adapter.write(tmp_path / "a", peft_adapter.settings_of(settings, str(base)), lora.adapters(model))
+    file = tmp_path / "a" / peft_adapter.WEIGHTS
     found = load_file(file)
     first = next(name for name in found if name.endswith("lora_B.weight"))
     match fault:

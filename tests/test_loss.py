@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smolforge import loss as loss_module
-from smolforge.loss import IGNORED, into_gradient, loss_sum
-from smolforge.model import build
+from smolforge.data.batches import IGNORED
+from smolforge.models.decoder import build
 from smolforge.testing import tiny_config
+from smolforge.training import loss as loss_module
+from smolforge.training.loss import into_gradient, loss_sum
 
 BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import NANO
 
+from smolforge.config.base import replaced
+from smolforge.config.load import read_recipe, to_recipe
 from smolforge.errors import SettingError
-from smolforge.recipe import machine, plan, train
-from smolforge.recipe.machine import DECIDED, SAFE_SHARE, fitting_rows, on_this_machine
-from smolforge.recipe.plan import training_bytes
-from smolforge.recipe.read import read_recipe, to_recipe
-from smolforge.settings import replaced
+from smolforge.runs import auto, estimate, train
+from smolforge.runs.auto import DECIDED, SAFE_SHARE, fitting_rows, on_this_machine
+from smolforge.runs.estimate import training_bytes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 AUTO = dict.fromkeys(DECIDED, "auto")
@@ -21,7 +21,7 @@ SMOLLM2 = replaced(read_recipe("smollm2-135m"), AUTO | {"train.batch_tokens": 20
 def free(monkeypatch, recipe, rows):
     """Memory for a micro-batch of so many rows, and no more."""
     needed = training_bytes(replaced(recipe, {"train.micro_batch_size": rows}))
-    monkeypatch.setattr(machine, "available_bytes", lambda device: int(needed / SAFE_SHARE) + 1)
+    monkeypatch.setattr(auto, "available_bytes", lambda device: int(needed / SAFE_SHARE) + 1)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def free(monkeypatch, recipe, rows):
 def test_a_micro_batch_fits_and_divides_the_share_of_a_rank(monkeypatch, room, ranks, rows):
     """On a GPU no more than 32 rows of 2048 tokens keep it busy."""
     free(monkeypatch, SMOLLM2, room)
-    monkeypatch.setattr(machine, "fits", lambda recipe: True)
+    monkeypatch.setattr(auto, "fits", lambda recipe: True)
     assert fitting_rows(SMOLLM2, GPU, ranks) == rows
 
 
@@ -44,7 +44,7 @@ def test_on_a_gpu_it_is_tried(monkeypatch):
         return 1.0
 
     free(monkeypatch, SMOLLM2, 96)
-    monkeypatch.setattr(machine, "tokens_per_second", measured)
+    monkeypatch.setattr(auto, "tokens_per_second", measured)
     assert fitting_rows(SMOLLM2, GPU, 1) == 12
     assert tried == [32, 24, 16, 12]
 
@@ -55,7 +55,7 @@ def test_a_processor_is_busy_sooner(monkeypatch):
 
 
 def test_what_does_not_fit_at_all_is_refused(monkeypatch):
-    monkeypatch.setattr(machine, "available_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(auto, "available_bytes", lambda device: 1 << 30)
     with pytest.raises(SettingError, match=r"not even one row of 2048 tokens fits into the 0.8 GiB that may be used"):
         fitting_rows(SMOLLM2, CPU, 1)
 
@@ -63,7 +63,7 @@ def test_what_does_not_fit_at_all_is_refused(monkeypatch):
 @pytest.mark.parametrize(("steps", "ranks", "compiled"), [(4, 1, False), (60, 1, True), (60, 4, False)])
 def test_runs_of_hours_are_compiled(monkeypatch, steps, ranks, compiled):
     """Sixty steps of 4 x 2048 tokens take 100 GFLOP/s two or three hours, and four such processors less than one."""
-    monkeypatch.setattr(plan, "matrix_flops_per_second", lambda device, dtype: 1e11)
+    monkeypatch.setattr(estimate, "matrix_flops_per_second", lambda device, dtype: 1e11)
     recipe = replaced(SMOLLM2, {"train.steps": steps, "train.batch_tokens": 8192, "train.dtype": "float32"})
     decided = on_this_machine(recipe, ranks).train
     assert (decided.compile, decided.activation_checkpointing) == (compiled, "selective" if compiled else None)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smolforge import memory
-from smolforge.memory import Causal, Documents, documents, packing
-from smolforge.model import build
+from smolforge.models import attention
+from smolforge.models.attention import Causal, Documents, documents, packing
+from smolforge.models.decoder import build
 from smolforge.testing import tiny_config, tiny_model
 
 LENGTH = 12
@@ -51,14 +51,14 @@ def sliced(packed: Documents, document: Tensor) -> Documents:
 
 def masked(packed: Documents, document: Tensor) -> Documents:
     """As under torch.compile on a processor."""
-    packed.inside = functools.partial(memory.masked, packed.positions)
+    packed.inside = functools.partial(attention.masked, packed.positions)
     return packed
 
 
 def flexible(packed: Documents, document: Tensor) -> Documents:
     """As on a GPU; uncompiled it can be asked for on a processor too, though not for gradients."""
     with torch.compiler.set_stance("force_eager"):
-        packed.inside = memory.flex(document)
+        packed.inside = attention.flex(document)
     return packed
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge.meter import WINDOW, HostClock, Meter, StreamClock, Work, clock
+from smolforge.training.step_timer import WINDOW, HostClock, Meter, StreamClock, Work, clock
 
 PARTS = ("data", "forward", "backward", "optimizer", "other")
 WORK = Work(tokens=1000, flops_per_token=600, flops_per_token_full_attention=900, peak_flops_per_second=1e6)

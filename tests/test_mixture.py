@@ -13,35 +13,35 @@ from conftest import NANO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import cli, guard
-from smolforge.checkpoint import state
-from smolforge.cli import mixture
+from smolforge import cli
+from smolforge.checkpoint import training_state
 from smolforge.cli.flags import parse
+from smolforge.cli.inspect import mixture_report
 from smolforge.comparison import history
-from smolforge.comparison.mixed import read
+from smolforge.comparison.history import read_source_totals
 from smolforge.comparison.page import render
-from smolforge.comparison.selection import select
-from smolforge.comparison.told import written as written_setting
+from smolforge.comparison.select import select
+from smolforge.comparison.summaries import written as written_setting
 from smolforge.config import Data
-from smolforge.config.mixture import whole_shares
-from smolforge.data.batches import Windows, permuted, placed, stream
+from smolforge.config.base import leaves, replaced
+from smolforge.config.data import whole_shares
+from smolforge.config.load import read_recipe, to_recipe, write_recipe
+from smolforge.data.batches import IGNORED, Windows, permuted, placed, stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Tokens
 from smolforge.data.mixture import Mixture, MixtureRows, Order, due_first, interleaving
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.evaluation import measure_corpus
-from smolforge.evaluation.mixture import measure_mixture
-from smolforge.loss import IGNORED
-from smolforge.ranks import Ranks, World
-from smolforge.recipe import resume_or_start
-from smolforge.recipe.mixing import Ledger, needs, planned, shares, warnings
-from smolforge.recipe.read import read_recipe, to_recipe, write_recipe
-from smolforge.recipe.settle import settle, with_schedule_over
-from smolforge.recipe.workshop import Silent
-from smolforge.runs.journal import read_records
-from smolforge.settings import leaves, replaced
+from smolforge.evaluation.perplexity import measure_mixture
+from smolforge.runs import resume_or_start
+from smolforge.runs.callbacks import Silent
+from smolforge.runs.mixture import Ledger, needs, planned, shares, warnings
+from smolforge.runs.resolve import settle, with_schedule_over
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+from smolforge.training import guard
+from smolforge.training.distributed import Ranks, World
+from smolforge.training.run_folder import read_records
 from smolforge.verification.files import files as files_checked
 
 WEIGHTS = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any)
@@ -348,7 +348,7 @@ class Killing(Silent):
 
 
 def weights_of(run: Path, step: int) -> bytes:
-    return (state.folder_of(run, step) / "model.safetensors").read_bytes()
+    return (training_state.folder_of(run, step) / "model.safetensors").read_bytes()
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -398,7 +398,7 @@ def test_stopped_and_resumed_across_a_border_to_the_bit(mixed, tmp_path):
 
 def test_prepared_once_for_all_runs_and_never_again(mixed, tmp_path, monkeypatch):
     first = resume_or_start(mixed, tmp_path / "runs" / "a", START)
-    monkeypatch.setattr("smolforge.data.shards.finish", None)
+    monkeypatch.setattr("smolforge.data.prepare.build.finish", None)
     second = resume_or_start(mixed, tmp_path / "runs" / "b", START)
     assert Mixture.open(first.folder).fingerprint == Mixture.open(second.folder).fingerprint
     for name in ("web", "code", "math"):
@@ -561,7 +561,7 @@ def test_sources_without_weight_are_left_out():
 
 
 def test_inspect_and_compare_tell_of_the_mixture(mixed, tmp_path, capsys):
-    facts = mixture.of_recipe(settle(read_recipe(mixed, {"data.mixture.code.tokens": 64})))
+    facts = mixture_report.of_recipe(settle(read_recipe(mixed, {"data.mixture.code.tokens": 64})))
     stages, sources = facts["mixture"]["stages"], facts["mixture"]["sources"]
     assert [(each["name"], each["after_step"]) for each in stages] == [
         ("stage 1", 0),
@@ -571,18 +571,18 @@ def test_inspect_and_compare_tell_of_the_mixture(mixed, tmp_path, capsys):
     assert sum(sum(each["tokens"].values()) for each in stages) == 8 * 128
     assert sources["code"]["epochs"] == sources["code"]["tokens"] / 64
     once, never = ({"data.mixture.code.tokens": 64, "data.warn_epochs": most} for most in (1, None))
-    (warned,) = mixture.warnings(settle(read_recipe(mixed, once)), facts)
+    (warned,) = mixture_report.warnings(settle(read_recipe(mixed, once)), facts)
     assert warned.startswith(f"code will be read {sources['code']['epochs']:.1f} times (data.warn_epochs is 1)")
-    assert mixture.warnings(settle(read_recipe(mixed, never)), facts) == []
+    assert mixture_report.warnings(settle(read_recipe(mixed, never)), facts) == []
     elsewhere = {"data.mixture.code.source": "gone.txt", "data.mixture.web.source": "org/set"}
-    (missing,) = mixture.warnings(settle(read_recipe(mixed, never | elsewhere)), facts)
+    (missing,) = mixture_report.warnings(settle(read_recipe(mixed, never | elsewhere)), facts)
     assert missing == "data.mixture.code: there is no file, directory or match for the data source 'gone.txt'"
-    printed = mixture.lines(facts["mixture"])
+    printed = mixture_report.lines(facts["mixture"])
     assert printed[1].split()[:4] == ["source", "tokens", "share", "epochs"]
     assert printed[-1] == "stage 3 (end) begins after step 6"
     run = resume_or_start(mixed, tmp_path / "runs" / "a", {})
     last = metrics_of(run.folder)[-1]
-    told = read(history.read(run.folder))
+    told = read_source_totals(history.read(run.folder))
     assert {each.source: each.tokens for each in told} == {
         name: last[f"tokens_from_{name}"] for name in ("web", "code", "math")
     }

@@ -7,13 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import presets
-from smolforge.config import ModelConfig
-from smolforge.loss import loss_sum
-from smolforge.memory import Cache
-from smolforge.model import adapted, allocate, build
-from smolforge.sizes import component, parameter_counts
+from smolforge.config import ModelConfig, presets
+from smolforge.models.attention import Cache
+from smolforge.models.decoder import adapted, allocate, build
+from smolforge.models.stats import component, parameter_counts
 from smolforge.testing import tiny_config, tiny_model
+from smolforge.training.loss import loss_sum
 
 PUBLISHED = {
     "smollm2-135m": 134_515_008,

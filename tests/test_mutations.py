@@ -4,11 +4,10 @@ import pytest
 from mutations import mutations
 
 from smolforge import train
-from smolforge.config import Recipe
+from smolforge.config import Recipe, load
+from smolforge.config.base import replaced
+from smolforge.config.load import read_recipe, write_recipe
 from smolforge.errors import SettingError
-from smolforge.recipe import syntax
-from smolforge.recipe.read import read_recipe, write_recipe
-from smolforge.settings import replaced
 
 
 @pytest.mark.heavy
@@ -62,7 +61,7 @@ def test_a_recipe_that_could_not_be_read_again_is_not_written():
     long = replaced(Recipe(), {"data.sources": [f"shards/{number:04}.txt" for number in range(9999)]})
     with pytest.raises(SettingError, match=r"131,072 bytes that can be read again; folders and globs"):
         write_recipe(long)
-    assert 10 * len(write_recipe(Recipe())) < syntax.LARGEST
+    assert 10 * len(write_recipe(Recipe())) < load.LARGEST
 
 
 @pytest.mark.parametrize(

@@ -18,15 +18,15 @@ from conftest import NANO
 from safetensors.torch import load_file, save_file
 
 from smolforge import cli
-from smolforge.checkpoint import moments, nanotron, resolve, state, tensors, weights
-from smolforge.data.shards import prepare
+from smolforge.checkpoint import huggingface, loading, nanotron, optimizer_state, safetensors_writer, training_state
+from smolforge.config.load import to_recipe, write_recipe
+from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.export.transformers import to_transformers
-from smolforge.optim import load_state_tensors, optimizers, state_tensors
-from smolforge.recipe import train
-from smolforge.recipe.read import to_recipe, write_recipe
+from smolforge.exporters.transformers import to_transformers
+from smolforge.runs import train
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.testing.damage import truncate
+from smolforge.training.optim import load_state_tensors, optimizers, state_tensors
 
 EMBEDDING, HEAD = "model.token_position_embeddings.pp_block.token_embedding.weight", "model.lm_head.pp_block.weight"
 QKV = "model.decoder.0.pp_block.attn.qkv_proj.weight"
@@ -170,8 +170,8 @@ def ids():
 def test_the_model_is_the_same(tmp_path, tp, interleaved, tied):
     model = tiny_model(tie_word_embeddings=tied)
     folder = write(tmp_path / "step", model, tp=tp, interleaved=interleaved)
-    loaded = resolve.load(folder)
-    assert resolve.read_config(folder) == model.config == loaded.config
+    loaded = loading.load(folder)
+    assert loading.read_config(folder) == model.config == loaded.config
     rounded = copy.deepcopy(model).bfloat16().float()
     assert torch.equal(loaded(ids()), rounded(ids()))
     assert loaded.tokenizer is None
@@ -216,7 +216,7 @@ def test_the_next_step_is_that_of_a_run_without_a_stop(tmp_path, trained, tp, in
     loaded = nanotron.optimizer.load(folder)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     ours = optimizers(loaded.train(), OPTIM)
-    load_state_tensors(ours, loaded, moments.read(folder, torch.float32))
+    load_state_tensors(ours, loaded, optimizer_state.read(folder, torch.float32))
     before, went_on = copy.deepcopy((model, chosen))
     stepped(before, went_on, ids())
     stepped(loaded, ours, ids())
@@ -258,10 +258,10 @@ def test_a_run_goes_on_with_the_moments(tmp_path, recipe_file, corpus, caplog):
     caplog.set_level("INFO", "smolforge")
     plateau = {"optim.schedule.decay": "none", "train.steps": 4, "init_moments": False}
     first = train(recipe_file, tmp_path / "first", **settings(corpus, **plateau))
-    checkpoint = state.folder_of(first.folder, 4)
-    model = weights.load(checkpoint)
+    checkpoint = training_state.folder_of(first.folder, 4)
+    model = huggingface.load(checkpoint)
     chosen = optimizers(model, first.recipe.optim)
-    load_state_tensors(chosen, model, moments.read(checkpoint, torch.float32))
+    load_state_tensors(chosen, model, optimizer_state.read(checkpoint, torch.float32))
     folder = write(tmp_path / "nanotron", model, chosen, tp=2)
     ours = train(recipe_file, tmp_path / "a", steps=3, **settings(corpus, init_from=str(first.folder)))
     assert "goes on with the moments of" in caplog.text
@@ -290,7 +290,7 @@ def test_an_average_begins_with_the_run_that_goes_on(tmp_path, recipe_file, corp
     given = settings(corpus, init_from=str(write(tmp_path / "nanotron", *trained)))
     plain = train(recipe_file, tmp_path / "plain", steps=3, **given)
     averaged = train(recipe_file, tmp_path / "averaged", steps=3, **given, **{"optim.ema_decay": 0.9})
-    kept = load_file(state.folder_of(averaged.folder, 3) / moments.FILE)
+    kept = load_file(training_state.folder_of(averaged.folder, 3) / optimizer_state.FILE)
     names = [name for name, _ in plain.model.named_parameters()]
     assert all(map(torch.equal, bits(plain), [kept[f"training.{name}"] for name in names]))
     assert not all(map(torch.equal, bits(plain), bits(averaged)))
@@ -476,7 +476,7 @@ def test_moments_of_others_are_refused(tmp_path, recipe_file, corpus, more, said
 
 def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, recipe_file, corpus):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     with pytest.raises(InvalidFile, match="has no moments to go on with .training/optimizer.safetensors."):
         train(recipe_file, tmp_path / "run", **settings(corpus, init_from=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
@@ -484,10 +484,10 @@ def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, re
 
 def test_a_run_stopped_before_its_first_step_has_no_moments(tmp_path, recipe_file, corpus):
     first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False))
-    checkpoint = state.folder_of(first.folder, 2)
-    tensors.write(checkpoint / moments.FILE, {})  # as it stands there
+    checkpoint = training_state.folder_of(first.folder, 2)
+    safetensors_writer.write(checkpoint / optimizer_state.FILE, {})  # as it stands there
     with pytest.raises(InvalidFile, match="was saved before its first step and has no moments; leave init_moments out"):
-        moments.check_there(checkpoint)
+        optimizer_state.check_there(checkpoint)
 
 
 def test_a_warm_up_of_moments_that_need_none_is_said(tmp_path, recipe_file, corpus, trained, caplog):

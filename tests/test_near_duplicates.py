@@ -32,12 +32,12 @@ from test_sources import NAME, all_texts, gz, made, on_hub, packed, quick, small
 from smolforge import cli
 from smolforge.cli.prepare import EXPLAINED
 from smolforge.config import Data
-from smolforge.data import duplicates, minhash, tasks
+from smolforge.config.base import validated
 from smolforge.data.corpus import HELD_OUT, TRAIN
-from smolforge.data.duplicates import near_one_before
-from smolforge.data.shards import prepare, work_folder
+from smolforge.data.prepare import dedup, jobs, minhash
+from smolforge.data.prepare.build import prepare, work_folder
+from smolforge.data.prepare.dedup import near_one_before
 from smolforge.errors import MissingResource, SettingError
-from smolforge.settings import validated
 from smolforge.testing import tiny_tokenizer
 from smolforge.testing.processes import die, in_child
 
@@ -243,7 +243,7 @@ def test_a_document_that_is_cut_is_compared_as_a_whole(tmp_path, tokenizer):
 
 def test_what_is_too_short_or_too_long_is_like_no_other(tmp_path, tokenizer, monkeypatch):
     long = written(1, 400)
-    monkeypatch.setattr(duplicates, "LONGEST", len(long) - 1)
+    monkeypatch.setattr(dedup, "LONGEST", len(long) - 1)
     texts = ["Two words.", "two words", long, long + "er", written(2), written(2) + "."]
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(texts))))
     assert texts_of(made(tmp_path / "corpus", tokenizer, source, held_out=0), TRAIN) == texts[:-1]
@@ -258,8 +258,8 @@ def test_near_duplicates_take_no_room(tmp_path, tokenizer, monkeypatch, held_out
     for limit in (700, 1500):
         found = []
         for characters in (0, 900, 1 << 20):
-            monkeypatch.setattr(tasks, "BATCH_CHARACTERS", characters)
-            monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 10 * characters)
+            monkeypatch.setattr(jobs, "BATCH_CHARACTERS", characters)
+            monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 10 * characters)
             found.append(made(tmp_path / f"{limit}{characters}", tokenizer, source, limit=limit, held_out=held_out))
         assert len({corpus.fingerprint for corpus in found}) == 1
         assert sum(found[0].size(split)["tokens"] for split in (TRAIN, HELD_OUT)) == limit
@@ -282,7 +282,7 @@ def test_a_source_that_is_counted_fills_both_parts(tmp_path, tokenizer, held_out
 
 def dying(data, folder, reports):
     """Prepare, and die in the middle."""
-    tasks.CHUNK_CHARACTERS, tasks.BATCH_CHARACTERS = 1500, 300
+    jobs.CHUNK_CHARACTERS, jobs.BATCH_CHARACTERS = 1500, 300
     told = iter(range(reports))
     prepare(data, folder, tiny_tokenizer(), report=lambda _: None if next(told, None) is not None else die())
 
@@ -356,7 +356,7 @@ def test_a_stream_is_compared_row_by_row(on_hub, tmp_path, tokenizer):
 
 
 def test_without_datatrove_there_is_a_sentence(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.delitem(sys.modules, "smolforge.data.minhash")
+    monkeypatch.delitem(sys.modules, "smolforge.data.prepare.minhash")
     monkeypatch.setitem(sys.modules, "datatrove.utils.text", None)
     source = write(tmp_path / "a.jsonl", json.dumps({"text": "x"}).encode())
     with pytest.raises(MissingResource, match=r"pip install 'smolforge\[data\]' brings it"):

@@ -8,10 +8,10 @@ import torch
 from torch._inductor import config as inductor
 from torch.profiler import profile
 
-from smolforge.loss import IGNORED
-from smolforge.model import build
-from smolforge.objective import Objective
+from smolforge.data.batches import IGNORED
+from smolforge.models.decoder import build
 from smolforge.testing import tiny_config
+from smolforge.training.objective import Objective
 
 SHAPES = {
     "llama": {},

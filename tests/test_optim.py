@@ -7,7 +7,8 @@ from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from smolforge.config import Optim, Schedule
 from smolforge.errors import InvalidFile
-from smolforge.optim import (
+from smolforge.testing import tiny_model
+from smolforge.training.optim import (
     Muon,
     learning_rate,
     load_state_tensors,
@@ -16,7 +17,6 @@ from smolforge.optim import (
     scale_learning_rates,
     state_tensors,
 )
-from smolforge.testing import tiny_model
 
 
 def rates(schedule, steps, peak=1.0):

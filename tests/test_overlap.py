@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from smolforge import cli
 from smolforge.config import Data
 from smolforge.data.corpus import SPLITS, Pieces
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
+from smolforge.evaluation.contamination import overlap, words_of
 from smolforge.evaluation.multiple_choice import Item
-from smolforge.evaluation.overlap import overlap, words_of
 from smolforge.evaluation.tasks import Task
 from smolforge.testing import sentences, tiny_tokenizer
 

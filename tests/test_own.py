@@ -17,25 +17,26 @@ from test_ranks import free_port
 from torch import nn
 from transformers import AutoConfig
 
-from smolforge import cli, load, optim, own, train
-from smolforge.comparison.study import conduct, machine
-from smolforge.comparison.study.read import read
-from smolforge.config import Optim
-from smolforge.memory import Branches, Cache, Causal, Documents, Within, masked
-from smolforge.model import build
-from smolforge.recipe.workshop import Silent
-from smolforge.runs.journal import read_records
+from smolforge import cli, load, train
+from smolforge.comparison.study import benchmarks, conduct
+from smolforge.comparison.study.spec import read
+from smolforge.config import Optim, custom_classes
+from smolforge.models.attention import Branches, Cache, Causal, Documents, Within, masked
+from smolforge.models.decoder import build
+from smolforge.runs.callbacks import Silent
 from smolforge.testing import in_child, tiny_config
 from smolforge.testing.processes import ended, start
-from smolforge.verification.classes import verify_classes
+from smolforge.training import optim
+from smolforge.training.run_folder import read_records
+from smolforge.verification.custom_classes import verify_classes
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "own"
 SLIDING = "mylab:SlidingAttention"
 LAB = '''
 import torch
 from torch import nn
-from smolforge.memory import Within
-from smolforge.model import MLP, Attention, RMSNorm, rotate
+from smolforge.models.attention import Within
+from smolforge.models.decoder import MLP, Attention, RMSNorm, rotate
 
 class Sliding(Attention):
     def forward(self, x, angles, memory):
@@ -63,7 +64,7 @@ class Leaky(Attention):
 class Forgetful(Attention):
     """Looks at the tokens of this call alone."""
     def forward(self, x, angles, memory):
-        from smolforge.memory import Causal
+        from smolforge.models.attention import Causal
         return super().forward(x, angles, Causal())
 
 class Unsaved(Attention):
@@ -117,7 +118,7 @@ not_a_class = 3
 
 @pytest.fixture(autouse=True)
 def nothing_admitted(monkeypatch):
-    monkeypatch.setattr(own, "_admitted", {})
+    monkeypatch.setattr(custom_classes, "_admitted", {})
 
 
 @pytest.fixture
@@ -234,7 +235,7 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     text = path.read_text().replace("300_000", "1024").replace("train.batch_tokens = 2048", "")
     text = text.replace("train.evaluate_every = 12", tomli_w.dumps(small)).replace("[0, 1, 2, 3, 4]", "[0]")
     path.write_text(text)
-    monkeypatch.setattr(machine, "DECODED", 2)
+    monkeypatch.setattr(benchmarks, "DECODED", 2)
     monkeypatch.chdir(Path(__file__).parent)  # its module is beside the study, and not here
     study = read(path)
     assert study.recipes["sliding"].model.attention == SLIDING
@@ -273,7 +274,7 @@ def test_a_run_resumes_to_the_bit_and_speaks_with_permission(lab, capsys):
     again = load(lab / "parts", own=["lab:Sliding"])
     ids = torch.arange(20)[None]
     assert torch.equal(again(ids), parts.model(ids))
-    own._admitted.clear()
+    custom_classes._admitted.clear()
     code, _, err = call(capsys, "generate", lab / "parts", "--prompt", "a")
     assert code == 3
     assert "--own lab:Sliding" in err
@@ -301,7 +302,7 @@ def test_a_changed_class_is_noticed(lab, caplog):
 
 
 def test_all_parts_at_once_save_and_load(lab):
-    own.admit(["lab:Same", "lab:Relu2", "lab:Unscaled"], [lab])
+    custom_classes.admit(["lab:Same", "lab:Relu2", "lab:Unscaled"], [lab])
     for family in ("llama", "mixtral"):
         parts = {"attention": "lab:Same", "feed_forward": "lab:Relu2", "normalization": "lab:Unscaled"}
         config = tiny_config(model_type=family, **parts)
@@ -322,7 +323,7 @@ def test_a_norm_without_parameters_trains(lab):
 def test_python_looks_where_it_did_before(lab, monkeypatch):
     monkeypatch.syspath_prepend(str(lab))
     before = list(sys.path)
-    own.admit(["lab:Same"], [lab, lab])
+    custom_classes.admit(["lab:Same"], [lab, lab])
     assert sys.path == before
 
 
@@ -423,7 +424,7 @@ def test_a_class_that_is_none_is_one_sentence(lab, capsys, setting, name, said):
     ],
 )
 def test_verify_finds_what_is_wrong(lab, name, failing):
-    own.admit([f"lab:{name}"], [lab])
+    custom_classes.admit([f"lab:{name}"], [lab])
     config = tiny_config(attention=f"lab:{name}")
     found = verify_classes(name, config, True, lambda check: None)
     assert {check.name for check in found.checks if not check.holds} == failing
@@ -443,7 +444,7 @@ def test_a_recipe_without_classes_has_nothing_to_verify(lab, capsys):
 
 
 def test_an_optimizer_is_not_called_for_updates_that_are_left_out(lab):
-    own.admit(["lab:Plain"], [lab])
+    custom_classes.admit(["lab:Plain"], [lab])
     model = nn.Linear(3, 2)
     chosen = optim.optimizers(model, Optim(name="lab:Plain", learning_rate=0.1))
     assert chosen[0].param_groups[0]["momentum"] == Optim().momentum
@@ -466,7 +467,7 @@ def test_an_optimizer_is_not_called_for_updates_that_are_left_out(lab):
 def test_the_example_lion_learns_as_written(tmp_path):
     """Against the paper's own lines, on scalars."""
     shutil.copy(EXAMPLES / "mylab.py", tmp_path)
-    own.admit(["mylab:Lion"], [tmp_path])
+    custom_classes.admit(["mylab:Lion"], [tmp_path])
     weight = nn.Parameter(torch.tensor([[0.5]]))
     holder = nn.ParameterDict({"w": weight})
     chosen = optim.optimizers(holder, Optim(name="mylab:Lion", learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.2))

@@ -11,8 +11,8 @@ import torch
 from test_server import KEY, Running, slow
 
 from smolforge.config import Generation
-from smolforge.server import page as served
-from smolforge.server.guard import PUBLIC
+from smolforge.server import web as served
+from smolforge.server.middleware import PUBLIC
 
 SOURCES = {path.name: path.read_text() for path in files(served).iterdir() if path.suffix in (".html", ".css", ".js")}
 HOSTILE = '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script>&lt;b&gt;'

@@ -15,25 +15,25 @@ from conftest import NANO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import cli, commit
-from smolforge.checkpoint import resolve, state, weights
+from smolforge import atomic, cli
+from smolforge.checkpoint import huggingface, loading, training_state
 from smolforge.config import Data
-from smolforge.data.batches import stream
+from smolforge.config.load import read_recipe, to_recipe
+from smolforge.data.batches import IGNORED, stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
-from smolforge.data.encoding import Encoded
-from smolforge.data.pairs import PairRows, shortened
-from smolforge.data.shards import ShardWriter, prepare
+from smolforge.data.preference_pairs import PairRows, shortened
+from smolforge.data.prepare.build import ShardWriter, prepare
+from smolforge.data.prepare.tokenize_documents import Encoded
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.loss import IGNORED, label_log_probs
-from smolforge.objective import Objective
-from smolforge.preference import Preference
-from smolforge.recipe import reference, train
-from smolforge.recipe.plan import imagined
-from smolforge.recipe.read import read_recipe, to_recipe
-from smolforge.runs.journal import read_records
+from smolforge.runs import reference_logprobs, train
+from smolforge.runs.estimate import imagined
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
-from smolforge.training import backward
+from smolforge.training.dpo import Preference
+from smolforge.training.loop import backward
+from smolforge.training.loss import label_log_probs
+from smolforge.training.objective import Objective
+from smolforge.training.run_folder import read_records
 
 PLAIN = tiny_tokenizer()
 BARE = """{%- for message in messages %}
@@ -349,7 +349,7 @@ def begun(tmp_path_factory):
     """A folder with a model to start from, pairs, and a recipe."""
     folder = tmp_path_factory.mktemp("dpo")
     model = tiny_model(seed=1)
-    weights.save(model, folder / "base", model.tokenizer)
+    huggingface.save(model, folder / "base", model.tokenizer)
     content = NANO | {
         "init_from": str(folder / "base"),
         "data": {"format": "pairs", "held_out": 0.2, "sources": [str(written(folder / "p.jsonl", pairs(80)))]},
@@ -367,7 +367,7 @@ def once(begun):
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    files = commit.check(state.folder_of(run, step))["files"]
+    files = atomic.check(training_state.folder_of(run, step))["files"]
     return {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
 
 
@@ -392,11 +392,11 @@ def test_a_model_learns_to_prefer_what_was_chosen(once):
 def test_killed_and_resumed_is_the_same_run(begun, once):
     same = {"optim.schedule.steps": 12}
     train(begun / "dpo.json", begun / "twice", steps=7, **same)
-    shutil.rmtree(state.folder_of(begun / "twice", 7))  # as a kill after step 5's checkpoint leaves it
+    shutil.rmtree(training_state.folder_of(begun / "twice", 7))  # as a kill after step 5's checkpoint leaves it
     (known,) = references(begun / "twice")
-    stamp = (known / reference.FILE).stat().st_mtime_ns
+    stamp = (known / reference_logprobs.FILE).stat().st_mtime_ns
     train(begun / "dpo.json", begun / "twice", steps=12, **same, **{"data.num_workers": 3})
-    assert (known / reference.FILE).stat().st_mtime_ns == stamp
+    assert (known / reference_logprobs.FILE).stat().st_mtime_ns == stamp
     assert hashes(begun / "once", 12) == hashes(begun / "twice", 12)
     losses = [
         [(each["step"], each["loss"], each["reward_margin"]) for each in read_records(begun / run / "metrics.jsonl")]
@@ -409,10 +409,10 @@ def test_the_reference_is_what_the_model_says_and_shared_beside_a_corpus(begun, 
     corpus = prepare(Data(sources=(str(begun / "p.jsonl"),), format="pairs", held_out=0.2), tmp_path / "c", PLAIN)
     run = train(begun / "dpo.json", tmp_path / "run", str(corpus.folder), 1)
     (known,) = sorted((corpus.folder / "reference").iterdir())
-    found = reference.read(known)
+    found = reference_logprobs.read(known)
     model = tiny_model(seed=1).eval()
     for split in (TRAIN, HELD_OUT):
-        rows = reference.rows_of(corpus, split, run.recipe, found)
+        rows = reference_logprobs.rows_of(corpus, split, run.recipe, found)
         batch = rows.batch(0, rows.count)
         with torch.no_grad():
             assert torch.allclose(batch.reference, reference_of(model, batch), rtol=1e-5, atol=1e-5)
@@ -421,8 +421,12 @@ def test_the_reference_is_what_the_model_says_and_shared_beside_a_corpus(begun, 
     assert sorted((corpus.folder / "reference").iterdir()) == [known]
     assert again.metrics["validation_loss"] < math.log(2)
     wide = read_recipe(begun / "dpo.json", {"train.dtype": "float64"})
-    base = resolve.fingerprint(run.recipe.init_from)
-    assert reference.place_of(wide, corpus, base) != known == reference.place_of(run.recipe, corpus, base)
+    base = loading.fingerprint(run.recipe.init_from)
+    assert (
+        reference_logprobs.place_of(wide, corpus, base)
+        != known
+        == reference_logprobs.place_of(run.recipe, corpus, base)
+    )
 
 
 def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, caplog):
@@ -430,22 +434,24 @@ def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, 
     given = {"init_from": str(tmp_path / "base"), "optim.schedule.steps": 4, "train.checkpoint_every": 1}
     run = train(begun / "dpo.json", tmp_path / "run", steps=1, **given)
     (known,) = references(tmp_path / "run")
-    content = (known / reference.FILE).read_bytes()
+    content = (known / reference_logprobs.FILE).read_bytes()
     half = known.with_name(f".tmp-{known.name}")
     shutil.copytree(known, half)
     shutil.rmtree(known)  # as a kill while it was written leaves it
     corpus, made = Corpus.open(tmp_path / "run" / "corpus"), []
-    again = partial(reference.make_unless_there, known, run.recipe, corpus, torch.device("cpu"))
+    again = partial(reference_logprobs.make_unless_there, known, run.recipe, corpus, torch.device("cpu"))
     again(lambda pairs, of: made.append((pairs, of)))
     assert made[-1] == (80, 80) and references(tmp_path / "run") == [known]
-    assert (known / reference.FILE).read_bytes() == content
-    (known / reference.FILE).write_bytes(content[:-1])
+    assert (known / reference_logprobs.FILE).read_bytes() == content
+    (known / reference_logprobs.FILE).write_bytes(content[:-1])
     again(lambda pairs, of: None)
-    assert "the reference is computed again" in caplog.text and (known / reference.FILE).read_bytes() == content
+    assert (
+        "the reference is computed again" in caplog.text and (known / reference_logprobs.FILE).read_bytes() == content
+    )
     again(lambda pairs, of: pytest.fail("it is there"))
     model = tiny_model(seed=2)
     shutil.rmtree(tmp_path / "base")
-    weights.save(model, tmp_path / "base", model.tokenizer)
+    huggingface.save(model, tmp_path / "base", model.tokenizer)
     with pytest.raises(InvalidFile, match="was trained against another reference than init_from is now"):
         train(begun / "dpo.json", tmp_path / "run", steps=2, **given)
     assert references(tmp_path / "run") == [known]

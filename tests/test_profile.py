@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from smolforge.loss import loss_sum
-from smolforge.meter import HostClock, Meter, Work
-from smolforge.model import build
-from smolforge.recipe.profile import IDLE, REST, Profile, Spent, kind, spent, summary
+from smolforge.models.decoder import build
+from smolforge.runs.profiler import IDLE, REST, Profile, Spent, kind, spent, summary
 from smolforge.testing import tiny_config
+from smolforge.training.loss import loss_sum
+from smolforge.training.step_timer import HostClock, Meter, Work
 
 CUTLASS = "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>"
 

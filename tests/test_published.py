@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from smolforge.data.documents import text_document
-from smolforge.data.sources.fetched import address
-from smolforge.data.sources.rows import Row
-from smolforge.recipe.mixing import order_of
-from smolforge.recipe.read import read_recipe
+from smolforge.config.load import read_recipe
+from smolforge.data.prepare.documents import text_document
+from smolforge.data.sources.remote_text import address
+from smolforge.data.sources.types import Row
+from smolforge.runs.mixture import order_of
 
 OTHERWISE = {
     "model.model_config.rope_theta": 10_000.0,
@@ -212,7 +212,7 @@ def test_the_curriculum_is_that_of_the_paper():
 
 def test_the_yardstick_learns_as_its_log_says(shared):
     """Steps, tokens and the rate of every tenth step, from the log of the run."""
-    from smolforge.optim import learning_rate
+    from smolforge.training.optim import learning_rate
 
     ours = read_recipe("l20")
     with (shared / "reference" / "l20_training_metrics.csv").open() as file:

@@ -16,16 +16,17 @@ from test_study import conducted, study_file
 from transformers import AutoModelForCausalLM
 
 import smolforge
-from smolforge import cli, lora, own, quantized
-from smolforge.checkpoint import adapter, quantization, resolve, weights
-from smolforge.config import Lora
+from smolforge import cli
+from smolforge.checkpoint import huggingface, loading, peft_adapter, quantization
+from smolforge.config import Lora, custom_classes
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.export.gguf import to_gguf
-from smolforge.export.quantize import text_for, to_integers
-from smolforge.export.transformers import to_transformers
-from smolforge.generation.packed import Packed, packed
-from smolforge.memory import Cache
-from smolforge.quantized import Scheme, pack, quantize, rounded, unpack, unrolled
+from smolforge.exporters.gguf import to_gguf
+from smolforge.exporters.quantize import text_for, to_integers
+from smolforge.exporters.transformers import to_transformers
+from smolforge.generation.cpu_decoding import Packed, packed
+from smolforge.models import lora, quantized
+from smolforge.models.attention import Cache
+from smolforge.models.quantized import Scheme, pack, quantize, rounded, unpack, unrolled
 from smolforge.testing import failing, sentences, tiny_model
 from smolforge.verification import verify
 
@@ -47,7 +48,7 @@ def model():
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "model"
     made = model()
-    weights.save(made, folder, made.tokenizer)
+    huggingface.save(made, folder, made.tokenizer)
     return folder
 
 
@@ -58,7 +59,7 @@ def exported(plain):
     text.write_text(sentences(20))
     with pytest.MonkeyPatch.context() as patch:
         for name, few in TIMES.items():
-            patch.setattr(f"smolforge.export.quantize.{name}", few)
+            patch.setattr(f"smolforge.exporters.quantize.{name}", few)
         made = {name: to_integers(plain, plain.parent / name, scheme, text) for name, scheme in SCHEMES.items()}
     return {name: (plain.parent / name, table) for name, table in made.items()}
 
@@ -145,7 +146,7 @@ def test_a_word_has_its_first_integer_lowest():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_read_back_is_what_was_rounded(exported, plain, name):
     folder, _ = exported[name]
-    wanted, found = resolve.load(plain), smolforge.load(str(folder))
+    wanted, found = loading.load(plain), smolforge.load(str(folder))
     for rest in wanted.parameters():
         rest.data.copy_(rest.bfloat16() if rest.ndim == 1 else rest)
     quantize(wanted, SCHEMES[name])
@@ -156,8 +157,8 @@ def test_what_is_read_back_is_what_was_rounded(exported, plain, name):
     with torch.inference_mode():
         assert torch.equal(found(ids), wanted(ids))
         again = folder.parent / f"{name} again"
-        weights.save(found, again, found.tokenizer, torch.bfloat16)
-        assert torch.equal(resolve.load(again)(ids), wanted(ids))
+        huggingface.save(found, again, found.tokenizer, torch.bfloat16)
+        assert torch.equal(loading.load(again)(ids), wanted(ids))
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -176,7 +177,7 @@ def test_a_layer_is_the_product_with_the_matrix_it_stands_for():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_sizes_are_what_arithmetic_says(exported, name):
     folder, table = exported[name]
-    scheme, config = SCHEMES[name], resolve.read_config(folder)
+    scheme, config = SCHEMES[name], loading.read_config(folder)
     c, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     matrices = [(c, c), (c // 2, c), (c // 2, c), (c, c), (f, c), (f, c), (c, f)]
     disk = sum(o * i * scheme.bits // 8 + 2 * o * (i // (scheme.group_size or i)) + 16 for o, i in matrices) * layers
@@ -195,7 +196,7 @@ def test_sizes_are_what_arithmetic_says(exported, name):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_decoding_says_what_the_model_says(exported, name):
-    made = resolve.load(exported[name][0])
+    made = loading.load(exported[name][0])
     ids, network = torch.arange(5, 45)[None], packed(made)
     assert isinstance(network, Packed)
     cache, found = Cache(made.config, 1, 64, made.model.norm.weight), []
@@ -222,12 +223,12 @@ def test_every_verb_knows_it(exported, plain, capsys):
         assert cli.run([str(word) for word in words]) == 0, words
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["quantization"] == {"bits": 4, "group_size": 32, "embedding": True}
-    assert facts["memory_bytes"] == sum(each.nbytes for each in resolve.load(folder).parameters())
+    assert facts["memory_bytes"] == sum(each.nbytes for each in loading.load(folder).parameters())
 
 
 def test_the_table_is_shown_and_given(plain, tmp_path, capsys, monkeypatch):
     for name, few in TIMES.items():
-        monkeypatch.setattr(f"smolforge.export.quantize.{name}", few)
+        monkeypatch.setattr(f"smolforge.exporters.quantize.{name}", few)
     words = ["export", str(plain), "--to", "int8", "--text", str(plain.parent / "text.txt")]
     (plain.parent / "text.txt").write_text(sentences(20))
     assert cli.run([*words, "--out", str(tmp_path / "a")]) == 0
@@ -274,7 +275,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(exported, plain, tmp_path, caps
 @pytest.fixture
 def quick(monkeypatch):
     for name, few in TIMES.items():
-        monkeypatch.setattr(f"smolforge.export.quantize.{name}", few)
+        monkeypatch.setattr(f"smolforge.exporters.quantize.{name}", few)
 
 
 def exporting(source, out, *words, to="int4"):
@@ -287,7 +288,7 @@ def test_other_forms_of_a_model_are_quantised_and_measured_too(kind, plain, tmp_
         source, made = tmp_path / "adapter", model()
         lora.adapt(made, Lora(rank=2), 0)
         learned = {name: torch.full_like(each, 0.01) for name, each in lora.adapters(made).items()}
-        adapter.write(source, adapter.settings_of(Lora(rank=2), str(plain)), learned)
+        peft_adapter.write(source, peft_adapter.settings_of(Lora(rank=2), str(plain)), learned)
     elif kind == "nanotron":
         source = nanotrons(tmp_path / "nanotron", model())
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -298,7 +299,7 @@ def test_other_forms_of_a_model_are_quantised_and_measured_too(kind, plain, tmp_
     assert exporting(source, tmp_path / "out", "--text", tmp_path / "text.txt", "--json") == 0, capsys.readouterr()
     before = json.loads(capsys.readouterr().out)["before"]
     assert 0.8 < before["tensor_bytes"] / before["bytes_on_disk"] <= 1
-    assert resolve.load(tmp_path / "out").scheme == Scheme(4, 32, True)
+    assert loading.load(tmp_path / "out").scheme == Scheme(4, 32, True)
     report = ["verify", str(tmp_path / "out"), "--against", str(source), "--out", str(tmp_path / "v.json")]
     assert cli.run(report) == 0, capsys.readouterr()
 
@@ -306,17 +307,19 @@ def test_other_forms_of_a_model_are_quantised_and_measured_too(kind, plain, tmp_
 def test_an_adapter_of_integers_says_what_to_name(exported, tmp_path):
     made = model()
     lora.adapt(made, Lora(rank=2), 0)
-    content = adapter.settings_of(Lora(rank=2), str(exported["int4"][0]))
-    adapter.write(tmp_path / "adapter", content, {name: each.detach() for name, each in lora.adapters(made).items()})
+    content = peft_adapter.settings_of(Lora(rank=2), str(exported["int4"][0]))
+    peft_adapter.write(
+        tmp_path / "adapter", content, {name: each.detach() for name, each in lora.adapters(made).items()}
+    )
     with pytest.raises(InvalidFile, match="holds integers; let base_model_name_or_path there name the model that was"):
-        resolve.load(tmp_path / "adapter")
+        loading.load(tmp_path / "adapter")
 
 
 def test_what_fails_while_it_is_measured_leaves_nothing(plain, tmp_path, quick, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smolforge.export.quantize.speeds", interrupted)
+    monkeypatch.setattr("smolforge.exporters.quantize.speeds", interrupted)
     assert exporting(plain, tmp_path / "out") == 130
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
@@ -335,7 +338,7 @@ def test_what_fails_while_it_is_measured_leaves_nothing(plain, tmp_path, quick, 
 )
 def test_models_that_it_is_not_for_are_sent_elsewhere(changes, said, tmp_path):
     made = tiny_model(**WIDE | changes)
-    weights.save(made, tmp_path / "model", made.tokenizer)
+    huggingface.save(made, tmp_path / "model", made.tokenizer)
     with pytest.raises(SettingError, match=said):
         to_integers(tmp_path / "model", tmp_path / "out", Scheme(4, 32))
     assert not (tmp_path / "out").exists()
@@ -343,14 +346,14 @@ def test_models_that_it_is_not_for_are_sent_elsewhere(changes, said, tmp_path):
 
 def test_a_short_context_is_timed(tmp_path, quick):
     made = tiny_model(**WIDE, max_position_embeddings=4)
-    weights.save(made, tmp_path / "model", made.tokenizer)
+    huggingface.save(made, tmp_path / "model", made.tokenizer)
     assert to_integers(tmp_path / "model", tmp_path / "out", Scheme(4, 32)).after.decode_tokens_per_second > 0
 
 
 def test_a_model_that_is_no_numbers_is_named(tmp_path):
     made = model()
     made.model.layers[0].mlp.up_proj.weight.data[3, 3] = torch.nan
-    weights.save(made, tmp_path / "model", made.tokenizer)
+    huggingface.save(made, tmp_path / "model", made.tokenizer)
     with pytest.raises(InvalidFile, match=r"layers\.0\.mlp\.up_proj\.weight of .*/model holds NaN"):
         to_integers(tmp_path / "model", tmp_path / "out", Scheme(8))
 
@@ -380,13 +383,13 @@ def test_integers_are_held_to_what_they_were_made_from(exported, plain, tmp_path
     words = ["verify", str(folder), "--out", str(report), "--against"]
     assert cli.run([*words, str(plain)]) == 0
     (found,) = (each for each in json.loads(report.read_text())["checks"] if each["name"] == "rounded")
-    before, after = resolve.load(plain), resolve.load(folder)
+    before, after = loading.load(plain), loading.load(folder)
     names = [name for name, weight in before.named_parameters() if weight.ndim == 2]
     exact = torch.cat([before.get_parameter(name).detach().flatten() for name in names])
     kept = torch.cat([after.get_submodule(name.removesuffix(".weight")).weight.flatten() for name in names])
     assert found["figures"]["relative_error"] == pytest.approx(((exact - kept).norm() / exact.norm()).item(), rel=1e-4)
     other = tiny_model(seed=1, **WIDE)
-    weights.save(other, tmp_path / "other", other.tokenizer)
+    huggingface.save(other, tmp_path / "other", other.tokenizer)
     assert cli.run([*words, str(tmp_path / "other")]) == 1
     assert "are not what rounding" in capsys.readouterr().out
     assert cli.run([*words, str(folder)]) == 2
@@ -397,7 +400,7 @@ def test_integers_are_held_to_what_they_were_made_from(exported, plain, tmp_path
 LAB = """
 import torch
 from torch import nn
-from smolforge.model import MLP
+from smolforge.models.decoder import MLP
 
 class Half(nn.Linear):
     def forward(self, x):
@@ -422,11 +425,11 @@ def test_classes_of_ones_own_keep_what_they_compute(tmp_path, quick, monkeypatch
     """A linear layer with another forward is left alone; a parameter named as part of a quantised matrix is none."""
     (tmp_path / "quantlab.py").write_text(LAB)
     monkeypatch.chdir(tmp_path)
-    own.admit(["quantlab:Halved", "quantlab:Scaled"])
+    custom_classes.admit(["quantlab:Halved", "quantlab:Scaled"])
     made = tiny_model(**WIDE, feed_forward="quantlab:Halved", normalization="quantlab:Scaled")
-    weights.save(made, tmp_path / "model", made.tokenizer)
+    huggingface.save(made, tmp_path / "model", made.tokenizer)
     to_integers(tmp_path / "model", tmp_path / "out", Scheme(8))
-    before, after = resolve.load(tmp_path / "model"), resolve.load(tmp_path / "out")
+    before, after = loading.load(tmp_path / "model"), loading.load(tmp_path / "out")
     assert type(after.model.layers[0].mlp.down_proj).__name__ == "Half"
     assert len(quantized.layers(after)) == 6 * len(after.model.layers)
     wanted, found = (each(torch.arange(40)[None]) for each in (before, after))
@@ -437,13 +440,13 @@ def test_a_runs_text_is_measured_in_its_own_windows(text_file, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
     run = smolforge.train(recipe, run=tmp_path / "run", steps=8)
-    text = text_for(run.model, resolve.find(tmp_path / "run"), None)
+    text = text_for(run.model, loading.find(tmp_path / "run"), None)
     assert (text.name, text.window) == ("what the run held out", NANO["train"]["sequence_length"])
-    assert text_for(run.model, resolve.find(tmp_path / "run"), text_file).window == text.window
+    assert text_for(run.model, loading.find(tmp_path / "run"), text_file).window == text.window
     assert text_for(run.model, tmp_path / "elsewhere", text_file).window == 128
     corpus = tmp_path / "run" / "corpus" / "corpus.json"
     corpus.write_text(json.dumps(json.loads(corpus.read_text()) | {"fingerprint": "of another"}))
-    other = text_for(run.model, resolve.find(tmp_path / "run"), None)
+    other = text_for(run.model, loading.find(tmp_path / "run"), None)
     assert (other.name, other.window) == ("the documentation of Python's language", text.window)
 
 
@@ -507,7 +510,7 @@ def test_broken_tensors_are_refused(exported, tmp_path, break_it, said):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InvalidFile, match=said):
-        resolve.load(tmp_path)
+        loading.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +542,7 @@ def test_other_schemes_are_refused_by_name(exported, tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(InvalidFile, match=f"{NAMED.get(key, key)}.* implemented|do not divide"):
-        resolve.load(tmp_path)
+        loading.load(tmp_path)
 
 
 NAMED = {"config_groups": "num_bits and group_size"}
@@ -556,7 +559,7 @@ def test_integers_without_their_settings_are_refused(exported, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(InvalidFile, match="lacks"):
-        resolve.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_settings_that_say_the_same_in_other_words_are_read(exported, tmp_path):
@@ -568,7 +571,7 @@ def test_settings_that_say_the_same_in_other_words_are_read(exported, tmp_path):
     said["config_groups"]["group_0"]["weights"] |= {"actorder": None, "observer": "mse", "zp_dtype": None}
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert resolve.load(tmp_path).scheme == Scheme(4, 32)
+    assert loading.load(tmp_path).scheme == Scheme(4, 32)
 
 
 @pytest.mark.parametrize("name", ["int8, embedding kept", "int4, embedding kept"])

@@ -8,11 +8,11 @@ import pytest
 from conftest import NANO
 
 from smolforge import cli
-from smolforge.checkpoint import state
-from smolforge.cli import life
-from smolforge.cli.terminal import Display
+from smolforge.checkpoint import training_state
+from smolforge.cli.quickstart import lifecycle
+from smolforge.cli.run_display import Display
 from smolforge.errors import Stopped
-from smolforge.runs.journal import read_records
+from smolforge.training.run_folder import read_records
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def recipe(tmp_path) -> str:
 
 @pytest.mark.heavy
 def test_the_whole_life(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
+    monkeypatch.setattr(lifecycle, "tokens_per_second", lambda recipe: 50 * 128.0)
     out = tmp_path / "out"
     with Display(quiet=True) as show:
-        summary = life.live(out, 1, show, recipe)
+        summary = lifecycle.live(out, 1, show, recipe)
     assert summary["steps"] == 50
     assert summary["resume"] == {**summary["resume"], "from": "step-00000025", "to": "step-00000050", "equal": True}
     starts = json.loads((out / "environment.json").read_text())
@@ -42,26 +42,26 @@ def test_the_whole_life(tmp_path, recipe, monkeypatch):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary["xz_primed_bits_per_byte"] < summary["xz_bits_per_byte"] < 3 < summary["bits_per_byte"] < 6
-    lines = life.score_lines(summary)
+    lines = lifecycle.score_lines(summary)
     assert lines.count("not beaten") == 2
-    assert life.score_lines(summary | {"bits_per_byte": 1.0}).count("(beaten)") == 2
+    assert lifecycle.score_lines(summary | {"bits_per_byte": 1.0}).count("(beaten)") == 2
 
-    again = life.live(out, 1, show, recipe)
+    again = lifecycle.live(out, 1, show, recipe)
     assert again["resume"]["sha256"] == summary["resume"]["sha256"]
     assert len(json.loads((out / "environment.json").read_text())) == 3
 
 
 def test_a_resume_that_is_not_exact_is_said(tmp_path, monkeypatch, capsys):
     proof = {"from": "a", "to": "b", "sha256": {"model.safetensors": "00"}, "equal": False}
-    assert "NOT equal" in life.proof_lines(proof)
-    monkeypatch.setattr(life, "live", lambda *_: {"resume": proof})
+    assert "NOT equal" in lifecycle.proof_lines(proof)
+    monkeypatch.setattr(lifecycle, "live", lambda *_: {"resume": proof})
     assert cli.run(["quickstart", "--out", str(tmp_path), "--json"]) == 1
-    assert state.all_of(tmp_path) == []
+    assert training_state.all_of(tmp_path) == []
     assert json.loads(capsys.readouterr().out)["resume"]["equal"] is False
 
 
 def test_a_persons_own_interrupt_ends_it(tmp_path, recipe, monkeypatch):
-    monkeypatch.setattr(life, "tokens_per_second", lambda recipe: 50 * 128.0)
+    monkeypatch.setattr(lifecycle, "tokens_per_second", lambda recipe: 50 * 128.0)
     with Display(quiet=True) as show, pytest.raises(Stopped, match="after step 3"):
         show.listeners.append(lambda metrics: signal.raise_signal(signal.SIGINT) if metrics["step"] == 3 else None)
-        life.live(tmp_path / "out", 1, show, recipe)
+        lifecycle.live(tmp_path / "out", 1, show, recipe)

@@ -18,26 +18,26 @@ import torch
 from children import begin_at_once
 from conftest import NANO
 
-from smolforge import cli, ranks, training
-from smolforge.checkpoint import state
+from smolforge import cli
+from smolforge.checkpoint import training_state
+from smolforge.config.base import replaced
+from smolforge.config.load import to_recipe
 from smolforge.data.batches import Windows, stream
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
 from smolforge.data.mixture import Mixture
 from smolforge.device import pick_device
 from smolforge.errors import MissingResource, SettingError
-from smolforge.objective import Objective
-from smolforge.ranks import ALONE, Ranks, World, joined, world_of
-from smolforge.recipe import run as run_module
-from smolforge.recipe import train
-from smolforge.recipe.plan import plan, plan_of_ranks
-from smolforge.recipe.read import to_recipe
-from smolforge.recipe.settle import check_shares
-from smolforge.recipe.text import rows_of
-from smolforge.runs import RunFolder
-from smolforge.runs.journal import read_records
-from smolforge.settings import replaced
+from smolforge.runs import run as run_module
+from smolforge.runs import train
+from smolforge.runs.dataset import rows_of
+from smolforge.runs.estimate import plan, plan_of_ranks
+from smolforge.runs.resolve import check_shares
 from smolforge.testing import sentences, tiny_config, tiny_tokenizer
 from smolforge.testing.processes import ended, start
+from smolforge.training import distributed, loop
+from smolforge.training.distributed import ALONE, Ranks, World, joined, world_of
+from smolforge.training.objective import Objective
+from smolforge.training.run_folder import RunFolder, read_records
 
 Fault = Callable[[int], None]
 """Given to each rank in its process, and told which it is."""
@@ -92,7 +92,7 @@ class Bench:
         return [record["loss"] for record in records]
 
     def hashes(self, run: str) -> list[str]:
-        files = state.check(state.all_of(self.run(run))[-1])["files"]
+        files = training_state.check(training_state.all_of(self.run(run))[-1])["files"]
         return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
 
 
@@ -131,14 +131,14 @@ def one_rank(said: Path, environment: dict[str, str], words: list[str], faults: 
 
 def at(who: int, step: int, act: Callable[[], None], rank: int) -> None:
     """One rank does something when it is about to begin the step that follows so many."""
-    launch = training.launch
+    launch = loop.launch
 
     def launching(*given):
         if rank == who and given[4] == step:
             act()
         return launch(*given)
 
-    training.launch = launching
+    loop.launch = launching
 
 
 def signalled(number: int) -> None:
@@ -147,7 +147,7 @@ def signalled(number: int) -> None:
 
 def noted(folder: Path, rank: int) -> None:
     """Write down every row this rank learns from, and what its weights are at the end."""
-    backward, trained = training.backward, run_module.train
+    backward, trained = loop.backward, run_module.train
 
     def noting(objective, batch, *rest):
         with (folder / f"rows-{rank}").open("ab") as file:
@@ -160,7 +160,7 @@ def noted(folder: Path, rank: int) -> None:
         (folder / f"weights-{rank}").write_text(hashlib.sha256(weights).hexdigest())
         return end
 
-    training.backward, run_module.train = noting, training_
+    loop.backward, run_module.train = noting, training_
 
 
 # The same numbers
@@ -360,7 +360,7 @@ def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank
     """On one rank, these micro-batches, counted as they come, lose what is no number, before or after backward."""
     if rank != who:
         return
-    forward, backward, count = Objective.forward, training.backward, iter(range(10**6))
+    forward, backward, count = Objective.forward, loop.backward, iter(range(10**6))
     number = 0
 
     def losing(self, *batch):
@@ -373,7 +373,7 @@ def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank
         found = backward(*given)
         return found if number not in losses else {name: value * float("nan") for name, value in found.items()}
 
-    Objective.forward, training.backward = losing, after
+    Objective.forward, loop.backward = losing, after
 
 
 def test_what_is_no_number_on_one_rank_is_left_out_on_all(bench):
@@ -448,7 +448,7 @@ def test_an_environment_that_contradicts_itself_is_refused(changes, said, bench,
     assert cli.run(["train", str(bench.recipe), "--run", str(bench.run("run"))]) == 2
     shown = capsys.readouterr().err
     assert said in shown
-    assert f"start with: {ranks.LAUNCH}" in shown
+    assert f"start with: {distributed.LAUNCH}" in shown
     assert not bench.run("run").exists()
 
 
@@ -466,7 +466,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 
 
 def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch):
-    monkeypatch.setattr(ranks, "JOIN_SECONDS", 1)
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
     meeting = f"localhost:{free_port()}"
     with (
         pytest.raises(MissingResource, match=f"rank 0 could not meet the other 1 at {meeting}: "),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from smolforge import cli, verification
-from smolforge.checkpoint import weights
+from smolforge.checkpoint import huggingface
 from smolforge.config import ModelConfig
-from smolforge.sizes import parameter_counts
+from smolforge.models.stats import parameter_counts
 from smolforge.testing import sentences, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_commands(home, capsys, shortened):
 def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
     """On a Hub of our own, where the name stands for a small model; what is published of the real one is put aside."""
     model = tiny_model(max_position_embeddings=2048)
-    weights.save(model, home / "small", model.tokenizer)
+    huggingface.save(model, home / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", home / "small")
     monkeypatch.setattr(verification, "published", list)
     for line in blocks("bash")[0].strip().splitlines():
@@ -73,7 +73,7 @@ def test_verify_prints_what_the_readme_shows():
     counts = parameter_counts(ModelConfig())
     said = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     assert f"holds  parameters       {sum(counts.values()):,} in 272 tensors ({said})" in shown
-    assert weights.tensor_count(ModelConfig()) == 272
+    assert huggingface.tensor_count(ModelConfig()) == 272
 
 
 @pytest.mark.long

@@ -19,17 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from smolforge import __version__, commit
-from smolforge.checkpoint import resolve, state
+from smolforge import __version__, atomic
+from smolforge.checkpoint import loading, training_state
 from smolforge.config import Data, Recipe, Train
-from smolforge.data.batches import Windows
+from smolforge.config.base import replaced
+from smolforge.config.load import find, read_recipe, to_recipe, write_recipe
+from smolforge.data.batches import IGNORED, Windows
 from smolforge.data.corpus import TRAIN, Corpus
-from smolforge.data.shards import prepare
+from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
 from smolforge.evaluation import measure_corpus
-from smolforge.loss import IGNORED
-from smolforge.recipe import resume_or_start, train
-from smolforge.recipe.plan import (
+from smolforge.runs import resume_or_start, train
+from smolforge.runs.estimate import (
     checkpoint_bytes,
     head_bytes,
     parse_budget,
@@ -38,13 +39,11 @@ from smolforge.recipe.plan import (
     training_bytes,
     within_budget,
 )
-from smolforge.recipe.read import find, read_recipe, to_recipe, write_recipe
-from smolforge.recipe.settle import check_going_on, resumed, settle
-from smolforge.runs import RunFolder, environment
-from smolforge.runs.journal import read_records
-from smolforge.settings import replaced
+from smolforge.runs.resolve import check_going_on, resumed, settle
 from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences, tiny_config
 from smolforge.tokenizer import Tokenizer
+from smolforge.training import environment
+from smolforge.training.run_folder import RunFolder, read_records
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,8 +66,8 @@ def once(tmp_path_factory) -> Path:
 
 def hashes(run: Path, step: int) -> dict[str, str]:
     """sha256 of weights, optimizer and torch's random state of a checkpoint that is sound."""
-    folder = state.folder_of(run, step)
-    files = commit.check(folder)["files"]
+    folder = training_state.folder_of(run, step)
+    files = atomic.check(folder)["files"]
     # Python's own generator is left out here: the shape checks of the tests draw from it.
     drawn = load_file(folder / "training" / "random.safetensors")["torch"].numpy().tobytes()
     named = {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
@@ -209,9 +208,9 @@ HEAVY_HEAD = """
 from pathlib import Path
 import torch
 from smolforge.data.batches import Batch
-from smolforge.model import build
-from smolforge.objective import Objective
-from smolforge.recipe.read import read_recipe
+from smolforge.models.decoder import build
+from smolforge.training.objective import Objective
+from smolforge.config.load import read_recipe
 from smolforge.training import backward
 
 def kilobytes(name):
@@ -239,7 +238,7 @@ def test_memory_of_the_head_is_what_is_measured(tmp_path):
 
 
 def test_the_pace_is_measured_without_a_text_where_documents_are_kept_apart(monkeypatch):
-    monkeypatch.setattr("smolforge.recipe.plan.PROBE_SECONDS", 0)
+    monkeypatch.setattr("smolforge.runs.estimate.PROBE_SECONDS", 0)
     assert tokens_per_second(to_recipe(NANO | {"data": {"intra_document_masking": True}})) > 0
 
 
@@ -343,7 +342,7 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     records = read_records(run.folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
     assert [record["step"] for record in records if "validation_loss" in record] == [4, 8]
-    assert [folder.name for folder in state.all_of(run.folder)] == ["step-00000004", "step-00000008"]
+    assert [folder.name for folder in training_state.all_of(run.folder)] == ["step-00000004", "step-00000008"]
     assert read_recipe(run.folder / "recipe.toml") == run.recipe
     (start,) = json.loads((run.folder / "environment.json").read_text())
     assert start["packages"]["torch"] == torch.__version__
@@ -353,14 +352,14 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
 
 def test_a_start_that_cannot_be_written_down_is_the_error(tmp_path, recipe_file, monkeypatch):
     """And nothing else that then cannot be written either."""
-    replace = commit.replace
+    replace = atomic.replace
 
     def refuse(path, text):
         if path.name == "environment.json":
-            raise commit.unwritten(path, OSError(28, "No space left on device"), len(text))
+            raise atomic.unwritten(path, OSError(28, "No space left on device"), len(text))
         replace(path, text)
 
-    monkeypatch.setattr(commit, "replace", refuse)
+    monkeypatch.setattr(atomic, "replace", refuse)
     with pytest.raises(MissingResource, match=r"environment.json needs [\d,]+ bytes"):
         train(recipe_file, tmp_path / "run", steps=2)
 
@@ -406,8 +405,8 @@ def test_documents_in_one_row_train_and_resume_exactly(tmp_path, recipe_file):
     assert within != pytest.approx(without, rel=1e-5)
     for name, masking in (("plain", False), ("once", True)):
         run = tmp_path / name
-        last = state.folder_of(run, 2 if name == "plain" else 4)
-        model, corpus = resolve.load(last), Corpus.open(run / "corpus")
+        last = training_state.folder_of(run, 2 if name == "plain" else 4)
+        model, corpus = loading.load(last), Corpus.open(run / "corpus")
         found = measure_corpus(model, corpus, 32, intra_document_masking=masking)
         assert read_records(run / "metrics.jsonl")[-1]["validation_loss"] == pytest.approx(found["loss"], rel=1e-5)
     with pytest.raises(SettingError, match=r"must not change: data\.intra_document_masking \(False, now True\)"):
@@ -418,10 +417,10 @@ def test_documents_in_one_row_train_and_resume_exactly(tmp_path, recipe_file):
 
 def test_the_same_command_twice_does_nothing_more(tmp_path, recipe_file):
     first = train(recipe_file, tmp_path / "run")
-    saved = state.folder_of(first.folder, 8).stat().st_mtime_ns
+    saved = training_state.folder_of(first.folder, 8).stat().st_mtime_ns
     again = train(recipe_file, tmp_path / "run")
     assert again.metrics == first.metrics
-    assert state.folder_of(first.folder, 8).stat().st_mtime_ns == saved
+    assert training_state.folder_of(first.folder, 8).stat().st_mtime_ns == saved
 
 
 def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
@@ -439,7 +438,7 @@ def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, once, caplog):
     """And made again, sound, when its step comes again."""
     train(recipe_file, tmp_path / "run")
-    flip_bit(state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
+    flip_bit(training_state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
     train(recipe_file, tmp_path / "run")
     assert "step-00000008 is skipped" in caplog.text
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
@@ -448,7 +447,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, once, caplog
 
 def test_all_checkpoints_damaged_is_said(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run")
-    for folder in state.all_of(tmp_path / "run"):
+    for folder in training_state.all_of(tmp_path / "run"):
         (folder / "manifest.json").unlink()
     with pytest.raises(InvalidFile, match="no checkpoint of .* is sound"):
         train(recipe_file, tmp_path / "run")
@@ -456,7 +455,7 @@ def test_all_checkpoints_damaged_is_said(tmp_path, recipe_file):
 
 def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "first")
-    first = state.folder_of(tmp_path / "first", 8)
+    first = training_state.folder_of(tmp_path / "first", 8)
     run = train(recipe_file, tmp_path / "second", steps=2, init_from=str(tmp_path / "first"))
     record = read_records(run.folder / "metrics.jsonl")[0]
     assert record["step"] == 1
@@ -475,7 +474,7 @@ def test_the_first_loss_after_init_from_is_the_models_own(tmp_path, recipe_file)
     text = Corpus.open(run.folder / "corpus")
     windows = Windows(text.tokens(TRAIN), run.recipe.train.sequence_length, run.recipe.seed)
     batch = windows.batch(0, run.recipe.train.rows)
-    theirs = AutoModelForCausalLM.from_pretrained(state.folder_of(tmp_path / "first", 8), dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(training_state.folder_of(tmp_path / "first", 8), dtype=torch.float32)
     with torch.no_grad():
         logits = theirs(batch.ids).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED)
@@ -487,7 +486,7 @@ def test_init_from_may_change_theta_and_context_and_nothing_else(tmp_path, recip
     changes = {"model.rope_theta": 5e4, "model.max_position_embeddings": 512, "train.sequence_length": 64}
     given = {"init_from": str(tmp_path / "first"), "train.batch_tokens": 128, **changes}
     run = train(recipe_file, tmp_path / "second", steps=2, **given)
-    saved = resolve.load(tmp_path / "second").config
+    saved = loading.load(tmp_path / "second").config
     assert (saved.rope_theta, saved.max_position_embeddings) == (5e4, 512)
     assert run.recipe.model.num_hidden_layers == 2
     assert train(recipe_file, tmp_path / "second", steps=3, **given).metrics["step"] == 3
@@ -521,7 +520,7 @@ def test_a_run_that_goes_on_needs_nothing_it_began_from(tmp_path, recipe_file, t
 
 def test_a_model_from_the_hub_is_written_down_with_its_commit(tmp_path, recipe_file, hub):
     train(recipe_file, tmp_path / "first")
-    commit = hub.add("someone/first", state.folder_of(tmp_path / "first", 8))
+    commit = hub.add("someone/first", training_state.folder_of(tmp_path / "first", 8))
     given = {"init_from": "someone/first"}
     run = train(recipe_file, tmp_path / "second", steps=3, **given)
     assert run.recipe.init_from == f"someone/first@{commit}"
@@ -548,7 +547,7 @@ def test_special_tokens_grow_the_model_they_are_added_to(tmp_path, recipe_file, 
     given = {"init_from": str(tmp_path / "first"), "special_tokens": ["<|think|>", "<|done|>"]}
     run = train(recipe_file, tmp_path / "second", steps=2, **given)
     assert run.recipe.model.vocab_size == count + 2
-    again = resolve.load(tmp_path / "second")
+    again = loading.load(tmp_path / "second")
     assert again.head.shape[0] == len(again.tokenizer) == count + 2
     assert again.tokenizer.encode_with_special_tokens("<|done|>") == [count + 1]
     assert count + 1 not in again.tokenizer.encode("<|done|>")
@@ -659,7 +658,7 @@ def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_fil
         resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(step, lambda: signal.raise_signal(number)))
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
-    assert state.all_of(tmp_path / "run")[-1] == state.folder_of(tmp_path / "run", step)
+    assert training_state.all_of(tmp_path / "run")[-1] == training_state.folder_of(tmp_path / "run", step)
     train(recipe_file, tmp_path / "run")
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
     assert losses(tmp_path / "run") == losses(once)
@@ -669,7 +668,7 @@ def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_fil
 def test_signals_while_a_start_is_decided_have_their_exit_codes_too(tmp_path, recipe_file, monkeypatch, number, code):
     """Epochs prepare the whole text there, and a budget measures."""
     before = signal.getsignal(number)
-    monkeypatch.setattr("smolforge.recipe.settled", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("smolforge.runs.settled", lambda *_: signal.raise_signal(number))
     with pytest.raises(Stopped, match=f"stopped by {number.name} before the first step") as caught:
         train(recipe_file, tmp_path / "run")
     assert caught.value.exit_code == code
@@ -678,14 +677,14 @@ def test_signals_while_a_start_is_decided_have_their_exit_codes_too(tmp_path, re
 
 def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
     def twice():
-        while not state.all_of(tmp_path / "run"):  # a write still under way would be left like a killed one
+        while not training_state.all_of(tmp_path / "run"):  # a write still under way would be left like a killed one
             time.sleep(0.01)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(6, twice))
-    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+    assert [folder.name for folder in training_state.all_of(tmp_path / "run")] == ["step-00000004"]
 
 
 def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path, recipe_file, once):
@@ -704,7 +703,7 @@ def test_a_full_disk_loses_nothing(tmp_path, recipe_file, once, after):
         pytest.raises(MissingResource, match="the disk is full"),
     ):
         train(recipe_file, tmp_path / "run", steps=8)
-    assert [folder.name for folder in state.all_of(tmp_path / "run")] == ["step-00000004"]
+    assert [folder.name for folder in training_state.all_of(tmp_path / "run")] == ["step-00000004"]
     train(recipe_file, tmp_path / "run", steps=8)
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
@@ -745,8 +744,8 @@ def test_the_log_keeps_the_traceback(tmp_path, recipe_file):
 
 def test_a_damaged_old_checkpoint_does_not_stop_training(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
-    shutil.copytree(state.folder_of(tmp_path / "run", 4), state.folder_of(tmp_path / "run", 1))
-    (state.folder_of(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
+    shutil.copytree(training_state.folder_of(tmp_path / "run", 4), training_state.folder_of(tmp_path / "run", 1))
+    (training_state.folder_of(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
     assert train(recipe_file, tmp_path / "run", steps=8).metrics["step"] == 8
 
 
@@ -776,9 +775,9 @@ def test_a_model_never_meets_another_tokenizer(tmp_path, recipe_file):
 
 def test_what_a_later_version_wrote_is_not_passed_over(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run")
-    path = state.folder_of(tmp_path / "run", 8) / "manifest.json"
+    path = training_state.folder_of(tmp_path / "run", 8) / "manifest.json"
     content = json.loads(path.read_text()) | {"format_version": 99}
-    path.write_text(json.dumps(content | {"sha256": commit.self_hash(content)}))
+    path.write_text(json.dumps(content | {"sha256": atomic.self_hash(content)}))
     with pytest.raises(InvalidFile, match="has format 99; this version reads up to 1"):
         train(recipe_file, tmp_path / "run")
     assert path.is_file()

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as reference
 
-from smolforge import commit
-from smolforge.checkpoint import state, tensors, weights
+from smolforge import atomic
+from smolforge.checkpoint import huggingface, safetensors_writer, training_state
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.recipe import resume_or_start, saving, train
-from smolforge.runs import RunFolder
-from smolforge.runs.journal import Journal, read_records
+from smolforge.runs import async_checkpoint, resume_or_start, train
 from smolforge.testing import flip_bit, recorded, tiny_model
+from smolforge.training.run_folder import Journal, RunFolder, read_records
 
 
 @pytest.fixture
@@ -33,26 +32,26 @@ def recipe_file(tmp_path, text_file):
 
 
 def hashes(run, step=8):
-    files = state.check(state.folder_of(run, step))["files"]
+    files = training_state.check(training_state.folder_of(run, step))["files"]
     return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
 
 
 def steps(run):
-    return [state.step_of(folder) for folder in state.all_of(run)]
+    return [training_state.step_of(folder) for folder in training_state.all_of(run)]
 
 
 def refusing(monkeypatch, refused, number=errno.ENOSPC):
     """The disk refuses the weights of these checkpoints, each as often as it is in the list."""
-    real = tensors.write
+    real = safetensors_writer.write
 
     def write(path, *rest, **named):
-        step = int(path.parent.name.rpartition("-")[2]) if path.name == weights.WEIGHTS else None
+        step = int(path.parent.name.rpartition("-")[2]) if path.name == huggingface.WEIGHTS else None
         if step in refused:
             refused.remove(step)
             raise OSError(number, os.strerror(number))
         real(path, *rest, **named)
 
-    monkeypatch.setattr(tensors, "write", write)
+    monkeypatch.setattr(safetensors_writer, "write", write)
 
 
 # The disk
@@ -69,14 +68,14 @@ def test_training_goes_on_when_a_checkpoint_is_refused(tmp_path, recipe_file, mo
     (said,) = [record.message for record in caplog.records if record.message.startswith("NOT SAVED")]
     assert "step-00000004" in said
     if number != errno.EIO:
-        size = sum(path.stat().st_size for path in state.folder_of(tmp_path / "run", 8).rglob("*.safetensors"))
+        size = sum(path.stat().st_size for path in training_state.folder_of(tmp_path / "run", 8).rglob("*.safetensors"))
         needed = int(said.partition("needs ")[2].partition(" ")[0].replace(",", ""))
         assert 0.9 * size < needed <= size
         assert "are free" in said
 
 
 def test_a_refused_checkpoint_is_tried_again_before_the_next_is_due(tmp_path, recipe_file, monkeypatch):
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(async_checkpoint, "RETRY_SECONDS", 0)
     refusing(monkeypatch, [2])
     train(recipe_file, tmp_path / "run", **{"train.checkpoint_in_background": False})
     assert steps(tmp_path / "run") == [3, 4, 6, 8]
@@ -142,17 +141,17 @@ def test_what_a_power_cut_leaves_of_the_metrics_is_cut_away(tmp_path, recipe_fil
 
 def test_a_snapshot_is_of_one_moment():
     """Whatever happens to weights and moments while it is written; the memory of the copy is used again."""
-    model, staging = tiny_model(), state.Staging()
+    model, staging = tiny_model(), training_state.Staging()
     moments = {"exp_avg.model.norm.weight": torch.ones(32)}
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    one = state.snapshot(model, moments, {"step": 1}, staging)
+    one = training_state.snapshot(model, moments, {"step": 1}, staging)
     with torch.no_grad():
         for weight in (*model.parameters(), *moments.values()):
             weight.add_(1)
     assert one.weights.keys() == before.keys()
     assert all(torch.equal(one.weights[name], weight) for name, weight in before.items())
     assert torch.equal(one.optimizer["exp_avg.model.norm.weight"], torch.ones(32))
-    two = state.snapshot(model, moments, {"step": 2}, staging)
+    two = training_state.snapshot(model, moments, {"step": 2}, staging)
     assert two.weights["model.norm.weight"].data_ptr() == one.weights["model.norm.weight"].data_ptr()
     assert not torch.equal(two.weights["model.norm.weight"], before["model.norm.weight"])
 
@@ -167,7 +166,7 @@ def test_background_and_foreground_write_the_same(tmp_path, recipe_file):
 def test_training_goes_on_while_it_writes_but_never_two_at_a_time(tmp_path, recipe_file, monkeypatch):
     """The first write is slow, until beyond the step whose checkpoint is next; each is of its own step nevertheless."""
     train(recipe_file, tmp_path / "once")
-    real, busy, together, steps_meanwhile = state.save, [], [], []
+    real, busy, together, steps_meanwhile = training_state.save, [], [], []
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def save(folder, *rest):
@@ -183,7 +182,7 @@ def test_training_goes_on_while_it_writes_but_never_two_at_a_time(tmp_path, reci
         busy.remove(folder)
         return found
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(training_state, "save", save)
     train(recipe_file, tmp_path / "run")
     assert together == [1, 1, 1, 1]
     assert 1 <= steps_meanwhile[0] <= 2  # up to step 4, whose checkpoint has to wait
@@ -220,7 +219,7 @@ def test_mistakes_of_ours_are_not_tried_again(tmp_path, recipe_file, monkeypatch
     def save(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(training_state, "save", save)
     with pytest.raises(ZeroDivisionError):
         train(recipe_file, tmp_path / "run")
 
@@ -228,7 +227,7 @@ def test_mistakes_of_ours_are_not_tried_again(tmp_path, recipe_file, monkeypatch
 def test_a_second_interrupt_leaves_a_write_where_it_is(tmp_path, recipe_file, monkeypatch):
     """Within seconds, though the disk takes its time; the next start begins at the checkpoint before."""
     train(recipe_file, tmp_path / "once")
-    real, slow = tensors.memory, threading.Event()
+    real, slow = safetensors_writer.memory, threading.Event()
 
     def memory(tensor):
         if slow.is_set():
@@ -247,7 +246,7 @@ def test_a_second_interrupt_leaves_a_write_where_it_is(tmp_path, recipe_file, mo
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(tensors, "memory", memory)
+    monkeypatch.setattr(safetensors_writer, "memory", memory)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         resume_or_start(recipe_file, tmp_path / "run", {}, observer=Twice())
@@ -263,12 +262,12 @@ def test_a_second_interrupt_leaves_a_write_where_it_is(tmp_path, recipe_file, mo
 @settings(max_examples=60)
 def test_the_writer_is_the_librarys_byte_for_byte(tmp_path_factory, data):
     shapes = st.lists(st.integers(0, 4), max_size=3)
-    kinds = st.sampled_from(list(tensors.DTYPES))
+    kinds = st.sampled_from(list(safetensors_writer.DTYPES))
     named = data.draw(st.dictionaries(st.text(min_size=1, max_size=6), st.tuples(kinds, shapes), max_size=8))
     made = {name: torch.randn(shape).mul(9).to(kind) for name, (kind, shape) in named.items() if name != "__metadata__"}
     metadata = data.draw(st.sampled_from([None, {"format": "pt"}]))
     path = tmp_path_factory.getbasetemp() / "written.safetensors"
-    tensors.write(path, made, metadata)
+    safetensors_writer.write(path, made, metadata)
     assert path.read_bytes() == reference(made, metadata)
 
 
@@ -279,10 +278,12 @@ def test_the_last_two_sound_checkpoints_stay(tmp_path):
     """However old they are, and however few are to be kept."""
     model = tiny_model()
     for step in range(1, 6):
-        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, {"step": step}))
+        training_state.save(
+            training_state.folder_of(tmp_path, step), training_state.snapshot(model, {}, {"step": step})
+        )
     for step in (3, 4):
-        flip_bit(state.folder_of(tmp_path, step) / "model.safetensors", 77_777)
-    state.retain(tmp_path, keep_last=1, keep_best=False)
+        flip_bit(training_state.folder_of(tmp_path, step) / "model.safetensors", 77_777)
+    training_state.retain(tmp_path, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [2, 5]
 
 
@@ -291,13 +292,13 @@ def test_the_best_that_stays_is_sound(tmp_path):
     model, losses = tiny_model(), [1.0, 2.0, None, 3.0, 4.0, 5.0]
     for step, loss in enumerate(losses, 1):
         facts = {"step": step, "validation_loss": loss}
-        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, facts))
-    flip_bit(state.folder_of(tmp_path, 1) / "model.safetensors", 77_777)
-    path = state.folder_of(tmp_path, 4) / commit.MANIFEST
+        training_state.save(training_state.folder_of(tmp_path, step), training_state.snapshot(model, {}, facts))
+    flip_bit(training_state.folder_of(tmp_path, 1) / "model.safetensors", 77_777)
+    path = training_state.folder_of(tmp_path, 4) / atomic.MANIFEST
     later = json.loads(path.read_text()) | {"format_version": 99}
-    path.write_text(json.dumps(later | {"sha256": commit.self_hash(later)}))
-    (state.folder_of(tmp_path, 3) / "training" / "state.json").write_text("[]")
-    state.retain(tmp_path, keep_last=2, keep_best=True)
+    path.write_text(json.dumps(later | {"sha256": atomic.self_hash(later)}))
+    (training_state.folder_of(tmp_path, 3) / "training" / "state.json").write_text("[]")
+    training_state.retain(tmp_path, keep_last=2, keep_best=True)
     assert steps(tmp_path) == [2, 4, 5, 6]
 
 
@@ -306,7 +307,7 @@ def test_leftovers_are_cleared_before_the_disk_is_looked_at(tmp_path, recipe_fil
     left = tmp_path / "run" / "checkpoints" / ".tmp-step-00000006"
     left.mkdir()
     (left / "model.safetensors").write_bytes(bytes(1000))
-    monkeypatch.setattr(commit, "free_bytes", lambda _: 0 if left.exists() else 10**9)
+    monkeypatch.setattr(atomic, "free_bytes", lambda _: 0 if left.exists() else 10**9)
     train(recipe_file, tmp_path / "run", steps=8)
     assert not left.exists()
 

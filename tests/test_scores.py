@@ -12,7 +12,7 @@ from smolforge import cli
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.tasks import read_items
-from smolforge.recipe.workshop import Workshop
+from smolforge.runs.callbacks import Workshop
 from smolforge.tracking.rows import tag
 
 LINES = [

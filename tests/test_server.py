@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from smolforge import cli, load
 from smolforge.generation.engine import Scores
 from smolforge.generation.stream import generate
-from smolforge.server.answers import Words
-from smolforge.server.guard import Rules
-from smolforge.server.running import Place, made, serve
+from smolforge.server.lifecycle import Place, made, serve
+from smolforge.server.middleware import Rules
+from smolforge.server.responses import Words
 from smolforge.testing import tiny_model
 
 TEMPLATE = (
@@ -277,9 +277,9 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    from smolforge.checkpoint import weights
+    from smolforge.checkpoint import huggingface
 
-    weights.save(running.model, tmp_path, running.model.tokenizer)
+    huggingface.save(running.model, tmp_path, running.model.tokenizer)
     served = LocalCompletionsAPI(
         base_url=f"{running.url}/v1/completions",
         model="tiny",
@@ -708,10 +708,10 @@ def test_schemathesis_finds_no_server_error(running, cases):
 
 @pytest.fixture(scope="module")
 def folder(running, tmp_path_factory):
-    from smolforge.checkpoint import weights
+    from smolforge.checkpoint import huggingface
 
     path = tmp_path_factory.mktemp("served") / "it's mine"
-    weights.save(running.model, path, running.model.tokenizer)
+    huggingface.save(running.model, path, running.model.tokenizer)
     return path
 
 

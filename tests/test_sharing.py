@@ -27,17 +27,16 @@ from transformers import TextIteratorStreamer
 
 import smolforge
 from smolforge import cli
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
+from smolforge.config.base import replaced
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.evaluation.multiple_choice import standard_error
-from smolforge.export import card, sections
-from smolforge.export import hub as pushing
-from smolforge.export.gguf import to_gguf
-from smolforge.export.origin import Origin, Run, origin
-from smolforge.export.scores import scores
-from smolforge.export.sections import duration, table
-from smolforge.export.space import GRADIO, app, to_space
-from smolforge.settings import replaced
+from smolforge.exporters import hub as pushing
+from smolforge.exporters import model_card
+from smolforge.exporters.gguf import to_gguf
+from smolforge.exporters.model_card import duration, table
+from smolforge.exporters.provenance import Origin, Run, origin, scores
+from smolforge.exporters.space import GRADIO, app, to_space
 from smolforge.testing import sentences, tiny_model
 from smolforge.testing.hub import READ_TOKEN, TOKEN
 
@@ -154,7 +153,7 @@ def test_what_is_no_place_stays_in_the_recipe(run, tmp_path):
     recipe["train"]["sample_prompts"] = ["/ and ../either/or", "~"]
     recipe["data"]["cache"] = "/home/me/corpora"
     (place / "recipe.toml").write_text(tomli_w.dumps(recipe))
-    text = sections.training(origin(place).run, False)
+    text = model_card.training(origin(place).run, False)
     told = tomllib.loads(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     assert told["train"]["sample_prompts"] == ["/ and ../either/or", "~"]
     assert told["data"]["cache"] == "corpora"
@@ -171,10 +170,10 @@ def test_a_corpus_that_was_prepared_before_is_told_as_well(run, corpus, tmp_path
     monkeypatch.chdir(tmp_path)
     smolforge.train(tmp_path / "recipe.json", tmp_path / "run")
     tokens = json.loads((corpus / "corpus.json").read_text())["train_tokens_of_sources"]
-    text = sections.data(origin(tmp_path / "run").run)
+    text = model_card.data(origin(tmp_path / "run").run)
     assert [f"| `{Path(source).name}` | {count:,} |" in text for source, count in tokens.items()] == [True, True]
     shutil.rmtree(corpus)
-    assert "| `prepared` | not counted alone |" in sections.data(origin(tmp_path / "run").run)
+    assert "| `prepared` | not counted alone |" in model_card.data(origin(tmp_path / "run").run)
 
 
 def test_of_a_mixture_the_corpora_are_found(run, corpus, tmp_path):
@@ -188,20 +187,20 @@ def test_of_a_mixture_the_corpora_are_found(run, corpus, tmp_path):
 
 def test_the_base_of_an_adapter_is_told_without_its_place(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "clients" / "base", model.tokenizer)
+    huggingface.save(model, tmp_path / "clients" / "base", model.tokenizer)
     base = {"base_model_name_or_path": str(tmp_path / "clients" / "base"), "peft_type": "LORA"}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
     known = origin(tmp_path / "adapter")
     assert known.base == "base"
-    assert str(tmp_path) not in card.card(known, [], "me/it", "apache-2.0", False)
+    assert str(tmp_path) not in model_card.card(known, [], "me/it", "apache-2.0", False)
 
 
 @pytest.mark.parametrize("form", ["plain", "it.gguf", "adapter"])
 def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
     """Of a .gguf the template is in the file, of an adapter it may be in the base alone."""
     model = tiny_model()
-    weights.save(model, tmp_path / "plain", model.tokenizer)
+    huggingface.save(model, tmp_path / "plain", model.tokenizer)
     chatml = Path(smolforge.__file__).parent / "chat" / "chatml.jinja"
     shutil.copyfile(chatml, tmp_path / "plain" / "chat_template.jinja")
     if form == "it.gguf":
@@ -210,7 +209,7 @@ def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
         base = {"base_model_name_or_path": str(tmp_path / "plain"), "peft_type": "LORA"}
         (tmp_path / form).mkdir()
         (tmp_path / form / "adapter_config.json").write_text(json.dumps(base))
-    text = card.card(origin(tmp_path / form), [], "me/it", "apache-2.0", False)
+    text = model_card.card(origin(tmp_path / form), [], "me/it", "apache-2.0", False)
     assert ModelCard(text).data.tags == ["smolforge", "conversational"]
     assert "apply_chat_template" in text
 
@@ -238,8 +237,8 @@ def test_of_a_checkpoint_only_what_was_before_it(run):
 
 def test_a_folder_without_a_run_says_what_is_known(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
-    card.write(tmp_path, tmp_path / "model", "me/it", lambda *_: pytest.fail("there is no curve"))
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
+    model_card.write(tmp_path, tmp_path / "model", "me/it", lambda *_: pytest.fail("there is no curve"))
     text = (tmp_path / "README.md").read_text()
     assert "How it was trained is not known" in text
     assert "Not evaluated." in text
@@ -255,7 +254,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M"
 def test_a_base_is_named_where_it_is_one_of_the_hub(run, base, repo):
     known = origin(run)
     known = Origin(known.folder, known.config, known.run, base)
-    text = card.card(known, [], "me/it", "apache-2.0", False)
+    text = model_card.card(known, [], "me/it", "apache-2.0", False)
     assert ModelCard(text).data.base_model == repo
     assert ("2502.02737" in text) == (repo is not None)
     assert "from random weights" not in text
@@ -265,7 +264,7 @@ def test_data_sets_of_the_hub_are_named_and_files_that_look_alike_are_not(run):
     known = origin(run)
     files = {"org/texts:en": ["a" * 40], "org/notes": [1, 20, 300], "my.txt": [1, 20, 300]}
     told = Run(**{**known.run.__dict__, "corpora": {"web": {"request": {"files": files}}, "own": {}}})
-    text = card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
+    text = model_card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
     assert ModelCard(text).data.datasets == ["org/texts"]
 
 
@@ -275,7 +274,7 @@ def test_a_mixture_is_told_source_by_source(run):
     recipe = replaced(known.run.recipe, {"data.mixture": mixture, "data.sources": ()})
     last = known.run.metrics[-1] | {"tokens_from_web": 300, "tokens_from_own": 100, "tokens": 400}
     told = Run(**{**known.run.__dict__, "recipe": recipe, "metrics": [*known.run.metrics, last], "corpora": {}})
-    text = card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
+    text = model_card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
     assert "| web | `org/web:en` | 300 | 75.0% |" in text
     assert "| own | `my.txt` | 100 | 25.0% |" in text
 
@@ -324,7 +323,7 @@ def test_it_arrives_private_whole_and_loads_again(hub, run, folder, capsys):
     there = content(hub)
     assert there.keys() == {path.name for path in folder.iterdir()} | {".gitattributes"}
     assert there["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    loaded, before = resolve.load(REPO), resolve.load(run)
+    loaded, before = loading.load(REPO), loading.load(run)
     assert all(one.equal(other) for one, other in zip(loaded.parameters(), before.parameters(), strict=True))
     requests = len(hub.requests)
     assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 0
@@ -405,7 +404,7 @@ def test_without_a_token_nothing_is_made(hub, run, monkeypatch, capsys):
     """The check of a large model takes minutes."""
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("smolforge.export.transformers.to_transformers", lambda *_: pytest.fail("it was made"))
+    monkeypatch.setattr("smolforge.exporters.transformers.to_transformers", lambda *_: pytest.fail("it was made"))
     assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 4
     assert "there is no token to write someone/small with" in capsys.readouterr().err
 
@@ -468,7 +467,7 @@ def test_what_another_person_put_there_meanwhile_is_not_lost(hub, folder, monkey
 
 def space_of(tmp_path, chats):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     if chats:
         shutil.copyfile(
             Path(smolforge.__file__).parent / "chat" / "chatml.jinja", tmp_path / "model" / "chat_template.jinja"
@@ -496,7 +495,7 @@ def test_a_space_is_a_short_app_with_pins_beside_its_model(tmp_path, chats):
 
 def test_a_space_of_a_hub_model_loads_it_at_its_commit(hub, tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "model", model.tokenizer)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
     commit = hub.add(REPO, tmp_path / "model")
     files = to_space(REPO, tmp_path / "space")
     assert set(files) == {"app.py", "requirements.txt", "README.md"}
@@ -574,7 +573,7 @@ def test_a_title_stays_a_title():
 
 
 def test_a_space_needs_a_tokenizer_and_an_empty_folder(tmp_path):
-    weights.save(tiny_model(), tmp_path / "mute", None)
+    huggingface.save(tiny_model(), tmp_path / "mute", None)
     with pytest.raises(SettingError, match="has no tokenizer, so nobody could write to it"):
         to_space(tmp_path / "mute", tmp_path / "space")
     (tmp_path / "full").mkdir()
@@ -585,7 +584,7 @@ def test_a_space_needs_a_tokenizer_and_an_empty_folder(tmp_path):
 
 def test_a_space_of_a_gguf_brings_the_model_it_is(tmp_path):
     model = tiny_model()
-    weights.save(model, tmp_path / "plain", model.tokenizer)
+    huggingface.save(model, tmp_path / "plain", model.tokenizer)
     to_gguf(tmp_path / "plain", tmp_path / "it.gguf", "f32")
     assert "model/model.safetensors" in to_space(tmp_path / "it.gguf", tmp_path / "space")
 

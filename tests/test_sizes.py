@@ -5,12 +5,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from smolforge import presets
-from smolforge.config import ModelConfig
-from smolforge.loss import loss_sum
-from smolforge.model import build
-from smolforge.sizes import flops_per_token
+from smolforge.config import ModelConfig, presets
+from smolforge.models.decoder import build
+from smolforge.models.stats import flops_per_token
 from smolforge.testing import tiny_config
+from smolforge.training.loss import loss_sum
 
 FAMILIES = {
     "llama": {"model_type": "llama"},

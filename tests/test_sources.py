@@ -28,22 +28,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_data import texts_of
 
-from smolforge.chat import CHATML
 from smolforge.config import Data
-from smolforge.data import shards, tasks, writing
+from smolforge.config.base import validated
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
-from smolforge.data.duplicates import first_of_each
-from smolforge.data.reading import documents
-from smolforge.data.shards import prepare, work_folder
-from smolforge.data.sources import fetched, lines, parquet, stamp, text
+from smolforge.data.prepare import build, jobs, merge
+from smolforge.data.prepare.build import prepare, work_folder
+from smolforge.data.prepare.dedup import first_of_each
+from smolforge.data.prepare.document_stream import documents
 from smolforge.data.sources import hub as streamed
+from smolforge.data.sources import jsonl, parquet, remote_text, stamp, text
 from smolforge.data.sources import size as size_of
 from smolforge.data.sources.columns import test_of as condition
-from smolforge.data.sources.rows import Row
+from smolforge.data.sources.types import Row
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.settings import validated
 from smolforge.testing import disk, sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer.chat import CHATML
 
 NAME = "org/texts"
 
@@ -164,8 +164,8 @@ def test_a_large_text_comes_in_pieces_that_make_the_same_tokens(tmp_path, tokeni
         with monkeypatch.context() as patch:
             patch.setattr(text, "LARGE_BYTES", 1000)
             patch.setattr(text, "PIECE_BYTES", 900)
-            patch.setattr(tasks, "CHUNK_CHARACTERS", 5000)
-            patch.setattr(tasks, "BATCH_CHARACTERS", 1000)
+            patch.setattr(jobs, "CHUNK_CHARACTERS", 5000)
+            patch.setattr(jobs, "BATCH_CHARACTERS", 1000)
             assert len(list(text.pieces(path))) > 20
             pieces = made(tmp_path / f"pieces{held_out}", tokenizer, path, held_out=held_out)
         assert pieces.fingerprint == whole.fingerprint
@@ -203,9 +203,9 @@ def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkey
     sources = [write(tmp_path / f"{name}.txt", sentences(lines).encode()) for name, lines in (("a", 300), ("b", 60))]
     monkeypatch.setattr(text, "LARGE_BYTES", 1000)
     monkeypatch.setattr(text, "PIECE_BYTES", 900)
-    monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 2000)
-    monkeypatch.setattr(tasks, "BATCH_CHARACTERS", 500)
-    monkeypatch.setattr(writing, "SHARD_TOKENS", 600)
+    monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(merge, "SHARD_TOKENS", 600)
     corpus = made(tmp_path / "corpus", tokenizer, *sources, held_out=0.0)
     assert len(list((corpus.folder / TRAIN).glob("*.ds"))) == 2
     ids, ends = corpus.tokens(TRAIN)[:], corpus.ends(TRAIN)
@@ -247,22 +247,22 @@ def test_parts_of_a_file_have_each_line_once(tmp_path_factory, lengths, part_byt
     found = [
         line.strip()
         for start in range(0, size, part_bytes)
-        for _, line in lines.lines(path, start, min(start + part_bytes, size))
+        for _, line in jsonl.lines(path, start, min(start + part_bytes, size))
     ]
     assert found == [b"x" * length for length in lengths if length]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=40), st.integers(1, 7))
 def test_the_first_of_equal_digests_stays(pairs, compared):
-    from smolforge.data import duplicates
+    from smolforge.data.prepare import dedup
 
     digests = np.array(pairs, "<u8").reshape(-1, 2)
-    before = duplicates.COMPARED
-    duplicates.COMPARED = compared
+    before = dedup.COMPARED
+    dedup.COMPARED = compared
     try:
         found = first_of_each(digests)
     finally:
-        duplicates.COMPARED = before
+        dedup.COMPARED = before
     assert found.tolist() == [pair not in pairs[:place] for place, pair in enumerate(pairs)]
 
 
@@ -326,7 +326,7 @@ def cut_parquet(path):
     ],
 )  # fmt: skip
 def test_broken_files_are_told_in_a_sentence(tmp_path, tokenizer, monkeypatch, name, content, said):
-    monkeypatch.setattr(lines, "LONGEST_LINE", 4000)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 4000)
     monkeypatch.setattr(text, "LONGEST_LINE", 4000)
     monkeypatch.setattr(text, "LARGE_BYTES", 4000)
     monkeypatch.setattr(text, "PIECE_BYTES", 1000)
@@ -358,14 +358,14 @@ def test_broken_tables_are_told_in_a_sentence(tmp_path, tokenizer):
 def small_parts(monkeypatch):
     """Parts and chunks of a few documents."""
     monkeypatch.setattr(parquet, "PART_BYTES", 1500)
-    monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 500)
-    monkeypatch.setattr(tasks, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 100)
 
 
 def test_what_was_done_before_an_error_is_not_done_again(tmp_path, tokenizer, small_parts, monkeypatch):
     source = table(tmp_path / "a.parquet", records(200), row_group_size=20)
     whole = made(tmp_path / "whole", tokenizer, source)
-    write_chunk, written = tasks.write_chunk, []
+    write_chunk, written = jobs.write_chunk, []
 
     def failing(*given):
         if len(written) == 7:
@@ -373,15 +373,15 @@ def test_what_was_done_before_an_error_is_not_done_again(tmp_path, tokenizer, sm
         written.append(given)
         write_chunk(*given)
 
-    monkeypatch.setattr(tasks, "write_chunk", failing)
+    monkeypatch.setattr(jobs, "write_chunk", failing)
     with pytest.raises(MissingResource):
         made(tmp_path / "corpus", tokenizer, source)
     assert not (tmp_path / "corpus").exists()
     there = {path: path.stat().st_mtime_ns for path in work_folder(tmp_path / "corpus").rglob("facts.json")}
     assert len(there) == 7
-    read, parts = [], tasks.read
-    monkeypatch.setattr(tasks, "read", lambda *given: read.append(given) or parts(*given))
-    monkeypatch.setattr(tasks, "write_chunk", write_chunk)
+    read, parts = [], jobs.read
+    monkeypatch.setattr(jobs, "read", lambda *given: read.append(given) or parts(*given))
+    monkeypatch.setattr(jobs, "write_chunk", write_chunk)
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     corpus = made(tmp_path / "corpus", tokenizer, source)
     assert {path: path.stat().st_mtime_ns for path in there} == there, "no chunk is written twice"
@@ -413,7 +413,7 @@ def test_what_fits_does_not_depend_on_what_is_read_at_a_time(tmp_path, tokenizer
     source = write(tmp_path / "a.jsonl.gz", gz(packed(talks)))
     found = []
     for characters in (0, 1 << 20):
-        monkeypatch.setattr(tasks, "BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(jobs, "BATCH_CHARACTERS", characters)
         given = {"limit": 1000, "format": "chat", "held_out": held_out}
         found.append(made(tmp_path / f"by{characters}", tokenizer, source, **given).fingerprint)
     assert found[0] == found[1]
@@ -510,32 +510,32 @@ def test_whichever_operation_on_the_disk_goes_wrong_the_same_command_goes_on(tmp
 def test_a_second_process_is_kept_out_and_disturbs_nothing(tmp_path, tokenizer, text_file):
     work = work_folder(tmp_path / "corpus")
     work.mkdir()
-    with tasks.locked(work):
+    with jobs.locked(work):
         with pytest.raises(SettingError, match="another process prepares the same corpus"):
             made(tmp_path / "corpus", tokenizer, text_file)
         assert work.is_dir(), "it is the first one's"
 
 
 def test_a_task_that_a_job_of_a_cluster_does_is_left_to_it(tmp_path, tokenizer, text_file, monkeypatch):
-    run = tasks.run
+    run = jobs.run
 
     def twice(task, tell):
-        with tasks.locked(task.work):
+        with jobs.locked(task.work):
             run(task, tell)
 
-    monkeypatch.setattr(tasks, "run", twice)
+    monkeypatch.setattr(jobs, "run", twice)
     with pytest.raises(SettingError, match="another process prepares the same corpus"):
         made(tmp_path / "corpus", tokenizer, text_file)
-    monkeypatch.setattr(tasks, "run", run)
-    monkeypatch.setattr(tasks, "write_chunk", lambda task, *_: run(task))
+    monkeypatch.setattr(jobs, "run", run)
+    monkeypatch.setattr(jobs, "write_chunk", lambda task, *_: run(task))
     with pytest.raises(SettingError, match="another process prepares the same corpus"):
         made(tmp_path / "corpus", tokenizer, text_file)
 
 
 def test_what_another_process_made_meanwhile_is_found(tmp_path, tokenizer, text_file, monkeypatch):
     corpus = made(tmp_path / "corpus", tokenizer, text_file)
-    already, asked = shards.already, []
-    monkeypatch.setattr(shards, "already", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None))
+    already, asked = build.already, []
+    monkeypatch.setattr(build, "already", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None))
     assert made(tmp_path / "corpus", tokenizer, text_file).fingerprint == corpus.fingerprint
     assert not work_folder(tmp_path / "corpus").exists()
 
@@ -553,7 +553,7 @@ def test_a_changed_template_is_never_mixed_in(tmp_path, tokenizer, monkeypatch):
     make = partial(made, tmp_path / "corpus", format="chat")
     source = write(tmp_path / "a.jsonl", packed(talks))
     with monkeypatch.context() as patch, pytest.raises(MissingResource):
-        patch.setattr(shards, "finish", interrupted)
+        patch.setattr(build, "finish", interrupted)
         make(tokenizer, source)
     other = otherwise(tokenizer, chat_template=CHATML.replace("helpful", "brief"))
     whole = made(tmp_path / "whole", other, source, format="chat")
@@ -571,13 +571,13 @@ def test_what_ends_a_text_is_noticed(tmp_path, tokenizer, text_file):
 
 
 def test_a_task_is_not_done_with_another_tokenizer(tmp_path, tokenizer, text_file, monkeypatch):
-    run = tasks.run
+    run = jobs.run
 
     def late(task, tell):
         tiny_tokenizer(300).save(task.work / "tokenizer")
         run(task, tell)
 
-    monkeypatch.setattr(tasks, "run", late)
+    monkeypatch.setattr(jobs, "run", late)
     with pytest.raises(SettingError, match="is that of another tokenizer by now; run the same command again"):
         made(tmp_path / "corpus", tokenizer, text_file)
 
@@ -684,8 +684,8 @@ def test_faults_that_pass_change_nothing(on_hub, tmp_path, tokenizer, fault):
 
 def test_a_hub_that_stays_broken_gets_a_sentence_and_the_same_command_goes_on(on_hub, tmp_path, tokenizer, monkeypatch):
     whole = made(tmp_path / "whole", tokenizer, f"{NAME}:small")
-    monkeypatch.setattr(tasks, "CHUNK_CHARACTERS", 2000)
-    monkeypatch.setattr(tasks, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 2000)
+    monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 500)
     on_hub.fail(times=1000, status=500, path_contains="train-1.parquet")
     with pytest.raises(MissingResource, match=f"{NAME}:small cannot be read from http.*goes on from where it was"):
         made(tmp_path / "corpus", tokenizer, f"{NAME}:small")
@@ -736,8 +736,8 @@ class Store(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetched, "PAUSES", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(fetched, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(remote_text, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_text, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(Store, "asked", Counter())
     monkeypatch.setattr(Store, "faults", 1)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
@@ -811,7 +811,7 @@ def sbatch(tmp_path, monkeypatch):
 
 def test_slurm_is_given_a_job_for_each_part_and_one_behind_them(tmp_path, tokenizer, small_parts, sbatch, monkeypatch):
     """As far as it goes without a cluster: what is submitted, and what the jobs do."""
-    from smolforge.data.cluster import Cluster, submit
+    from smolforge.data.prepare.cluster import Cluster, submit
 
     source = table(tmp_path / "a.parquet", records(90), row_group_size=20)
     data = Data(sources=(str(source),))
@@ -835,7 +835,7 @@ def test_slurm_is_given_a_job_for_each_part_and_one_behind_them(tmp_path, tokeni
 
 
 def test_a_cluster_that_is_not_there_gets_a_sentence(tmp_path, tokenizer, text_file, sbatch, monkeypatch):
-    from smolforge.data.cluster import Cluster, submit
+    from smolforge.data.prepare.cluster import Cluster, submit
 
     asked = (Data(sources=(str(text_file),)), tmp_path / "corpus", tokenizer, 0, None)
     with pytest.raises(MissingResource, match="--executor ray needs ray; pip install ray brings it"):

@@ -7,12 +7,12 @@ import pytest
 import tomli_w
 from test_study import Audience, merged
 
-from smolforge import cli, presets
+from smolforge import cli
 from smolforge.comparison.study import conduct, plan
-from smolforge.comparison.study.read import read
-from smolforge.config import ModelConfig
-from smolforge.settings import replaced
-from smolforge.sizes import active_parameters, parameter_counts
+from smolforge.comparison.study.spec import read
+from smolforge.config import ModelConfig, presets
+from smolforge.config.base import replaced
+from smolforge.models.stats import active_parameters, parameter_counts
 from smolforge.testing import sentences
 
 FILES = sorted((Path(__file__).parents[1] / "recipes" / "studies").glob("*.toml"), key=lambda file: file.stem)

@@ -15,11 +15,11 @@ from conftest import NANO
 from smolforge import cli
 from smolforge.comparison.history import read as history
 from smolforge.comparison.statistics import differences
-from smolforge.comparison.study import conduct, machine, plan, trials
-from smolforge.comparison.study.read import read
+from smolforge.comparison.study import benchmarks, conduct, plan, runner
 from smolforge.comparison.study.report import markdown, numbers, write
+from smolforge.comparison.study.spec import read
 from smolforge.errors import Diverged, SettingError, Stopped
-from smolforge.sizes import flops_per_token
+from smolforge.models.stats import flops_per_token
 from smolforge.testing import in_child, sentences
 
 STUDY = {
@@ -87,8 +87,8 @@ def conducted(path: Path, out: Path, audience: Audience | None = None):
 @pytest.fixture(autouse=True)
 def _little_is_measured(monkeypatch):
     """Processes of their own with torch in them take seconds."""
-    monkeypatch.setattr(machine, "peak_memory", lambda *_: 300 << 20)
-    monkeypatch.setattr(machine, "DECODED", 2)
+    monkeypatch.setattr(benchmarks, "peak_memory", lambda *_: 300 << 20)
+    monkeypatch.setattr(benchmarks, "DECODED", 2)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_every_run_is_an_ordinary_run_with_the_same_tokens(done):
 
 def test_a_finished_study_is_only_read(done, monkeypatch):
     folder, path, *_ = done
-    monkeypatch.setattr(trials, "resume_or_start", None)
+    monkeypatch.setattr(runner, "resume_or_start", None)
     before = {file.name: file.read_bytes() for file in (folder / "out").iterdir() if file.is_file()}
     audience = Audience()
     write(conducted(path, folder / "out", audience)[0], folder / "out")
@@ -197,7 +197,7 @@ def test_shares_of_a_schedule_follow_the_steps(tmp_path):
 
 
 def test_a_run_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    real = trials.resume_or_start
+    real = runner.resume_or_start
 
     def failing(recipe, folder, overrides, **more):
         if folder.name == "muon-seed-0":
@@ -206,7 +206,7 @@ def test_a_run_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys
             raise RuntimeError("no kernel\nfor this | shape")
         return real(recipe, folder, overrides, **more)
 
-    monkeypatch.setattr(trials, "resume_or_start", failing)
+    monkeypatch.setattr(runner, "resume_or_start", failing)
     path = study_file(tmp_path, {"study": {"seeds": [0, 1]}})
     assert cli.run(["compare", str(path), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -218,7 +218,7 @@ def test_a_run_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys
     assert "its numbers went wrong" in (tmp_path / "out" / "index.html").read_text()
     said = json.loads((tmp_path / "out" / "study.json").read_text())["variants"]
     assert (said["plain"]["difference"], said["muon"]["difference"]["n"]) == (None, 0)
-    monkeypatch.setattr(trials, "resume_or_start", real)
+    monkeypatch.setattr(runner, "resume_or_start", real)
     assert conducted(path, tmp_path / "out")[1]["variants"]["muon"]["failed"] == {}
 
 
@@ -412,7 +412,7 @@ def test_the_report_says_what_was_found(done):
 
 def test_a_difference_is_called_in_words(done):
     """Muon's losses made lower, higher, or the same: the verdict follows."""
-    from smolforge.comparison.study.findings import verdict
+    from smolforge.comparison.study.results import verdict
 
     base = found_values(done)
     for shift, word in ((-1.0, "better, by 1.00"), (1.0, "worse, by 1.00"), (0.0, "no difference: each pair of runs")):
@@ -432,7 +432,7 @@ def test_json_is_the_numbers_and_progress_counts_runs(done, capsys):
     assert without_speed(json.loads(capsys.readouterr().out)) == said
     speed = json.loads((folder / "out" / "study.json").read_text())["variants"]["muon"]["speed"]
     assert speed["peak_memory_bytes"] == 300 << 20
-    assert len(speed["decode_tokens_per_second"]) == machine.ROUNDS
+    assert len(speed["decode_tokens_per_second"]) == benchmarks.ROUNDS
     copy = folder / "copy"
     shutil.copytree(folder / "out", copy)
     shutil.rmtree(copy / "runs" / "muon-seed-2")

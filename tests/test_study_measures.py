@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from test_study import Audience, conducted, study_file, without_speed
 
-from smolforge.checkpoint.resolve import load
-from smolforge.comparison.study import machine, scores
-from smolforge.comparison.study.law import law, through
-from smolforge.comparison.study.read import Law, read
-from smolforge.comparison.study.record import recorded
+from smolforge.checkpoint.loading import load
+from smolforge.comparison.study import benchmarks, runner
 from smolforge.comparison.study.report import markdown, numbers, write
+from smolforge.comparison.study.results import recorded
+from smolforge.comparison.study.scaling_law import law, through
+from smolforge.comparison.study.spec import Law, read
 from smolforge.errors import InvalidFile
 from smolforge.evaluation.multiple_choice import score_slowly, summary
 from smolforge.evaluation.tasks import read_items
@@ -44,8 +44,8 @@ def test_each_finished_run_is_asked_once(tmp_path, monkeypatch):
     last = [run.measured[-1]["validation_accuracy"] for run in found.of("muon")]
     assert found.variants[1].also["validation_accuracy"].mean == pytest.approx(sum(last) / 2)
     assert "items acc" in markdown(found, [])
-    asked, real = [], scores.score
-    monkeypatch.setattr(scores, "score", lambda model, items: asked.append(model) or real(model, items))
+    asked, real = [], runner.score
+    monkeypatch.setattr(runner, "score", lambda model, items: asked.append(model) or real(model, items))
     (tmp_path / "items.jsonl").rename(tmp_path / "gone")
     assert conducted(path, out)[1] == said
     assert asked == []
@@ -57,11 +57,11 @@ def test_each_finished_run_is_asked_once(tmp_path, monkeypatch):
 
 def test_variants_decode_in_turn_and_the_first_round_is_no_round(monkeypatch, tmp_path):
     order = []
-    monkeypatch.setattr(machine, "load", lambda run, device: run.name)
-    monkeypatch.setattr(machine, "decoded", lambda name: order.append(name) or float(len(order)))
-    found = machine.decoding({name: (tmp_path / name, "cpu") for name in ("a", "b")})
+    monkeypatch.setattr(benchmarks, "load", lambda run, device: run.name)
+    monkeypatch.setattr(benchmarks, "decoded", lambda name: order.append(name) or float(len(order)))
+    found = benchmarks.decoding({name: (tmp_path / name, "cpu") for name in ("a", "b")})
     assert order[:6] == ["b", "a", "a", "b", "b", "a"]
-    assert {len(each) for each in found.values()} == {machine.ROUNDS}
+    assert {len(each) for each in found.values()} == {benchmarks.ROUNDS}
     assert min(map(min, found.values())) == 3.0
 
 
@@ -70,8 +70,8 @@ def test_what_is_measured_here_is_kept_and_one_file_deleted_measures_that_again(
     told = []
     audience = Audience()
     audience.measuring = told.append
-    monkeypatch.setattr(machine, "DECODED", 2)
-    monkeypatch.setattr(machine, "peak_memory", lambda recipe, changes, steps, beside: steps << 20)
+    monkeypatch.setattr(benchmarks, "DECODED", 2)
+    monkeypatch.setattr(benchmarks, "peak_memory", lambda recipe, changes, steps, beside: steps << 20)
     from smolforge.comparison.study import conduct
 
     found = conduct(read(path), out, audience)
@@ -89,10 +89,10 @@ def test_memory_is_of_a_process_of_its_own(tmp_path, monkeypatch):
     """One that begins as large as this one would hide what the variant needs."""
     study_file(tmp_path)
     large = np.ones(1 << 27)  # 1 GiB
-    peak = machine.peak_memory(tmp_path / "tiny.toml", {"train.batch_tokens": 64}, 4, tmp_path)
+    peak = benchmarks.peak_memory(tmp_path / "tiny.toml", {"train.batch_tokens": 64}, 4, tmp_path)
     assert 100 << 20 < peak < 0.8 * large.nbytes
-    monkeypatch.setattr(machine, "CHILD", "raise SystemExit('no room')")
-    assert machine.peak_memory(tmp_path / "tiny.toml", {}, 4, tmp_path) is None
+    monkeypatch.setattr(benchmarks, "CHILD", "raise SystemExit('no room')")
+    assert benchmarks.peak_memory(tmp_path / "tiny.toml", {}, 4, tmp_path) is None
 
 
 @pytest.mark.parametrize(("floor", "asked"), [(0.0, 0.0), (1.5, 1.5), (1.5, "fitted")])

@@ -20,17 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli
-from smolforge.chat import CHATML
-from smolforge.checkpoint import weights
-from smolforge.cli import keyboard
-from smolforge.cli.speech import Draw, drawn, note, visible
-from smolforge.cli.talk import Talk, speed
+from smolforge.checkpoint import huggingface
+from smolforge.cli.chat import message as typed_message
+from smolforge.cli.chat.session import Talk, speed
+from smolforge.cli.generate import Draw, drawn, note, visible
 from smolforge.config import Data, Generation
-from smolforge.data.conversations import messages_of
-from smolforge.data.reading import documents
+from smolforge.data.prepare.conversations import messages_of
+from smolforge.data.prepare.document_stream import documents
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.generation.stream import Piece, Voice, generate
 from smolforge.testing import tiny_model
+from smolforge.tokenizer.chat import CHATML
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 8}
 
@@ -56,7 +56,7 @@ def folders(tmp_path_factory):
     """A model that was taught to chat, and one that was not."""
     path = tmp_path_factory.mktemp("models")
     for name, model in (("taught", taught(max_position_embeddings=512)), ("base", tiny_model())):
-        weights.save(model, path / name, model.tokenizer)
+        huggingface.save(model, path / name, model.tokenizer)
     return path
 
 
@@ -379,13 +379,13 @@ def test_exit_leaves_whatever_stands_behind_it(chat, word):
 )
 def test_messages_of_several_lines(monkeypatch, lines, message):
     monkeypatch.setattr("sys.stdin", Typed(*lines))
-    assert keyboard.message() == message.strip("\n")
+    assert typed_message() == message.strip("\n")
 
 
 def test_a_base_model_goes_on_with_each_text_by_itself(chat, folders):
     code, out, err = chat("the model", "/save x.jsonl", "/system x", "/retry", model="base")
     assert code == 0
-    from smolforge.checkpoint.resolve import load
+    from smolforge.checkpoint.loading import load
 
     (expected,) = generate(load(str(folders / "base")), ["the model"], temperature=0, max_new_tokens=6)
     assert out.count(f"the model{expected.text}\n") == 2

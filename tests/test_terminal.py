@@ -18,14 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from smolforge.cli import terminal
-from smolforge.cli.blocks import BROKEN, LEVELS, bar, sparkline, squeezed
-from smolforge.cli.board import MOST_CELLS, Board, Curve, packed
-from smolforge.cli.terminal import Display, figures
-from smolforge.recipe.plan import Plan
-from smolforge.recipe.read import read_recipe
-from smolforge.recipe.settle import settle
-from smolforge.training import State
+from smolforge.cli import run_display
+from smolforge.cli.live_view import BROKEN, LEVELS, MOST_CELLS, Board, Curve, bar, packed, sparkline, squeezed
+from smolforge.cli.run_display import Display, figures
+from smolforge.config.load import read_recipe
+from smolforge.runs.estimate import Plan
+from smolforge.runs.resolve import settle
+from smolforge.training.loop import State
 
 NUMBERS = st.lists(st.none() | st.floats())
 WIDTHS = st.integers(0, 200)
@@ -121,7 +120,7 @@ def told(display, steps=40):
 
 
 def drawn(width, **environment):
-    board = Board(terminal.Display(quiet=True).progress)
+    board = Board(run_display.Display(quiet=True).progress)
     console = Console(file=io.StringIO(), force_terminal=True, width=width, soft_wrap=True, _environ=environment)
     for step in range(1, 101):
         each = metrics(step, float("nan") if step == 50 else 9 - step / 20, 1.0 if step == 1 else 4000.0)
@@ -206,7 +205,7 @@ def test_several_ranks_and_dumb_terminals_get_plain_lines(monkeypatch, term):
 
 
 def test_elsewhere_there_are_quiet_plain_lines(capsys, monkeypatch):
-    monkeypatch.setattr(terminal.time, "perf_counter", lambda: 100.0)
+    monkeypatch.setattr(run_display.time, "perf_counter", lambda: 100.0)
     with Display() as display:
         told(display)
     said = capsys.readouterr().err.splitlines()

@@ -23,14 +23,13 @@ from smolforge.cli import run as command
 from smolforge.cli.flags import from_variables
 from smolforge.config import Report
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.recipe import train
-from smolforge.recipe import workshop as workshop_module
-from smolforge.runs.journal import read_records
+from smolforge.runs import callbacks as workshop_module
+from smolforge.runs import train
 from smolforge.testing import tiny_model
 from smolforge.testing.processes import in_child
-from smolforge.tracking import rows, watch
-from smolforge.tracking.events import Ended, Started, Stepped
-from smolforge.tracking.watch import Watch
+from smolforge.tracking import Ended, Started, Stepped, histograms, rows
+from smolforge.tracking.histograms import Watch
+from smolforge.training.run_folder import read_records
 
 EVERYTHING = ("tensorboard", "wandb", "trackio")
 NORMS = ("grad_norm", "weight_norm")
@@ -355,7 +354,7 @@ def test_norms_of_tensors_are_parts_of_the_whole(recipe_file, tmp_path):
 @example([2.0**100])
 @example([2.0**-149, 3 * 2.0**-149])
 def test_a_histogram_counts_every_finite_value(values):
-    counts, edges = watch.histogram(torch.tensor(values))
+    counts, edges = histograms.histogram(torch.tensor(values))
     finite = [value for value in values if math.isfinite(value)]
     assert counts.sum() == len(finite)
     assert len(edges) == len(counts) + 1

@@ -12,18 +12,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smolforge.config import Optim
-from smolforge.data.batches import Batch, Windows, stream
+from smolforge.config.base import replaced
+from smolforge.config.load import to_recipe
+from smolforge.data.batches import IGNORED, Batch, Windows, stream
 from smolforge.data.corpus import Tokens
 from smolforge.generation.stream import generate
-from smolforge.loss import IGNORED, loss_sum
-from smolforge.meter import HostClock, Meter, Work
-from smolforge.model import build
-from smolforge.objective import Objective
-from smolforge.optim import optimizers
-from smolforge.recipe.read import to_recipe
-from smolforge.settings import replaced
+from smolforge.models.decoder import build
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
-from smolforge.training import Action, State, backward, garbage_kept, train
+from smolforge.training.loop import Action, State, backward, garbage_kept, train
+from smolforge.training.loss import loss_sum
+from smolforge.training.objective import Objective
+from smolforge.training.optim import optimizers
+from smolforge.training.step_timer import HostClock, Meter, Work
 
 RECIPE = replaced(to_recipe(NANO), {"optim.schedule.steps": 200, "train.checkpoint_every": None})
 TOKENS = Tokens([np.array(tiny_tokenizer().encode(sentences(300)))])

@@ -15,28 +15,27 @@ from conftest import NANO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolforge import cli, commit
-from smolforge.chat import CHATML
-from smolforge.checkpoint import resolve, state, weights
+from smolforge import atomic, cli
+from smolforge.checkpoint import huggingface, loading, training_state
 from smolforge.config import Data
-from smolforge.data.batches import stream
+from smolforge.config.load import read_recipe
+from smolforge.data.batches import IGNORED, stream
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
-from smolforge.data.encoding import Encoded
 from smolforge.data.packing import PackedRows, best_fit
-from smolforge.data.shards import ShardWriter, prepare
+from smolforge.data.prepare.build import ShardWriter, prepare
+from smolforge.data.prepare.tokenize_documents import Encoded
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
-from smolforge.loss import IGNORED
-from smolforge.objective import Objective
-from smolforge.recipe import train
-from smolforge.recipe.read import read_recipe
-from smolforge.recipe.settle import settle
-from smolforge.runs.journal import read_records
+from smolforge.runs import train
+from smolforge.runs.resolve import settle
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.turns import chat_tokenizer, encode_turns
-from smolforge.training import backward
+from smolforge.tokenizer.chat import CHATML
+from smolforge.tokenizer.chat_encoding import chat_tokenizer, encode_turns
+from smolforge.training.loop import backward
+from smolforge.training.objective import Objective
+from smolforge.training.run_folder import read_records
 
 PLAIN = tiny_tokenizer()
 TALKING = chat_tokenizer(PLAIN)
@@ -512,7 +511,7 @@ def recipe_file(tmp_path):
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    files = commit.check(state.folder_of(run, step))["files"]
+    files = atomic.check(training_state.folder_of(run, step))["files"]
     return {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
 
 
@@ -528,7 +527,7 @@ def tuned(tmp_path_factory):
 
 
 def test_a_tuned_model_answers_and_stops(tuned):
-    model = resolve.load(tuned.folder)
+    model = loading.load(tuned.folder)
     prompts = [[turn("system", "s"), turn("user", question)] for question in ANSWERS]
     found = generate(model, prompts, temperature=0)
     assert [each.text for each in found] == list(ANSWERS.values())
@@ -541,10 +540,10 @@ def test_a_tuned_model_answers_and_stops(tuned):
 def test_what_is_written_stops_and_speaks_by_itself(tuned, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from smolforge.export.transformers import to_transformers
+    from smolforge.exporters.transformers import to_transformers
 
     to_transformers(tuned.folder, tmp_path / "out")
-    for folder in (state.folder_of(tuned.folder, 60), tmp_path / "out"):
+    for folder in (training_state.folder_of(tuned.folder, 60), tmp_path / "out"):
         assert (folder / "chat_template.jinja").read_text() == CHATML
         for name in ("generation_config.json", "config.json"):
             said = json.loads((folder / name).read_text())
@@ -570,7 +569,7 @@ def test_killed_and_resumed_is_the_same_run(recipe_file, tmp_path):
     same = {"optim.schedule.steps": 12, "train.checkpoint_every": 5, "train.evaluate_every": None}
     train(recipe_file, tmp_path / "once", steps=12, **same)
     train(recipe_file, tmp_path / "twice", steps=7, **same)
-    shutil.rmtree(state.folder_of(tmp_path / "twice", 7))  # as a kill after step 5's checkpoint leaves it
+    shutil.rmtree(training_state.folder_of(tmp_path / "twice", 7))  # as a kill after step 5's checkpoint leaves it
     train(recipe_file, tmp_path / "twice", steps=12, **same, **{"data.num_workers": 3, "train.micro_batch_size": 4})
     assert hashes(tmp_path / "once", 12) == hashes(tmp_path / "twice", 12)
     losses = [
@@ -655,7 +654,7 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch, hub, capsys):
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
     model = tiny_model(max_position_embeddings=1024)
-    weights.save(model, tmp_path / "small", model.tokenizer)
+    huggingface.save(model, tmp_path / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     Path("chats.jsonl").write_text(blocks["json"] + "".join(f"{json.dumps(each)}\n" for each in chats(40)))

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge.device import cores
-from smolforge.device.conditions import HABITS, TRACING, hurting, is_ptraced, surroundings, tracing, variables
-from smolforge.device.cores import quotas, usable_cores
+from smolforge import device
+from smolforge.device import quotas, usable_cores
+from smolforge.device.environment import HABITS, TRACING, hurting, is_ptraced, surroundings, tracing, variables
 from smolforge.device.usage import EVERY_SECONDS, Usage, gpu, processors
 
 CPU = torch.device("cpu")
@@ -135,11 +135,11 @@ def test_a_container_pays_for_some_cores(tmp_path, mine, files, expected):
 
 
 def test_usable_cores_are_the_fewest_of_all(monkeypatch):
-    monkeypatch.setattr(cores.sys, "platform", "linux")
+    monkeypatch.setattr(device.sys, "platform", "linux")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
-    monkeypatch.setattr(cores, "quotas", lambda: [float("inf"), 2.5])
+    monkeypatch.setattr(device, "quotas", lambda: [float("inf"), 2.5])
     assert usable_cores() == 2.5
-    monkeypatch.setattr(cores, "quotas", lambda: [float("inf")])
+    monkeypatch.setattr(device, "quotas", lambda: [float("inf")])
     assert usable_cores() == 4.0
 
 

@@ -9,15 +9,15 @@ from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, oracle, random_config
 
 from smolforge import cli, verification
-from smolforge.checkpoint import resolve, weights
+from smolforge.checkpoint import huggingface, loading
 from smolforge.config import ModelConfig
 from smolforge.errors import SettingError
-from smolforge.memory import Causal
-from smolforge.model import Attention, RMSNorm, build, rotary
+from smolforge.models.attention import Causal
+from smolforge.models.decoder import Attention, RMSNorm, build, rotary
 from smolforge.testing import tiny_config, tiny_model
-from smolforge.verification import definition
-from smolforge.verification.oracle import compared
+from smolforge.verification import reference_model
 from smolforge.verification.releases import Golden, Release, published, sha256
+from smolforge.verification.transformers_reference import compared
 
 pytestmark = pytest.mark.usefixtures("compiling")
 SHAPE = tiny_config(num_hidden_layers=3, rope_theta=1e5)
@@ -104,10 +104,10 @@ def test_the_definition_is_the_model(family, seed):
         for weight in ours.parameters():
             weight.add_(torch.randn_like(weight) * 0.05)
         expected = ours(ids[None])[0]
-        assert (definition.logits(ours.state_dict(), config, ids) - expected).abs().max() < 2e-5
+        assert (reference_model.logits(ours.state_dict(), config, ids) - expected).abs().max() < 2e-5
         if family != "mixtral":  # whose names in memory are Transformers' own
             state = theirs.state_dict()
-            assert (definition.logits(state, config, ids) - theirs(ids[None]).logits[0]).abs().max() < 2e-5
+            assert (reference_model.logits(state, config, ids) - theirs(ids[None]).logits[0]).abs().max() < 2e-5
 
 
 def test_every_mistake_changes_what_is_said():
@@ -118,10 +118,10 @@ def test_every_mistake_changes_what_is_said():
         for name, weight in model.named_parameters():
             if "layernorm" in name:
                 weight.add_(torch.randn_like(weight) * 0.3)
-    right = definition.logits(model.state_dict(), config, ids)
-    for name, reading in definition.mistakes(config).items():
+    right = reference_model.logits(model.state_dict(), config, ids)
+    for name, reading in reference_model.mistakes(config).items():
         try:
-            wrong = definition.logits(model.state_dict(), config, ids, reading)
+            wrong = reference_model.logits(model.state_dict(), config, ids, reading)
         except (KeyError, RuntimeError):
             continue
         assert (wrong - right).abs().max() > 1e-5, name
@@ -136,17 +136,17 @@ def with_interleaved_rotation(monkeypatch):
         first, second = x[..., ::2], x[..., 1::2]
         return x * cos + torch.stack([-second, first], -1).flatten(-2) * sin
 
-    monkeypatch.setattr("smolforge.model.rotate", rotate)
+    monkeypatch.setattr("smolforge.models.decoder.rotate", rotate)
 
 
 def with_rotation_along_heads(monkeypatch):
-    from smolforge.model import rotate
+    from smolforge.models.decoder import rotate
 
     def along_heads(x, angles):
         turned = rotary(SHAPE, torch.arange(x.shape[1])[None], x.dtype)
         return rotate(x.transpose(1, 2), turned).transpose(1, 2)
 
-    monkeypatch.setattr("smolforge.model.rotate", along_heads)
+    monkeypatch.setattr("smolforge.models.decoder.rotate", along_heads)
 
 
 def without_causal_mask(monkeypatch):
@@ -182,19 +182,21 @@ def with_wrong_grouping(monkeypatch):
 
 
 def with_scaled_embedding(monkeypatch):
-    right = resolve.load
+    right = loading.load
 
     def load(*args, **named):
         model = right(*args, **named)
         model.model.embed_tokens.register_forward_hook(lambda _, __, out: out * SHAPE.hidden_size**0.5)
         return model
 
-    monkeypatch.setattr(resolve, "load", load)
+    monkeypatch.setattr(loading, "load", load)
 
 
 def with_another_theta(monkeypatch):
     wrong = SHAPE.model_copy(update={"rope_theta": 1e4})
-    monkeypatch.setattr("smolforge.model.rotary", lambda config, positions, dtype: rotary(wrong, positions, dtype))
+    monkeypatch.setattr(
+        "smolforge.models.decoder.rotary", lambda config, positions, dtype: rotary(wrong, positions, dtype)
+    )
 
 
 CODE_FAULTS = {
@@ -220,7 +222,7 @@ def test_mistakes_in_the_code_are_caught_and_named(release, fault, monkeypatch):
 
 
 def test_a_cache_that_forgets_is_caught(release, monkeypatch):
-    from smolforge.memory import CacheWindow
+    from smolforge.models.attention import CacheWindow
 
     right = CacheWindow.__init__
 
@@ -241,7 +243,7 @@ def test_rotation_in_bfloat16_is_caught(release, monkeypatch):
     def coarse(config, positions, dtype):
         return rotary(config, positions * 1.02 if dtype == torch.bfloat16 else positions, dtype)
 
-    monkeypatch.setattr("smolforge.model.rotary", coarse)
+    monkeypatch.setattr("smolforge.models.decoder.rotary", coarse)
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert failing(report) == {"logits bfloat16"}
     assert report.cause is not None
@@ -353,7 +355,7 @@ def test_logits_that_are_no_numbers_do_not_hold(release, monkeypatch):
         cos, sin = rotary(config, positions, dtype)
         return (cos * float("nan"), sin) if positions.shape[1] > 100 else (cos, sin)
 
-    monkeypatch.setattr("smolforge.model.rotary", broken)
+    monkeypatch.setattr("smolforge.models.decoder.rotary", broken)
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert "logits float32" in failing(report)
     json.dumps(report.as_json(), allow_nan=False)
@@ -368,7 +370,7 @@ def test_what_the_file_says_of_sampling_changes_nothing(copy):
 def test_another_file_of_the_same_release_is_the_release(release, tmp_path):
     """In fp32 and in shards its hash is another, and what it says the same."""
     folder = tmp_path / "Tiny-1M"
-    weights.save(resolve.load(release[0]), folder, max_shard_bytes=20_000)
+    huggingface.save(loading.load(release[0]), folder, max_shard_bytes=20_000)
     report = verification.verify(folder, ["golden"], releases=[release[1]])
     assert report.holds, failing(report)
     assert "the files are not, byte for byte" in next(each.said for each in report.checks if each.name == "identity")
@@ -389,7 +391,7 @@ def test_golden_alone_proves_nothing_of_an_unknown_model(release):
 
 
 def test_a_model_that_says_nothing_is_not_golden(release):
-    model = resolve.load(release[0])
+    model = loading.load(release[0])
     with torch.no_grad():
         model.model.norm.weight.zero_()
     assert not verification.checks.golden(model, release[1]).holds
@@ -397,14 +399,16 @@ def test_a_model_that_says_nothing_is_not_golden(release):
 
 def test_greedy_text_is_held_to_the_oracles_own_logits(release, monkeypatch):
     """Logits of zero are all near ties to themselves."""
-    monkeypatch.setattr("smolforge.model.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.head) * 0)
+    monkeypatch.setattr(
+        "smolforge.models.decoder.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.head) * 0
+    )
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert {"logits float32", "greedy"} <= failing(report)
 
 
 def test_an_untied_storage_is_seen(release, monkeypatch):
     monkeypatch.setattr(
-        "smolforge.model.LanguageModel.head", property(lambda self: self.model.embed_tokens.weight.clone())
+        "smolforge.models.decoder.LanguageModel.head", property(lambda self: self.model.embed_tokens.weight.clone())
     )
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert failing(report) == {"tied head"}
@@ -412,7 +416,7 @@ def test_an_untied_storage_is_seen(release, monkeypatch):
 
 def test_a_count_that_is_not_the_files_is_seen(release, monkeypatch):
     monkeypatch.setattr(verification.checks, "parameter_counts", lambda config: {"embedding": 1})
-    check = verification.checks.parameters(resolve.load(release[0]), release[0])
+    check = verification.checks.parameters(loading.load(release[0]), release[0])
     assert not check.holds
 
 
@@ -436,7 +440,7 @@ def test_the_published_releases():
     assert sum(entry.confidence == "high" for entry in base.golden) == 2
     assert known["HuggingFaceTB/SmolLM2-135M-Instruct"].eos_token_id == 2
     for each in known.values():
-        from smolforge.sizes import parameter_counts
+        from smolforge.models.stats import parameter_counts
 
         assert sum(parameter_counts(each.config).values()) == each.parameters
         for entry in each.golden:
@@ -494,14 +498,16 @@ def test_the_command_exits_1_with_the_cause(release, tmp_path, monkeypatch, caps
 
 
 def test_a_run_is_verified_with_its_checkpoints(tmp_path):
-    from smolforge.checkpoint import state
+    from smolforge.checkpoint import training_state
     from smolforge.testing import flip_bit
 
     model = tiny_model()
     for step in (1, 2):
-        state.save(state.folder_of(tmp_path, step), state.snapshot(model, {}, {"step": step}))
+        training_state.save(
+            training_state.folder_of(tmp_path, step), training_state.snapshot(model, {}, {"step": step})
+        )
     assert verification.verify(tmp_path, ["transformers"], releases=[]).holds
-    flip_bit(state.folder_of(tmp_path, 1) / "training" / "random.safetensors", 4000)
+    flip_bit(training_state.folder_of(tmp_path, 1) / "training" / "random.safetensors", 4000)
     report = verification.verify(tmp_path, ["transformers"], releases=[])
     assert failing(report) == {"step-00000001"}
     assert [check.name for check in verification.verify(tmp_path, ["files"]).checks] == [
@@ -510,7 +516,7 @@ def test_a_run_is_verified_with_its_checkpoints(tmp_path):
     ]
     assert "step-00000001/training/random.safetensors is damaged" in report.checks[0].said
     assert report.cause == report.checks[0].said
-    report = verification.verify(state.folder_of(tmp_path, 1), ["transformers"], releases=[])
+    report = verification.verify(training_state.folder_of(tmp_path, 1), ["transformers"], releases=[])
     assert failing(report) == {"files"}
 
 

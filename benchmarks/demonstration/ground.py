@@ -33,7 +33,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     """Make the ground, or find that it is there; returns ground.json."""
     if (folder / "ground.json").is_file():
         return json.loads((folder / "ground.json").read_text())
-    from smolforge.data.documents import python_docs
+    from smolforge.data.prepare.documents import python_docs
     from smolforge.tokenizer import Tokenizer
 
     groups = sorted({document.group for document in python_docs()})
@@ -58,12 +58,11 @@ def _weights(folder: Path, tokenizer: Path) -> None:
     """What every run begins from, in the form that all can read."""
     import shutil
 
-    from smolforge import presets
-    from smolforge.checkpoint import weights
-    from smolforge.config import ModelConfig
-    from smolforge.model import build
+    from smolforge.checkpoint import huggingface
+    from smolforge.config import ModelConfig, presets
+    from smolforge.models.decoder import build
 
-    weights.save(build(ModelConfig.model_validate(presets.shape(SETTINGS["preset"]))), folder)
+    huggingface.save(build(ModelConfig.model_validate(presets.shape(SETTINGS["preset"]))), folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch.optim import Optimizer
 
-from smolforge.memory import Within
-from smolforge.model import Attention
+from smolforge.models.attention import Within
+from smolforge.models.decoder import Attention
 
 
 class SlidingAttention(Attention):

@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smolforge.checkpoint.resolve import load
+    from smolforge.checkpoint.loading import load
     from smolforge.generation.stream import generate, stream
-    from smolforge.recipe import train
+    from smolforge.runs import train
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "stream", "train"]
 
 _HOMES = {
     "generate": "smolforge.generation.stream",
-    "load": "smolforge.checkpoint.resolve",
+    "load": "smolforge.checkpoint.loading",
     "stream": "smolforge.generation.stream",
-    "train": "smolforge.recipe",
+    "train": "smolforge.runs",
 }
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from smolforge.signals import EXIT_CODES
+from smolforge.training.signals import EXIT_CODES
 
 
 def main() -> None:

@@ -38,17 +38,17 @@ def overrides(ground: Path, seed: int) -> dict[str, Any]:
 
 def prepare(ground: Path) -> None:
     from smolforge.config import Data
-    from smolforge.data import shards
+    from smolforge.data.prepare import build
     from smolforge.tokenizer import Tokenizer
 
     data = Data(sources=(str(ground / "text"),), held_out=0)
-    shards.prepare(data, ground / "prepared" / "smolforge", Tokenizer.load(ground / "tokenizer"))
+    build.prepare(data, ground / "prepared" / "smolforge", Tokenizer.load(ground / "tokenizer"))
 
 
 def train(ground: Path, out: Path, seed: int) -> None:
     from smolforge.data import batches
-    from smolforge.recipe import resume_or_start
-    from smolforge.recipe.workshop import Silent
+    from smolforge.runs import resume_or_start
+    from smolforge.runs.callbacks import Silent
 
     rows: dict[int, list[str]] = {}
     plain = batches.Windows.batch

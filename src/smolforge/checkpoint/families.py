@@ -11,9 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smolforge import own
 from smolforge.checkpoint import quantization
-from smolforge.config import ModelConfig
+from smolforge.config import ModelConfig, custom_classes
 from smolforge.config.model import PARTS
 from smolforge.errors import InvalidFile
 
@@ -159,7 +158,7 @@ def _take_own_classes(content: dict[str, Any], path: str) -> dict[str, str]:
         raise InvalidFile(f"{path}: model_type is {OWN}, but its table {OWN} does not say of what classes")
     content["model_type"] = said.pop("model_type")
     for part, name in said.items():
-        own.refuse_unless_admitted(f"model.{part}", str(name), f"{path}: ")
+        custom_classes.refuse_unless_admitted(f"model.{part}", str(name), f"{path}: ")
     return said
 
 

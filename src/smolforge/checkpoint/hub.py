@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from smolforge.checkpoint import download
-from smolforge.checkpoint.weights import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names
+from smolforge.checkpoint.huggingface import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 from smolforge.tokenizer import FILES
 

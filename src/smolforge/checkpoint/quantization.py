@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from smolforge import quantized
 from smolforge.errors import InvalidFile
-from smolforge.model import LanguageModel
-from smolforge.quantized import Scheme
+from smolforge.models import quantized
+from smolforge.models.decoder import LanguageModel
+from smolforge.models.quantized import Scheme
 
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
 DTYPES = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}

@@ -17,8 +17,8 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from smolforge import __version__
+from smolforge.config.custom_classes import admit, blamed
 from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
-from smolforge.own import admit, blamed
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -152,7 +152,7 @@ def _usage(error: Exception, words: Sequence[str]) -> str:
         case CoercionError(argument=argument, token=token, target_type=kind) if token is not None and kind is not None:
             from pydantic import TypeAdapter
 
-            from smolforge.settings import in_words, shown
+            from smolforge.config.base import in_words, shown
 
             name = token.keyword or (argument.name if argument is not None else "it")
             return f"{name} is {shown(token.value)}; it should be {in_words(TypeAdapter(kind).json_schema())}"

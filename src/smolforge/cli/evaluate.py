@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli.progress import Progress, quiet_library
+from smolforge.cli.progress import ProgressBar, quiet_library
 from smolforge.errors import InvalidFile, SettingError
 
 if TYPE_CHECKING:
     from smolforge.evaluation.multiple_choice import Score
     from smolforge.evaluation.tasks import Task
-    from smolforge.model import LanguageModel
+    from smolforge.models.decoder import LanguageModel
 
 WINDOW = 2048
 """Longest window over a text unless another is asked for."""
@@ -76,11 +76,10 @@ def evaluate(
     words, asked_there = _words(tasks), _words(harness)
     _check(words, asked_there, text or [], limit, few_shot, log)
     found = _found(asked_there)
-    from smolforge.checkpoint.resolve import fingerprint, load
+    from smolforge.checkpoint.loading import fingerprint, load
     from smolforge.device import pick_device
-    from smolforge.evaluation.published import published
-    from smolforge.evaluation.tasks import find
-    from smolforge.runs.environment import version, versions
+    from smolforge.evaluation.tasks import find, published
+    from smolforge.training.environment import version, versions
 
     asked = [find(word, limit, few_shot or 0) for word in words]
     loaded = load(model, dtype, str(pick_device(device)), random)
@@ -149,7 +148,7 @@ def _window(model: "LanguageModel", length: int | None, stride: int | None) -> t
 def _text(model: "LanguageModel", path: Path, length: int, stride: int) -> dict[str, Any]:
     """A text, or the held-out part of a corpus."""
     from smolforge.data.corpus import Corpus
-    from smolforge.data.documents import read_text
+    from smolforge.data.prepare.documents import read_text
     from smolforge.evaluation import measure_corpus, measure_text
     from smolforge.generation.stream import own
 
@@ -164,14 +163,14 @@ def _text(model: "LanguageModel", path: Path, length: int, stride: int) -> dict[
     if not content:
         raise InvalidFile(f"{path} is empty")
     total = len(own(model).encode(content))
-    with Progress(path.stem, total) as done:
+    with ProgressBar(path.stem, total) as done:
         return measure_text(model, content, length, stride, done)
 
 
 def _scored(model: "LanguageModel", task: "Task") -> list["Score"]:
     from smolforge.evaluation.multiple_choice import score
 
-    with Progress(task.name, sum(len(set(item.queries)) for item in task.items)) as done:
+    with ProgressBar(task.name, sum(len(set(item.queries)) for item in task.items)) as done:
         return score(model, task.items, scored=done)
 
 

@@ -1,15 +1,134 @@
-"""`smolforge export`."""
+"""`smolforge export`.
+
+`smolforge export --to int8` and `int4`.
+
+`smolforge export --to hub` and `--to space`: a model with its card, out into the world.
+"""
 
 import inspect
 import json
 import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from smolforge.cli.quantize import quantize
 from smolforge.errors import SettingError
+
+if TYPE_CHECKING:
+    from smolforge.exporters.quantize import Exported
+
+ROWS = {
+    "bytes_on_disk": "weights on disk, bytes",
+    "tensor_bytes": "  as arithmetic says",
+    "bytes_in_memory": "weights in memory, bytes",
+    "loss": "loss, nats a token",
+    "bits_per_byte": "bits a byte",
+    "top1_agreement": "same likeliest token",
+    "prefill_tokens_per_second": "reading, tokens/s",
+    "decode_tokens_per_second": "answering, tokens/s",
+}
+
+
+def quantize(
+    model: str, bits: Literal[8, 4], out: Path, group_size: int | None, embedding: str, text: Path | None, json_: bool
+) -> None:
+    """Write the folder and show the table."""
+    from smolforge.exporters.quantize import GROUP_SIZES, to_integers
+    from smolforge.models.quantized import Scheme
+
+    size = None if bits == 8 else GROUP_SIZES[0] if group_size is None else group_size
+    if size is not None and size not in GROUP_SIZES:
+        raise SettingError(f"group-size is {size}; it should be {' or '.join(map(str, GROUP_SIZES))}")
+    made = to_integers(model, out, Scheme(bits, size, embedding == "int8"), text)
+    if json_:
+        print(json.dumps(asdict(made)))
+        return
+    for name, written in made.files.items():
+        print(f"{written:>14,}  {out / name}")
+    for line in lines(made):
+        print(line)
+    if embedding == "int8":
+        print("read by smolforge; --embedding bfloat16 leaves the embedding, so that Transformers and vLLM read it too")
+
+
+def lines(made: "Exported") -> list[str]:
+    """The table, the last column what came of what was."""
+    told = [f"{made.tokens:,} tokens of {made.text}", f"{'':<26}{'before':>14}{'after':>14}{'':>10}"]
+    for name, said in ROWS.items():
+        before, after = made.before.__dict__[name], made.after.__dict__[name]
+        digits = ".4f" if name in ("loss", "bits_per_byte") else ".2%" if name == "top1_agreement" else ",.0f"
+        change = f"{after / before - 1:+.2%}" if digits == ".4f" else f"x {after / before:.2f}"
+        told.append(f"{said:<26}{before:>14{digits}}{after:>14{digits}}{'' if digits == '.2%' else change:>10}")
+    rates = [name for name in ROWS if name.endswith("per_second")]
+    slower = [ROWS[name] for name in rates if made.after.__dict__[name] < made.before.__dict__[name]]
+    return [*told, *(f"slower here than before: {each.partition(',')[0]}" for each in slower)]
+
+
+def describing(model: str, name: str, licence: str, scores: Path | None) -> Callable[[Path], None]:
+    """Writes the card of a MODEL into a folder."""
+    from smolforge.comparison.figures import loss_curve
+    from smolforge.exporters import model_card
+
+    return partial(model_card.write, model=model, name=name, draw=loss_curve, licence=licence, told=scores)
+
+
+def hub(
+    model: str,
+    repo: str,
+    dtype: str | None,
+    largest: int,
+    describe: Callable[[Path], None],
+    public: bool,
+    replace: bool,
+    dry_run: bool,
+    json_: bool,
+) -> None:
+    """Make the folder, checked by a round trip, and upload it; or only show it."""
+    from smolforge.exporters.hub import check_name, check_token, upload
+    from smolforge.exporters.transformers import to_transformers
+
+    check_name(repo)
+    if not dry_run:
+        check_token(repo)
+    with tempfile.TemporaryDirectory(prefix="smolforge-export-") as place:
+        folder = Path(place) / repo.rpartition("/")[2]
+        made = to_transformers(model, folder, dtype, largest, describe)
+        done = None if dry_run else upload(folder, repo, public, replace)
+        if json_:
+            print(json.dumps(made.__dict__ | ({"url": done.url, "commit": done.commit} if done else {})))
+            return
+        show(made.files, repo)
+        if done is None:
+            print(f"\n{(folder / 'README.md').read_text('utf-8')}")
+            print(f"nothing was sent: --dry-run; it would be {'public' if public else 'private'}")
+        elif not done.changed:
+            print(f"{done.url} has all of this already, at {done.commit[:12]}")
+        else:
+            print(f"{done.url} has it, {'private' if done.private else 'public'}, at {done.commit[:12]}")
+
+
+def space(model: str, out: Path, dtype: str | None, licence: str, json_: bool) -> None:
+    """Write the app, and say how to start it."""
+    from smolforge.exporters.space import to_space
+
+    files = to_space(model, out, dtype, licence)
+    if json_:
+        print(json.dumps({"files": files}))
+        return
+    show(files, out)
+    print(f"cd {out} && pip install -r requirements.txt && python app.py")
+
+
+def show(files: dict[str, int], below: Path | str) -> None:
+    """A line a file."""
+    for name, size in files.items():
+        print(f"{size:>14,}  {below}/{name}")
+
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _FOLDER = ("dtype", "max_shard_size", "license", "scores")
@@ -97,16 +216,15 @@ def export(
     if to == "gguf":
         _gguf(model, out, type_, text, json_)
         return
-    from smolforge.cli import share
 
     if to == "space":
-        share.space(model, out, dtype, license_, json_)
+        space(model, out, dtype, license_, json_)
         return
-    describe = share.describing(model, str(out) if to == "hub" else out.resolve().name, license_, scores)
+    describe = describing(model, str(out) if to == "hub" else out.resolve().name, license_, scores)
     if to == "hub":
-        share.hub(model, str(out), dtype, largest, describe, public, replace, dry_run, json_)
+        hub(model, str(out), dtype, largest, describe, public, replace, dry_run, json_)
         return
-    from smolforge.export.transformers import to_transformers
+    from smolforge.exporters.transformers import to_transformers
 
     made = to_transformers(model, out, dtype, largest, describe)
     if json_:
@@ -132,7 +250,7 @@ def _refuse_others(to: str, given: dict[str, Any]) -> None:
 
 
 def _adapter(model: str, out: Path, json_: bool) -> None:
-    from smolforge.export.adapter import to_adapter
+    from smolforge.exporters.transformers import to_adapter
 
     files, worst = to_adapter(model, out)
     if json_:
@@ -144,8 +262,8 @@ def _adapter(model: str, out: Path, json_: bool) -> None:
 
 
 def _gguf(model: str, out: Path, kind: str, text: Path | None, json_: bool) -> None:
-    from smolforge.data.documents import read_text
-    from smolforge.export.gguf import to_gguf
+    from smolforge.data.prepare.documents import read_text
+    from smolforge.exporters.gguf import to_gguf
 
     made = to_gguf(model, out, kind, None if text is None else read_text(text))
     if json_:

@@ -10,8 +10,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
+from smolforge.config.base import NONE, entered, fields, shown
 from smolforge.errors import SettingError, did_you_mean
-from smolforge.settings import NONE, entered, fields, shown
 
 VARIABLES = (
     ("WANDB_WATCH", "report.watch", ("gradients", "parameters", "all")),

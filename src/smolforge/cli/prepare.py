@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from smolforge.config import Data
+from smolforge.config.base import validated
 from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.settings import validated
 
 EXPLAINED = {
     "filtered": "by data.filters",
@@ -118,10 +118,10 @@ def prepare(
     json_
         Print documents, tokens, bytes and tokens_per_second as one JSON object.
     """
-    from smolforge.checkpoint import resolve
-    from smolforge.data import shards
-    from smolforge.device.cores import usable_cores
-    from smolforge.recipe.plan import parse_count
+    from smolforge.checkpoint import loading
+    from smolforge.data.prepare import build
+    from smolforge.device import usable_cores
+    from smolforge.runs.estimate import parse_count
 
     given: dict[str, Any] = {
         "format": format_,
@@ -144,10 +144,10 @@ def prepare(
         raise SettingError(f"--hours is {hours}; it should be at least 1")
     if partition is not None and executor != "slurm":
         raise SettingError(f"--partition is one of Slurm's, and --executor is {executor}; --executor slurm takes it")
-    named = resolve.tokenizer(tokenizer) if tokenizer else None
+    named = loading.tokenizer(tokenizer) if tokenizer else None
     limit = None if tokens is None else parse_count(tokens, "--tokens")
     if executor != "local":
-        from smolforge.data.cluster import Cluster, submit
+        from smolforge.data.prepare.cluster import Cluster, submit
 
         count = submit(data, out, named, vocab_size, limit, Cluster(executor, workers or -1, partition, hours))
         print(f"{count:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on")
@@ -155,8 +155,8 @@ def prepare(
     if not json_:
         tell_sizes(data)
     begun = time.perf_counter()
-    progress = Progress()
-    made = shards.prepare(
+    progress = PreparationProgress()
+    made = build.prepare(
         *(data, out, named, vocab_size, limit),
         report=lambda counts: None if json_ else progress.tell(counts),
         workers=workers or max(1, round(usable_cores())),
@@ -173,7 +173,7 @@ def tell_sizes(data: Data) -> None:
             print(f"{source}: {sources.size(source, data)}", flush=True)
 
 
-class Progress:
+class PreparationProgress:
     """A line now and then: how much, how fast, and how long still."""
 
     SECONDS = 2.0
@@ -183,7 +183,7 @@ class Progress:
         self.first: dict[str, int] | None = None
 
     def tell(self, counts: dict[str, int]) -> None:
-        from smolforge.cli.terminal import corpus_line
+        from smolforge.cli.run_display import corpus_line
 
         now = time.perf_counter()
         if self.first is None:
@@ -194,7 +194,7 @@ class Progress:
             print(f"{corpus_line(counts)}{self.rate(counts, now - self.begun)}", flush=True)
 
     def rate(self, counts: dict[str, int], seconds: float) -> str:
-        from smolforge.cli.terminal import duration
+        from smolforge.cli.run_display import duration
 
         first = self.first or counts
         done = {key: counts[key] - first[key] for key in ("tokens", "bytes")}

@@ -6,22 +6,22 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-class Progress:
+
+class ProgressBar:
     """A bar on standard error while something is counted; nothing where that is no terminal."""
 
     def __init__(self, name: str, total: int) -> None:
-        from rich import progress
-        from rich.console import Console
-
         columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
         )
         console = Console(stderr=True)
-        self.bar = progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task(name, total=total)
 
     def __enter__(self) -> Callable[[int], None]:

@@ -68,11 +68,11 @@ def serve(
         raise MissingResource(f"serve needs {', '.join(missing)}: pip install 'smolforge[server]'")
     import torch
 
-    from smolforge.checkpoint.resolve import load
+    from smolforge.checkpoint.loading import load
     from smolforge.device import pick_device
-    from smolforge.server.guard import Rules
-    from smolforge.server.running import Place, made
-    from smolforge.server.running import serve as answer
+    from smolforge.server.lifecycle import Place, made
+    from smolforge.server.lifecycle import serve as answer
+    from smolforge.server.middleware import Rules
 
     if threads is not None:
         torch.set_num_threads(threads)

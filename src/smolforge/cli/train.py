@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from smolforge.errors import SettingError
-from smolforge.signals import stop_signals
+from smolforge.training.signals import stop_signals
 
 
 def train(
@@ -53,10 +53,10 @@ def train(
                 raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
 
-        from smolforge.cli.terminal import Display
-        from smolforge.device.conditions import surroundings
-        from smolforge.ranks import world_of
-        from smolforge.recipe import resume_or_start
+        from smolforge.cli.run_display import Display
+        from smolforge.device.environment import surroundings
+        from smolforge.runs import resume_or_start
+        from smolforge.training.distributed import world_of
     world = world_of(os.environ)
     if world.rank > 0:  # rank 0 speaks for all
         logging.getLogger("smolforge").setLevel(logging.ERROR)

@@ -48,7 +48,7 @@ def verify(
         Print the report as one JSON object instead of lines.
     """
     from smolforge.cli import one_line
-    from smolforge.recipe.syntax import PARSERS
+    from smolforge.config.load import PARSERS
     from smolforge.verification.report import Check
 
     def line(check: Check) -> None:
@@ -78,8 +78,8 @@ def _of_model(model: str, against: list[str] | None, max_length: int | None, tel
 
 
 def _of_recipe(recipe: str, against: list[str] | None, tell: "Tell") -> "Report":
-    from smolforge.recipe.read import admitted, read_recipe
-    from smolforge.verification.classes import AGAINST, verify_classes
+    from smolforge.config.load import admitted, read_recipe
+    from smolforge.verification.custom_classes import AGAINST, verify_classes
 
     if against and against != [AGAINST]:
         raise SettingError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")

@@ -11,15 +11,25 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from smolforge.comparison.between import KINDS, Cost, costs
-from smolforge.comparison.evidence import BETWEEN, Evidence, Record, number, of_start, shares, timed_steps
+from smolforge.comparison.step_times import (
+    BETWEEN,
+    KINDS,
+    Cost,
+    Evidence,
+    Record,
+    costs,
+    number,
+    of_start,
+    shares,
+    timed_steps,
+)
 from smolforge.config import Recipe
+from smolforge.config.base import leaves
 from smolforge.device import CLEARLY
-from smolforge.device.conditions import hurting
-from smolforge.device.peaks import published
-from smolforge.recipe.machine import BUSY_TOKENS, WORTH_COMPILING_SECONDS
-from smolforge.settings import leaves
-from smolforge.sizes import parameter_counts
+from smolforge.device.environment import hurting
+from smolforge.device.peak_flops import published
+from smolforge.models.stats import parameter_counts
+from smolforge.runs.auto import BUSY_TOKENS, WORTH_COMPILING_SECONDS
 
 FEWEST_STEPS = 5
 """Fewer, after the first, are chance."""

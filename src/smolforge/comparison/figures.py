@@ -2,26 +2,177 @@
 
 One run alone shows every step faintly and its running mean; several show what was measured on held-out text, and what
 they learned from beside it.
+
+Long rows of numbers made fit to draw: fewer points, less noise, readable units. NaN is a gap, and stays one.
+
+Axes: n points, k points left.
+
+What happened to a run, on its figures: a dotted line and a word for one run, a small mark on each of several curves.
+
+Where a step lies, x says: one value for each of the run's records.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from smolforge.comparison import style
-from smolforge.comparison.curves import Curve, Over, along, extent, known, smoothed, thinned, unit
 from smolforge.comparison.history import History, read
-from smolforge.comparison.marks import SIGNS, happened, mark_axes, mark_curve
-from smolforge.comparison.parts import step_time
-from smolforge.comparison.style import Look
+from smolforge.comparison.style import Look, step_time
 from smolforge.errors import InvalidFile
+from smolforge.models.stats import flops_per_token
+
+Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
+"""x and y."""
+Over = Literal["tokens", "steps", "seconds", "flops"]
+"""What a curve runs over."""
+UNITS: dict[Over, list[tuple[float, str]]] = {
+    "tokens": [(1e9, "billion tokens"), (1e6, "million tokens"), (1e3, "thousand tokens"), (1.0, "tokens")],
+    "steps": [(1.0, "step")],
+    "seconds": [(3600.0, "hours of training"), (60.0, "minutes of training"), (1.0, "seconds of training")],
+    "flops": [(1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")],
+}
+ENOUGH_OF_A_UNIT = 1.5
+SMOOTHED_SHARE = 1 / 50
+"""Of a curve, that each of its smoothed values is a mean of."""
+
+STEEP_SHARE = 0.03
+"""Of a run, at its beginning, that a plot need not show to its height."""
+BROKEN = 1.25
+"""Times what a run begins with, or half of it stays below: a loss above that need not be shown to its height either."""
+
+
+def along(history: History, over: Over) -> Float[np.ndarray, " n"]:
+    """Where each step lies, in tokens, steps, seconds or FLOPs."""
+    match over:
+        case "tokens":
+            return history.tokens
+        case "steps":
+            return history.at.astype(np.float64)
+        case "seconds":
+            return history.seconds
+        case "flops":
+            recipe = history.recipe
+            return history.tokens * flops_per_token(recipe.model, recipe.train.sequence_length)
+
+
+def unit(over: Over, longest: float) -> tuple[float, str]:
+    """The largest unit that something so long is still more than one of, and its name."""
+    return next((each for each in UNITS[over] if longest >= ENOUGH_OF_A_UNIT * each[0]), UNITS[over][-1])
+
+
+def thinned(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], most: int) -> Curve:
+    """At most so many points (3 or more): the first, the last, and means of equally many points between them."""
+    if len(x) <= most:
+        return x, y
+    edges = np.linspace(1, len(x) - 1, most - 1).astype(int)[:-1]
+    counts = np.diff([*edges, len(x) - 1])
+    known = np.isfinite(y)
+    with np.errstate(invalid="ignore"):
+        means = _sums(np.where(known, y, 0.0), edges) / _sums(known.astype(float), edges)
+    return np.array([x[0], *(_sums(x, edges) / counts), x[-1]]), np.array([y[0], *means, y[-1]])
+
+
+def _sums(values: Float[np.ndarray, " n"], edges: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Of the stretches that begin at the edges; the very last value belongs to none."""
+    return np.add.reduceat(values[:-1], edges)
+
+
+def smoothed(y: Float[np.ndarray, " n"], share: float = SMOOTHED_SHARE) -> Float[np.ndarray, " n"]:
+    """A running mean, centred; at the steep beginning of fewer values, so that it begins as the curve does."""
+    half = int(len(y) * share) // 2
+    stretches = (y[i - min(half, i) : i + min(half, i) + 1] for i in range(len(y)))
+    known = (stretch[np.isfinite(stretch)] for stretch in stretches)
+    return np.array([stretch.mean() if len(stretch) else np.nan for stretch in known], dtype=np.float64)
+
+
+def known(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Curve:
+    """Without the gaps."""
+    there = np.isfinite(y)
+    return x[there], y[there]
+
+
+def extent(curves: list[Float[np.ndarray, " _"]]) -> tuple[float, float] | None:
+    """From where to where a plot of losses goes: neither first steps nor a run that broke press the others flat.
+
+    That is up to the highest value after the very beginning, if that is near what is usual. None has no numbers.
+    """
+    there = [curve[np.isfinite(curve)] for curve in curves]
+    there = [curve for curve in there if len(curve)]
+    if not there:
+        return None
+    usual = max(max(float(curve[0]), float(np.median(curve))) for curve in there)
+    later = max(float(curve[int(len(curve) * STEEP_SHARE) :].max()) for curve in there)
+    low, high = min(float(curve.min()) for curve in there), min(later, BROKEN * usual)
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+SIGNS = {"resumed": "|", "rewound": "<", "left out": "x"}
+"""What marks on a curve mean."""
+LETTER, SAME, LANES = 0.0108, 0.03, 2
+"""Of a plot's width: what a letter takes, and how near the same has to happen again to need no word; words' lines."""
+
+
+def happened(run: History) -> list[tuple[int, str]]:
+    """(step, word) of what interrupted a run's curve, in order."""
+    events = {"resumed": run.resumes, "rewound": run.rewinds, "left out": run.left_out}
+    return sorted((step, word) for word, steps in events.items() for step in steps)
+
+
+def mark_curve(
+    axes: Axes,
+    run: History,
+    x: Float[np.ndarray, " n"],
+    curve: Curve,
+    color: str,
+) -> None:
+    """Signs on the curve of one run among several."""
+    there = np.isfinite(curve[1])
+    if there.any():
+        for step, word in happened(run):
+            place = _place(run, x, step)
+            height = np.interp(place, curve[0][there], curve[1][there])
+            axes.plot(place, height, color=color, marker=SIGNS[word], markersize=11, markeredgewidth=1.4, zorder=4)
+
+
+def mark_axes(axes: Axes, run: History, x: Float[np.ndarray, " n"], words: bool = True) -> None:
+    """Dotted lines for the only run there is, with words above them where there is room."""
+    ends, last = [-np.inf] * LANES, ("", -np.inf)
+    for step, word in happened(run):
+        place = _place(run, x, step)
+        axes.axvline(place, color=style.QUIET, linestyle=":", linewidth=1)
+        share = (place - float(x[0])) / (float(x[-1] - x[0]) or 1.0)
+        if not words or (word == last[0] and share - last[1] < SAME):
+            continue
+        said = f"{word} at step {step:,}"
+        side, begin = _side(share, LETTER * len(said))
+        lane = next((lane for lane, end in enumerate(ends) if begin > end), None)
+        if lane is not None:
+            ends[lane], last = begin + LETTER * len(said), (word, share)
+            above = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+            axes.annotate(said, (place, 1), (0, 3 + 11 * lane), **above, ha=side, fontsize=8.5, color=style.QUIET)
+
+
+def _side(share: float, width: float) -> tuple[str, float]:
+    """How a word is set at a share of the plot's width, so that it stays within, and where it then begins."""
+    if share < width / 2:
+        return "left", share
+    return ("right", share - width) if share > 1 - width / 2 else ("center", share - width / 2)
+
+
+def _place(run: History, x: Float[np.ndarray, " n"], step: int) -> float:
+    """Where the last record up to a step lies."""
+    return float(x[max(0, int(np.searchsorted(run.at, step, "right")) - 1)])
+
 
 POINTS, FEWEST = 5000, 120
 """Drawn in a figure in all, and of each curve at least: a file stays small, and print shows no more."""

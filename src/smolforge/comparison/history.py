@@ -2,24 +2,28 @@
 
 Nothing is written and nothing is waited for, so a run may be trained meanwhile. Keys of metrics.jsonl that a run does
 not have are columns of NaN.
+
+What runs read of each source of their mixtures: tokens, their share, epochs, and the loss held out of each.
 """
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from smolforge.config import Recipe
+from smolforge.config.load import read_recipe
+from smolforge.data.mixture import FILE
 from smolforge.errors import InvalidFile
-from smolforge.meter import Part
-from smolforge.recipe.read import read_recipe
-from smolforge.runs import INCIDENTS, METRICS, RECIPE, SAMPLES, RunFolder
-from smolforge.runs.environment import ENVIRONMENT, starts
-from smolforge.runs.journal import read_records
+from smolforge.training.environment import ENVIRONMENT, starts
+from smolforge.training.run_folder import INCIDENTS, METRICS, RECIPE, SAMPLES, RunFolder, read_records
+from smolforge.training.step_timer import Part
 
 State = Literal["running", "finished", "stopped", "diverged", "failed", "killed", "not begun"]
 Record = dict[str, Any]
@@ -189,3 +193,48 @@ def _state(holder: str | None, begun: list[Record], step: int, steps: int) -> tu
     if step >= steps:
         return "finished", f"all {steps:,} steps are done"
     return "stopped", f"it ended {done}, by a version that did not write down why"
+
+
+PREFIX = "tokens_from_"
+"""Of the keys in metrics.jsonl."""
+
+
+class Read(NamedTuple):
+    """What a run learned from one source, up to its newest step."""
+
+    source: str
+    tokens: int
+    share: float
+    epochs: float | None
+    """How often it went through what is prepared; None where that is not known any more."""
+    validation_loss: float | None
+
+
+def read_source_totals(run: History) -> list[Read]:
+    """Of each source; none where a run has no mixture."""
+    newest = run.metrics[-1] if run.metrics else {}
+    tokens = {key.removeprefix(PREFIX): int(said) for key, said in newest.items() if key.startswith(PREFIX)}
+    whole, sizes = sum(tokens.values()), _sizes(run)
+    return [
+        Read(
+            name,
+            count,
+            count / whole if whole else 0.0,
+            count / (sizes[name] - 1) if sizes.get(name, 0) > 1 else None,
+            run.newest(f"validation_loss_{name}"),
+        )
+        for name, count in tokens.items()
+    ]
+
+
+def _sizes(run: History) -> dict[str, int]:
+    """Training tokens of each source, as the run has written them down."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        said = json.loads((run.path / FILE).read_text("utf-8"))["sources"]
+        return {name: int(each["tokens"]) for name, each in said.items()}
+    return {}
+
+
+def by_name(runs: Sequence[History]) -> dict[str, list[Read]]:
+    """Of each run that has a mixture."""
+    return {run.name: found for run in runs if (found := read_source_totals(run))}

@@ -11,11 +11,11 @@ from typing import NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from smolforge import commit
-from smolforge.comparison import mixed, style, table
+from smolforge import atomic
+from smolforge.comparison import history, style, table
 from smolforge.comparison.figures import draw_all
-from smolforge.comparison.selection import Selection
-from smolforge.comparison.told import environments, samples, settings, timeline
+from smolforge.comparison.select import Selection
+from smolforge.comparison.summaries import environments, samples, settings, timeline
 
 PAGE = "index.html"
 TABS = {"loss-tokens": "tokens", "loss-steps": "steps", "loss-seconds": "time"}
@@ -53,7 +53,7 @@ class Swatch(NamedTuple):
 
 def write(selection: Selection, out: Path) -> list[Path]:
     """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
-    commit.make_folder(out)
+    atomic.make_folder(out)
     drawn = draw_all(selection.runs, out)
     figures = {name: inlined(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in drawn.items()}
     page = out / PAGE
@@ -84,7 +84,7 @@ def render(selection: Selection, figures: dict[str, Markup]) -> str:
         captions={name: said for name, said in CAPTIONS.items() if name in figures},
         figures=figures,
         runs=runs,
-        mixtures=mixed.by_name(runs),
+        mixtures=history.by_name(runs),
         samples=samples(runs),
         settings=settings(runs),
         timelines={run.name: list(timeline(run)) for run in runs},

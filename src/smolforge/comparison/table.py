@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
-from smolforge.comparison import mixed
+from smolforge.comparison import history
 from smolforge.comparison.history import History, State
-from smolforge.comparison.selection import Selection
-from smolforge.runs import METRICS
-from smolforge.runs.environment import ENVIRONMENT
+from smolforge.comparison.select import Selection
+from smolforge.training.environment import ENVIRONMENT
+from smolforge.training.run_folder import METRICS
 
 NOTHING = "-"
 
@@ -70,7 +70,7 @@ def row(run: History) -> Row:
         resumed=run.resumes,
         changed=_changed(run),
         why=run.why,
-        sources={each.source: each.tokens for each in mixed.read(run)},
+        sources={each.source: each.tokens for each in history.read_source_totals(run)},
     )
 
 

@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from smolforge.config.data import Data
-from smolforge.config.learning import Dpo, Lora, Optim, Schedule, Share, Text
-from smolforge.config.mixture import Source, Stage
+from smolforge.config.base import FREE, Settings
+from smolforge.config.data import Data, Source, Stage
 from smolforge.config.model import ModelConfig
-from smolforge.settings import FREE, Settings
+from smolforge.config.optim import Dpo, Lora, Optim, Schedule, Share, Text
 
 __all__ = [
     "Data",

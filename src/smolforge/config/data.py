@@ -1,25 +1,176 @@
-"""The text of a run, and how it is read: plain sources, or named ones in a mixture whose weights change by stage."""
+"""The text of a run, and how it is read: plain sources, or named ones in a mixture whose weights change by stage.
 
+Named sources of text with weights, and the stages of a run in which these change.
+
+[data.mixture.web]   source, weight, and how it is read where that differs from [data]
+[[data.stages]]      until_step, until_tokens or until; weights by name. The last has no end
+"""
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from math import gcd, lcm
 from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from smolforge.config.learning import Schedule, Text
-from smolforge.config.mixture import (
-    READING,
-    Condition,
-    HeldOut,
-    Source,
-    Stage,
-    Template,
-    called,
-    check_names,
-    check_reading,
-    check_stages,
-    check_weights,
-    end_of,
-)
-from smolforge.settings import FREE, Settings
+from smolforge.config.base import FREE, Settings, shown
+from smolforge.config.optim import Schedule, Share, Text
+from smolforge.errors import did_you_mean
+
+LONGEST_PERIOD = 100_000
+"""Windows after which the order of sources repeats, at most: what shares of up to five digits come to."""
+HeldOut = Annotated[float, Field(ge=0, le=0.5)]
+CONDITION = r"^([\w.-]+) *(>=|<=|==|!=|>|<) *([^\s<>=].*)$"
+Condition = Annotated[str, Field(pattern=CONDITION, title="a condition such as int_score >= 3")]
+Template = Annotated[str, Field(pattern=r"\{[\w.-]+\}", title="text with the name of a column in it, as {title}")]
+
+
+class Source(Settings):
+    """One text of a mixture; how it is read is as [data] says where it says nothing itself."""
+
+    source: Text
+    """What data.sources may name: a file, a directory, a glob, a prepared corpus."""
+    weight: NonNegativeFloat = 1.0
+    """Its share, relative to the others'; stages may give it another."""
+    tokens: PositiveInt | None = None
+    """Tokens it is said to have: with it inspect tells expected epochs before it is prepared."""
+    text_key: Text | None = None
+    """Key or column of the text; by default data.text_key."""
+    text_template: Template | None = None
+    """Text made of several columns; by default data.text_template."""
+    text_url: Template | None = None
+    """Where the text of a row is to be had; by default data.text_url."""
+    encoding_key: Text | None = None
+    """Column with its encoding; by default data.encoding_key."""
+    split: Text | None = None
+    """Which split of a data set on the Hub; by default data.split."""
+    filters: tuple[Condition, ...] | None = None
+    """Conditions that its rows meet; by default data.filters."""
+    min_characters: NonNegativeInt | None = None
+    """Shorter documents are left out; by default data.min_characters."""
+    max_characters: PositiveInt | None = None
+    """Longer documents are left out; by default data.max_characters."""
+    deduplication: Literal["exact", "minhash"] | None = None
+    """Whether near duplicates within it are left out as well; by default data.deduplication."""
+    group_key: Text | None = None
+    """Key that names documents which the held-out split must keep together; by default data.group_key."""
+    held_out: HeldOut | None = None
+    """Share of it kept back to measure on; by default data.held_out."""
+
+
+READING = tuple(name for name in Source.model_fields if name not in ("source", "weight", "tokens"))
+"""What a source says of how it is read."""
+
+
+class Stage(Settings):
+    """A stretch of a run with weights of its own."""
+
+    name: Text | None = None
+    """What to call it."""
+    until_step: PositiveInt | Share | None = None
+    """Step after which it ends; below 1, a share of the schedule's horizon."""
+    until_tokens: PositiveInt | None = None
+    """Tokens after which it ends, counted from the run's beginning: a multiple of train.batch_tokens."""
+    until: Literal["decay"] | None = None
+    """decay ends it where the learning rate begins to fall."""
+    weights: dict[str, NonNegativeFloat] | None = None
+    """Shares by name, relative to each other; those not named have none. By default the sources' own."""
+
+    @property
+    def ends(self) -> list[str]:
+        """The ends it names."""
+        return [name for name in ("until_step", "until_tokens", "until") if self.__dict__[name] is not None]
+
+
+def check_reading(said: Mapping[str, Any], where: str = "") -> None:
+    """Raises ValueError where what is said of how a text is read contradicts itself."""
+    least, most = said["min_characters"], said["max_characters"]
+    if said["text_template"] is not None and said["text_url"] is not None:
+        raise ValueError(f"{where}text_template and text_url both say what the text is; give one of them")
+    if said["encoding_key"] is not None and said["text_url"] is None:
+        raise ValueError(f"{where}encoding_key is of what text_url fetches, which is not given")
+    if most is not None and most < least:
+        raise ValueError(f"{where}max_characters ({most}) is below min_characters ({least})")
+
+
+def check_names(mixture: Mapping[str, Source]) -> None:
+    """Raises ValueError for no names, or those that no flag, folder or metric could have."""
+    if not mixture:
+        raise ValueError("mixture names no source; [data.mixture.NAME] with a source in it does")
+    for name in mixture:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+            raise ValueError(
+                f"mixture has a source called {shown(name)}; a name is up to 40 small letters, digits and _, "
+                "and begins with a letter"
+            )
+
+
+def check_stages(stages: tuple[Stage, ...] | None, mixture: Mapping[str, Source]) -> None:
+    """Raises ValueError for stages of which nobody could say where they end, or what they are made of."""
+    for number, stage in enumerate(stages or (), 1):
+        for name in stage.weights or {}:
+            if name not in mixture:
+                known = f"data.mixture has {', '.join(mixture)}.{did_you_mean(name, mixture)}"
+                raise ValueError(f"{called(number, stage)} weighs {shown(name)}, which is no source; {known}")
+        last = number == len(stages or ())
+        if last and stage.ends:
+            raise ValueError(
+                f"{called(number, stage)} is the last and has {stage.ends[0]}; the last goes on to the end"
+            )
+        if not last and len(stage.ends) != 1:
+            said = " and ".join(stage.ends) or "no end"
+            raise ValueError(f"{called(number, stage)} has {said}; give it one of until_step, until_tokens and until")
+    if stages == ():
+        raise ValueError("stages is an empty list; none is one stage")
+
+
+def check_weights(weights: Mapping[str, float], stage: str) -> None:
+    """Raises ValueError for weights that come to nothing, or to an order that repeats too late."""
+    if not any(weights.values()):
+        raise ValueError(f"the weights of {stage} sum to zero; give at least one source a weight above 0")
+    period = sum(whole_shares(weights).values())
+    if period > LONGEST_PERIOD:
+        said = f"{period:,}" if period < 10**12 else "more than 10^12"
+        raise ValueError(
+            f"the weights of {stage}, as whole numbers, sum to {said}, and the most is {LONGEST_PERIOD:,}; "
+            "give them to fewer digits (they need not sum to 1)"
+        )
+
+
+def whole_shares(weights: Mapping[str, int | float]) -> dict[str, int]:
+    """Weights as the smallest whole numbers in the same proportion; 0.1 is a tenth, as it is written."""
+    exact = {name: Fraction(repr(float(weight))) for name, weight in weights.items()}
+    denominator = lcm(*(each.denominator for each in exact.values()))
+    whole = {name: int(each * denominator) for name, each in exact.items()}
+    common = gcd(*whole.values()) or 1
+    return {name: each // common for name, each in whole.items()}
+
+
+def called(number: int, stage: Stage) -> str:
+    """What to call a stage in a sentence."""
+    return f"stage {number}" if stage.name is None else f"stage {number} ({stage.name:.40})"
+
+
+def end_of(stage: Stage, name: str, batch_tokens: int, schedule: Schedule) -> int:
+    """The step after which a stage ends."""
+    assert schedule.steps is not None
+    if stage.until_tokens is not None:
+        step, inside = divmod(stage.until_tokens, batch_tokens)
+        if inside:
+            near = " or ".join(f"{each * batch_tokens}" for each in (step, step + 1) if each)
+            raise ValueError(
+                f"data.stages: {name} ends inside a step, after {stage.until_tokens} tokens, where "
+                f"train.batch_tokens is {batch_tokens}; make it {near}"
+            )
+        return step
+    if stage.until == "decay":
+        begins = schedule.decay_begins
+        if begins is None:
+            raise ValueError(f"data.stages: {name} ends with the decay, and optim.schedule.decay is none")
+        return begins
+    until = stage.until_step
+    return int(until * schedule.steps) if isinstance(until, float) else until or 0
 
 
 class Data(Settings):

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from smolforge.data.corpus import Tokens
 from smolforge.errors import InvalidFile
-from smolforge.loss import IGNORED
-from smolforge.preference import pairs_of
 
+IGNORED = -100
+"""Label of a position that does not count in the loss, as torch and Transformers spell it."""
 _MASK = (1 << 64) - 1
 
 
@@ -61,6 +61,11 @@ class Batch(NamedTuple):
         """The same with every side changed."""
         positions, reference = (None if side is None else change(side) for side in self[2:])
         return Batch(change(self.ids), change(self.labels), positions, reference)
+
+
+def pairs_of(positions: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
+    """How many pairs there are in each row."""
+    return (positions == 0).sum(1) // 2
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from smolforge.config import Data
-from smolforge.config.mixture import whole_shares
+from smolforge.config.data import whole_shares
 from smolforge.data.batches import Batch, Windows
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
 from smolforge.errors import InvalidFile

@@ -18,10 +18,9 @@ import logging
 import numpy as np
 import torch
 
-from smolforge.data.batches import Batch, permuted
+from smolforge.data.batches import IGNORED, Batch, permuted
 from smolforge.data.corpus import Corpus, Tokens
 from smolforge.errors import InvalidFile
-from smolforge.loss import IGNORED
 
 log = logging.getLogger("smolforge")
 

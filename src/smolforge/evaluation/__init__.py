@@ -5,8 +5,8 @@ multiple_choice  accuracy on items, with its standard error          published  
 harness          lm-evaluation-harness asks our model                overlap     items that stand in a corpus
 """
 
-from smolforge.evaluation.text import loss_by_position as loss_by_position
-from smolforge.evaluation.text import measure as measure
-from smolforge.evaluation.text import measure_corpus as measure_corpus
-from smolforge.evaluation.text import measure_text as measure_text
-from smolforge.evaluation.text import windows as windows
+from smolforge.evaluation.perplexity import loss_by_position as loss_by_position
+from smolforge.evaluation.perplexity import measure as measure
+from smolforge.evaluation.perplexity import measure_corpus as measure_corpus
+from smolforge.evaluation.perplexity import measure_text as measure_text
+from smolforge.evaluation.perplexity import windows as windows

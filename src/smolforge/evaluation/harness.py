@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from smolforge.checkpoint import resolve
+from smolforge.checkpoint import loading
 from smolforge.config import Generation
+from smolforge.config.base import validated
 from smolforge.device import pick_device
 from smolforge.errors import InvalidFile, MissingResource, SettingError, did_you_mean
 from smolforge.evaluation.multiple_choice import Row, log_probabilities, tokens_at_once
 from smolforge.generation.stream import own, pieces_behind
-from smolforge.model import LanguageModel
-from smolforge.settings import validated
+from smolforge.models.decoder import LanguageModel
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -72,7 +72,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         if isinstance(pretrained, str):
-            pretrained = resolve.load(pretrained, dtype, str(pick_device(device)))
+            pretrained = loading.load(pretrained, dtype, str(pick_device(device)))
         self.model, self.words = pretrained, own(pretrained)
         self._device = self.model.head.device
         self.batch_size = int(batch_size) if batch_size not in (None, "auto") else PROMPTS

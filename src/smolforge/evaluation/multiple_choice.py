@@ -24,8 +24,8 @@ from torch import Tensor
 
 from smolforge.errors import InvalidFile
 from smolforge.generation.stream import own
-from smolforge.memory import Branches
-from smolforge.model import LanguageModel
+from smolforge.models.attention import Branches
+from smolforge.models.decoder import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
 CPU_TOKENS, GPU_TOKENS = 256, 16384

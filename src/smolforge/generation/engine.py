@@ -20,10 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smolforge.errors import SettingError
-from smolforge.generation.packed import Network, packed
+from smolforge.generation.cpu_decoding import Network, packed
 from smolforge.generation.samplers import Sampling
-from smolforge.memory import Cache
-from smolforge.model import LanguageModel
+from smolforge.models.attention import Cache
+from smolforge.models.decoder import LanguageModel
 
 FinishReason = Literal["stop", "length"]
 CHUNK_TOKENS = 512

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from smolforge.config import Generation
+from smolforge.config.base import validated
 from smolforge.errors import InvalidFile
 from smolforge.generation.engine import Engine, FinishReason, Request, Token
 from smolforge.generation.samplers import Sampling, sampling
-from smolforge.model import LanguageModel
-from smolforge.settings import validated
+from smolforge.models.decoder import LanguageModel
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.incremental import IncrementalDecoder
 

@@ -1,207 +1,106 @@
-"""A run's folder: everything a run writes down about itself.
+"""A recipe and a folder -> a finished run."""
 
-recipe.toml       the resolved recipe             environment.json  each start: its machine, and how it ended
-metrics.jsonl     one object a step               samples.jsonl     text samples
-incidents.jsonl   numbers that went wrong, and what was done
-run.log           starts, saves, warnings, errors checkpoints/      see checkpoint
-tracking.json     its id where trackers keep it   tensorboard/      what TensorBoard shows
-"""
-
-import fcntl
-import logging
-import math
-import os
-import socket
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import RawIOBase
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smolforge import commit
-from smolforge.errors import Diverged, MissingResource, SettingError, Stopped
-from smolforge.runs.environment import record_end, record_start
-from smolforge.runs.journal import Journal
+from smolforge.config import Recipe, custom_classes
+from smolforge.config.base import validated
+from smolforge.config.load import admitted, find, model_settings, read_recipe
+from smolforge.config.model import PARTS
+from smolforge.errors import SettingError
+from smolforge.runs.callbacks import Observer, Silent
+from smolforge.runs.dataset import count_rows
+from smolforge.runs.resolve import check_shares, resumed, settle
+from smolforge.runs.run import Run, run_settled
+from smolforge.training.distributed import World, joined
+from smolforge.training.run_folder import RECIPE
+from smolforge.training.signals import stop_signals
 
-log = logging.getLogger("smolforge")
-RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK, TRACKING, TENSORBOARD = (
-    "recipe.toml",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "incidents.jsonl",
-    "run.log",
-    ".lock",
-    "tracking.json",
-    "tensorboard",
-)
-FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
-
-
-class RunFolder:
-    """One run on disk; `open` locks it for the one process that writes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.journals = {name: Journal(path / name) for name in (METRICS, SAMPLES, INCIDENTS)}
-        self.started = False
-
-    @classmethod
-    @contextmanager
-    def open(cls, path: Path) -> Iterator["RunFolder"]:
-        """Raises SettingError when another process has it, or when it is a folder of something else."""
-        run = cls(path)
-        if path.exists() and not (path.is_dir() and (run.exists or not any(path.iterdir()))):
-            raise SettingError(f"{path} exists and is not a run folder; give --run another name")
-        commit.make_folder(path)
-        with (path / LOCK).open("ab+", buffering=0) as lock:
-            left = run._take(lock)
-            commit.sync(path)  # a log without a lock would be a folder of something else
-            try:
-                with run._logging():
-                    if left:
-                        log.warning("process %s left %s without a word; its run is taken over", left, path)
-                    yield run
-            finally:
-                lock.truncate(0)
-
-    def _take(self, lock: RawIOBase) -> str:
-        """Lock the folder; returns who had it and never gave it back, if somebody did."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = (lock.read() or b"").decode(errors="replace").strip()
-            raise SettingError(f"{self.path} is being trained by process {holder}; wait, or stop it") from None
-        lock.seek(0)
-        left = (lock.read() or b"").decode(errors="replace").strip()
-        lock.truncate(0)
-        with suppress(OSError):  # a full disk keeps nobody from the lock, only from saying whose it is
-            lock.write(f"{os.getpid()} on {socket.gethostname()}".encode())
-        return left
-
-    @property
-    def exists(self) -> bool:
-        """Whether a run was begun here."""
-        return (self.path / RECIPE).is_file() or (self.path / LOCK).is_file()
-
-    def stored_recipe(self) -> Path | None:
-        path = self.path / RECIPE
-        return path if path.is_file() else None
-
-    def write(self, name: str, text: str) -> None:
-        """Replace a file as a whole."""
-        commit.replace(self.path / name, text)
-
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        self.journals[name].append(record)
-
-    def record_incident(self, incident: dict[str, Any]) -> None:
-        """Write an incident down so that nothing takes it back; what a full disk refuses, the next checkpoint has."""
-        self.append(INCIDENTS, incident)
-        with suppress(OSError):
-            commit.sync(self.path / INCIDENTS)
-            commit.sync(self.path)
-
-    def incidents(self) -> list[dict[str, Any]]:
-        """What went wrong so far, oldest first."""
-        return self.journals[INCIDENTS].records()
-
-    def flush(self) -> None:
-        """Write what a full disk refused so far. Raises MissingResource where it still does."""
-        for journal in self.journals.values():
-            try:
-                journal.flush()
-            except OSError as error:
-                raise commit.unwritten(journal.path, error, len(journal.waiting)) from error
-
-    def sync(self) -> None:
-        """Make what was written so far survive a power cut. Raises MissingResource where the disk fails."""
-        try:
-            events = sorted((self.path / TENSORBOARD).glob("events.*"))[-1:]
-            for path in [*(journal.path for journal in self.journals.values()), *events]:
-                if path.is_file():
-                    commit.sync(path)
-            commit.sync(self.path)
-        except OSError as error:
-            raise commit.unwritten(self.path, error, 0) from error
-
-    def rewind(self, step: int, known: list[dict[str, Any]]) -> None:
-        """Drop what metrics and samples say of steps after this one: they will be run again.
-
-        What follows a broken line, which only a power cut leaves, is dropped as well. Of incidents all are kept;
-        those `known` from the checkpoint are added where they are more.
-        """
-
-        def before(record: dict[str, Any]) -> bool:
-            return record.get("step", math.inf) <= step
-
-        self.journals[SAMPLES].cut(before)
-        steps = [record["step"] for record in self.journals[METRICS].cut(before)]
-        for incident in known[len(self.journals[INCIDENTS].cut(lambda _: True)) :]:
-            self.record_incident(incident)
-        if steps and steps != list(range(1, step + 1)):
-            log.warning("%s does not have every step up to %d", self.path / METRICS, step)
-
-    def record_start(self, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-        """Write down where and with what the run starts; when it ends, how is added. See `environment.record_start`."""
-        added = record_start(self.path, step, machine, seen)
-        self.started = True
-        return added
-
-    def holder(self) -> str | None:
-        """Which process trains into it now, if one does: `1234 on host`."""
-        try:
-            with (self.path / LOCK).open("rb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return lock.read().decode(errors="replace").strip()
-        except OSError:
-            pass  # never locked, or not ours to read
-        return None
-
-    def _ended(self, error: BaseException | None) -> None:
-        if self.started:
-            with suppress(MissingResource):  # a full disk has been said
-                record_end(self.path, *how_it_ended(error))
-
-    @contextmanager
-    def _logging(self) -> Iterator[None]:
-        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
-        handler.handleError = lambda record: None  # a full disk is said once, not for every line of the log
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        level = log.level
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        try:
-            yield
-            self._ended(None)
-        except Stopped as stop:
-            self._ended(stop)
-            log.info("%s", stop)
-            raise
-        except BaseException as error:
-            self._ended(error)
-            record = logging.LogRecord("smolforge", logging.ERROR, "", 0, traceback.format_exc(), None, None)
-            handler.handle(record)  # for the file alone: people get one sentence
-            raise
-        finally:
-            log.removeHandler(handler)
-            log.setLevel(level)
-            with suppress(OSError):  # what a full disk refused comes up once more
-                handler.close()
+PRESET = "model.preset"
+OF_OWN = {"optim.name", *(f"model.{part}" for part in PARTS)}
+"""Settings that may name a class of a person's own."""
+ALONE = World()
 
 
-def how_it_ended(error: BaseException | None) -> tuple[str, str]:
-    """The state that what left a run leaves it in, and why."""
-    match error:
-        case None:
-            return FINISHED, ""
-        case Stopped():
-            state = STOPPED
-        case Diverged():
-            state = DIVERGED
-        case _:
-            state = FAILED
-    return state, str(error) or type(error).__name__
+def train(
+    recipe: str | Path,
+    run: str | Path,
+    data: str | list[str] | None = None,
+    steps: int | None = None,
+    fresh: bool = False,
+    world: World = ALONE,
+    **overrides: Any,
+) -> Run:
+    """Train what a recipe says in the folder `run`, or go on exactly where that run stands.
+
+    `recipe` is a file or the name of a shipped one, `data` its text, `steps` where to stop; any other setting
+    is an override by its dotted name: `train("nano", "runs/a", **{"optim.learning_rate": 1e-3})`. One of several
+    processes that train together says which in `world`: `smolforge.training.distributed.world_of(os.environ)`.
+
+    Raises SettingError, InvalidFile or MissingResource with one sentence, Stopped when a signal ended the run
+    with everything saved, Diverged when its numbers went wrong too often, LostRank when another rank is gone, and
+    Elsewhere when rank 0 raised one of these.
+    """
+    given: dict[str, Any] = dict(overrides)
+    if data is not None:
+        given["data.sources"] = [data] if isinstance(data, str) else data
+    if steps is not None:
+        given["train.steps"] = steps
+    return resume_or_start(recipe, run, given, fresh, world=world)
+
+
+def resume_or_start(
+    recipe: str | Path,
+    run: str | Path,
+    overrides: Mapping[str, Any],
+    fresh: bool = False,
+    observer: Observer | None = None,
+    world: World = ALONE,
+    profile: int | None = None,
+    seen: Mapping[str, Any] | None = None,
+) -> Run:
+    """`train` with its overrides in one mapping, somebody watching, and so many steps profiled into run/profile.
+
+    `seen` is what environment.json should say of the surroundings.
+    """
+    with stop_signals(), joined(world) as ranks:  # preparing, measuring and downloading come before the run has its own
+        tree = ranks.tell(lambda: settled(recipe, Path(run), overrides, fresh, ranks.size, observer).model_dump())
+        return run_settled(admitted(validated(Recipe, tree), recipe), Path(run), observer, ranks, profile, seen)
+
+
+def settled(
+    recipe: str | Path,
+    run: Path,
+    overrides: Mapping[str, Any],
+    fresh: bool,
+    ranks: int,
+    observer: Observer | None = None,
+) -> Recipe:
+    """What a start on so many ranks will do, by the recipe or by the run that is there."""
+    stored = run / RECIPE
+    if not stored.is_file():
+        counting = partial(count_rows, folder=run, observer=observer or Silent())
+        asked = admitted(read_recipe(recipe, overrides), recipe)
+        decided = settle(asked, overrides.keys(), model_settings(recipe), ranks, counting)
+    elif fresh:
+        raise SettingError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
+    else:
+        written = admitted(read_recipe(recipe), recipe)
+        said = (str(overrides[name]) for name in OF_OWN & overrides.keys())
+        custom_classes.admit((name for name in said if ":" in name), [find(recipe).parent])
+        decided = resumed(read_recipe(stored), written, spelled_out(recipe, overrides))
+        for name in decided.own_classes:
+            custom_classes.refuse_unless_admitted("a class of this run", name)
+    check_shares(decided, ranks)
+    return decided
+
+
+def spelled_out(recipe: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides in which the name of a shape is replaced by what it says, so that it can be held to a run's."""
+    if PRESET not in overrides:
+        return dict(overrides)
+    shape = read_recipe(recipe, overrides).model.model_dump()
+    given = {f"model.{name}": value for name, value in shape.items()}
+    return {name: value for name, value in overrides.items() if name != PRESET} | given

@@ -21,13 +21,11 @@ from starlette.types import ASGIApp
 from smolforge import __version__
 from smolforge.errors import InvalidFile, SettingError
 from smolforge.generation import engine
-from smolforge.server import page
-from smolforge.server.answers import DONE, Answer, Words, event
-from smolforge.server.desk import Desk, Job, Ticket
-from smolforge.server.errors import Broken, Refused, of_validation
-from smolforge.server.fields import Chat, Completion, Detokenize, Message, Tokenize
-from smolforge.server.guard import Guard, Rules
-from smolforge.server.metrics import Metrics
+from smolforge.server import web
+from smolforge.server.engine_thread import Desk, Job, Ticket
+from smolforge.server.middleware import Guard, Metrics, Rules
+from smolforge.server.responses import DONE, Answer, Broken, Refused, Words, event, of_validation
+from smolforge.server.schemas import Chat, Completion, Detokenize, Message, Tokenize
 from smolforge.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
@@ -301,5 +299,5 @@ def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 def page_routes(app: FastAPI) -> None:
     """The page's files, which are no part of the interface."""
-    for route in page.FILES:
-        app.get(route, include_in_schema=False)(partial(page.respond, route))
+    for route in web.FILES:
+        app.get(route, include_in_schema=False)(partial(web.respond, route))

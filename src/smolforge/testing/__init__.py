@@ -10,7 +10,7 @@ Nothing in smolforge imports this.
 from typing import Any
 
 from smolforge.config import ModelConfig
-from smolforge.model import LanguageModel, build
+from smolforge.models.decoder import LanguageModel, build
 from smolforge.testing.damage import flip_bit as flip_bit
 from smolforge.testing.disk import Crash as Crash
 from smolforge.testing.disk import crashing as crashing

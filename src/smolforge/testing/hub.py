@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from smolforge.testing.repository import Repository, StoredFile, store
-from smolforge.testing.uploads import READ_TOKEN, TOKEN, Uploads
+from smolforge.testing.hub_repository import READ_TOKEN, TOKEN, Repository, StoredFile, Uploads, store
 
 __all__ = ["READ_TOKEN", "TOKEN", "Fault", "HubMirror", "Request"]
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
-PRELOADED = ["smolforge.tokenizer", "smolforge.recipe", "smolforge.cli.terminal", "cyclopts", "torch._dynamo"]
+PRELOADED = ["smolforge.tokenizer", "smolforge.runs", "smolforge.cli.run_display", "cyclopts", "torch._dynamo"]
 PRELOADED += ["smolforge.tracking.tensorboard"]
 """What is imported before the first child; tests may add what their own files begin with."""
 PAUSE_SECONDS = 0.0002

@@ -16,9 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from smolforge.chat import ChatTemplate
-from smolforge.chat.special import SpecialTokens
 from smolforge.errors import InvalidFile, SettingError
+from smolforge.tokenizer.chat import ChatTemplate, SpecialTokens
 from smolforge.tokenizer.files import (
     FILES,
     NAMED_TOKENS,

@@ -2,6 +2,14 @@
 
 events ->  Trackers  ->  one adapter each, made when the run starts
              one that fails is said once and left out; training never stops for it
+
+What is told of a run while it goes: one stream of events, whoever listens.
+
+    Started -> [ Watched, Sampled, Incident, Stepped, Saved ... ] -> Ended
+       ^                                             |
+       +------------------ Rewound <-----------------+
+
+Of one step, Stepped is the last but for Saved; its metrics are the line that metrics.jsonl has.
 """
 
 import json
@@ -9,14 +17,100 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from smolforge import commit
+import numpy as np
+
+from smolforge import atomic
+from smolforge.config import Recipe
 from smolforge.errors import InvalidFile, MissingResource
-from smolforge.runs import TRACKING
-from smolforge.tracking.events import Ended, Event, Started
+from smolforge.training.run_folder import TRACKING
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run begins, or goes on, after `step`; what was told of later steps does not count any more."""
+
+    folder: Path
+    recipe: Recipe
+    environment: dict[str, Any]
+    """The machine, as environment.json has it."""
+    step: int
+    again: int
+    """Steps that rewinds before had to do again."""
+    history: Callable[[], list[dict[str, Any]]]
+    """The lines of metrics.jsonl up to `step`."""
+
+
+@dataclass(frozen=True)
+class Rewound:
+    """Numbers went wrong: the run goes on after `step`, and did `again` steps again so far."""
+
+    step: int
+    again: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One step is done."""
+
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A text was drawn, the `number`th of this step."""
+
+    step: int
+    number: int
+    prompt: str
+    text: str
+
+
+class Histogram(NamedTuple):
+    """How many values lie between the edges, of which there is one more than counts."""
+
+    counts: np.ndarray
+    edges: np.ndarray
+
+
+@dataclass(frozen=True)
+class Watched:
+    """How the values of some tensors are spread, by name."""
+
+    step: int
+    histograms: Mapping[str, Histogram]
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Numbers went wrong; `record` is the line that incidents.jsonl has."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on disk, whole."""
+
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The process leaves the run: `state` is how, as environment.json has it, `reason` why."""
+
+    state: str
+    reason: str
+
+
+Event = Started | Rewound | Stepped | Sampled | Watched | Incident | Saved | Ended
+
 
 log = logging.getLogger("smolforge")
 
@@ -71,7 +165,7 @@ def identity(folder: Path) -> str:
     """The id of a run where others keep it, made once and kept in its folder. Raises InvalidFile where it is lost."""
     path = folder / TRACKING
     if not path.is_file():
-        commit.replace(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
+        atomic.replace(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
     try:
         return json.loads(path.read_text("utf-8"))["id"]
     except (ValueError, TypeError, KeyError):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from smolforge.tracking.events import Event, Incident, Rewound, Sampled, Stepped, Watched
+from smolforge.tracking import Event, Incident, Rewound, Sampled, Stepped, Watched
 
 GROUPS = {
     "validation_": "validation",

@@ -20,9 +20,9 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from smolforge.runs import TENSORBOARD
-from smolforge.tracking.events import Ended, Event, Histogram, Incident, Rewound, Sampled, Started, Stepped, Watched
+from smolforge.tracking import Ended, Event, Histogram, Incident, Rewound, Sampled, Started, Stepped, Watched
 from smolforge.tracking.rows import values
+from smolforge.training.run_folder import TENSORBOARD
 
 
 class TensorBoard:

@@ -5,8 +5,7 @@ from contextlib import redirect_stdout
 
 import trackio
 
-from smolforge.tracking import identity
-from smolforge.tracking.events import Ended, Event, Started
+from smolforge.tracking import Ended, Event, Started, identity
 from smolforge.tracking.rows import Rows
 
 

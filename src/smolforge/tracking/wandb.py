@@ -8,8 +8,7 @@ from typing import Any
 import wandb
 
 from smolforge.config import Report
-from smolforge.tracking import identity
-from smolforge.tracking.events import Ended, Event, Saved, Started
+from smolforge.tracking import Ended, Event, Saved, Started, identity
 from smolforge.tracking.rows import GLOBAL_STEP, Rows
 
 FILES = "wandb"

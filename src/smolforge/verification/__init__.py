@@ -11,15 +11,15 @@ from pydoc_data.topics import topics
 
 import torch
 
-from smolforge.checkpoint import resolve, weights
-from smolforge.commit import MANIFEST
+from smolforge.atomic import MANIFEST
+from smolforge.checkpoint import huggingface, loading
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.model import LanguageModel
-from smolforge.verification import causes, checks, classes
+from smolforge.models.decoder import LanguageModel
+from smolforge.verification import checks, custom_classes, diagnosis
 from smolforge.verification.files import files
-from smolforge.verification.oracle import Oracle, require
 from smolforge.verification.releases import Release, identify, published, sha256
 from smolforge.verification.report import Check, Report
+from smolforge.verification.transformers_reference import Oracle, require
 
 ORACLES = ("transformers", "golden")
 AGAINST = ("files", *ORACLES)
@@ -87,13 +87,13 @@ def _verify(
             said = f"{model} has neither checkpoints nor a {MANIFEST}: nothing says what it should be"
             done(Check("files", False, said))
         return None
-    folder = resolve.find(model)
-    if resolve.is_derived(folder):
+    folder = loading.find(model)
+    if loading.is_derived(folder):
         raise SettingError(
             f"{model} is no model folder that Transformers opens; export --to transformers makes one, and proves it"
         )
-    loaded = resolve.load(folder)
-    hashes = {path.name: sha256(path) for path in weights.files(folder)}
+    loaded = loading.load(folder)
+    hashes = {path.name: sha256(path) for path in huggingface.files(folder)}
     done(checks.parameters(loaded, folder))
     if not done(checks.finite(loaded)).holds:
         return None
@@ -113,7 +113,7 @@ def _verify(
                 f"{model} has {what} {' and '.join(oracles)} cannot know; without --against it is held to itself"
             )
         for original in originals:
-            done(checks.rounded(loaded, resolve.load(original), original))
+            done(checks.rounded(loaded, loading.load(original), original))
         return of_itself(loaded, done)
     wanted = against or ORACLES
     if "transformers" in wanted:
@@ -133,9 +133,9 @@ def _verify(
 def of_itself(model: LanguageModel, done: Callable[[Check], Check]) -> None:
     """A model with classes of a person's own, or of integers, which no other implementation need have."""
     ids = torch.tensor([text_ids(model, min(SHORT, model.config.max_position_embeddings))])
-    done(classes.causal(model, ids))
+    done(custom_classes.causal(model, ids))
     done(checks.cached(model, ids[0].tolist()))
-    done(classes.documents(model, ids))
+    done(custom_classes.documents(model, ids))
     if model.scheme is None:
         done(checks.tied(model))
 
@@ -151,12 +151,12 @@ def against_transformers(model: LanguageModel, folder: Path, limit: int, done: C
     with torch.inference_mode():
         exact = [oracle.logits(oracle.hidden(row)) for row in short]
     del oracle
-    narrow = resolve.load(folder, torch.bfloat16)
+    narrow = loading.load(folder, torch.bfloat16)
     half = done(checks.logits_bfloat16(narrow, Oracle(folder, torch.bfloat16), short, exact)).holds
     if not same or not said:
         with torch.inference_mode():
             ours = model(torch.tensor([short[-1]]))[0]
-        return causes.of_code(model.state_dict(), model.config, short[-1], ours)
+        return diagnosis.of_code(model.state_dict(), model.config, short[-1], ours)
     if not kept:
         return "the cache: what is kept or looked at is not what the whole row gives"
     return None if half else "bfloat16: something that should be in fp32 (rotation, norms) is not"
@@ -172,7 +172,7 @@ def against_release(
     done(same)
     if cause is not None or said_right or not certain:
         return cause
-    return causes.of_files(model.state_dict(), model.config, certain)
+    return diagnosis.of_files(model.state_dict(), model.config, certain)
 
 
 def rows(model: LanguageModel, limit: int) -> list[list[int]]:

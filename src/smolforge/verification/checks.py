@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from smolforge import gguf, quantized
-from smolforge.checkpoint import families, llama_cpp, quantization, weights
+from smolforge.checkpoint import families, gguf, huggingface, quantization
+from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation, ModelConfig
 from smolforge.errors import SettingError
 from smolforge.generation.samplers import sampling
 from smolforge.generation.stream import tokens
-from smolforge.memory import Cache
-from smolforge.model import LanguageModel
-from smolforge.sizes import parameter_counts
-from smolforge.verification.causes import agrees
-from smolforge.verification.oracle import Difference, Oracle, compared, difference, tolerance
+from smolforge.models import quantized
+from smolforge.models.attention import Cache
+from smolforge.models.decoder import LanguageModel
+from smolforge.models.stats import parameter_counts
+from smolforge.verification.diagnosis import agrees
 from smolforge.verification.releases import Release, differences
 from smolforge.verification.report import Check
+from smolforge.verification.transformers_reference import Difference, Oracle, compared, difference, tolerance
 
 GREEDY_TOKENS = 64
 GREEDY = sampling(Generation(temperature=0))
@@ -43,7 +44,7 @@ def parameters(model: LanguageModel, folder: Path) -> Check:
         for part in quantization.DTYPES:
             sizes.pop(f"{name}.{part}")
         sizes[f"{name}.weight"] = layer.out_features * layer.in_features
-    repeated = sizes.pop(weights.HEAD, 0) if model.config.tie_word_embeddings else 0
+    repeated = sizes.pop(huggingface.HEAD, 0) if model.config.tie_word_embeddings else 0
     said = f"{total:,} in {len(sizes)} tensors ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
     if repeated:
         said += "; the file repeats the tied head"
@@ -52,9 +53,9 @@ def parameters(model: LanguageModel, folder: Path) -> Check:
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of every tensor in the files."""
-    if llama_cpp.is_file(folder):
+    if llama.is_file(folder):
         return {name: stored.shape for name, stored in gguf.File(folder).tensors.items()}
-    with weights.Tensors(folder) as found:
+    with huggingface.Tensors(folder) as found:
         return found.shapes()
 
 
@@ -227,7 +228,7 @@ def identity(
         f"{BY_NAME.get(name, 'another shape')}: {name} is {here!r}, the release has {there!r}"
         for name, (here, there) in differences(found, release).items()
     ]
-    content = {} if llama_cpp.is_file(folder) else families.read_json(folder / weights.CONFIG)
+    content = {} if llama.is_file(folder) else families.read_json(folder / huggingface.CONFIG)
     for name in ("bos_token_id", "eos_token_id"):
         wanted = release.__dict__[name]
         if wanted is not None and content.get(name, wanted) != wanted:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from smolforge import commit
-from smolforge.checkpoint import state
+from smolforge import atomic
+from smolforge.checkpoint import training_state
 from smolforge.data.corpus import SPLITS, Corpus
 from smolforge.data.mixture import FILE, Mixture
 from smolforge.errors import InvalidFile
@@ -16,7 +16,7 @@ from smolforge.verification.report import Check
 def files(model: Path) -> Iterator[Check]:
     """One check for each thing that says what it should be; none where nothing does."""
     if (model / "checkpoints").is_dir():
-        for folder in state.all_of(model):
+        for folder in training_state.all_of(model):
             found = checkpoint(folder)
             if folder.exists():  # a run at work deletes old ones
                 yield found
@@ -24,9 +24,9 @@ def files(model: Path) -> Iterator[Check]:
             yield corpus(model / "corpus")
         if (model / FILE).is_file():
             yield from mixture(model)
-    elif (model / commit.MANIFEST).is_file():
+    elif (model / atomic.MANIFEST).is_file():
         try:
-            yield sound("files", commit.check(model))
+            yield sound("files", atomic.check(model))
         except InvalidFile as error:
             yield Check("files", False, str(error))
 
@@ -34,7 +34,7 @@ def files(model: Path) -> Iterator[Check]:
 def checkpoint(folder: Path) -> Check:
     """Whether a checkpoint of a run is as its manifest says, file by file."""
     try:
-        return sound(folder.name, state.check(folder))
+        return sound(folder.name, training_state.check(folder))
     except InvalidFile as error:
         return Check(folder.name, False, str(error))
 

@@ -12,8 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from smolforge import presets
-from smolforge.config import ModelConfig
+from smolforge.config import ModelConfig, presets
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from smolforge.checkpoint.families import read_json
 from smolforge.checkpoint.nanotron import weights
 from smolforge.errors import InvalidFile
-from smolforge.model import LanguageModel
+from smolforge.models.decoder import LanguageModel
 
 FOLDER, ABOUT, SHARDED = "optimizer", "optimizer_config.json", "ZeroDistributedOptimizer"
 FILE = re.compile(r"optimizer_pp-0-of-1_tp-(\d+)-of-(\d+)(?:_exp-0-of-1)?\.pt")

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smolforge.checkpoint.families import from_hugging_face, read_json
-from smolforge.checkpoint.weights import DTYPES, wanted_shapes
+from smolforge.checkpoint.huggingface import DTYPES, wanted_shapes
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFile
-from smolforge.model import LanguageModel, allocate
+from smolforge.models.decoder import LanguageModel, allocate
 
 CONFIG, MODEL = "model_config.json", "model"
 INTERLEAVED, EMBEDDING = "rope_interleaved", "model.token_position_embeddings.pp_block.token_embedding.weight"

@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolforge.comparison.study import machine
-from smolforge.comparison.study.findings import findings
+from smolforge.comparison.study import benchmarks
 from smolforge.comparison.study.plan import planned
-from smolforge.comparison.study.read import Study
-from smolforge.comparison.study.record import Findings
-from smolforge.comparison.study.scores import Exam
-from smolforge.comparison.study.trials import Audience, Outcome, Trial, Trials, best
+from smolforge.comparison.study.results import Findings, findings
+from smolforge.comparison.study.runner import Audience, Exam, Outcome, Trial, Trials, best
+from smolforge.comparison.study.spec import Study
 
 
 def conduct(
@@ -38,7 +36,7 @@ def conduct(
     return findings(study, trials.plan, tried, judged, measured(trials, judged, measuring))
 
 
-def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring: bool) -> machine.Measured:
+def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring: bool) -> benchmarks.Measured:
     """Decoding and memory of the variants that have a finished run."""
     done = {name: next((each for each in those if each.value is not None), None) for name, those in judged.items()}
     whole = {name: (each.trial, each.history) for name, each in done.items() if each and each.history}
@@ -46,15 +44,15 @@ def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring:
 
     def decoding() -> dict[str, list[float]]:
         trials.audience.measuring("decoding")
-        return machine.decoding({name: (run.path, run.recipe.train.device) for name, (_, run) in whole.items()})
+        return benchmarks.decoding({name: (run.path, run.recipe.train.device) for name, (_, run) in whole.items()})
 
     def memory() -> dict[str, int | None]:
         trials.audience.measuring("the memory of training")
         changes = {name: trials.overrides(trial) for name, (trial, _) in whole.items()}
         beside = trials.study.path.resolve().parent
-        return {name: machine.peak_memory(recipe, each, plan.steps[name], beside) for name, each in changes.items()}
+        return {name: benchmarks.peak_memory(recipe, each, plan.steps[name], beside) for name, each in changes.items()}
 
-    return machine.Measured(
-        machine.kept(out / machine.DECODING, whole, decoding if measuring else None),
-        machine.kept(out / machine.MEMORY, whole, memory if measuring else None),
+    return benchmarks.Measured(
+        benchmarks.kept(out / benchmarks.DECODING, whole, decoding if measuring else None),
+        benchmarks.kept(out / benchmarks.MEMORY, whole, memory if measuring else None),
     )

@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from smolforge.comparison import style
-from smolforge.comparison.curves import Over, unit
-from smolforge.comparison.study.record import Findings, Run
+from smolforge.comparison.figures import Over, unit
+from smolforge.comparison.study.results import Findings, Run
 
 LOSS, BITS, ADDED = "validation_loss", "validation_bits_per_byte", "loss_added_by_int4"
 UNITS = {LOSS: "nats a token", BITS: "bits a byte", ADDED: "nats a token"}

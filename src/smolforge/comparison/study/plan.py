@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolforge import __version__, commit
-from smolforge.comparison.study.read import Budget, Study, StudySettings
+from smolforge import __version__, atomic
+from smolforge.comparison.study.spec import Budget, Study, StudySettings
 from smolforge.config import Recipe
+from smolforge.config.base import leaves, replaced
 from smolforge.errors import InvalidFile, SettingError
-from smolforge.recipe.machine import DECIDED
-from smolforge.recipe.plan import tokens_per_second
-from smolforge.recipe.settle import settle
-from smolforge.settings import leaves, replaced
-from smolforge.sizes import flops_per_token
+from smolforge.models.stats import flops_per_token
+from smolforge.runs.auto import DECIDED
+from smolforge.runs.estimate import tokens_per_second
+from smolforge.runs.resolve import settle
 
 PLAN = "plan.json"
 FAIR = 0.05
@@ -50,9 +50,9 @@ def planned(study: Study, out: Path) -> Plan:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise SettingError(f"--out {out} exists and is not a study's folder; give another name")
     plan = made(study)
-    commit.make_folder(out)
+    atomic.make_folder(out)
     content = {"version": __version__, "study": told, "plan": {"steps": plan.steps, "decided": plan.decided}}
-    commit.replace(path, json.dumps(content, indent=2) + "\n")
+    atomic.replace(path, json.dumps(content, indent=2) + "\n")
     return plan
 
 

@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from smolforge.config import Data
-from smolforge.data.sources import hub, lines, parquet, text, tokenised
-from smolforge.data.sources.rows import MANY_BYTES, Ids, Part, Row, Size, Text
+from smolforge.data.sources import datatrove_tokens, hub, jsonl, parquet, text
+from smolforge.data.sources.types import MANY_BYTES, Ids, Part, Row, Size, Text
 from smolforge.errors import InvalidFile
 
 __all__ = ["Ids", "Part", "Row", "Size", "Text", "files", "is_counted", "kind_of", "parts", "rows", "size", "stamp"]
 
 PYTHON_DOCS = "python-docs"
-RECORDS = (*lines.SUFFIXES, *lines.PACKED, parquet.SUFFIX)
-KNOWN = (*text.SUFFIXES, *RECORDS, tokenised.SUFFIX)
+RECORDS = (*jsonl.SUFFIXES, *jsonl.PACKED, parquet.SUFFIX)
+KNOWN = (*text.SUFFIXES, *RECORDS, datatrove_tokens.SUFFIX)
 
 
 def files(source: str) -> list[Path]:
@@ -59,9 +59,9 @@ def on_hub(source: str) -> bool:
 
 def kind_of(path: Path) -> str:
     """What a file holds, by its name; what has another is text."""
-    if path.name.endswith((*lines.SUFFIXES, *lines.PACKED)):
+    if path.name.endswith((*jsonl.SUFFIXES, *jsonl.PACKED)):
         return "lines"
-    return {parquet.SUFFIX: "parquet", tokenised.SUFFIX: "tokens"}.get(path.suffix, "text")
+    return {parquet.SUFFIX: "parquet", datatrove_tokens.SUFFIX: "tokens"}.get(path.suffix, "text")
 
 
 def parts(source: str, data: Data) -> list[Part]:
@@ -77,7 +77,7 @@ def parts(source: str, data: Data) -> list[Part]:
             what = "conversations" if data.format == "chat" else "pairs"
             raise InvalidFile(
                 f"there are no {what} in {source}: data.format is {data.format}, which reads files that end in "
-                f"{' or '.join(lines.SUFFIXES)}, packed or not, and {parquet.SUFFIX}; --data.sources names them"
+                f"{' or '.join(jsonl.SUFFIXES)}, packed or not, and {parquet.SUFFIX}; --data.sources names them"
             )
     return [part for path in found for part in parts_of(path, source)]
 
@@ -88,14 +88,14 @@ def parts_of(path: Path, source: str) -> Iterator[Part]:
     whole = partial(Part, kind_of(path), source, str(path), stamp=(stat.st_size, stat.st_mtime_ns))
     match kind_of(path):
         case "lines":
-            known = None if path.name.endswith(lines.PACKED) else stat.st_size
-            for start, stop in lines.borders(path):
+            known = None if path.name.endswith(jsonl.PACKED) else stat.st_size
+            for start, stop in jsonl.borders(path):
                 yield whole(start=start, stop=stop, size=known if stop is None else stop - start)
         case "parquet":
             for start, stop, size in parquet.borders(path):
                 yield whole(start=start, stop=stop, size=size)
         case "tokens":
-            for start, stop in tokenised.borders(path):
+            for start, stop in datatrove_tokens.borders(path):
                 yield whole(start=start, stop=stop)
         case _:
             yield whole(size=stat.st_size)
@@ -118,11 +118,11 @@ def rows_of_file(part: Part, data: Data, skip: int) -> Iterator[Row]:
             case "text":
                 yield from text.rows(part, skip)
             case "lines":
-                yield from lines.rows(part, skip)
+                yield from jsonl.rows(part, skip)
             case "parquet":
                 yield from parquet.rows(part, data, skip)
             case "tokens":
-                yield from tokenised.rows(part, skip)
+                yield from datatrove_tokens.rows(part, skip)
             case kind:
                 raise AssertionError(kind)
     except OSError as error:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from smolforge.config import Data
-from smolforge.config.mixture import CONDITION
-from smolforge.data.sources.rows import Row
+from smolforge.config.data import CONDITION
+from smolforge.data.sources.types import Row
 from smolforge.errors import InvalidFile, SettingError, did_you_mean
 
 _FIELD = re.compile(r"\{([\w.-]+)\}")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from smolforge.config import Data
-from smolforge.data.sources.rows import Part, Row, Size
+from smolforge.data.sources.types import Part, Row, Size
 from smolforge.errors import InvalidFile, MissingResource, SettingError
 
 log = logging.getLogger("smolforge.hub")

@@ -7,7 +7,7 @@ from typing import Any
 
 from smolforge.config import Data
 from smolforge.data.sources.columns import needed
-from smolforge.data.sources.rows import Part, Row
+from smolforge.data.sources.types import Part, Row
 from smolforge.errors import InvalidFile, MissingResource
 
 SUFFIX = ".parquet"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from smolforge.data.sources.rows import LONGEST_LINE, Part, Row, Text
+from smolforge.data.sources.types import LONGEST_LINE, Part, Row, Text
 from smolforge.errors import InvalidFile
 
 SUFFIXES = (".txt", ".md", ".rst", ".raw", ".text")

@@ -1,0 +1,156 @@
+"""What of a source is held out.
+
+little text:  read once to count; an exact share, of groups or of the end of the last document
+much, packed or streamed:  a hash of the group, or of the text itself, so that it is the same wherever it occurs
+"""
+
+import hashlib
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from smolforge.config import Data
+from smolforge.data import sources
+from smolforge.data.corpus import HELD_OUT, TRAIN
+from smolforge.data.prepare.document_stream import read
+from smolforge.data.prepare.documents import Document
+from smolforge.data.prepare.tokenize_documents import FORMS
+from smolforge.data.sources import Part
+from smolforge.errors import InvalidFile
+
+FEWEST_GROUPS = 20
+BORDER_CHARACTERS = 1000
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Which part of a source is held out."""
+
+    counted: bool
+    """Whether the source was read to make it, so that its shares are exact."""
+
+    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
+        """The document with its split, or its two parts. `start` is the number of the source's characters before it."""
+        ...
+
+    def described(self) -> Any:
+        """What distinguishes it, as JSON."""
+        ...
+
+
+class Counted:
+    """Of few documents that are `divisible`, the end of the last; of many, groups."""
+
+    counted = True
+
+    def __init__(self, groups: dict[str, int], held_out: float, divisible: bool = True) -> None:
+        total, fewest = sum(groups.values()), FEWEST_GROUPS if divisible else 2
+        self.by_group = len(groups) >= fewest and held_out > 0
+        self.train_characters = int(total * (1 - held_out)) if divisible else sys.maxsize
+        self.held_out_groups: set[str] = set()
+        if self.by_group:
+            # In the order of a hash, every group that still fits into the share; never none at all.
+            room = total * held_out
+            for group in sorted(groups, key=digest):
+                if groups[group] <= room:
+                    self.held_out_groups.add(group)
+                    room -= groups[group]
+            self.held_out_groups = self.held_out_groups or {min(groups, key=lambda group: groups[group])}
+
+    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
+        """The document as a whole where its group decides; else what is behind `train_characters` is held out."""
+        text = document.text
+        if self.by_group:
+            yield HELD_OUT if document.group in self.held_out_groups else TRAIN, document
+        elif start + len(text) <= self.train_characters:
+            ends = document.ends or start + len(text) == self.train_characters
+            yield TRAIN, document._replace(ends=ends)
+        else:
+            cut = max(0, self.train_characters - start)
+            near = max(0, cut - BORDER_CHARACTERS)
+            border = text.rfind("\n" if "\n" in text[near:cut] else " ", near, cut)
+            cut = border + 1 if border >= 0 else cut
+            if cut:
+                yield TRAIN, document._replace(text=text[:cut], ends=True)
+            yield HELD_OUT, document._replace(text=text[cut:])
+
+    def described(self) -> Any:
+        groups = digest("\n".join(sorted(self.held_out_groups))).hex()
+        return [self.by_group, str(self.train_characters), groups]
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """Every group, or document that is in none, by itself: the same one is in the same split of every source."""
+
+    held_out: float
+    counted = False
+
+    def pieces(self, document: Document, start: int) -> Iterator[tuple[str, Document]]:
+        decides = digest_of(document) if document.alone else digest(document.group)
+        share = int.from_bytes(decides[:8], "big") / 2**64
+        yield HELD_OUT if share < self.held_out else TRAIN, document
+
+    def described(self) -> Any:
+        return ["hash", self.held_out]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A source as it will be read: its parts, the characters before each, and what is held out."""
+
+    source: str
+    parts: list[Part]
+    before: list[int]
+    plan: Plan
+    groups: dict[str, int] | None = None
+    """Characters of each, where they were counted."""
+
+
+def surveys(data: Data) -> list[Planned]:
+    """How all sources are read: what group_key names is on one side of the split in all of them. Raises as `survey`."""
+    found = [survey(source, data) for source in data.sources]
+    if data.group_key is None or len(found) == 1:
+        return found
+    counted = [each.groups for each in found if each.groups is not None]
+    groups = sum(map(Counter, counted), Counter())
+    plan = Counted(groups, data.held_out, False) if len(counted) == len(found) else Hashed(data.held_out)
+    return [replace(each, plan=plan) for each in found]
+
+
+def survey(source: str, data: Data) -> Planned:
+    """How a source is read. Raises InvalidFile where it is broken, or empty as far as that is seen."""
+    parts = sources.parts(source, data)
+    if not sources.is_counted(source, parts):
+        return Planned(source, parts, [0] * len(parts), Hashed(data.held_out))
+    groups: dict[str, int] = defaultdict(int)
+    before, total = [], 0
+    for part in parts:
+        before.append(total)
+        for document in read(part, data):
+            if isinstance(document, Document):
+                groups[document.group] += len(document.text)
+                total += len(document.text)
+    if not total:
+        raise InvalidFile(f"the data source {source!r} is empty{after_choice(data)}")
+    divisible = FORMS[data.format].divisible and data.group_key is None
+    return Planned(source, parts, before, Counted(groups, data.held_out, divisible), groups)
+
+
+def after_choice(data: Data) -> str:
+    """Why a source that has rows may give no documents."""
+    chosen = data.filters or data.min_characters or data.max_characters is not None
+    return ", or data.filters and the limits of length leave nothing of it" if chosen else ""
+
+
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def digest_of(document: Document) -> bytes:
+    """Of what is in it: equal documents have equal ones."""
+    if document.ids is not None:
+        return hashlib.blake2b(document.ids.astype("<u4").tobytes(), digest_size=16).digest()
+    return digest(document.text)

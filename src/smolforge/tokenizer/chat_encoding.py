@@ -1,0 +1,104 @@
+"""Conversations in; their ids, and which of them a model is to learn, out.
+
+    <|im_start|>user  Hi  <|im_end|>  |n| <|im_start|>assistant  |n| | Hello!  <|im_end|>  |n| <|im_start|>user ...
+                                                                      learned  learned   not
+
+Learned is what the model will have to say: everything between the prompt that asks for a turn and the special token
+that ends it, that token included, for a model that never learned to give it never stops. What the template writes
+after that token, and before the turn, nobody will ask the model for.
+"""
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+from smolforge.errors import InvalidFile, SettingError
+from smolforge.tokenizer import SPECIAL_TOKENS, Tokenizer
+from smolforge.tokenizer.chat import CHATML, Turns
+
+IM_START, IM_END = SPECIAL_TOKENS[1:]
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+class Learned(NamedTuple):
+    """One conversation, ready to be learned from."""
+
+    ids: list[int]
+    learned: list[bool]
+    """Of each id."""
+
+
+def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same words with a chat template, whose end of a turn is what ends a text.
+
+    A tokenizer without a template gets SmolLM2's, and the roles its special tokens have there. Raises SettingError
+    where it lacks those tokens, InvalidFile for a template whose turns no special token ends.
+    """
+    settings = dict(tokenizer.settings)
+    if tokenizer.template is None:
+        missing = [token for token in (IM_START, IM_END) if token not in tokenizer.special.known]
+        if missing:
+            raise SettingError(
+                f"the tokenizer has no chat template, and no {' and no '.join(missing)} for SmolLM2's; "
+                f"--special-tokens '{IM_START},{IM_END}' adds what that needs"
+            )
+        settings |= {"chat_template": CHATML, "bos_token": IM_START, "eos_token": IM_END, "pad_token": IM_END}
+    else:
+        turns = tokenizer.template.render_turns(PROBE)
+        closing = _special(tokenizer, turns, 0)
+        if not closing:
+            raise InvalidFile(_endless(tokenizer))
+        settings["eos_token"] = tokenizer.backend.id_to_token(closing[-1])
+    return Tokenizer(tokenizer.backend, settings)
+
+
+def encode_turns(tokenizer: Tokenizer, conversations: Sequence[Turns]) -> list[Learned]:
+    """Ids of each conversation, using all cores. The tokenizer is one that `chat_tokenizer` made.
+
+    A turn is encoded by itself, as the model will give it: no token reaches from the prompt into it, as one could
+    where a turn begins with white space. Raises InvalidFile for a turn that no end of turn ends.
+    """
+    split = [[tokenizer.special.split(part) for part in _cut(each)] for each in conversations]
+    texts = [
+        [piece.translate(each.back) for piece in chain(*parts) if isinstance(piece, str)]
+        for each, parts in zip(conversations, split, strict=True)
+    ]
+    first = tokenizer.encode_batch([each[0] for each in texts])
+    rest = iter(tokenizer.continued.encode_batch([text for each in texts for text in each[1:]]))
+    found = []
+    for each, parts, beginning in zip(conversations, split, first, strict=True):
+        words = chain([beginning], rest)
+        ids: list[int] = []
+        learned: list[bool] = []
+        for number, pieces in enumerate(parts):
+            closing = _special(tokenizer, each, number - 1) if number else []
+            if number and closing[-1:] != [tokenizer.eos_id]:
+                raise InvalidFile(_endless(tokenizer))
+            left = len(closing)
+            for piece in pieces:
+                said = [piece] if isinstance(piece, int) else next(words)
+                ids += said
+                learned += [left > 0] * len(said)
+                left -= isinstance(piece, int)
+        found.append(Learned(ids, learned))
+    return found
+
+
+def _cut(turns: Turns) -> list[str]:
+    """The text, cut where each turn begins."""
+    borders = [0, *(start for start, _ in turns.spans), len(turns.text)]
+    return [turns.text[start:stop] for start, stop in pairwise(borders)]
+
+
+def _special(tokenizer: Tokenizer, turns: Turns, number: int) -> list[int]:
+    """The special tokens in a turn, of which the last ends it."""
+    start, stop = turns.spans[number]
+    return [piece for piece in tokenizer.special.split(turns.text[start:stop]) if isinstance(piece, int)]
+
+
+def _endless(tokenizer: Tokenizer) -> str:
+    source = "" if tokenizer.template is None else " ".join(tokenizer.template.source.split())
+    return (
+        f"the chat template ({source[:60]}...) does not end every assistant's turn with the same special token, "
+        "so a model that learns from it would not know when to stop; use one that does"
+    )
