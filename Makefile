@@ -41,7 +41,7 @@ studies: $(VENV)/.test
 	for name in $(STUDIES); do OMP_NUM_THREADS=1 $(BIN)/smolforge compare $$name --out runs/studies/$$name || exit; done
 	$(BIN)/python docs/results.py $(addprefix runs/studies/,$(STUDIES))
 
-# smolforge, Transformers' Trainer, litgpt and a plain loop: same text, shape and clock, in peace and killed. An hour;
+# smolforge, Transformers' Trainer, litgpt and a plain loop: same text, shape and clock, uninterrupted and killed. An hour;
 # `make demonstration SHORT=1` a quarter of one. It goes on where it was stopped.
 demonstration: $(VENV)/.test
 	test -d .litgpt || $(MAKE) .litgpt || echo "litgpt cannot be installed here; the others go on without it"
@@ -69,7 +69,7 @@ $(VENV)/.test: $(VENV)/.base
 	$(PYTHON) -m venv $@
 	$@/bin/pip --disable-pip-version-check install --quiet $* || { rm -rf $@; exit 1; }
 
-# llama.cpp, which tests/test_llama_cpp.py holds .gguf files to: built from source, in ten to twenty minutes on two cores.
+# llama.cpp, which tests/test_llama_cpp.py compares .gguf files with: built from source, in ten to twenty minutes on two cores.
 # What is half done when a step fails is taken away, or it would count as made.
 .llama:
 	$(PYTHON) -m venv $@/venv && \
@@ -78,7 +78,7 @@ $(VENV)/.test: $(VENV)/.base
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $@/venv/bin/pip --disable-pip-version-check install $@/source && \
 	$@/venv/bin/pip --disable-pip-version-check install --no-deps --target $@/converter sentencepiece || { rm -rf $@; exit 1; }
 
-# What a Space runs in, which is no part of .[test]; the long tests of tests/test_sharing.py find it there.
+# What a Space runs in, which is no part of .[test]; the long tests of tests/test_export_hub.py find it there.
 .space:
 	$(PYTHON) -m venv $@
 	$@/bin/pip --disable-pip-version-check install --quiet $(shell sed -n 's/^GRADIO = "\(.*\)"/gradio==\1/p' src/smolforge/exporters/space/__init__.py) \

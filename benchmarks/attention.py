@@ -22,9 +22,9 @@ from torch import Tensor
 
 from smolforge.config import ModelConfig, presets
 from smolforge.data.batches import Batch
-from smolforge.models.attention import Causal, Documents, documents, masked
+from smolforge.models.attention import CausalAttention, DocumentAttention, document_ids, masked_attention
 from smolforge.models.decoder import build
-from smolforge.training.loop import backward
+from smolforge.training.loop import forward_backward
 from smolforge.training.objective import Objective
 
 CAUSAL, DOCUMENTS, MASKED = "causal, whole rows", "documents", "documents by a mask"
@@ -49,14 +49,14 @@ def texts(rows: int, length: int, mean: int) -> Tensor:
 
 def attentions(config: ModelConfig, ids: Tensor) -> Contestants:
     """Forward and backward of one layer's attention, laid out as a layer's projections are."""
-    packed, plain = Documents(documents(ids, SEPARATOR)), Causal()
+    packed, plain = DocumentAttention(document_ids(ids, SEPARATOR)), CausalAttention()
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    q, k, v = (torch.randn(*ids.shape, n, config.head_size).transpose(1, 2).requires_grad_() for n in heads)
-    torch.testing.assert_close(packed.attend(0, q, k, v), masked(packed.positions, q, k, v))
+    q, k, v = (torch.randn(*ids.shape, n, config.resolved_head_dim).transpose(1, 2).requires_grad_() for n in heads)
+    torch.testing.assert_close(packed.attend(0, q, k, v), masked_attention(packed.positions, q, k, v=v))
     return {
         CAUSAL: lambda: plain.attend(0, q, k, v).sum().backward(),
         DOCUMENTS: lambda: packed.attend(0, q, k, v).sum().backward(),
-        MASKED: lambda: masked(packed.positions, q, k, v).sum().backward(),
+        MASKED: lambda: masked_attention(packed.positions, q, k, v=v).sum().backward(),
     }
 
 
@@ -64,8 +64,8 @@ def steps(config: ModelConfig, ids: Tensor) -> Contestants:
     """Forward and backward of the whole model."""
     model, batch = build(config), Batch(ids, ids.roll(-1, 1))
     return {
-        CAUSAL: lambda: backward(Objective(model), batch, ids.numel(), len(ids)),
-        DOCUMENTS: lambda: backward(Objective(model, separator=SEPARATOR), batch, ids.numel(), len(ids)),
+        CAUSAL: lambda: forward_backward(Objective(model), batch, ids.numel(), rows=len(ids)),
+        DOCUMENTS: lambda: forward_backward(Objective(model, separator=SEPARATOR), batch, ids.numel(), rows=len(ids)),
     }
 
 
@@ -91,13 +91,13 @@ def report(what: str, seconds: dict[str, list[float]]) -> None:
 def added_bytes(config: ModelConfig, name: str, length: int, mean: int, answer: Connection) -> None:
     """What one pass over a layer adds to this process at its peak."""
     model, ids = build(config), texts(1, length, mean)
-    packed = Documents(documents(ids, SEPARATOR))
+    packed = DocumentAttention(document_ids(ids, SEPARATOR))
     if name == MASKED:
-        packed.inside = lambda q, k, v, window: masked(packed.positions, q, k, v, window)
-    model.hidden(ids[:, :64]).sum().backward()  # gradients, and what libraries keep
+        packed.attend_documents = lambda q, k, v, window: masked_attention(packed.positions, q, k, v=v, window=window)
+    model.hidden_states(ids[:, :64]).sum().backward()  # gradients, and what libraries keep
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes the present
     before = highest_bytes()
-    model.hidden(ids, packed.positions, Causal() if name == CAUSAL else packed).sum().backward()
+    model.hidden_states(ids, packed.positions, CausalAttention() if name == CAUSAL else packed).sum().backward()
     answer.send(highest_bytes() - before)
 
 

@@ -25,7 +25,7 @@ START: Any = mp.get_context("forkserver")
 GRACE_SECONDS = 20
 
 
-class Failed(Exception):
+class ContestantError(Exception):
     """Why a contestant has nothing to say any more, in one line."""
 
 
@@ -62,19 +62,19 @@ class Contestant:
         try:
             self.pipe.send((method, given))
         except OSError:
-            raise Failed("its process has ended") from None
+            raise ContestantError("its process has ended") from None
 
     def answer(self, seconds: float | None = None) -> Any:
-        """What the last thing asked for gave. Raises Failed where it raised, or took longer than `seconds`."""
+        """What the last thing asked for gave. Raises ContestantError where it raised, or took longer than `seconds`."""
         try:
             if not self.pipe.poll(seconds):
                 self.kill()
-                raise Failed(f"no answer in {seconds:.0f} seconds")
+                raise ContestantError(f"no answer in {seconds:.0f} seconds")
             fine, value = self.pipe.recv()
         except (EOFError, OSError):
-            raise Failed("its process has ended") from None
+            raise ContestantError("its process has ended") from None
         if not fine:
-            raise Failed(value)
+            raise ContestantError(value)
         return value
 
 
@@ -107,7 +107,7 @@ class Entrant:
     def _unless_it_fails(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except Failed as why:
+        except ContestantError as why:
             self.failed = str(why)
 
 

@@ -28,13 +28,13 @@ from transformers.generation import BaseStreamer
 from smolforge.checkpoint import huggingface
 from smolforge.config import Generation, ModelConfig, presets
 from smolforge.exporters.gguf import to_gguf
-from smolforge.generation.cpu_decoding import packed
+from smolforge.generation.cpu_decoding import prepack
 from smolforge.generation.engine import Engine, Request
-from smolforge.generation.samplers import sampling
+from smolforge.generation.samplers import make_sampler
 from smolforge.models.decoder import LanguageModel, build
 from smolforge.testing import tiny_tokenizer
 
-GREEDY = sampling(Generation(temperature=0))
+GREEDY = make_sampler(Generation(temperature=0))
 PARALLEL = 8
 
 
@@ -91,15 +91,15 @@ def transformers(model: LanguageModel, prompt: list[int], new: int) -> Callable[
 
 def ours(model: LanguageModel, prompt: list[int], new: int, rows: int, plain: bool) -> Callable[[], Turn]:
     """The engine, with its weights packed, or with every product an F.linear."""
-    network = model if plain else packed(model)
+    network = model if plain else prepack(model)
 
     def run() -> Turn:
         engine = Engine(model, rows, len(prompt) + new + rows)
-        engine.network = network
+        engine.decoding_model = network
         numbers = [engine.submit(Request(prompt, GREEDY, new + rows)) for _ in range(rows)]
-        while len(engine.answering) < rows:
+        while len(engine.decoding) < rows:
             engine.step()
-        stamps, ids = [(time.perf_counter(), time.process_time())], list(engine.answering[0].seen)
+        stamps, ids = [(time.perf_counter(), time.process_time())], list(engine.decoding[0].token_ids)
         while len(stamps) <= new - 1:
             ids += [token.id for token in engine.step() if token.row == numbers[0]]
             stamps.append((time.perf_counter(), time.process_time()))
@@ -109,11 +109,11 @@ def ours(model: LanguageModel, prompt: list[int], new: int, rows: int, plain: bo
         import smolforge.generation.engine as module
 
         def unpacked() -> Turn:
-            before, module.packed = module.packed, lambda model: model
+            before, module.prepack = module.prepack, lambda model: model
             try:
                 return run()
             finally:
-                module.packed = before
+                module.prepack = before
 
         return unpacked
     return run
@@ -143,7 +143,7 @@ def first_token(model: LanguageModel, prompt: list[int], rounds: int) -> list[fl
     for _ in range(rounds):
         begun = time.process_time()
         with torch.inference_mode():
-            model.logits(model.hidden(torch.tensor([prompt]))[:, -1]).argmax(-1).item()
+            model.logits(model.hidden_states(torch.tensor([prompt]))[:, -1]).argmax(-1).item()
         between = time.process_time()
         engine = Engine(model, 1, len(prompt) + 24)
         engine.submit(Request(prompt, GREEDY, 24))
@@ -155,7 +155,7 @@ def first_token(model: LanguageModel, prompt: list[int], rounds: int) -> list[fl
 
 def from_enter(model: LanguageModel, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of `smolforge generate` for one token of a model in a folder, and those of importing what it does."""
-    modules = "smolforge.checkpoint.resolve, smolforge.generation.stream, smolforge.device"
+    modules = "smolforge.checkpoint.loading, smolforge.generation.stream, smolforge.device"
     whole, imports = [], []
     with tempfile.TemporaryDirectory() as folder:
         huggingface.save(model, Path(folder), tiny_tokenizer())

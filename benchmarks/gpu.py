@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import gpu_page
 import job
-from contest import Contestant, Entrant, Failed, race, start_by
+from contest import Contestant, ContestantError, Entrant, race, start_by
 from roofline import Machine, fastest_step
 
 from smolforge.config import ModelConfig, presets
@@ -134,7 +134,7 @@ class Bench:
         return self.out / f"{''.join(letter if letter.isalnum() else '-' for letter in name)}.log"
 
     def gauge(self) -> None:
-        """The device by itself. Raises Failed where it cannot be used."""
+        """The device by itself. Raises ContestantError where it cannot be used."""
         asked, config = self.asked, shape(self.asked.preset)
         rows = sorted(asked.rows)[len(asked.rows) // 2]
         tokens = rows * asked.length
@@ -297,7 +297,7 @@ def main() -> None:
         bench = Bench(asked, Path(scratch))
         try:
             bench.gauge()
-        except Failed as why:
+        except ContestantError as why:
             bench.say(f"The device could not be measured: {why}; see {bench.log('device')}")
             start_by("spawn")
         bench.say(gpu_page.CASES)

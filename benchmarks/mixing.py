@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from smolforge.config import Data
-from smolforge.data.batches import Windows
+from smolforge.data.batches import TokenWindows
 from smolforge.data.corpus import TRAIN
-from smolforge.data.mixture import Mixture, MixtureRows
+from smolforge.data.mixture import Mixture, MixtureWindows
 from smolforge.data.prepare.build import prepare
 from smolforge.runs import resume_or_start
 from smolforge.runs.mixture import order_of
@@ -67,10 +67,10 @@ def main() -> None:
         whole = sum(record[f"seconds_{part}"] for record in records for part in PARTS)
         text, order = Mixture.open(run.folder), order_of(run.recipe)
         texts = {name: corpus.tokens(TRAIN) for name, corpus in text.sources.items()}
-        rows = MixtureRows(texts, order, 256, 0)
-        alone = Windows(plain.tokens(TRAIN), 256, 0)
+        rows = MixtureWindows(texts, order, 256, seed=0)
+        alone = TokenWindows(plain.tokens(TRAIN), 256, 0)
         works = {
-            "order alone": order.at,
+            "order alone": order.source_at,
             "row of a mixture": lambda n: rows.batch(n, 1),
             "row of one corpus": lambda n: alone.batch(n, 1),
         }

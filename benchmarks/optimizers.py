@@ -29,18 +29,18 @@ import torch
 from torch import nn
 
 from smolforge.config import Recipe
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.config.load import read_recipe
-from smolforge.data.batches import Batch, Windows, stream
+from smolforge.data.batches import Batch, TokenWindows, iterate_batches
 from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.prepare.build import prepare
 from smolforge.evaluation import measure_corpus
 from smolforge.models.decoder import build
-from smolforge.runs.resolve import with_schedule_over
-from smolforge.training.loop import Action, State, backward, train
+from smolforge.runs.resolve import with_resolved_schedule
+from smolforge.training.loop import Callback, Hooks, TrainState, forward_backward, train
 from smolforge.training.objective import Objective
-from smolforge.training.optim import Average, averaged, optimizers
-from smolforge.training.step_timer import HostClock, Meter, Work
+from smolforge.training.optim import EMA, build_optimizers, ema_weights
+from smolforge.training.step_timer import HostClock, StepCost, StepTimer
 
 RATES = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (1e-2, 2e-2, 4e-2)}
 """Muon's are its matrices'; the rest has AdamW in the recipe's proportion to them."""
@@ -100,9 +100,9 @@ class Study:
         changes = train | {"train.micro_batch_size": None, "train.dtype": "float32", "train.compile": False}
         if asked.data:
             changes["data.sources"] = asked.data
-        self.recipe = replaced(read_recipe(asked.recipe), changes | (QUICK if asked.quick else {}))
+        self.recipe = replace_settings(read_recipe(asked.recipe), changes | (QUICK if asked.quick else {}))
         self.every, self.tokens, self.seeds = asked.every, asked.held_out_tokens, asked.seeds
-        self.text = prepare(self.recipe.data, folder / "corpus", None, self.recipe.model.vocab_size)
+        self.text = prepare(self.recipe.data, folder / "corpus", None, vocab_size=self.recipe.model.vocab_size)
         self.path = asked.out
         told = {"recipe": self.recipe.model_dump(mode="json"), "corpus": self.text.fingerprint, "every": self.every}
         self.kept = json.loads(self.path.read_text()) if self.path.is_file() else {"study": told, "runs": {}}
@@ -119,7 +119,7 @@ class Study:
             "optim.matrix_learning_rate": given.matrix_learning_rate * factor,
             "optim.schedule.final_learning_rate": given.schedule.final_learning_rate * factor,
         }
-        return with_schedule_over(replaced(self.recipe, changes), self.recipe.train.steps)
+        return with_resolved_schedule(replace_settings(self.recipe, changes), self.recipe.train.steps)
 
     def curve(self, optimizer: str, rate: float, seed: int) -> Curve:
         """A run's held-out losses; a run that was made before is not made again."""
@@ -140,27 +140,26 @@ def run(recipe: Recipe, text: Corpus, seed: int, every: int, tokens: int) -> Cur
     """Train from scratch, measuring now and then."""
     model, found = build(recipe.model, seed), []
     model.tokenizer = text.tokenizer()
-    averages = {name: Average(model.parameters(), decay) for name, decay in zip(AVERAGES, DECAYS, strict=True)}
+    averages = {name: EMA(model.parameters(), decay) for name, decay in zip(AVERAGES, DECAYS, strict=True)}
 
     def loss() -> float:
-        return measure_corpus(model, text, recipe.train.sequence_length, tokens)["loss"]
+        return measure_corpus(model, text, recipe.train.sequence_length, max_tokens=tokens)["loss"]
 
-    def measure(now: State, metrics: dict[str, Any]) -> None:
+    def measure(now: TrainState, metrics: dict[str, Any]) -> None:
         found.append({"step": now.step, "weights": loss()})
         for name, average in averages.items():
-            with averaged([average]):
+            with ema_weights([average]):
                 found[-1][name] = loss()
 
-    windows = Windows(text.tokens(TRAIN), recipe.train.sequence_length, seed)
+    windows = TokenWindows(text.tokens(TRAIN), recipe.train.sequence_length, seed)
     train(
-        Objective.of(model, recipe),
-        [*optimizers(model, recipe.optim), *averages.values()],
-        stream(windows, count(), recipe.train.rows, 0),
-        recipe,
-        State(),
-        [Action(every, measure)],
-        lambda: False,
-        Meter(Work(1, 1, 1, 1.0), recipe.train.steps, HostClock()),
+        Objective.from_recipe(model, recipe),
+        [*build_optimizers(model, recipe.optim), *averages.values()],
+        iterate_batches(windows, count(), recipe.train.sequences_per_step, num_workers=0),
+        recipe=recipe,
+        state=TrainState(),
+        timer=StepTimer(StepCost(1, 1, 1, 1.0), recipe.train.steps, HostClock()),
+        hooks=Hooks([Callback(every, measure)]),
     )
     return found
 
@@ -215,7 +214,7 @@ def findings(study: Study) -> tuple[float, dict[Candidate, Finding]]:
 
 def finding_of(study: Study, curves: list[Curve], rate: float, name: str, target: float) -> Finding:
     """What runs come to, by some of their weights."""
-    schedule = with_schedule_over(study.recipe, study.recipe.train.steps).optim.schedule
+    schedule = with_resolved_schedule(study.recipe, study.recipe.train.steps).optim.schedule
     fall = (schedule.steps or 0) - (schedule.decay_steps or 0)
     return Finding(
         rate,
@@ -228,19 +227,19 @@ def finding_of(study: Study, curves: list[Curve], rate: float, name: str, target
 
 def milliseconds(study: Study, rounds: int) -> dict[str, list[float]]:
     """A step of every candidate in each round, in the process's own time on one thread."""
-    rows, length = study.recipe.train.rows, study.recipe.train.sequence_length
+    rows, length = study.recipe.train.sequences_per_step, study.recipe.train.sequence_length
     ids = torch.randint(study.recipe.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     taken: dict[str, list[float]] = {str(candidate): [] for candidate in CANDIDATES}
     racers = {}
     for candidate in CANDIDATES:
         recipe = study.at(candidate.optimizer, RATES[candidate.optimizer][0])
-        recipe = replaced(recipe, {"optim.ema_decay": DECAYS[0] if candidate.is_averaged else None})
+        recipe = replace_settings(recipe, {"optim.ema_decay": DECAYS[0] if candidate.is_averaged else None})
         model = build(recipe.model)
-        racers[str(candidate)] = Objective(model), optimizers(model, recipe.optim)
+        racers[str(candidate)] = Objective(model), build_optimizers(model, recipe.optim)
     for turn in range(rounds + 1):
         for name, (objective, stepped) in racers.items():
             begun = time.process_time()
-            backward(objective, Batch(ids, ids.roll(-1, 1)), ids.numel(), rows)
+            forward_backward(objective, Batch(ids, ids.roll(-1, 1)), ids.numel(), rows=rows)
             nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
             for each in stepped:
                 each.step()

@@ -24,9 +24,9 @@ class Smolforge:
         from smolforge.checkpoint import huggingface
         from smolforge.data.batches import Batch
         from smolforge.training import guard
-        from smolforge.training.loop import State
+        from smolforge.training.loop import TrainState
         from smolforge.training.objective import Objective
-        from smolforge.training.optim import optimizers
+        from smolforge.training.optim import build_optimizers
 
         self.job = Job(**given)
         prepare(self.job)
@@ -40,8 +40,10 @@ class Smolforge:
         self.objective = Objective(model, self.job.dtype, separator, checkpoint=self.job.checkpoint, compiled=whole)
         self.batch = Batch(*batch(self.job, model.config.vocab_size))
         self.recipe = recipe(self.job, model.config)
-        self.judge = guard.Judge(self.recipe.guard, guard.decided([]), 0, [], lambda incident: None)
-        self.optimizers, self.state = optimizers(model, self.recipe.optim), State()
+        self.judge = guard.LossGuard(
+            self.recipe.guard, guard.fold_incidents([]), 0, recent=[], record=lambda incident: None
+        )
+        self.optimizers, self.state = build_optimizers(model, self.recipe.optim), TrainState()
 
     def turn(self, steps: int, warm: int = 0) -> dict[str, Any]:
         return turn(self.job, self.take, steps, warm)
@@ -54,9 +56,9 @@ class Smolforge:
         stopping: Callable[[], bool] = lambda: False,
     ) -> Taken:
         """So many steps of the loop, timed from the moment it asks for the first batch. `after` is called each step."""
-        from smolforge.config.base import replaced
-        from smolforge.training.loop import Action, train
-        from smolforge.training.step_timer import Meter, Work, clock
+        from smolforge.config.base import replace_settings
+        from smolforge.training.loop import Callback, Hooks, train
+        from smolforge.training.step_timer import StepCost, StepTimer, clock
 
         begun: list[float] = []
         heard: list[float] = []
@@ -65,16 +67,18 @@ class Smolforge:
             begun.append(now(self.job))
             yield from batches or itertools.repeat(self.batch)
 
+        callbacks = [
+            Callback(1, lambda _, metrics: heard.append(metrics["loss"]), metrics_only=True),
+            Callback(1, after, metrics_only=True),
+        ]
         self.state = train(
             self.objective,
             self.optimizers,
             timed(),
-            replaced(self.recipe, {"train.steps": self.state.step + count}),
-            self.state,
-            [Action(1, lambda _, metrics: heard.append(metrics["loss"]), late=True), Action(1, after, late=True)],
-            stopping,
-            Meter(Work(self.batch.ids.numel(), 1, 1, 1.0), 1, clock(torch.device(self.job.device))),
-            self.judge,
+            recipe=replace_settings(self.recipe, {"train.steps": self.state.step + count}),
+            state=self.state,
+            timer=StepTimer(StepCost(self.batch.input_ids.numel(), 1, 1, 1.0), 1, clock(torch.device(self.job.device))),
+            hooks=Hooks(callbacks, should_stop=stopping, step_guard=self.judge),
         )
         return now(self.job) - begun[0], heard
 
@@ -103,8 +107,8 @@ class Smolforge:
 
     def repeats(self, steps: int = 3) -> bool:
         """Whether the same steps from the same weights end at the same weights, to the bit."""
-        from smolforge.training.loop import State
-        from smolforge.training.optim import optimizers
+        from smolforge.training.loop import TrainState
+        from smolforge.training.optim import build_optimizers
 
         parameters = list(self.objective.parameters())
         start, ends = [each.detach().clone() for each in parameters], []
@@ -112,16 +116,16 @@ class Smolforge:
             with torch.no_grad():
                 for each, value in zip(parameters, start, strict=True):
                     each.copy_(value)
-            self.optimizers, self.state = optimizers(self.objective.model, self.recipe.optim), State()
+            self.optimizers, self.state = build_optimizers(self.objective.model, self.recipe.optim), TrainState()
             self.turn(steps)
             ends.append([each.detach().clone() for each in parameters])
         return all(map(torch.equal, *ends))
 
     def profile(self, out: Path, steps: int = 3) -> str:
         """Where the time of some steps goes; the trace and this summary stay in out/profile."""
-        from smolforge.runs.profiler import FOLDER, SUMMARY, Profile
+        from smolforge.runs.profiler import FOLDER, SUMMARY, Profiler
 
-        with attending(self.job.attention), Profile(out, steps) as profile:
+        with attending(self.job.attention), Profiler(out, steps) as profile:
             self.take(steps + 1, profile.step)
         return (out / FOLDER / SUMMARY).read_text("utf-8")
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smolforge.checkpoint import training_state
-from smolforge.comparison.figures import loss_curve
+from smolforge.comparison.figures import draw_loss_curve
 from smolforge.training import environment
 from smolforge.training.run_folder import METRICS, RECIPE, read_records
 
@@ -111,7 +111,7 @@ class Proof:
         (self.results / "hashes.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
         shutil.copy(stopped / METRICS, self.results / METRICS)
         title = f"{Path(self.asked.recipe).stem}, {self.end} steps"
-        loss_curve(stopped, self.results / "loss.svg", title)
+        draw_loss_curve(stopped, self.results / "loss.svg", title)
         for line in report(found):
             self.say(line)
         return found["equal"] and not self.failed
@@ -124,7 +124,7 @@ def start(words: list[str], log: BinaryIO) -> subprocess.Popen:
 
 def saved_step(run: Path) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
-    return max(map(training_state.step_of, training_state.all_of(run)), default=0)
+    return max(map(training_state.step_from_dir, training_state.list_checkpoints(run)), default=0)
 
 
 def last_step(run: Path) -> int:

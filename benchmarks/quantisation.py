@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from smolforge.exporters import quantize
-from smolforge.models.quantized import Scheme
+from smolforge.models.quantized import QuantizationScheme
 
 SCHEMES = {
-    "int8": Scheme(8, None, True),
-    "int8, embedding kept": Scheme(8),
-    "int4 by 32": Scheme(4, 32, True),
-    "int4 by 64": Scheme(4, 64, True),
-    "int4 by 32, embedding kept": Scheme(4, 32),
+    "int8": QuantizationScheme(8, None, True),
+    "int8, embedding kept": QuantizationScheme(8),
+    "int4 by 32": QuantizationScheme(4, 32, True),
+    "int4 by 64": QuantizationScheme(4, 64, True),
+    "int4 by 32, embedding kept": QuantizationScheme(4, 32),
 }
 HEAD = ["form", "bytes on disk", "of the tensors, by arithmetic", "bytes in memory", "loss", "change", "bits a byte"]
 HEAD += ["same likeliest token", "reading, x before", "answering, x before"]
@@ -30,20 +30,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--tokens", type=int, default=quantize.MOST_TOKENS)
+    parser.add_argument("--tokens", type=int, default=quantize.MAX_TOKENS)
     asked = parser.parse_args()
-    quantize.MOST_TOKENS = asked.tokens
+    quantize.MAX_TOKENS = asked.tokens
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for place, (name, scheme) in enumerate(SCHEMES.items()):
         with tempfile.TemporaryDirectory() as folder:
-            made = quantize.to_integers(asked.model, Path(folder) / "out", scheme, asked.text)
+            made = quantize.to_quantized(asked.model, Path(folder) / "out", scheme, text=asked.text)
         if not place:
             print(row("before", made.before, made.before))
         print(row(name, made.after, made.before), flush=True)
     print(f"\n{made.tokens:,} tokens of {made.text}; {torch.get_num_threads()} threads")
 
 
-def row(name: str, one: quantize.Measured, before: quantize.Measured) -> str:
+def row(name: str, one: quantize.ModelMeasurements, before: quantize.ModelMeasurements) -> str:
     sizes = [f"{size:,}" for size in (one.bytes_on_disk, one.tensor_bytes, one.bytes_in_memory)]
     said = [f"{one.loss:.4f}", f"{one.loss / before.loss - 1:+.3%}", f"{one.bits_per_byte:.4f}"]
     rates = [

@@ -44,17 +44,17 @@ def run_nano(kind: str, folder: Path, steps: int, every: int, answer: Connection
     """Train; send (seconds, seconds by part)."""
     from smolforge.data.corpus import Corpus
     from smolforge.runs import callbacks, run, train
-    from smolforge.runs.async_checkpoint import Saving
+    from smolforge.runs.async_checkpoint import AsyncCheckpointer
     from smolforge.training import guard, run_folder
 
     spent: Counter[str] = Counter()
     timed(run, "train", spent, "training", time.perf_counter)
-    timed(callbacks.Workshop, "finish", spent, "last checkpoint", time.perf_counter)
-    timed(callbacks.Workshop, "save", spent, "copying", time.perf_counter)
-    timed(callbacks.Workshop, "stopping", spent, "looking", time.perf_counter)
-    timed(guard.Judge, "__call__", spent, "judging", time.perf_counter)
+    timed(callbacks.TrainingCallbacks, "finish", spent, "last checkpoint", time.perf_counter)
+    timed(callbacks.TrainingCallbacks, "save", spent, "copying", time.perf_counter)
+    timed(callbacks.TrainingCallbacks, "should_stop", spent, "looking", time.perf_counter)
+    timed(guard.LossGuard, "__call__", spent, "judging", time.perf_counter)
     timed(run_folder.RunFolder, "append", spent, "metrics", time.perf_counter)
-    timed(Saving, "_write", spent, "writing, beside", time.thread_time)
+    timed(AsyncCheckpointer, "_write", spent, "writing, beside", time.thread_time)
     timed(Corpus, "check", spent, "corpus check, beside", time.thread_time)
     given: dict[str, Any] = {
         "train.evaluate_every": "none",
@@ -78,20 +78,20 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
     from smolforge.config import ModelConfig, Optim, presets
     from smolforge.data.batches import Batch
     from smolforge.models.decoder import build
-    from smolforge.runs.async_checkpoint import Background
+    from smolforge.runs.async_checkpoint import BackgroundTask
     from smolforge.testing import tiny_tokenizer
-    from smolforge.training.loop import backward
+    from smolforge.training.loop import forward_backward
     from smolforge.training.objective import Objective
-    from smolforge.training.optim import optimizers, state_tensors
+    from smolforge.training.optim import build_optimizers, state_tensors
 
     model = build(ModelConfig.model_validate(presets.shape(preset)))
     model.tokenizer = tiny_tokenizer()
-    chosen, objective = optimizers(model, Optim()), Objective(model)
+    chosen, objective = build_optimizers(model, Optim()), Objective(model)
     ids = torch.randint(model.config.vocab_size, (4, 512))
 
     def step() -> float:
         start = time.perf_counter()
-        backward(objective, Batch(ids, ids), ids.numel(), 4)
+        forward_backward(objective, Batch(ids, ids), ids.numel(), rows=4)
         for each in chosen:
             each.step()
         model.zero_grad(set_to_none=True)
@@ -103,17 +103,20 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
         return time.perf_counter() - start
 
     found: dict[str, list[float]] = {"step alone": [], "step beside a write": [], "copy": [], "write": []}
-    staging = training_state.Staging()
+    staging = training_state.StagingBuffer()
 
     def save(number: int) -> None:
         """Copy, then write beside one step; the time of each."""
         moment: list[training_state.Snapshot] = []
-        tensors, target = state_tensors(chosen, model), training_state.folder_of(folder, number)
+        tensors, target = state_tensors(chosen, model), training_state.checkpoint_dir(folder, number)
         found["copy"].append(
-            seconds(lambda: moment.append(training_state.snapshot(model, tensors, {"step": number}, staging)))
+            seconds(
+                lambda: moment.append(training_state.take_snapshot(model, tensors, {"step": number}, staging=staging))
+            )
         )
-        writing = Background(
-            lambda: found["write"].append(seconds(lambda: training_state.save(target, *moment))), "checkpoint"
+        writing = BackgroundTask(
+            lambda: found["write"].append(seconds(lambda: training_state.save_checkpoint(target, *moment))),
+            "checkpoint",
         )
         found["step beside a write"].append(step())
         writing.result()
@@ -122,9 +125,9 @@ def one_checkpoint(preset: str, folder: Path, answer: Connection) -> None:
     for number in range(3):
         found["step alone"].append(step())
         save(number)
-    newest = training_state.folder_of(folder, 2)
-    found["check"] = [seconds(lambda: training_state.check(newest)) for _ in range(3)]
-    found["load"] = [seconds(lambda: training_state.load(newest, model)) for _ in range(3)]
+    newest = training_state.checkpoint_dir(folder, 2)
+    found["check"] = [seconds(lambda: training_state.check_checkpoint(newest)) for _ in range(3)]
+    found["load"] = [seconds(lambda: training_state.load_checkpoint(newest, model)) for _ in range(3)]
     answer.send((sum(path.stat().st_size for path in newest.rglob("*")), found))
 
 

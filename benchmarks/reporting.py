@@ -32,7 +32,7 @@ def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
     """Train; send (seconds, seconds by part)."""
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(folder / "trackio")}
     from smolforge import tracking
-    from smolforge.device.usage import Usage
+    from smolforge.device.usage import ResourceUsage
     from smolforge.runs import callbacks, run, train
     from smolforge.tracking.histograms import Watch
     from smolforge.training import run_folder
@@ -40,10 +40,10 @@ def run_nano(kind: str, folder: Path, steps: int, answer: Connection) -> None:
     spent: Counter[str] = Counter()
     timed(run, "train", spent, "training", time.perf_counter)
     timed(run_folder.RunFolder, "append", spent, "metrics.jsonl", time.perf_counter)
-    timed(callbacks.Workshop, "weigh", spent, "norm of the weights", time.perf_counter)
-    timed(Usage, "after_a_step", spent, "use of the machine", time.perf_counter)
+    timed(callbacks.TrainingCallbacks, "log_weight_norm", spent, "norm of the weights", time.perf_counter)
+    timed(ResourceUsage, "sample", spent, "use of the machine", time.perf_counter)
     timed(Watch, "gradients", spent, "watching", time.perf_counter)
-    timed(Watch, "after", spent, "watching", time.perf_counter)
+    timed(Watch, "finish_step", spent, "watching", time.perf_counter)
     timed(tracking.Trackers, "__call__", spent, "trackers", time.perf_counter)
     begun = tracking.Trackers.__call__
 

@@ -5,11 +5,11 @@
                        + bytes that must pass through memory between the products, at the measured bandwidth
                        + bytes of casting weights, clipping and AdamW, at that bandwidth
 
-FLOPs are `smolforge.models.stats.flops_per_token`'s, causal attention counted as half. Half of the peak is the rate at which
-such a kernel is fast at heads of 64; `strict` has it at the whole peak, which none reaches. Bytes are counted for bf16
-autocast over fp32 weights: products write bf16, the residual stream stays fp32. Whatever happens between two products
-is taken to be one kernel, which reads what it needs and writes what others need once; what products and attention
-read and write themselves hides behind their arithmetic. No product is taken to fuse what follows it.
+FLOPs are `smolforge.models.stats.flops_per_token`'s, causal attention counted as half. Half of the peak is the rate at
+which such a kernel is fast at heads of 64; `strict` has it at the whole peak, which none reaches. Bytes are counted for
+bf16 autocast over fp32 weights: products write bf16, the residual stream stays fp32. Whatever happens between two
+products is taken to be one kernel, which reads what it needs and writes what others need once; what products and
+attention read and write themselves hides behind their arithmetic. No product is taken to fuse what follows it.
 """
 
 import statistics
@@ -36,7 +36,7 @@ class Machine(NamedTuple):
 def layer_bytes(config: Any) -> dict[str, int]:
     """Bytes a token of one Llama layer, by kernel; the residual stream in fp32, all else in bf16."""
     width, inside = config.hidden_size, config.intermediate_size
-    turned = (config.num_attention_heads + config.num_key_value_heads) * config.head_size
+    turned = (config.num_attention_heads + config.num_key_value_heads) * config.resolved_head_dim
     stream, states = FP32 * width, BF16 * width
     return {
         # stream, what a block adds to it -> stream, its norm; twice in a layer
@@ -133,13 +133,13 @@ class Gauge:
 
     def about(self) -> dict[str, Any]:
         """What the device is, and the peak that an MFU on it is a share of."""
-        from smolforge.device import memory_bytes, name_of
-        from smolforge.device.peak_flops import peak
+        from smolforge.device import device_name, memory_bytes
+        from smolforge.device.peak_flops import device_peak
 
         device = torch.device(self.device)
-        rate, source = peak(device, self.dtype)
+        rate, source = device_peak(device, self.dtype)
         return {
-            "name": name_of(device),
+            "name": device_name(device),
             "memory_bytes": memory_bytes(device),
             "torch": str(torch.__version__),
             "cuda": torch.version.cuda,
@@ -179,7 +179,7 @@ class Gauge:
         So much slower than the peak is a shape whose sides do not fill the matrix units.
         """
         width, inside = config.hidden_size, config.intermediate_size
-        queries, keys = (n * config.head_size for n in (config.num_attention_heads, config.num_key_value_heads))
+        queries, keys = (n * config.resolved_head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         layers, chunk = config.num_hidden_layers, min(tokens, 8192)
         shapes = {
             "q_proj": (tokens, width, queries, layers),
@@ -202,8 +202,10 @@ class Gauge:
     def attention(self, config: Any, rows: int, length: int) -> dict[str, dict[str, Any]]:
         """Forward and backward of one layer's attention by each backend: seconds, causal FLOP/s, error against fp32."""
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        q, k, v = (self.noise(rows, length, n, config.head_size).transpose(1, 2).requires_grad_() for n in heads)
-        flops = 6 * rows * heads[0] * config.head_size * length**2
+        q, k, v = (
+            self.noise(rows, length, n, config.resolved_head_dim).transpose(1, 2).requires_grad_() for n in heads
+        )
+        flops = 6 * rows * heads[0] * config.resolved_head_dim * length**2
         with torch.no_grad():
             expected = F.scaled_dot_product_attention(
                 *(x[:1].float() for x in (q, k, v)), is_causal=True, enable_gqa=True

@@ -35,10 +35,19 @@ from safetensors.torch import load_file
 
 from smolforge import atomic, cli
 from smolforge.checkpoint import loading, training_state
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 from smolforge.testing import damage, power, sentences, tiny_config
-from smolforge.testing.disk import NEED_ROOM, Kind, Trace, content, crashing, failing, recorded
-from smolforge.testing.processes import die, ended, frozen, in_child, on_small_disk, send_when, start, wait_until
+from smolforge.testing.disk import NEED_SPACE, Kind, Trace, crashing, failing, folder_content, recorded
+from smolforge.testing.processes import (
+    die,
+    in_child,
+    on_small_disk,
+    paused,
+    send_when,
+    start,
+    wait_for_exit,
+    wait_until,
+)
 from smolforge.training.run_folder import read_records
 
 OPTIM = {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "linear", "final_learning_rate": 3e-4}}
@@ -80,7 +89,7 @@ class Outcome:
 
     @classmethod
     def of(cls, run: Path) -> "Outcome":
-        files = atomic.check(training_state.all_of(run)[-1])["files"]
+        files = atomic.check_manifest(training_state.list_checkpoints(run)[-1])["files"]
         records = read_records(run / "metrics.jsonl")
         batches = [record.get("batch", record["step"] - 1) for record in records]
         return cls(
@@ -115,7 +124,7 @@ class Bench:
         child = begun.start(folder / "undisturbed")
         begun.wait_for_lock(child, folder / "undisturbed")
         started = time.perf_counter()
-        hold(ended(child) == 0, begun.said(folder / "undisturbed"))
+        hold(wait_for_exit(child) == 0, begun.said(folder / "undisturbed"))
         seconds, goal = time.perf_counter() - started, Outcome.of(folder / "undisturbed")
         hold([step for step, _ in goal.losses] == list(range(1, begun.steps + 1)), "a step is missing")
         hold(goal.samples == list(range(begun.steps * ROWS)), "a sample is missing, or there twice")
@@ -161,7 +170,7 @@ class Bench:
         """Go on where something did not hold, so that one hears of all of it."""
         try:
             yield
-        except (Lost, InvalidFile) as lost:
+        except (Lost, InvalidFileError) as lost:
             self.lost.append(f"{after}: {lost}")
         shutil.rmtree(run.parent)
 
@@ -218,7 +227,7 @@ def saving(run: Path, since: float) -> bool:
 
 def somewhere(bench: Bench, run: Path, chance: random.Random) -> float:
     """A moment in what is left of a run, in seconds from now."""
-    done = max(map(training_state.step_of, training_state.all_of(run)), default=0)
+    done = max(map(training_state.step_from_dir, training_state.list_checkpoints(run)), default=0)
     return chance.uniform(0, bench.seconds * (1 - done / bench.steps) + 0.2)
 
 
@@ -231,10 +240,10 @@ def send_anywhere(bench: Bench, run: Path, number: int, chance: random.Random) -
     bench.wait_for_lock(child, run)
     delay = somewhere(bench, run, chance)
     if chance.random() < 1 / 4:
-        code = send_when(child, number, lambda: True, delay)
+        code = send_when(child, number, lambda: True, delay=delay)
     else:
         time.sleep(delay / 2)
-        code = send_when(child, number, partial(saving, run, started), chance.uniform(0, 0.002))
+        code = send_when(child, number, partial(saving, run, started), delay=chance.uniform(0, 0.002))
     return code, saving(run, started)
 
 
@@ -269,8 +278,11 @@ def record(bench: Bench, disk: Path) -> Trace:
         train(bench.recipe, disk / "run", steps=bench.steps // 2)
         train(bench.recipe, disk / "run", steps=bench.steps)
     torch.set_num_threads(threads)
-    power.after_power_loss(trace, len(trace.operations), disk.with_name("replayed"), power.all_kept)
-    hold(content(disk) == content(disk.with_name("replayed")), "something was written that the trace did not see")
+    power.after_power_loss(trace, len(trace.operations), disk.with_name("replayed"), persist=power.all_kept)
+    hold(
+        folder_content(disk) == folder_content(disk.with_name("replayed")),
+        "something was written that the trace did not see",
+    )
     return trace
 
 
@@ -284,9 +296,11 @@ def crashes(bench: Bench, count: int | None, chance: random.Random) -> str:
         for number in few:
             run, torn = bench.new("crashed"), chance.random() < 0.5
             run.mkdir()
-            code = ended(bench.start(run, partial(crashing, run, number, torn, die)))
+            code = wait_for_exit(bench.start(run, partial(crashing, run, number, torn, die=die)))
             again = (
-                ended(bench.start(run, partial(crashing, run, 3 * number % operations, torn, die))) if number % 2 else 0
+                wait_for_exit(bench.start(run, partial(crashing, run, 3 * number % operations, torn, die=die)))
+                if number % 2
+                else 0
             )
             hold({code, again} <= {0, -signal.SIGKILL}, f"operation {number}: {bench.said(run)} ({run})")
             crashed, twice = crashed + (code != 0), twice + (again != 0)
@@ -295,9 +309,9 @@ def crashes(bench: Bench, count: int | None, chance: random.Random) -> str:
     return f"crashes: at {crashed} of a run's operations, {twice} of them twice; all equal to the bit"
 
 
-def fates(chance: random.Random) -> list[power.Fate]:
+def fates(chance: random.Random) -> list[power.PersistRule]:
     extremes = [power.all_lost, power.names_kept, power.zeros_kept, power.contents_kept]
-    return [*extremes, power.by_chance(chance), power.by_chance(chance)]
+    return [*extremes, power.random_loss(chance), power.random_loss(chance)]
 
 
 def power_cuts(bench: Bench, count: int | None, chance: random.Random) -> str:
@@ -309,8 +323,8 @@ def power_cuts(bench: Bench, count: int | None, chance: random.Random) -> str:
         cut = []
         for at, fate in few:
             disk = bench.new("cut").with_name("disk")
-            power.after_power_loss(trace, at, disk, fate)
-            if (found := repr(content(disk))) not in seen:
+            power.after_power_loss(trace, at, disk, persist=fate)
+            if (found := repr(folder_content(disk))) not in seen:
                 before = str(trace.operations[at]) if at < len(trace.operations) else "the end"
                 cut.append((disk / "run", f"power lost before {before} (operation {at}, {fate.__name__})"))
             seen.add(found)
@@ -324,18 +338,18 @@ def power_cuts(bench: Bench, count: int | None, chance: random.Random) -> str:
 def saves(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Power fails, or the process dies, at each operation of the last save: the old or the new one is there."""
     trace = record(bench, bench.new("recorded").with_name("disk"))
-    last = training_state.folder_of(Path("run"), bench.steps).with_name(f".tmp-step-{bench.steps:08d}")
+    last = training_state.checkpoint_dir(Path("run"), bench.steps).with_name(f".tmp-step-{bench.steps:08d}")
     first = next(number for number, each in enumerate(trace.operations) if each.path == last)
     operations = range(first, len(trace.operations) + 1)
     cases = some([(at, fate) for at in operations for fate in [power.all_kept, *fates(chance)]], count, chance)
     old = new = 0
     for at, fate in cases:
         disk = bench.new("save").with_name("disk")
-        power.after_power_loss(trace, at, disk, fate)
-        found = training_state.newest_sound(disk / "run", lambda _: None)
+        power.after_power_loss(trace, at, disk, persist=fate)
+        found = training_state.latest_valid(disk / "run", lambda _: None)
         hold(found is not None, f"no checkpoint is sound after operation {at}, {fate.__name__} ({disk})")
-        new += training_state.step_of(found) == bench.steps
-        old += training_state.step_of(found) < bench.steps
+        new += training_state.step_from_dir(found) == bench.steps
+        old += training_state.step_from_dir(found) < bench.steps
         shutil.rmtree(disk.parent)
     return f"saves: {len(cases)} cut short; {old} times the checkpoint before is there, {new} times the new one"
 
@@ -358,7 +372,7 @@ class Damage:
 def damages(checkpoint: Path, older: Path, chance: random.Random) -> Iterator[Damage]:
     """Every kind of damage to every file of a checkpoint, again and again with other bits and lengths."""
     while True:
-        for name in [*atomic.check(checkpoint)["files"], atomic.MANIFEST]:
+        for name in [*atomic.check_manifest(checkpoint)["files"], atomic.MANIFEST]:
             size = (checkpoint / name).stat().st_size
             for bit in [chance.randrange(size * 8) for _ in range(4)]:
                 yield Damage(f"flipped at bit {bit}", name, partial(damage.flip_bit, bit=bit))
@@ -383,16 +397,16 @@ def check_noticed(run: Path, older: Path, spoiled: Damage) -> None:
     """A resume passes over the newest checkpoint, and so does a reader of the model where it would read that file."""
     said: list[str] = []
     hold(
-        training_state.newest_sound(run, said.append) == older and len(said) == 1, f"{spoiled}: not noticed by a resume"
+        training_state.latest_valid(run, said.append) == older and len(said) == 1, f"{spoiled}: not noticed by a resume"
     )
-    if spoiled.file in (*loading.READ, atomic.MANIFEST):
-        hold(loading.find(run) == older, f"{spoiled}: not noticed by a reader of the model")
+    if spoiled.file in (*loading.MODEL_FILES, atomic.MANIFEST):
+        hold(loading.resolve_model_path(run) == older, f"{spoiled}: not noticed by a reader of the model")
 
 
 def bad_bits(bench: Bench, count: int | None, chance: random.Random) -> str:
     """Damage of every kind is done to the newest checkpoint, noticed and undone; each hundredth run goes on with it."""
     run = bench.folder / "undisturbed"
-    older, newest = training_state.all_of(run)[-2:]
+    older, newest = training_state.list_checkpoints(run)[-2:]
     kinds: dict[str, int] = {}
     resumed = 0
     for spoiled in damages(newest, older, chance):
@@ -422,9 +436,9 @@ def wrong_names(bench: Bench, count: int | None, chance: random.Random) -> str:
     for do, left in ((damage.swap, 0), (Path.rename, 1)):
         run = bench.new("renamed")
         shutil.copytree(bench.folder / "undisturbed", run)
-        older, newest = training_state.all_of(run)[-2:]
-        do(newest, older if left == 0 else training_state.folder_of(run, bench.steps + 5))
-        found = training_state.newest_sound(run, lambda _: None)
+        older, newest = training_state.list_checkpoints(run)[-2:]
+        do(newest, older if left == 0 else training_state.checkpoint_dir(run, bench.steps + 5))
+        found = training_state.latest_valid(run, lambda _: None)
         hold(found in (None, older), f"{do.__name__}: a checkpoint under another step's name is taken for sound")
     return "wrong names: 2 noticed"
 
@@ -432,7 +446,7 @@ def wrong_names(bench: Bench, count: int | None, chance: random.Random) -> str:
 def payload_flips(bench: Bench, count: int | None, chance: random.Random) -> str:
     """For comparison: how many flipped bits of weights the safetensors library notices by itself."""
     path = bench.new("flipped").with_name("model.safetensors")
-    shutil.copyfile(training_state.all_of(bench.folder / "undisturbed")[-1] / path.name, path)
+    shutil.copyfile(training_state.list_checkpoints(bench.folder / "undisturbed")[-1] / path.name, path)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     noticed = 0
     for _ in range(count or 1):
@@ -466,7 +480,7 @@ class Failure:
         return f"{errno.errorcode[self.error]} {often} at operation {self.after} of {self.place}"
 
     def fault(self, run: Path) -> Fault:
-        return partial(failing, run / self.place, self.after, self.error, self.kinds, self.times)
+        return partial(failing, run / self.place, self.after, self.error, kinds=self.kinds, times=self.times)
 
     def check(self, code: int, said: str) -> None:
         """The run goes on, or says what it needs; of what it does beside saving, it only may not fall over."""
@@ -478,7 +492,7 @@ class Failure:
 
 def failures(trace: Trace) -> Iterator[Failure]:
     """Each operation of saves that can fail, once or from then on; and each other one, once."""
-    for kinds, errors in ((NEED_ROOM, (errno.ENOSPC, errno.EDQUOT)), (("write", "sync"), (errno.EIO,))):
+    for kinds, errors in ((NEED_SPACE, (errno.ENOSPC, errno.EDQUOT)), (("write", "sync"), (errno.EIO,))):
         able = [each for each in trace.operations if each.kind in kinds]
         saves = [each for each in able if CHECKPOINTS in each.path.parts[1:-1]]
         for number in range(len(saves)):
@@ -539,12 +553,12 @@ def signals(bench: Bench, count: int | None, chance: random.Random) -> str:
     for _ in range(count or 1):
         sent, run = chance.choice(list(EXIT_CODES)), bench.new("signalled")
         code, _ = send_anywhere(bench, run, sent, chance)
-        over = training_state.folder_of(run, bench.steps).exists()
+        over = training_state.checkpoint_dir(run, bench.steps).exists()
         hold(code == EXIT_CODES[sent] or over, f"{sent.name}: ended with {code}: {bench.said(run)} ({run})")
         if code == EXIT_CODES[sent]:
             records = read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-            newest = training_state.newest_sound(run, lambda _: None)
-            saved = training_state.step_of(newest) if newest else 0
+            newest = training_state.latest_valid(run, lambda _: None)
+            saved = training_state.step_from_dir(newest) if newest else 0
             hold(saved == len(records), f"{sent.name}: {len(records)} steps were done and {saved} saved ({run})")
             stopped, inside = stopped + 1, inside + (0 < saved < bench.steps)
         bench.finish((run, sent.name))
@@ -564,12 +578,12 @@ def freezes(bench: Bench, count: int | None, chance: random.Random) -> str:
         time.sleep(chance.uniform(0, bench.seconds / 2))
         assert child.pid is not None
         if child.is_alive():
-            with frozen(child.pid):
+            with paused(child.pid):
                 output = run.with_name("second.said")
                 code = in_child(command, output, bench.words(run), nullcontext)
                 hold(code == 2 and f"by process {child.pid}" in output.read_text(), f"a second start: {output}")
                 refused += 1
-        hold(ended(child) == 0, f"after it was frozen: {bench.said(run)}")
+        hold(wait_for_exit(child) == 0, f"after it was frozen: {bench.said(run)}")
         with bench.noting("frozen", run):
             bench.compare(run)
     return f"freezes: {refused} runs stopped for a while, a second start refused each time; all equal to the bit"

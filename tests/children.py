@@ -10,7 +10,7 @@ import torch
 from smolforge import cli
 from smolforge.device import peak_flops
 from smolforge.runs import estimate, resume_or_start, train
-from smolforge.runs.callbacks import Silent
+from smolforge.runs.context import NullListener
 from smolforge.testing.processes import die
 from smolforge.training.distributed import World
 
@@ -18,16 +18,16 @@ from smolforge.training.distributed import World
 def begin_at_once() -> None:
     """One thread, and no half second of multiplications to say how fast this machine is."""
     torch.set_num_threads(1)
-    estimate.matrix_flops_per_second = peak_flops.matrix_flops_per_second = lambda device, dtype: 1e11
+    estimate.matmul_flops_per_second = peak_flops.matmul_flops_per_second = lambda device, dtype: 1e11
 
 
-class KilledAt(Silent):
+class KilledAt(NullListener):
     """An observer that does not survive a step."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
 
-    def stepped(self, metrics: dict[str, Any]) -> None:
+    def on_step(self, metrics: dict[str, Any]) -> None:
         if metrics["step"] == self.step:
             die()
 
@@ -39,7 +39,7 @@ def train_until(step: int | None, recipe: Path, run: Path, overrides: dict[str, 
     """
     os.environ.pop("WANDB_SERVICE", None)
     begin_at_once()
-    resume_or_start(recipe, run, overrides, observer=KilledAt(step))
+    resume_or_start(recipe, run, overrides, listener=KilledAt(step))
 
 
 def train_amid_faults_until(step: int, recipe: Path, run: Path) -> None:
@@ -50,7 +50,7 @@ def train_amid_faults_until(step: int, recipe: Path, run: Path) -> None:
 
     for name in ("READ_RETRY_INTERVAL", "READ_SERVER_UNAVAILABLE_RETRY_INTERVAL"):
         setattr(datasets.config, f"STREAMING_{name}", 0)
-    hub.PAUSES = (0.0, 0.0, 0.0)
+    hub.RETRY_SECONDS = (0.0, 0.0, 0.0)
     train_until(step, recipe, run, {})
 
 

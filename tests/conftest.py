@@ -131,13 +131,15 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tiny model as a folder of integers, or a .gguf; both know how to chat."""
     from smolforge.checkpoint import huggingface
     from smolforge.exporters.gguf import to_gguf
-    from smolforge.models.quantized import Scheme, quantize
+    from smolforge.models.quantized import QuantizationScheme, quantize
     from smolforge.tokenizer.chat import CHATML
 
     model, folder = tiny_model(hidden_size=64, intermediate_size=96), tmp_path / "small"
     tokenizer = Tokenizer(model.tokenizer.backend, model.tokenizer.settings | {"chat_template": CHATML})
     if request.param != "q8_0":
-        quantize(model, Scheme(4, 32, True) if request.param == "int4" else Scheme(8, None, True))
+        quantize(
+            model, QuantizationScheme(4, 32, True) if request.param == "int4" else QuantizationScheme(8, None, True)
+        )
     huggingface.save(model, folder, tokenizer)
     if request.param == "q8_0":
         to_gguf(folder, folder.with_suffix(".gguf"), "q8_0")
@@ -155,19 +157,19 @@ def shared() -> Path:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Call it with a kind and the numbers of batches whose loss or gradient is to go wrong."""
-    from smolforge.data.batches import Windows
+    from smolforge.data.batches import TokenWindows
     from smolforge.training import loop
 
-    real, numbers, bad = Windows.batch, {}, {}
+    real, numbers, bad = TokenWindows.batch, {}, {}
 
     def batch(windows, number, rows, share):
         found = real(windows, number, rows, share)
-        numbers[found.ids.numpy().tobytes()] = number
+        numbers[found.input_ids.numpy().tobytes()] = number
         return found
 
-    def backward(model, batch, *rest):
-        losses = computed(model, batch, *rest)
-        match bad.get(numbers[batch.ids.numpy().tobytes()]):
+    def backward(model, batch, *rest, **options):
+        losses = computed(model, batch, *rest, **options)
+        match bad.get(numbers[batch.input_ids.numpy().tobytes()]):
             case "loss":
                 losses["loss"] = torch.tensor(float("nan"))
             case "gradient":
@@ -176,7 +178,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 losses["loss"] = losses["loss"] + 10
         return losses
 
-    computed = loop.backward
-    monkeypatch.setattr(Windows, "batch", batch)
-    monkeypatch.setattr(loop, "backward", backward)
+    computed = loop.forward_backward
+    monkeypatch.setattr(TokenWindows, "batch", batch)
+    monkeypatch.setattr(loop, "forward_backward", backward)
     return lambda kind, *which: bad.update(dict.fromkeys(which, kind))

@@ -26,7 +26,7 @@ import yaml
 
 from smolforge import cli
 from smolforge.config import Recipe
-from smolforge.config.base import fields, leaves, place
+from smolforge.config.base import fields, leaves, set_dotted
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 RECIPES = [path for path in SHIPPED if "init_from" not in path.read_text()]  # others ask the Hub for their shape
@@ -167,14 +167,14 @@ WRONG: dict[type, list[Any]] = {
 
 def wrong_type(random: Random) -> Case:
     tree, name = shipped(random), random.choice(list(FIELDS))
-    place(tree, name, random.choice(WRONG[kind_of(FIELDS[name])]))
+    set_dotted(tree, name, random.choice(WRONG[kind_of(FIELDS[name])]))
     path = dump(random, tree)
     return Case(asked(random, path), names=(f"{path}: {name} ", "it should be "))
 
 
 def wrong_group(random: Random) -> Case:
     tree, name = shipped(random), random.choice(GROUPS)
-    place(tree, name, random.choice(WRONG[dict]))
+    set_dotted(tree, name, random.choice(WRONG[dict]))
     path = dump(random, tree)
     return Case(asked(random, path), names=(f"{path}: {name}",))
 
@@ -188,7 +188,7 @@ def misspelt_key(random: Random) -> Case:
     if dotted in [*FIELDS, *GROUPS, "model.preset"]:
         return misspelt_key(random)
     value = {} if name in GROUPS else leaves(Recipe())[name]
-    place(tree, dotted, "none" if value is None else list(value) if isinstance(value, tuple) else value)
+    set_dotted(tree, dotted, "none" if value is None else list(value) if isinstance(value, tuple) else value)
     path = dump(random, tree)
     return Case(asked(random, path), names=(f"{path}: there is no setting '{dotted}'. Did you mean ",))
 
@@ -229,7 +229,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 def contradiction(random: Random) -> Case:
     tree, (changes, names) = shipped(random), random.choice(CONTRADICTIONS)
     for name, value in changes.items():
-        place(tree, name, value)
+        set_dotted(tree, name, value)
     path = dump(random, tree)
     return Case(asked(random, path), names=(f"{path}: ", *names))
 

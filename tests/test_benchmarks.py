@@ -57,7 +57,7 @@ class Clerk:
         return {"steps": steps, "process": os.getpid()}
 
 
-def test_contestants_take_turns_in_processes_of_their_own(benchmark):
+def test_contest_runs_turns_in_separate_processes(benchmark):
     contest = benchmark("contest")
     with contest.Contestant("test_benchmarks:Clerk", answer=3) as one, contest.Contestant("no_such:Thing") as none:
         entrant, missing = contest.Entrant(one), contest.Entrant(none)
@@ -76,7 +76,7 @@ def test_contestants_take_turns_in_processes_of_their_own(benchmark):
 
 
 @pytest.mark.long
-def test_a_step_beside_peers():
+def test_training_benchmark_compares_with_peers():
     page = said_by("training", *TINY, "--rows", 1, "--rounds", 1, "--dtype", "float32")
     rows, nothing = cells(page), " (torch.compile made nothing)"
     assert page.startswith("smollm2-nano, 1 x 16 tokens, float32, 1 rounds\n")
@@ -89,7 +89,7 @@ def test_a_step_beside_peers():
 
 
 @pytest.mark.long
-def test_a_compiled_step_beside_peers():
+def test_training_benchmark_compares_compiled_with_peers():
     said = said_by("training", *TINY, "--rows", 1, "--rounds", 1, "--peers", "transformers", "--json", compiling=True)
     for found in json.loads(said).values():
         assert found["failed"] == {}
@@ -102,7 +102,7 @@ def turns(seconds, losses, peak):
     return [{"seconds": taken, "losses": [loss], "peak_bytes": peak, "graphs": 1} for taken, loss in each]
 
 
-def test_ratios_are_taken_within_a_round(benchmark):
+def test_training_benchmark_takes_ratios_within_a_round(benchmark):
     training = benchmark("training")
     found = {
         "smolforge": turns([50.0, 4.0, 2.0, 8.0], [9.0] * 4, 300),
@@ -118,7 +118,7 @@ def test_ratios_are_taken_within_a_round(benchmark):
 
 
 @pytest.mark.parametrize("losses", [[9.01, 8.0], [9.0, 8.2], [9.0, math.nan], [math.nan, 8.0]])
-def test_another_training_is_no_contest(benchmark, losses):
+def test_training_benchmark_detects_different_losses(benchmark, losses):
     training = benchmark("training")
     found = {"smolforge": turns([1, 1], [9.0, 8.0], 1), "litgpt": turns([1, 1], [9.0005, 8.05], 1)}
     assert training.disagreement(found, first=1e-4, later=1e-2) is None
@@ -130,7 +130,7 @@ def test_another_training_is_no_contest(benchmark, losses):
 
 
 @pytest.mark.long
-def test_every_line_for_a_gpu_but_its_own(tmp_path):
+def test_gpu_benchmark_writes_every_line_on_cpu(tmp_path):
     said_by("gpu", *TINY, "--rows", 2, "--device", "cpu", "--quick", "--groups", 1, "--out", tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     page = (tmp_path / "results.md").read_text()
@@ -151,7 +151,7 @@ def test_every_line_for_a_gpu_but_its_own(tmp_path):
 
 
 @pytest.mark.long
-def test_every_group_for_a_gpu(tmp_path):
+def test_gpu_benchmark_runs_every_group_on_cpu(tmp_path):
     given = ["--rows", 1, 2, "--device", "cpu", "--quick", "--minutes", 30, "--out", tmp_path]
     said_by("gpu", *TINY, *given, compiling=True)
     cases = json.loads((tmp_path / "results.json").read_text())["cases"]
@@ -160,7 +160,7 @@ def test_every_group_for_a_gpu(tmp_path):
     assert not any(row.get("notes") for row in cases)
 
 
-def test_the_roofline_by_hand(benchmark):
+def test_roofline_equals_a_hand_computation(benchmark):
     """1000 FLOP/s and 1000 bytes/s: seconds are thousands of FLOPs and of bytes."""
     from smolforge.testing import tiny_config
 
@@ -194,7 +194,7 @@ class Forked:
         self.child.terminate()
 
     def wait(self):
-        return processes.ended(self.child)
+        return processes.wait_for_exit(self.child)
 
 
 def told(words, log):
@@ -212,7 +212,7 @@ def recipe(tmp_path, text_file):
 
 
 @pytest.mark.long
-def test_the_customary_proof_in_small(benchmark, monkeypatch, tmp_path, recipe, capsys):
+def test_proof_run_is_bit_exact_and_detects_differences(benchmark, monkeypatch, tmp_path, recipe, capsys):
     proof_run = benchmark("proof_run")
     monkeypatch.setattr(proof_run, "start", Forked)
     asked = argparse.Namespace(out=tmp_path, steps=20, more=5, recipe=str(recipe), against=["files"])
@@ -244,12 +244,12 @@ def test_the_customary_proof_in_small(benchmark, monkeypatch, tmp_path, recipe, 
 
 
 @pytest.mark.long
-def test_the_customary_proof_as_a_person_types_it(tmp_path, recipe):
+def test_proof_run_works_from_the_command_line(tmp_path, recipe):
     said = said_by("proof_run", "--out", tmp_path / "out", "--recipe", recipe, "--steps", 20, "--more", 5)
     assert said.splitlines()[-1] == "equal to the bit: weights, moments, random states, and 25 losses"
 
 
-def test_train_sh_trains_and_verifies(tmp_path):
+def test_train_script_trains_and_verifies(tmp_path):
     """By a command line that writes down what it is told."""
     (tmp_path / "smolforge").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "smolforge").chmod(0o755)
@@ -268,7 +268,7 @@ def test_train_sh_trains_and_verifies(tmp_path):
 
 
 @pytest.mark.long
-def test_decoding_in_small():
+def test_decoding_benchmark_writes_its_table():
     page = said_by("decoding", "--preset", "smollm2-nano", "--prompt", "8", "--new", "4", "--rounds", "1")
     table = cells(page)
     assert {"transformers generate", "F.linear", "smolforge", "smolforge, 8 requests"} <= set(table)

@@ -15,12 +15,12 @@ from conftest import NANO
 
 from smolforge import __version__, cli
 from smolforge.checkpoint import training_state
-from smolforge.cli.flags import parse
+from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import corpus_report
-from smolforge.cli.run_display import arithmetic_line, duration, metrics_line
+from smolforge.cli.run_display import duration, metrics_line, precision_line
 from smolforge.config import Train
 from smolforge.device import is_out_of_memory
-from smolforge.errors import SettingError
+from smolforge.errors import ConfigError
 from smolforge.runs import train
 from smolforge.testing import sentences
 from smolforge.training import loop
@@ -54,24 +54,24 @@ def fresh(words, modules):
     return " ".join(" ".join(said).split()), imported
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_module():
     said, imported = fresh(["--help"], ["torch", "pydantic", "numpy"])
     assert imported == "[]"
     assert all(name in said for name in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_explains_itself_without_torch(name):
+def test_command_help_works_without_torch(name):
     said, imported = fresh([name, "--help"], ["torch"])
     assert imported == "[]"
     assert cli.COMMANDS[name].split(",")[0] in said
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     assert call(capsys, "--version") == (0, f"{__version__}\n", "")
 
 
-def test_train_resume_generate_inspect(capsys, tmp_path, recipe_file):
+def test_cli_trains_resumes_generates_and_inspects(capsys, tmp_path, recipe_file):
     run = tmp_path / "run"
     code, out, err = call(capsys, "train", recipe_file, "--run", run, "--train.steps", "4", "--optim.schedule.steps=8")
     assert (code, out) == (0, "")
@@ -92,7 +92,7 @@ def test_train_resume_generate_inspect(capsys, tmp_path, recipe_file):
     assert (facts["state"], facts["step"], facts["steps"]) == ("finished", 8, 8)
 
 
-def test_prepare_and_inspect_a_corpus(capsys, tmp_path, text_file):
+def test_cli_prepares_and_inspects_a_corpus(capsys, tmp_path, text_file):
     code, out, _ = call(capsys, "prepare", text_file, "--out", tmp_path / "corpus", "--vocab-size", 300, "--json")
     counts = json.loads(out)
     assert code == 0
@@ -118,7 +118,7 @@ def test_prepare_and_inspect_a_corpus(capsys, tmp_path, text_file):
     assert "held out" in out
 
 
-def test_inspect_a_model(capsys):
+def test_inspect_reports_the_parameters_of_a_model(capsys):
     facts = json.loads(call(capsys, "inspect", "smollm2-135m", "--json")[1])
     assert facts["parameters"]["total"] == 134_515_008
     assert facts["parameters"]["embedding"] == 28_311_552
@@ -137,7 +137,7 @@ def test_inspect_a_model(capsys):
     assert sum(row["parameters"] for row in experts["table"]) == experts["parameters"]["total"] == 161_195_328
 
 
-def test_inspect_recipes_and_the_machine(capsys, recipe_file):
+def test_inspect_reads_recipes_and_the_machine(capsys, recipe_file):
     facts = json.loads(call(capsys, "inspect", recipe_file, "--json", "--train.steps", "20")[1])
     assert facts["tokens"] == 20 * 128
     assert facts["settings"]["train"]["steps"] == 20
@@ -205,7 +205,7 @@ def test_inspect_recipes_and_the_machine(capsys, recipe_file):
         ("generate smollm2-135m --random --dtype int3", 2, "dtype is 'int3'"),
     ],
 )
-def test_mistakes_get_one_sentence_and_their_code(capsys, tmp_path, monkeypatch, words, code, said):
+def test_mistakes_give_one_sentence_and_an_exit_code(capsys, tmp_path, monkeypatch, words, code, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").write_text("a file")
     (tmp_path / "there.jsonl").write_text('{"a": 1}')
@@ -217,35 +217,35 @@ def test_mistakes_get_one_sentence_and_their_code(capsys, tmp_path, monkeypatch,
     assert "Traceback" not in err
 
 
-def test_debug_shows_the_traceback(capsys):
+def test_debug_flag_shows_the_traceback(capsys):
     _, _, err = call(capsys, "generate", "nowhere", "--prompt", "x", "--debug")
     assert "Traceback" in err
     assert err.rstrip().splitlines()[-1].startswith("smolforge: there is no model")
 
 
-def test_an_unwritable_place_is_said(capsys, tmp_path, recipe_file):
+def test_train_reports_an_unwritable_folder(capsys, tmp_path, recipe_file):
     (tmp_path / "file").write_text("")
     code, _, err = call(capsys, "train", recipe_file, "--run", tmp_path / "file" / "run")
     assert code == 4
     assert "Not a directory" in err
 
 
-def test_flags():
-    assert parse(["--train.steps", "5", "--data.sources", "a,b", "--data.sources=c"]) == {
+def test_flags_parse_values_and_lists():
+    assert parse_overrides(["--train.steps", "5", "--data.sources", "a,b", "--data.sources=c"]) == {
         "train.steps": "5",
         "data.sources": ["a", "b", "c"],
     }
-    assert parse(["--optim.learning-rate=1e-3", "--optim.betas", "0.9,0.99"]) == {
+    assert parse_overrides(["--optim.learning-rate=1e-3", "--optim.betas", "0.9,0.99"]) == {
         "optim.learning_rate": "1e-3",
         "optim.betas": ["0.9", "0.99"],
     }
-    assert parse(["--data.sources", '["a,b", "c"]']) == {"data.sources": ["a,b", "c"]}
-    assert parse(["--model", "smollm2-nano"]) == {"model.preset": "smollm2-nano"}
-    with pytest.raises(SettingError, match=r"--data.sources is '\[a'; it should be a list such as a,b"):
-        parse(["--data.sources", "[a"])
+    assert parse_overrides(["--data.sources", '["a,b", "c"]']) == {"data.sources": ["a,b", "c"]}
+    assert parse_overrides(["--model", "smollm2-nano"]) == {"model.preset": "smollm2-nano"}
+    with pytest.raises(ConfigError, match=r"--data.sources is '\[a'; it should be a list such as a,b"):
+        parse_overrides(["--data.sources", "[a"])
 
 
-def test_times_and_lines_read_well():
+def test_durations_and_metrics_lines_are_formatted():
     assert [duration(seconds) for seconds in (5.0, 600.0, 7200.0, 864_000.0)] == ["5 s", "10 min", "2.0 h", "10 days"]
     metrics = {
         "loss": 2.5,
@@ -261,15 +261,15 @@ def test_times_and_lines_read_well():
     assert metrics_line(metrics | running) == f"loss 2.500  2,000 tokens/s  MFU 42%  {rest}  61 s left"
 
 
-def test_what_a_step_computes_in_is_said_first():
-    assert arithmetic_line(Train(dtype="float32", compile=False)) == "float32"
+def test_arithmetic_line_names_dtype_and_compilation():
+    assert precision_line(Train(dtype="float32", compile=False)) == "float32"
     dear = Train(dtype="bfloat16", compile=True, activation_checkpointing="full")
-    assert arithmetic_line(dear) == (
+    assert precision_line(dear) == (
         "bfloat16, compiled, for which the first step takes a minute or two, full activation checkpointing"
     )
 
 
-def test_profile_writes_where_the_time_goes(tmp_path, recipe_file, capsys):
+def test_profile_flag_writes_a_trace_and_a_summary(tmp_path, recipe_file, capsys):
     words = ["train", recipe_file, "--run", tmp_path / "run", "--train.steps", "4", "--profile"]
     assert call(capsys, *words, 2)[0] == 0
     assert (tmp_path / "run" / "profile" / "trace.json.gz").is_file()
@@ -288,11 +288,11 @@ OUT_OF_MEMORY = (
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_out_of_memory_names_what_needs_less(tmp_path, recipe_file, capsys, monkeypatch, error):
-    def backward(*_):
+def test_out_of_memory_names_settings_that_need_less(tmp_path, recipe_file, capsys, monkeypatch, error):
+    def backward(*_, **__):
         raise error
 
-    monkeypatch.setattr(loop, "backward", backward)
+    monkeypatch.setattr(loop, "forward_backward", backward)
     one, full = ("--train.micro-batch-size", 1), ("--train.activation-checkpointing", "full")
     for flags, way_out in (
         ((), "--train.micro-batch-size 2 (it is 4) or --train.activation-checkpointing full needs less"),
@@ -304,7 +304,7 @@ def test_out_of_memory_names_what_needs_less(tmp_path, recipe_file, capsys, monk
         assert way_out in said
 
 
-def test_torch_still_says_so_of_a_processor():
+def test_out_of_memory_is_recognized_on_cpu():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50)
     assert is_out_of_memory(raised.value)
@@ -312,7 +312,7 @@ def test_torch_still_says_so_of_a_processor():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
+def test_signal_to_a_training_process_saves_and_exits(tmp_path, recipe_file, number, code):
     command = [sys.executable, "-m", "smolforge", "train", recipe_file, "--run", str(tmp_path / "run")]
     started = subprocess.Popen(
         [*command, "--train.steps", "100000", "--train.evaluate-every", "none"], stderr=subprocess.PIPE, text=True
@@ -325,7 +325,9 @@ def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
     err = started.communicate(timeout=60)[1]
     assert started.returncode == code
     last = re.search(r"after step (\d+), everything is saved", " ".join(err.split()))
-    assert training_state.all_of(tmp_path / "run")[-1] == training_state.folder_of(tmp_path / "run", int(last[1]))
+    assert training_state.list_checkpoints(tmp_path / "run")[-1] == training_state.checkpoint_dir(
+        tmp_path / "run", int(last[1])
+    )
     assert "Traceback" not in err
 
 
@@ -339,7 +341,7 @@ def test_a_real_signal_to_a_real_process(tmp_path, recipe_file, number, code):
         ("inspect", signal.SIGTERM, 130),
     ],
 )
-def test_a_signal_amid_the_first_imports_is_one_sentence_too(tmp_path, verb, number, code):
+def test_signal_during_imports_prints_one_line(tmp_path, verb, number, code):
     """A library in the place of cyclopts sends it to whoever imports it."""
     (tmp_path / "cyclopts.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
     command, environment = [sys.executable, "-m", "smolforge", verb], os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -348,7 +350,7 @@ def test_a_signal_amid_the_first_imports_is_one_sentence_too(tmp_path, verb, num
     assert done.stderr == f"smolforge: stopped by {number.name} before it began\n"
 
 
-def test_a_signal_that_a_shell_had_ignored_stays_so(tmp_path):
+def test_signal_ignored_by_the_shell_stays_ignored(tmp_path):
     (tmp_path / "cyclopts.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nraise SystemExit(7)\n")
     command, environment = (
         f"trap '' INT; {sys.executable} -m smolforge inspect",
@@ -357,15 +359,15 @@ def test_a_signal_that_a_shell_had_ignored_stays_so(tmp_path):
     assert subprocess.run(["bash", "-c", command], env=environment, check=False).returncode == 7
 
 
-def test_an_interrupt_before_a_command_is_known_is_one_sentence_too(capsys, monkeypatch):
+def test_ctrl_c_before_the_command_prints_one_line(capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "program", interrupted)
+    monkeypatch.setattr(cli, "build_cli", interrupted)
     assert call(capsys, "inspect", "machine") == (130, "", "smolforge: interrupted\n")
 
 
-def test_a_model_reads_standard_input_and_a_closed_pipe_is_no_error(tmp_path, finished):
+def test_generate_reads_stdin_and_tolerates_a_closed_pipe(tmp_path, finished):
     command = f"printf 'the model' | {sys.executable} -m smolforge generate {finished} --max-new-tokens 60 | head -c 3"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=True)
     assert done.stdout == "the"
@@ -373,7 +375,7 @@ def test_a_model_reads_standard_input_and_a_closed_pipe_is_no_error(tmp_path, fi
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_standard_output_is_said(finished):
+def test_generate_reports_a_full_disk_on_stdout(finished):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "smolforge", "generate", finished, "--prompt", "x", "--max-new-tokens", "3"],
@@ -385,7 +387,7 @@ def test_a_full_standard_output_is_said(finished):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_result_that_a_full_disk_refuses_is_said():
+def test_result_reports_a_full_disk_on_stdout():
     """What is printed without a flush, as all results are."""
     command = [sys.executable, "-m", "smolforge", "inspect", "smollm2-135m", "--json"]
     with Path("/dev/full").open("w") as full:
@@ -393,13 +395,13 @@ def test_a_result_that_a_full_disk_refuses_is_said():
     assert (done.returncode, done.stderr) == (4, "smolforge: [Errno 28] No space left on device\n")
 
 
-def test_a_result_that_nobody_reads_is_no_error():
+def test_result_tolerates_a_closed_pipe():
     command = f"{sys.executable} -m smolforge inspect smollm2-135m --json | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_long_text_of_a_prompt_is_said(capsys, finished):
+def test_generate_refuses_a_too_long_prompt(capsys, finished):
     code, _, err = call(capsys, "generate", finished, "--prompt", sentences(30))
     assert code == 2
     assert "this model takes 128 with its answer" in err
@@ -416,13 +418,13 @@ def test_the_long_text_of_a_prompt_is_said(capsys, finished):
         (ZeroDivisionError("division by zero"), 1, "this should not have happened: ZeroDivisionError"),
     ],
 )
-def test_errors_of_the_machine_and_our_own_are_one_line_too(capsys, monkeypatch, error, code, said):
+def test_machine_and_internal_errors_are_one_line(capsys, monkeypatch, error, code, said):
     from smolforge.cli import inspect
 
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(inspect, "_facts", fail)
+    monkeypatch.setattr(inspect, "_build_report", fail)
     found, out, err = call(capsys, "inspect", "machine")
     assert (found, out, err.count("\n")) == (code, "", 1)
     assert said in err

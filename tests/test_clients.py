@@ -60,7 +60,7 @@ def agree(model, items, tokenizer, tmp_path):
     for sample, found in zip(theirs, ours, strict=True):
         values = [float(answer[0]) for answer in sample["filtered_resps"]]
         differences += [abs(a - b) for a, b in zip(found.logprobs, values, strict=True)]
-        right = found.right()
+        right = found.correct()
         assert (right["acc"], right["acc_chars"]) == (bool(sample["acc"]), bool(sample["acc_norm"]))
     assert max(differences) < 1e-3
     return max(differences)
@@ -68,7 +68,7 @@ def agree(model, items, tokenizer, tmp_path):
 
 @pytest.mark.long  # for its imports; test_server.py has the same in this process
 @pytest.mark.parametrize("tokenizer", ["remote", "huggingface"])
-def test_lm_eval_gives_a_served_model_the_scores_it_has_in_process(tmp_path, tokenizer):
+def test_lm_eval_over_http_equals_in_process_scores(tmp_path, tokenizer):
     model, draw, lines = tiny_model(max_position_embeddings=1024), np.random.default_rng(0), []
     for number in range(8):
         query = " ".join(draw.choice(WORDS, 4))
@@ -80,7 +80,7 @@ def test_lm_eval_gives_a_served_model_the_scores_it_has_in_process(tmp_path, tok
 
 @pytest.mark.long
 @pytest.mark.parametrize("tokenizer", ["remote", "huggingface"])
-def test_lm_eval_on_arc_easy(shared, tmp_path, tokenizer):
+def test_lm_eval_over_http_equals_in_process_on_arc_easy(shared, tmp_path, tokenizer):
     """All 570 items of its validation part, with the published tokenizer."""
     model = tiny_model(vocab_size=49152, max_position_embeddings=1024)
     model.tokenizer = Tokenizer.load(shared / "smollm2-tokenizer")
@@ -89,7 +89,7 @@ def test_lm_eval_on_arc_easy(shared, tmp_path, tokenizer):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("package", "script"), [("langchain-openai", "langchain"), ("litellm", "litellm")])
-def test_clients_with_environments_of_their_own(package, script):
+def test_langchain_and_litellm_work_with_the_server(package, script):
     subprocess.run(["make", f".clients/{package}"], cwd=ROOT, check=True)
     python = ROOT / ".clients" / package / "bin" / "python"
     with Running(KEY) as server:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.comparison import figures, page, style, summaries, table
-from smolforge.comparison.history import PARTS, read
+from smolforge.comparison.history import TIME_PARTS, read_history
 from smolforge.comparison.select import holds_runs, select, shortest_names
 from smolforge.config.load import to_recipe, write_recipe
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.runs import train
 from smolforge.training.run_folder import as_line
 
@@ -79,7 +79,7 @@ def runs(tmp_path) -> Path:
 def shown(tmp_path_factory) -> Path:
     """What compare writes of the three."""
     home = tmp_path_factory.mktemp("shown")
-    page.write(select([three_runs(home / "runs")]), home / "out")
+    page.write_page(select([three_runs(home / "runs")]), home / "out")
     return home / "out"
 
 
@@ -115,14 +115,14 @@ def three_runs(folder: Path) -> Path:
         (5, ({"step": 0, "time": ""},), "stopped", "by a version that did not write down why"),
     ],
 )
-def test_a_run_says_what_it_is_doing(tmp_path, metrics, starts, state, why):
-    run = read(make_run(tmp_path / "run", metrics, starts))
+def test_run_history_reports_the_state(tmp_path, metrics, starts, state, why):
+    run = read_history(make_run(tmp_path / "run", metrics, starts))
     assert run.state == state
-    assert why in run.why
+    assert why in run.reason
     assert (run.step, run.steps) == (metrics, 8)
 
 
-def test_a_run_that_is_trained_now(tmp_path):
+def test_run_history_reports_a_running_process(tmp_path):
     folder = make_run(tmp_path / "run", 5, [start()])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
@@ -131,10 +131,10 @@ def test_a_run_that_is_trained_now(tmp_path):
         [sys.executable, "-c", code, folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
         assert child.stdout.readline() == b"held\n"
-        run = read(folder)
+        run = read_history(folder)
         child.stdin.close()
-    assert (run.state, run.why, run.step) == ("running", "process 77 on here trains it", 5)
-    assert read(folder).state == "killed"
+    assert (run.state, run.reason, run.step) == ("running", "process 77 on here trains it", 5)
+    assert read_history(folder).state == "killed"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_run_that_is_trained_now(tmp_path):
         ("environment.json", '[{"step": 0, "ended": {"state": "eaten"}}]', "ended as {'state': 'eaten'}, which this"),
     ],
 )
-def test_a_broken_run_says_what_is_broken(tmp_path, capsys, file, content, said):
+def test_run_history_names_what_is_corrupted(tmp_path, capsys, file, content, said):
     folder = make_run(tmp_path / "all" / "run")
     make_run(tmp_path / "all" / "sound")
     (folder / file).unlink()
@@ -160,8 +160,8 @@ def test_a_broken_run_says_what_is_broken(tmp_path, capsys, file, content, said)
         (folder / name).touch()
     if content is not None:
         (folder / file).write_text(content)
-    with pytest.raises((InvalidFile, SettingError), match=re.escape(said)):
-        read(folder)
+    with pytest.raises((InvalidFileError, ConfigError), match=re.escape(said)):
+        read_history(folder)
     for verb in ("compare", "inspect"):
         assert cli.run([verb, str(folder), str(folder), "--out", str(tmp_path / "out")][: 4 + (verb == "compare")]) in (
             2,
@@ -171,40 +171,42 @@ def test_a_broken_run_says_what_is_broken(tmp_path, capsys, file, content, said)
     selection = select([folder.parent])
     assert [run.name for run in selection.runs] == ["sound"]
     assert said in selection.broken["run"]
-    broken = table.rows(selection)[-1]
+    broken = table.table_rows(selection)[-1]
     assert (broken.run, broken.state, broken.step) == ("run", "broken", None)
 
 
-def test_seconds_are_those_of_parts_or_of_the_rate(tmp_path):
+def test_step_seconds_come_from_phases_or_the_rate(tmp_path):
     lines = [step_line(1), step_line(2, seconds_between=3.0), {"step": 3, "tokens_per_second": 64.0}, {"step": 4}]
-    run = read(make_run(tmp_path / "run", lines))
+    run = read_history(make_run(tmp_path / "run", lines))
     assert run.seconds.tolist() == pytest.approx([0.5, 4.0, 6.0, 6.0])
     assert run.tokens.tolist() == [128, 256, 384, 512]
-    assert set(run.parts) == set(PARTS)
-    older = read(FIXTURES / "format-1")
-    assert older.parts == {}
+    assert set(run.phase_seconds) == set(TIME_PARTS)
+    older = read_history(FIXTURES / "format-1")
+    assert older.phase_seconds == {}
     rates = [json.loads(line)["tokens_per_second"] for line in (older.path / "metrics.jsonl").read_text().splitlines()]
     assert older.seconds[-1] == pytest.approx(sum(128 / rate for rate in rates))
     assert (older.state, older.step) == ("finished", 4)
 
 
-def test_the_table(runs):
-    rows = table.rows(select([runs]))
+def test_table_shows_each_run(runs):
+    rows = table.table_rows(select([runs]))
     assert [row.run for row in rows] == ["$a_1$ <b>", "_日本", "through"]
     twice, wrong, through = rows
     assert (twice.resumed, wrong.resumed) == ([4], [])
     assert (through.loss, through.validation_loss) == (pytest.approx(6 - 8 / 9), pytest.approx(5.2))
     assert (through.tokens, through.seconds, through.tokens_per_second) == (8 * 128, pytest.approx(4.0), 256.0)
     assert (wrong.step, wrong.steps, wrong.state, wrong.why) == (7, 8, "diverged", "its numbers went wrong")
-    heading, *lines = table.lines(rows)
+    heading, *lines = table.format_table(rows)
     assert heading.split()[:4] == ["run", "state", "step", "loss"]
     said = r"through +finished +8 of 8 +5\.111 +5\.200 +2\.000 +256 +0:00:04 +[\d-]{10} \d\d:\d\d  all 8 steps are done"
     assert re.fullmatch(said, lines[2])
     assert lines[2].index("all 8") == heading.index("why")
 
 
-def test_a_newest_value_is_the_newest_number(tmp_path):
-    run = read(make_run(tmp_path / "run", [step_line(1), step_line(2, loss=None, tokens_per_second_median=99.0)]))
+def test_newest_value_skips_missing_numbers(tmp_path):
+    run = read_history(
+        make_run(tmp_path / "run", [step_line(1), step_line(2, loss=None, tokens_per_second_median=99.0)])
+    )
     assert run.newest("loss") == pytest.approx(6 - 1 / 9)
     assert run.newest("nothing") is None
     assert run.tokens_per_second == 99.0
@@ -216,7 +218,7 @@ NAMES = st.lists(
 
 
 @given(NAMES)
-def test_names_are_the_shortest_that_are_unique(every):
+def test_shortest_names_are_unique(every):
     paths = [Path("/", *parts) for parts in every]
     names = shortest_names(paths)
     assert len(set(names)) == len(names)
@@ -227,7 +229,7 @@ def test_names_are_the_shortest_that_are_unique(every):
         assert count == 1 or sum(other.parts[-count + 1 :] == shorter for other in paths) > 1 or name == str(path)
 
 
-def test_folders_of_runs_are_opened(tmp_path):
+def test_select_finds_runs_in_folders(tmp_path):
     for name in ("lr-10", "lr-2", "deep/one/run", "old/run", ".hidden/run"):
         make_run(tmp_path / name, 1)
     (tmp_path / "notes.txt").touch()
@@ -246,10 +248,10 @@ XY = st.integers(1, 400).flatmap(
 
 @settings(deadline=None, max_examples=60)
 @given(XY, st.integers(3, 50))
-def test_thinning_keeps_ends_and_means(values, most):
+def test_thinned_keeps_ends_and_means(values, most):
     y = np.array(values)
     x = np.arange(len(y), dtype=float) * 3
-    thin_x, thin_y = figures.thinned(x, y, most)
+    thin_x, thin_y = figures.downsample(x, y, most)
     assert len(thin_x) == len(thin_y) == min(most, len(y))
     assert (thin_x[0], thin_x[-1]) == (x[0], x[-1])
     assert np.array_equal([thin_y[0], thin_y[-1]], [y[0], y[-1]], equal_nan=True)
@@ -262,47 +264,47 @@ def test_thinning_keeps_ends_and_means(values, most):
 
 @settings(deadline=None, max_examples=60)
 @given(XY)
-def test_smoothing_begins_as_the_curve_does_and_stays_inside(values):
+def test_smoothed_starts_at_the_curve_and_stays_inside(values):
     y = np.array(values)
-    smooth = figures.smoothed(y, share=0.2)
+    smooth = figures.running_mean(y, share=0.2)
     assert np.array_equal(smooth[:1], y[:1], equal_nan=True)
     if np.isfinite(y).any():
         assert np.nanmin(y) - 1e-9 <= np.nanmin(smooth) <= np.nanmax(smooth) <= np.nanmax(y) + 1e-9
     line = np.arange(float(len(y)))
     half = int(len(y) * 0.2) // 2
-    assert figures.smoothed(line, 0.2)[: len(y) - half] == pytest.approx(line[: len(y) - half])
+    assert figures.running_mean(line, 0.2)[: len(y) - half] == pytest.approx(line[: len(y) - half])
 
 
-def test_a_broken_run_does_not_press_the_others_flat():
+def test_axis_extent_ignores_a_diverged_run():
     good, broken = np.linspace(9, 3, 100), np.concatenate([np.linspace(9, 5, 60), np.full(40, 1e6)])
-    low, high = figures.extent([good, broken])
-    assert (low, high) == figures.extent([np.append(good, 1e6)])
+    low, high = figures.loss_limits([good, broken])
+    assert (low, high) == figures.loss_limits([np.append(good, 1e6)])
     assert 2.5 < low < 3 < 11.25 < high < 11.8
-    assert figures.extent([good])[1] < 9.2
-    assert figures.extent([np.full(9, 2.0)]) == (1.5, 2.5)
-    assert figures.extent([np.array([np.nan])]) is None
-    assert figures.unit("tokens", 2e6) == (1e6, "million tokens")
-    assert figures.unit("tokens", 12.0) == (1, "tokens")
+    assert figures.loss_limits([good])[1] < 9.2
+    assert figures.loss_limits([np.full(9, 2.0)]) == (1.5, 2.5)
+    assert figures.loss_limits([np.array([np.nan])]) is None
+    assert figures.axis_unit("tokens", 2e6) == (1e6, "million tokens")
+    assert figures.axis_unit("tokens", 12.0) == (1, "tokens")
 
 
-def test_what_happened_is_marked(runs):
+def test_figures_mark_resumes_and_rewinds(runs):
     twice, wrong, _ = select([runs]).runs
-    assert figures.happened(twice) == [(4, "resumed")]
-    assert figures.happened(wrong) == [(2, "rewound"), (5, "left out")]
-    over = select([runs / "$a_1$ <b>"]).runs[0].at.astype(float)
-    with style.styled("test"):
-        (axes,) = figures.loss([twice], over="steps").axes
+    assert figures.interruptions(twice) == [(4, "resumed")]
+    assert figures.interruptions(wrong) == [(2, "rewound"), (5, "left out")]
+    over = select([runs / "$a_1$ <b>"]).runs[0].record_steps.astype(float)
+    with style.style_context("test"):
+        (axes,) = figures.loss_figure([twice], x_axis="steps").axes
     assert [text.get_text() for text in axes.texts] == ["resumed at step 4"]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [4.0]
-    assert read(make_run(runs / "again", starts=[*FINISHED, start(8, **ended("finished"))])).resumes == []
+    assert read_history(make_run(runs / "again", starts=[*FINISHED, start(8, **ended("finished"))])).resumes == []
     assert over.tolist() == list(range(1, 9))
 
 
-def test_words_that_would_touch_are_left_out(tmp_path):
+def test_figures_drop_overlapping_labels(tmp_path):
     starts = [start(step, **ended("stopped")) for step in (0, 100, 110, 150, 160, 480)]
-    run = read(make_run(tmp_path / "run", 500, starts, train__steps=500))
-    with style.styled("test"):
-        figure = figures.loss([run])
+    run = read_history(make_run(tmp_path / "run", 500, starts, train__steps=500))
+    with style.style_context("test"):
+        figure = figures.loss_figure([run])
         (axes,) = figure.axes
         figure.canvas.draw()
     assert [text.get_text() for text in axes.texts] == [f"resumed at step {step}" for step in (100, 150, 480)]
@@ -312,20 +314,20 @@ def test_words_that_would_touch_are_left_out(tmp_path):
     assert last.x1 <= figure.bbox.x1
 
 
-def test_the_loss_is_drawn_as_it_was(runs):
-    through = read(runs / "through")
-    with style.styled("test"):
-        (axes,) = figures.loss([through]).axes
+def test_loss_figure_shows_the_exact_values(runs):
+    through = read_history(runs / "through")
+    with style.style_context("test"):
+        (axes,) = figures.loss_figure([through]).axes
     each, _, held = axes.lines
     assert each.get_ydata().tolist() == through.column("loss").tolist()
     assert held.get_ydata().tolist() == pytest.approx([5.6, 5.2])
     assert held.get_xdata().tolist() == [512, 1024]
 
 
-def test_where_the_time_goes_leaves_out_the_steps_that_compile(tmp_path):
+def test_mean_step_phases_skip_compile_steps(tmp_path):
     lines = [step_line(step, seconds_forward=9.0 if step in (1, 5) else 0.2) for step in range(1, 9)]
     starts = (start(**ended("stopped")), start(4, **ended("finished")))
-    found = style.mean_parts(read(make_run(tmp_path / "run", lines, starts)))
+    found = style.mean_phase_seconds(read_history(make_run(tmp_path / "run", lines, starts)))
     assert found == pytest.approx({"data": 0.1, "forward": 0.2, "backward": 0.1, "optimizer": 0.1, "other": 0.0})
 
 
@@ -343,33 +345,33 @@ def test_figures_are_svg_and_png(shown):
         assert {"$a_1$ <b>", "_??", "through"} <= {each.text for each in root.iter("{http://www.w3.org/2000/svg}text")}
 
 
-def test_a_figure_is_the_same_twice(shown, tmp_path):
+def test_figures_are_reproducible(shown, tmp_path):
     selection = select([shown.parent / "runs"])
-    svg, _ = style.save(lambda: figures.loss(selection.runs), tmp_path / "loss-tokens")
+    svg, _ = style.draw_and_save(lambda: figures.loss_figure(selection.runs), tmp_path / "loss-tokens")
     assert svg.read_bytes() == (shown / svg.name).read_bytes()
 
 
-def test_nothing_to_draw_is_no_figure(tmp_path):
+def test_figures_need_trained_steps(tmp_path):
     assert figures.draw_all(select([make_run(tmp_path / "none", 0, ())]).runs, tmp_path) == {}
-    with pytest.raises(InvalidFile, match="has no loss to draw: no step was trained"):
-        figures.loss_curve(tmp_path / "none", tmp_path / "loss.png", "nothing")
+    with pytest.raises(InvalidFileError, match="has no loss to draw: no step was trained"):
+        figures.draw_loss_curve(tmp_path / "none", tmp_path / "loss.png", "nothing")
 
 
-def test_long_runs_make_small_files(tmp_path):
+def test_figures_of_long_runs_are_small_files(tmp_path):
     noise = np.random.default_rng(0).normal(size=10_000)
     lines = [step_line(step, loss=6 + noise[step - 1], grad_norm=2 + noise[step - 1] ** 2) for step in range(1, 10_001)]
-    run = read(make_run(tmp_path / "run", lines, train__steps=10_000))
-    for draw in (figures.loss, figures.gradient_norm):
-        with style.styled("test"):
-            style.write(draw([run, run, run, run]), tmp_path / "long.svg")
+    run = read_history(make_run(tmp_path / "run", lines, train__steps=10_000))
+    for draw in (figures.loss_figure, figures.gradient_norm_figure):
+        with style.style_context("test"):
+            style.write_figure(draw([run, run, run, run]), tmp_path / "long.svg")
         assert (tmp_path / "long.svg").stat().st_size < 300_000
 
 
-def test_no_two_runs_look_alike():
-    looks = style.looks(60)
+def test_style_gives_each_run_its_own_look():
+    looks = style.line_styles(60)
     assert len(set(looks)) == 60
     assert len({look.color for look in looks[:7]}) == 7
-    assert style.drawable("x" * 100).count("x") < 40
+    assert style.printable_name("x" * 100).count("x") < 40
 
 
 class Page(HTMLParser):
@@ -409,7 +411,7 @@ def seen(shown) -> Page:
     return Page((shown / "index.html").read_text())
 
 
-def test_the_page_stands_alone(seen, shown):
+def test_page_is_self_contained(seen, shown):
     content = (shown / "index.html").read_text()
     assert "http:" not in content
     assert "https:" not in content
@@ -422,7 +424,7 @@ def test_the_page_stands_alone(seen, shown):
         assert match in seen.ids
 
 
-def test_the_page_shows_texts_as_texts(seen):
+def test_page_escapes_texts(seen):
     assert "<script>alert(1)</script>\n\nthe" in seen.text
     assert "$a_1$ <b>" in seen.text
     for said in ("stopped by SIGINT", "update left out", "taken back to step 2", "its numbers went wrong", "a cpu"):
@@ -430,65 +432,65 @@ def test_the_page_shows_texts_as_texts(seen):
     assert re.search(r"optim\.learning_rate\s*0\.002\s*0\.003\s*0\.003", seen.text)
 
 
-def test_a_page_turns_dark_as_a_whole(shown):
+def test_page_replaces_every_color_for_dark_mode(shown):
     for file in shown.glob("*.svg"):
-        left = set(re.findall(r"#[0-9a-f]{6}\b", page.inlined(file.read_text(), file.stem)))
+        left = set(re.findall(r"#[0-9a-f]{6}\b", page.inline_svg(file.read_text(), file.stem)))
         assert left <= {style.DARK, "#8c8c8c"}
 
 
-def test_a_name_like_a_color_is_left_alone():
+def test_page_keeps_names_that_look_like_colors():
     text = '#0072b2 id="a_1"</text></svg>'
     svg = f'<?xml?><svg width="1pt" viewBox="0 0 1 1" height="1pt"><text id="text_9" style="fill: #0072b2">{text}'
-    assert page.inlined(svg, "x & y") == (
+    assert page.inline_svg(svg, "x & y") == (
         f'<svg role="img" aria-label="x &amp; y" viewBox="0 0 1 1"><text style="fill: var(--blue)">{text}'
     )
 
 
-def test_half_a_character_is_shown_somehow(tmp_path, monkeypatch):
+def test_page_shows_invalid_unicode(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "draw_all", lambda runs, out: {})
     sample = {"step": 2, "prompt": "\ud800", "text": "\udfff\x00"}
     folder = make_run(tmp_path / "run")
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    assert "After “?”" in page.write(select([folder]), tmp_path / "out")[0].read_text()
+    assert "After “?”" in page.write_page(select([folder]), tmp_path / "out")[0].read_text()
 
 
-def test_samples_lie_side_by_side(tmp_path):
+def test_samples_are_shown_side_by_side(tmp_path):
     def texts(*steps):
         return [{"step": step, "prompt": "a", "text": f"at {step}"} for step in steps]
 
-    many = read(make_run(tmp_path / "many", samples=texts(*range(10, 310, 10))))
-    few = read(make_run(tmp_path / "few", samples=texts(10, 152, 300)))
-    (found,) = summaries.samples([many, few])
-    assert (len(found.rows), found.left_out) == (summaries.MOST_SAMPLES, 30 - summaries.MOST_SAMPLES)
+    many = read_history(make_run(tmp_path / "many", samples=texts(*range(10, 310, 10))))
+    few = read_history(make_run(tmp_path / "few", samples=texts(10, 152, 300)))
+    (found,) = summaries.samples_by_prompt([many, few])
+    assert (len(found.rows), found.num_omitted) == (summaries.MAX_SAMPLES, 30 - summaries.MAX_SAMPLES)
     left, right = zip(*found.rows, strict=True)
     assert (left[0].step, left[-1].step) == (10, 300)
     assert [each.step for each in right if each] == [10, 300]
-    (one,) = summaries.samples([read(make_run(tmp_path / "one", samples=texts(5)))])
+    (one,) = summaries.samples_by_prompt([read_history(make_run(tmp_path / "one", samples=texts(5)))])
     assert one.rows == [[summaries.Sample(5, "at 5")]]
-    late = read(make_run(tmp_path / "late", samples=texts(1000, 2000, 3000)))
-    short = read(make_run(tmp_path / "short", samples=texts(20, 40)))
-    (ended,) = summaries.samples([late, short])
+    late = read_history(make_run(tmp_path / "late", samples=texts(1000, 2000, 3000)))
+    short = read_history(make_run(tmp_path / "short", samples=texts(20, 40)))
+    (ended,) = summaries.samples_by_prompt([late, short])
     assert [row[1] and row[1].step for row in ended.rows] == [40, None, None]
 
 
-def test_what_happened_is_told_in_order(runs):
+def test_timeline_lists_events_in_order(runs):
     twice, wrong, through = select([runs]).runs
-    assert [event.what for event in summaries.timeline(twice)] == ["began", "stopped", "resumed", "finished"]
-    assert [event.what for event in summaries.timeline(wrong)] == [
+    assert [event.label for event in summaries.timeline(twice)] == ["began", "stopped", "resumed", "finished"]
+    assert [event.label for event in summaries.timeline(wrong)] == [
         "began",
         "taken back to step 2",
         "update left out",
         "diverged",
     ]
     first, second = summaries.environments(twice)
-    assert first.facts == {"name": "a cpu", "threads": "2"}
-    assert second.facts == {"threads": "4"}
-    assert summaries.settings([twice, through])["optim.learning_rate"] == ["0.002", "0.003"]
-    assert summaries.settings([twice, through])["optim.betas"] == ["0.9, 0.95"]
-    assert summaries.written(0.1 + 0.2) != summaries.written(0.3)
+    assert first.metadata == {"name": "a cpu", "threads": "2"}
+    assert second.metadata == {"threads": "4"}
+    assert summaries.compare_settings([twice, through])["optim.learning_rate"] == ["0.002", "0.003"]
+    assert summaries.compare_settings([twice, through])["optim.betas"] == ["0.9, 0.95"]
+    assert summaries.format_setting(0.1 + 0.2) != summaries.format_setting(0.3)
 
 
-def test_compare(runs, tmp_path, capsys, monkeypatch):
+def test_compare_writes_page_figures_and_json(runs, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(style, "DPI", 30)
     assert cli.run(["compare", str(runs), "--out", str(out), "--json"]) == 0
@@ -530,7 +532,7 @@ def test_inspect_shows_runs_as_a_table(runs, capsys):
         (["runs", "--out", "file/below"], "file could not be written: Not a directory"),
     ],
 )
-def test_what_cannot_be_compared(runs, tmp_path, monkeypatch, capsys, words, said):
+def test_compare_refuses_what_is_not_a_run(runs, tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("empty").mkdir()
@@ -542,20 +544,20 @@ def test_what_cannot_be_compared(runs, tmp_path, monkeypatch, capsys, words, sai
     assert not Path("comparison").exists()
 
 
-def test_a_real_run(text_file, tmp_path):
+def test_comparison_reads_a_real_run(text_file, tmp_path):
     folder = tmp_path / "run"
     settings = {"train.sample_every": 4, "data.sources": [str(text_file)]}
     (tmp_path / "nano.json").write_text(json.dumps(NANO))
     train(tmp_path / "nano.json", folder, **settings)
     train(tmp_path / "nano.json", folder, steps=12, **settings)
     selection = select([folder])
-    (row,) = table.rows(selection)
+    (row,) = table.table_rows(selection)
     assert (row.state, row.step, row.steps, row.resumed) == ("finished", 12, 12, [8])
     assert 0 < row.seconds < 60
-    figures.loss_curve(folder, tmp_path / "loss.svg", "twelve steps")
+    figures.draw_loss_curve(folder, tmp_path / "loss.svg", "twelve steps")
     assert {"resumed at step 8", "twelve steps"} <= set(
         re.findall(r">([^<]+)</text>", (tmp_path / "loss.svg").read_text())
     )
-    seen = Page(page.render(selection, {}))
+    seen = Page(page.render_page(selection, {}))
     for said in ("A new document", "resumed", "step 12", str(text_file)):
         assert said in seen.text

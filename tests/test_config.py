@@ -6,13 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from smolforge.config import ModelConfig, Recipe
-from smolforge.config.base import FREE, fields, leaves, replaced, validated
-from smolforge.errors import SettingError
+from smolforge.config.base import FREE, fields, leaves, replace_settings, validate_settings
+from smolforge.errors import ConfigError
 
 
 def refuse(tree):
-    with pytest.raises(SettingError) as caught:
-        validated(Recipe, tree)
+    with pytest.raises(ConfigError) as caught:
+        validate_settings(Recipe, tree)
     return str(caught.value)
 
 
@@ -67,27 +67,27 @@ def refuse(tree):
         ),
     ],
 )
-def test_refusals_are_sentences(tree, said):
+def test_config_errors_are_sentences(tree, said):
     assert said in refuse(tree)
 
 
-def test_the_defaults_are_smollm2_135m():
-    assert ModelConfig().head_size == 64
-    assert Recipe().train.rows == 512
+def test_config_defaults_are_smollm2_135m():
+    assert ModelConfig().resolved_head_dim == 64
+    assert Recipe().train.sequences_per_step == 512
 
 
-def test_settings_are_frozen():
+def test_config_is_frozen():
     with pytest.raises(ValidationError):
         Recipe().seed = 1
 
 
-def test_every_setting_says_what_it_is():
+def test_config_fields_have_descriptions():
     for name, field in fields(Recipe):
         assert field.description, name
         assert field.description.endswith("."), name
 
 
-def test_what_may_change_on_resume_is_the_published_list():
+def test_config_free_settings_are_the_published_list():
     free = {name for name, field in fields(Recipe) if FREE in field.metadata}
     fixed = {name for name, _ in fields(Recipe)} - free
     assert {"train.steps", "train.micro_batch_size", "train.device", "data.num_workers"} <= free
@@ -95,7 +95,7 @@ def test_what_may_change_on_resume_is_the_published_list():
     assert all(name in fixed for name in leaves(Recipe()) if name.startswith(("model.", "optim.")))
 
 
-def test_replaced_changes_one_setting_and_checks_it():
-    assert replaced(Recipe(), {"optim.schedule.warmup_steps": 7}).optim.schedule.warmup_steps == 7
-    with pytest.raises(SettingError, match=r"train.steps is -1"):
-        replaced(Recipe(), {"train.steps": -1})
+def test_replaced_changes_one_setting_and_validates_it():
+    assert replace_settings(Recipe(), {"optim.schedule.warmup_steps": 7}).optim.schedule.warmup_steps == 7
+    with pytest.raises(ConfigError, match=r"train.steps is -1"):
+        replace_settings(Recipe(), {"train.steps": -1})

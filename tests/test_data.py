@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.config import Data
-from smolforge.data.batches import IGNORED, Windows, permuted, stream
+from smolforge.data.batches import IGNORE_INDEX, TokenWindows, iterate_batches, shuffled_index
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus, Tokens
 from smolforge.data.prepare import merge
 from smolforge.data.prepare.build import prepare
 from smolforge.data.prepare.document_stream import documents
 from smolforge.data.prepare.documents import python_docs
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.testing import sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer, byte_symbols
 
@@ -40,7 +40,7 @@ def texts_of(corpus, split):
 # Documents
 
 
-def test_kinds_of_sources(tmp_path):
+def test_documents_are_read_from_text_jsonl_and_folders(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.txt").write_bytes("wíth\r\nends\r\n".encode())
     (tmp_path / "sub" / "b.md").write_text("two")
@@ -65,22 +65,22 @@ def test_kinds_of_sources(tmp_path):
         ("x.txt", b" \n \n", "nothing but white space"),
     ],
 )
-def test_broken_sources_are_named(tmp_path, tokenizer, name, content, said):
+def test_prepare_names_invalid_sources(tmp_path, tokenizer, name, content, said):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InvalidFile, match=said):
+    with pytest.raises(InvalidFileError, match=said):
         made(tmp_path, tokenizer, [tmp_path / name])
     assert not (tmp_path / "corpus").exists()
 
 
-def test_missing_sources_are_named(tmp_path):
+def test_documents_names_missing_sources(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InvalidFile, match="there is no file, directory or match"):
+    with pytest.raises(InvalidFileError, match="there is no file, directory or match"):
         list(documents(str(tmp_path / "nope.txt"), Data()))
-    with pytest.raises(InvalidFile, match="there is no text in"):
+    with pytest.raises(InvalidFileError, match="there is no text in"):
         list(documents(str(tmp_path / "empty"), Data()))
 
 
-def test_python_docs_are_the_documentation():
+def test_python_docs_contain_the_documentation():
     found = python_docs()
     groups = {document.group for document in found}
     assert sum(len(document.text) for document in found) > 1_500_000
@@ -92,7 +92,7 @@ def test_python_docs_are_the_documentation():
 # Corpora
 
 
-def test_every_document_once_with_its_end(tmp_path, tokenizer):
+def test_corpus_has_each_document_once_with_its_end(tmp_path, tokenizer):
     kept = [f"document {number} {sentences(1, number)}" for number in range(50)]
     lines = [{"text": text} for text in [*kept, kept[3], "   ", kept[7]]]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -104,7 +104,7 @@ def test_every_document_once_with_its_end(tmp_path, tokenizer):
         assert corpus.size(split)["documents"] == len(texts_of(corpus, split))
 
 
-def test_held_out_groups_are_whole(tmp_path, tokenizer):
+def test_split_keeps_groups_together(tmp_path, tokenizer):
     lines = [
         {"text": f"{group} {sentences(3, 9 * number)}", "of": group}
         for number in range(90)
@@ -121,7 +121,7 @@ def test_held_out_groups_are_whole(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("names", ["x", "xy"])
-def test_few_groups_are_whole_in_all_sources(tmp_path, tokenizer, names):
+def test_split_keeps_few_groups_together_across_sources(tmp_path, tokenizer, names):
     for name, start in (("x", 0), ("y", 300)):
         lines = [{"text": f"g{n % 9} {sentences(2, start + 2 * n)}", "of": f"g{n % 9}"} for n in range(45)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -131,7 +131,7 @@ def test_few_groups_are_whole_in_all_sources(tmp_path, tokenizer, names):
     assert train | held == {f"g{number}" for number in range(9)}
 
 
-def test_a_single_file_holds_out_its_tail(tmp_path, tokenizer, text_file):
+def test_split_of_a_single_file_holds_out_its_end(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path, tokenizer, [text_file])
     (train,), (held,) = texts_of(corpus, TRAIN), texts_of(corpus, HELD_OUT)
     assert train + held == text_file.read_text()
@@ -140,7 +140,7 @@ def test_a_single_file_holds_out_its_tail(tmp_path, tokenizer, text_file):
 
 
 @pytest.mark.parametrize("text", ["Title\n" + "x" * 50_000, "字" * 10_000, "one word " * 5000])
-def test_the_tail_is_a_tail_whatever_the_lines(tmp_path, tokenizer, text):
+def test_split_of_a_single_file_works_for_any_lines(tmp_path, tokenizer, text):
     (tmp_path / "x.txt").write_text(text)
     corpus = made(tmp_path, tokenizer, [tmp_path / "x.txt"])
     assert len(corpus.text(HELD_OUT)) / len(text) == pytest.approx(0.05, abs=0.03)
@@ -148,7 +148,7 @@ def test_the_tail_is_a_tail_whatever_the_lines(tmp_path, tokenizer, text):
 
 
 @pytest.mark.parametrize("limit", [50, 1000, 2500])
-def test_a_limit_of_tokens_is_kept_by_both_parts(tmp_path, tokenizer, text_file, limit):
+def test_token_limit_holds_for_both_splits(tmp_path, tokenizer, text_file, limit):
     corpus = prepare(Data(sources=(str(text_file),), held_out=0.1), tmp_path / "corpus", tokenizer, max_tokens=limit)
     assert corpus.size(TRAIN)["tokens"] == limit * 9 // 10
     assert corpus.size(HELD_OUT)["tokens"] == limit // 10
@@ -156,55 +156,55 @@ def test_a_limit_of_tokens_is_kept_by_both_parts(tmp_path, tokenizer, text_file,
         assert corpus.size(split)["bytes"] == sum(len(text.encode()) for text in texts_of(corpus, split))
 
 
-def test_changed_files_are_noticed(tmp_path, tokenizer, text_file):
+def test_prepare_detects_changed_files(tmp_path, tokenizer, text_file):
     made(tmp_path, tokenizer, [text_file])
     text_file.write_text(sentences(310))
-    with pytest.raises(SettingError, match="from files that changed since"):
+    with pytest.raises(ConfigError, match="from files that changed since"):
         made(tmp_path, tokenizer, [text_file])
 
 
-def test_nothing_held_out_when_asked(tmp_path, tokenizer, text_file):
+def test_split_of_zero_holds_out_nothing(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path, tokenizer, [text_file], held_out=0.0)
     assert corpus.size(HELD_OUT) == {"documents": 0, "tokens": 0, "bytes": 0}
     assert texts_of(corpus, TRAIN) == [text_file.read_text()]
 
 
-def test_the_tokenizer_never_sees_what_is_held_out(tmp_path, text_file):
+def test_tokenizer_training_excludes_the_validation_split(tmp_path, text_file):
     text_file.write_text(sentences(400) + "zyxwzyxw " * 200)
-    corpus = prepare(Data(sources=(str(text_file),), held_out=0.1), tmp_path / "corpus", None, 400)
+    corpus = prepare(Data(sources=(str(text_file),), held_out=0.1), tmp_path / "corpus", None, vocab_size=400)
     assert "zyxw" in corpus.text(HELD_OUT)
     assert not any("zyx" in word for word in corpus.tokenizer().backend.get_vocab())
 
 
-def test_prepared_again_is_found_done_and_others_are_refused(tmp_path, tokenizer, text_file):
+def test_prepare_reuses_the_same_corpus_and_refuses_others(tmp_path, tokenizer, text_file):
     first = made(tmp_path, tokenizer, [text_file])
     written = (first.folder / "train" / "00000.ds").stat().st_mtime_ns
     again = made(tmp_path, tokenizer, [text_file])
     assert (again.fingerprint, (again.folder / "train" / "00000.ds").stat().st_mtime_ns) == (first.fingerprint, written)
-    with pytest.raises(SettingError, match="made with other settings"):
+    with pytest.raises(ConfigError, match="made with other settings"):
         made(tmp_path, tokenizer, [text_file], held_out=0.2)
 
 
-def test_a_damaged_corpus_is_noticed(tmp_path, tokenizer, text_file):
+def test_corpus_detects_corrupted_files(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path, tokenizer, [text_file])
     shard = corpus.folder / "train" / "00000.ds"
     index = shard.with_name("00000.ds.index")
     whole = index.read_bytes()
     index.write_bytes(whole[:-8])
-    with pytest.raises(InvalidFile, match=r"bytes of ends of documents where corpus\.json says"):
+    with pytest.raises(InvalidFileError, match=r"bytes of ends of documents where corpus\.json says"):
         Corpus.open(corpus.folder)
     index.write_bytes(whole)
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(
-        InvalidFile, match=r"bytes of tokens where corpus\.json says .*; delete the corpus, and prepare it"
+        InvalidFileError, match=r"bytes of tokens where corpus\.json says .*; delete the corpus, and prepare it"
     ):
         Corpus.open(corpus.folder)
     (corpus.folder / "corpus.json").write_text("{}")
-    with pytest.raises(InvalidFile, match=r"corpus\.json is broken"):
+    with pytest.raises(InvalidFileError, match=r"corpus\.json is broken"):
         Corpus.open(corpus.folder)
 
 
-def test_datatrove_reads_our_shards(tmp_path, tokenizer, text_file, monkeypatch):
+def test_shards_are_read_by_datatrove(tmp_path, tokenizer, text_file, monkeypatch):
     from datatrove.utils.dataset import DatatroveFileDataset
 
     monkeypatch.setattr(merge, "SHARD_TOKENS", 1000)
@@ -232,49 +232,53 @@ def test_shards_read_as_one_array(lengths, start, length):
 
 
 @given(st.integers(1, 300), st.integers(0, 2**31), st.integers(0, 5))
-def test_an_epoch_is_a_permutation(count, seed, epoch):
-    order = [permuted(place, count, seed, epoch) for place in range(count)]
+def test_shuffled_index_is_a_permutation(count, seed, epoch):
+    order = [shuffled_index(place, count, seed, epoch=epoch) for place in range(count)]
     assert sorted(order) == list(range(count))
 
 
-def test_epochs_and_seeds_differ():
+def test_shuffled_index_differs_by_epoch_and_seed():
     orders = {
-        tuple(permuted(place, 100, seed, epoch) for place in range(100)) for seed in range(5) for epoch in range(5)
+        tuple(shuffled_index(place, 100, seed, epoch=epoch) for place in range(100))
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(orders) == 25
 
 
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 20), st.integers(0, 99))
-def test_every_token_is_predicted_once_an_epoch(total, length, seed):
+def test_token_windows_predict_each_token_once_per_epoch(total, length, seed):
     if total <= length:
         return
-    windows = Windows(Tokens([np.arange(total)]), length, seed)
+    windows = TokenWindows(Tokens([np.arange(total)]), length, seed)
     seen: Counter[int] = Counter()
     for position in range(windows.count):
         ids, labels = windows.window(position)
-        counted = labels != IGNORED
+        counted = labels != IGNORE_INDEX
         assert (labels[counted] == ids[counted] + 1).all()
         seen.update(labels[counted].tolist())
     assert seen == Counter(range(1, total))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
-def test_workers_and_restarts_change_nothing(workers):
-    windows = Windows(Tokens([np.arange(1000)]), 16, seed=5)
-    straight = list(islice(stream(windows, count(), 3, 0), 60))
+def test_batches_do_not_depend_on_workers_or_restarts(workers):
+    windows = TokenWindows(Tokens([np.arange(1000)]), 16, seed=5)
+    straight = list(islice(iterate_batches(windows, count(), 3, num_workers=0), 60))
     for first in (0, 7, 41):
-        for batch, expected in zip(stream(windows, count(first), 3, workers), straight[first:], strict=False):
-            assert torch.equal(batch.ids, expected.ids)
+        for batch, expected in zip(
+            iterate_batches(windows, count(first), 3, num_workers=workers), straight[first:], strict=False
+        ):
+            assert torch.equal(batch.input_ids, expected.input_ids)
             assert torch.equal(batch.labels, expected.labels)
 
 
-def test_a_corpus_below_one_window_is_refused():
-    with pytest.raises(InvalidFile, match="the corpus has 16 training tokens, which is less than one window"):
-        Windows(Tokens([np.arange(16)]), 16, 0)
+def test_token_windows_refuse_a_corpus_below_one_window():
+    with pytest.raises(InvalidFileError, match="the corpus has 16 training tokens, which is less than one window"):
+        TokenWindows(Tokens([np.arange(16)]), 16, 0)
 
 
-def test_bytes_that_vanish_are_counted_and_named(tmp_path, caplog):
+def test_lost_bytes_are_counted_and_logged(tmp_path, caplog):
     """With a vocabulary like the published one, which has no symbol for some control characters."""
     pipeline = json.loads(tiny_tokenizer().backend.to_str())
     symbol = byte_symbols()[0x04]
@@ -286,7 +290,7 @@ def test_bytes_that_vanish_are_counted_and_named(tmp_path, caplog):
     source = tmp_path / "text.txt"
     source.write_text(sentences(30) + "\x04 and \x04\n")
     made = prepare(Data(sources=(str(source),), held_out=0), tmp_path / "corpus", poorer)
-    assert made.facts["lost_bytes"] == {"04": 2}
+    assert made.metadata["lost_bytes"] == {"04": 2}
     assert "2 bytes of the text (04) have no symbol in this tokenizer and are left out" in caplog.text
 
 
@@ -326,9 +330,11 @@ def golden_cases(folder):
     }
 
 
-def test_corpora_are_those_of_before(tmp_path, tokenizer):
+def test_corpus_fingerprints_equal_earlier_versions(tmp_path, tokenizer):
     for name, (data, vocab, limit) in golden_cases(tmp_path).items():
-        corpus = prepare(Data(**data), tmp_path / name, None if vocab else tokenizer, vocab or 0, limit)
+        corpus = prepare(
+            Data(**data), tmp_path / name, None if vocab else tokenizer, vocab_size=vocab or 0, max_tokens=limit
+        )
         assert corpus.fingerprint.startswith(GOLDEN[name]), name
-        asked = corpus.facts["request"]["data"]
+        asked = corpus.metadata["request"]["data"]
         assert asked.keys() == {"sources", "format", "text_key", "group_key", "held_out"}, "a run of before finds it"

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "demonstration"))
 import demonstrate
-import fire
+import kill_runs
 import measure
 import page
 from contestants import plain, trainer
@@ -33,29 +33,31 @@ def points(*found: tuple[int, float, str]) -> list[measure.Point]:
 
 @pytest.fixture
 def runs(tmp_path):
-    """In peace rows a to d; under fire step 2 was taken, lost, and taken again with another row, seen before."""
-    peace = steps(tmp_path / "peace", [(1, 1.0, ["a"]), (2, 2.0, ["b"]), (3, 3.0, ["c"]), (4, 4.0, ["d"])])
+    """Uninterrupted: rows a to d; with kills: step 2 was taken, lost, and taken again with another row, seen before."""
+    uninterrupted = steps(
+        tmp_path / "uninterrupted", [(1, 1.0, ["a"]), (2, 2.0, ["b"]), (3, 3.0, ["c"]), (4, 4.0, ["d"])]
+    )
     lines = [(1, 1.0, ["a"]), (2, 2.0, ["b"]), (2, 12.0, ["a"]), (3, 13.0, ["c"])]
-    return peace, steps(tmp_path / "fire", lines)
+    return uninterrupted, steps(tmp_path / "with_kills", lines)
 
 
-def test_a_torn_line_is_no_step(runs):
+def test_step_log_ignores_a_partial_line(runs):
     assert [line["step"] for line in read(runs[0])] == [1, 2, 3, 4]
 
 
-def test_rows_are_compared_as_they_count_in_the_end(runs):
+def test_repeated_or_skipped_counts_only_final_rows(runs):
     assert measure.repeated_or_skipped(*runs) == (1, 1, 3)
     assert measure.repeated_or_skipped(runs[0], runs[0]) == (0, 0, 4)
 
 
-def test_weights_are_compared_at_the_last_step_both_have():
-    peace = points((20, 5, "x"), (40, 9, "y"), (60, 14, "z"))
-    assert measure.same(peace, points((20, 8, "x"), (40, 20, "y"))) is True
-    assert measure.same(peace, points((20, 8, "x"), (40, 20, "other"))) is False
-    assert measure.same(peace, points((30, 8, "x"))) is None
+def test_same_weights_compares_the_last_common_step():
+    uninterrupted = points((20, 5, "x"), (40, 9, "y"), (60, 14, "z"))
+    assert measure.same(uninterrupted, points((20, 8, "x"), (40, 20, "y"))) is True
+    assert measure.same(uninterrupted, points((20, 8, "x"), (40, 20, "other"))) is False
+    assert measure.same(uninterrupted, points((30, 8, "x"))) is None
 
 
-def test_what_one_has_after_so_many_seconds_is_the_newest_checkpoint_by_then():
+def test_loss_at_a_time_uses_the_newest_checkpoint():
     found = points((20, 5, "x"), (40, 9, "y"))
     assert measure.at(found, 4.9) is None
     assert measure.at(found, 5) == measure.at(found, 8.9) == pytest.approx(2.05)
@@ -65,28 +67,28 @@ def test_what_one_has_after_so_many_seconds_is_the_newest_checkpoint_by_then():
     assert measure.at(begun_anew, 50) == pytest.approx(2.5)
 
 
-def test_restarts_and_speed_are_of_the_lives_of_a_run(tmp_path):
+def test_restart_seconds_and_speed_are_measured_per_start(tmp_path):
     times = [3.0 + 0.5 * number for number in range(10)] + [24.0 + 0.5 * number for number in range(10)]
     out = steps(tmp_path / "run", [(number + 1, time, ["a"]) for number, time in enumerate(times)])
-    seen = fire.Run(began=0.0, starts=[0.0, 10.0, 20.0])
-    assert fire.restarts(out, seen) == [3.0, 4.0]  # the second start came to no step
-    (tmp_path / "ground.json").write_text(json.dumps({"rows": 8, "sequence_length": 256}))
+    seen = kill_runs.Run(began=0.0, starts=[0.0, 10.0, 20.0])
+    assert kill_runs.restarts(out, seen) == [3.0, 4.0]  # the second start came to no step
+    (tmp_path / "setup.json").write_text(json.dumps({"rows": 8, "sequence_length": 256}))
     assert measure.tokens_per_second(tmp_path, out, seen) == pytest.approx(8 * 256 / 0.5)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_kills_are_the_same_for_all_and_leave_time_at_the_end(seed):
-    assert fire.moments(seed, 120) == fire.moments(seed, 120)
-    assert all(0 < each < 120 for each in fire.moments(seed, 120))
-    assert fire.moments(seed, 120) == sorted(fire.moments(seed, 120))
-    assert fire.moments(seed, random.uniform(1, 3)), "no run is spared"
+def test_kill_times_are_the_same_for_all_systems(seed):
+    assert kill_runs.moments(seed, 120) == kill_runs.moments(seed, 120)
+    assert all(0 < each < 120 for each in kill_runs.moments(seed, 120))
+    assert kill_runs.moments(seed, 120) == sorted(kill_runs.moments(seed, 120))
+    assert kill_runs.moments(seed, random.uniform(1, 3)), "no run is spared"
 
 
-def test_memory_is_that_of_a_contestant_and_not_of_who_starts_it():
+def test_peak_memory_excludes_the_parent_process():
     held = bytearray(b"1") * (300 << 20)  # here
     script = "import time; held = bytearray(b'1') * (60 << 20); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
-    assert 60 << 20 < fire._waited(child, time.time() + 2) < 150 << 20 < len(held)
+    assert 60 << 20 < kill_runs._waited(child, time.time() + 2) < 150 << 20 < len(held)
     assert child.returncode == -9
 
 
@@ -103,7 +105,7 @@ time.sleep(60)
 """
 
 
-def test_after_two_failures_in_a_row_what_a_start_reads_is_deleted(tmp_path, monkeypatch):
+def test_two_failed_starts_delete_the_newest_checkpoint(tmp_path, monkeypatch):
     """The newest folder, though it has no weights yet; the one before it stays."""
 
     class Theirs:
@@ -111,16 +113,16 @@ def test_after_two_failures_in_a_row_what_a_start_reads_is_deleted(tmp_path, mon
             resumes_from=lambda out: {int(each.name[-1]): each / "weights" for each in (out / "run").glob("step-*")}
         )
 
-        def command(self, verb, ground, out, seed):
+        def command(self, verb, setup, out, seed):
             return [sys.executable, "-c", BROKEN_AFTER_BOTH, str(Path(out) / "run")]
 
-    monkeypatch.setitem(fire.CONTESTANTS, "theirs", Theirs())
-    seen = fire.run("theirs", tmp_path, tmp_path / "out", 0, 5, fire=False)
+    monkeypatch.setitem(kill_runs.CONTESTANTS, "theirs", Theirs())
+    seen = kill_runs.run("theirs", tmp_path, tmp_path / "out", 0, 5, kills=False)
     assert (seen.failures, seen.helped, len(seen.starts)) == (["broken"] * 2, 1, 3)
     assert [each.name for each in (tmp_path / "out" / "run").iterdir()] == ["step-1"]
 
 
-def test_what_a_start_reads_may_be_half_written(tmp_path):
+def test_resumes_from_includes_half_written_checkpoints(tmp_path):
     for folder in ("checkpoint-20", "checkpoint-40"):
         (tmp_path / "run" / folder).mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-20" / "model.safetensors").write_bytes(b"")
@@ -135,7 +137,7 @@ def test_what_a_start_reads_may_be_half_written(tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 20])
-def test_of_a_checkpoint_that_was_being_written_no_bit_is_flipped(tmp_path, monkeypatch, step):
+def test_bit_flip_check_skips_a_partial_checkpoint(tmp_path, monkeypatch, step):
     """At step 0 a file that cannot be read, at another a folder without weights."""
     (tmp_path / "weights").write_bytes(bytes(100))
     file = tmp_path / ("nothing" if step else "weights")
@@ -144,7 +146,7 @@ def test_of_a_checkpoint_that_was_being_written_no_bit_is_flipped(tmp_path, monk
     assert measure.notices_a_flipped_bit("theirs", tmp_path, tmp_path, 0) is None
 
 
-def test_what_is_written_of_a_step_is_there_at_once(tmp_path):
+def test_step_log_is_written_at_once(tmp_path):
     Steps(tmp_path)(3, ["a", "b"])
     (line,) = read(tmp_path)
     assert (line["step"], line["rows"]) == (3, ["a", "b"])
@@ -152,7 +154,7 @@ def test_what_is_written_of_a_step_is_there_at_once(tmp_path):
 
 def numbers() -> dict:
     one = {
-        "bits_per_byte": {kind: {"30": 2.5, "60": None} for kind in ("peace", "fire")},
+        "bits_per_byte": {kind: {"30": 2.5, "60": None} for kind in ("uninterrupted", "with_kills")},
         "tokens_per_second": 5000.0,
         "peak_bytes": 2**30,
         "same_weights": True,
@@ -163,28 +165,32 @@ def numbers() -> dict:
         "helped": 0,
         "failures": [],
         "notices_a_flipped_bit": True,
-        "points": {kind: [[20, 9.0, 2.5, "x"], [40, 15.0, 2.3, "y"]] for kind in ("peace", "fire")},
+        "points": {kind: [[20, 9.0, 2.5, "x"], [40, 15.0, 2.3, "y"]] for kind in ("uninterrupted", "with_kills")},
         "killed": [20.0],
     }
-    ground = {"bytes": 10, "sha256": "0" * 64, "held_out_bytes": 5, "preset": "smollm2-nano", "learning_rate": 3e-3}
-    ground |= {"warmup_steps": 20, "rows": 8, "sequence_length": 256, "save_every": 20, "dtype": "float32"}
+    setup = {"bytes": 10, "sha256": "0" * 64, "held_out_bytes": 5, "preset": "smollm2-nano", "learning_rate": 3e-3}
+    setup |= {"warmup_steps": 20, "rows": 8, "sequence_length": 256, "save_every": 20, "dtype": "float32"}
     other = one | {"same_weights": False, "helped": 1, "tokens_per_second": 3000.0}
-    never = other | {"tokens_per_second": None, "restart_seconds": None, "points": {"peace": [], "fire": []}}
+    never = other | {
+        "tokens_per_second": None,
+        "restart_seconds": None,
+        "points": {"uninterrupted": [], "with_kills": []},
+    }
     found = {"smolforge": {"0": one}, "plain": {"0": one, "1": other, "2": never}}
     said = {"absent": ["litgpt"], "used": {"smolforge": "by its interface"}, "machine": {"cpu": "any", "cores": 2}}
-    return {"seconds": 60, "ground": ground, "found": found, **said}
+    return {"seconds": 60, "setup": setup, "found": found, **said}
 
 
-def test_the_table_says_what_was_seen_and_who_was_not_there(tmp_path):
+def test_table_shows_results_and_absent_systems(tmp_path):
     (tmp_path / "demonstration.json").write_text(json.dumps(numbers()))
     table = page.write(tmp_path)
     for line in (
         "|  | smolforge | plain loop, as nanoGPT's |",
-        "| bits a byte in peace, at 30, 60 s | 2.50, none | 2.50, none |",
+        "| bits per byte uninterrupted, at 30, 60 s | 2.50, none | 2.50, none |",
         "| weights as if never killed | yes | 1 of 3 |",
-        "| rows of text repeated; skipped | 0; 0 of 2,400 | 0; 0 of 7,200 |",
+        "| sequences seen twice; never seen | 0; 0 of 2,400 | 0; 0 of 7,200 |",
         "| checkpoints deleted by hand to go on | 0 | 2 |",
-        "| tokens a second | 5,000 | 4,000 (3,000 to 5,000) |",
+        "| tokens per second | 5,000 | 4,000 (3,000 to 5,000) |",
         "- by its interface",
         "- litgpt: not installed here",
     ):
@@ -192,7 +198,7 @@ def test_the_table_says_what_was_seen_and_who_was_not_there(tmp_path):
     assert (tmp_path / "demonstration.svg").stat().st_size > 5000
 
 
-def test_the_page_and_the_readme_say_what_the_numbers_say():
+def test_page_and_readme_show_the_recorded_numbers():
     root = Path(__file__).parents[1]
     numbers = json.loads((root / "docs" / "demonstration.json").read_text())
     assert (root / "docs" / "demonstration.md").read_text() == page.page(numbers)
@@ -211,15 +217,15 @@ def test_the_page_and_the_readme_say_what_the_numbers_say():
         ("time.sleep(60)", None),
     ],
 )
-def test_a_flipped_bit_is_noticed_by_what_does_not_go_on_from_it(tmp_path, monkeypatch, life, noticed):
+def test_bit_flip_is_noticed_if_training_does_not_continue(tmp_path, monkeypatch, life, noticed):
     script = "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from watch import Steps"
     script += f"; write = Steps(Path(sys.argv[2])); {life}; time.sleep(60)"
 
     class Theirs:
         module = SimpleNamespace(resumes_from=lambda out: {20: out / "weights"})
 
-        def command(self, verb, ground, out, seed):
-            return [sys.executable, "-c", script, str(Path(fire.__file__).parent), out]
+        def command(self, verb, setup, out, seed):
+            return [sys.executable, "-c", script, str(Path(kill_runs.__file__).parent), out]
 
     steps(tmp_path / "run", [(20, 1.0, ["a"])])
     (tmp_path / "run" / "weights").write_bytes(bytes(100))
@@ -230,7 +236,7 @@ def test_a_flipped_bit_is_noticed_by_what_does_not_go_on_from_it(tmp_path, monke
     assert not (tmp_path / "run-flipped").exists()
 
 
-def test_a_folder_begun_with_runs_of_another_length_is_refused(tmp_path, monkeypatch):
+def test_demonstration_refuses_a_folder_of_another_length(tmp_path, monkeypatch):
     (tmp_path / "demonstration.json").write_text(json.dumps({"seconds": 120.0}))
     monkeypatch.setattr("sys.argv", ["demonstrate.py", str(tmp_path), "--seconds", "300"])
     with pytest.raises(SystemExit, match="begun with 120 s a run; give another folder, or --seconds 120"):

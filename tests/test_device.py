@@ -7,9 +7,16 @@ import pytest
 import torch
 
 from smolforge import device as device_module
-from smolforge.device import best_product, matrix_flops_per_second, name_of, peak_flops, pick_device
-from smolforge.device.peak_flops import DEVICES, flops_per_second, peak, published
-from smolforge.device.usage import Counter, Energy, PerToken, energy, nvml, rapl
+from smolforge.device import device_name, matmul_flops_per_second, measure_matmul_flops, peak_flops, pick_device
+from smolforge.device.peak_flops import PUBLISHED_PEAKS, device_peak, find_published_peak, published_flops_per_second
+from smolforge.device.usage import (
+    EnergyMeter,
+    EnergyPerToken,
+    JouleCounter,
+    nvml_counters,
+    open_energy_meter,
+    rapl_counters,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,11 +47,11 @@ CPU = torch.device("cpu")
         ("Apple M1 Max 32-core", None, 400.0),
     ],
 )
-def test_devices_are_known_by_their_whole_name(name, bfloat16, bandwidth):
-    row = published(name)
+def test_peak_flops_knows_devices_by_their_full_name(name, bfloat16, bandwidth):
+    row = find_published_peak(name)
     assert row is not None
     assert (row.bfloat16, row.bandwidth) == (bfloat16, bandwidth)
-    assert flops_per_second(name, "bfloat16") == (bfloat16 and bfloat16 * 1e12)
+    assert published_flops_per_second(name, "bfloat16") == (bfloat16 and bfloat16 * 1e12)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +73,16 @@ def test_devices_are_known_by_their_whole_name(name, bfloat16, bandwidth):
         "AMD EPYC",
     ],
 )
-def test_a_device_that_only_shares_a_name_is_not_known(name):
-    assert published(name) is None
+def test_peak_flops_refuses_similar_device_names(name):
+    assert find_published_peak(name) is None
 
 
-def test_the_table_is_dense_and_ordered():
-    for name, row in DEVICES.items():
+def test_peak_flops_table_is_dense_and_ordered():
+    for name, row in PUBLISHED_PEAKS.items():
         rates = [rate for rate in row[:4] if rate is not None]
         assert rates == sorted(rates, reverse=True), name
         assert row.source, name
-    assert max(row.bfloat16 or 0 for row in DEVICES.values()) == 2500.0  # 5,000 is with sparsity
+    assert max(row.bfloat16 or 0 for row in PUBLISHED_PEAKS.values()) == 2500.0  # 5,000 is with sparsity
 
 
 @pytest.mark.parametrize(
@@ -87,14 +94,14 @@ def test_the_table_is_dense_and_ordered():
         (torch.float32, "tf32", 494.5e12),
     ],
 )
-def test_the_published_peak_of_a_dtype(monkeypatch, dtype, precision, expected):
+def test_peak_depends_on_dtype_and_tf32(monkeypatch, dtype, precision, expected):
     matmul = SimpleNamespace(fp32_precision=precision)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(peak_flops, "name_of", lambda device: "NVIDIA H200")
-    assert peak(CPU, dtype) == (expected, "published")
+    monkeypatch.setattr(peak_flops, "device_name", lambda device: "NVIDIA H200")
+    assert device_peak(CPU, dtype) == (expected, "published")
 
 
-def test_torch_says_when_it_multiplies_in_tf32():
+def test_torch_reports_tf32_matmuls():
     before = torch.get_float32_matmul_precision()
     try:
         for precision, said in (("high", "tf32"), ("highest", "ieee")):
@@ -107,67 +114,67 @@ def test_torch_says_when_it_multiplies_in_tf32():
 @pytest.mark.parametrize(
     ("name", "dtype"), [("some new chip", torch.float32), ("Tesla T4", torch.bfloat16), ("NVIDIA H200", torch.float64)]
 )
-def test_what_is_not_published_is_measured_and_called_so(monkeypatch, name, dtype):
-    monkeypatch.setattr(peak_flops, "name_of", lambda device: name)
-    monkeypatch.setattr(peak_flops, "matrix_flops_per_second", lambda device, dtype: 123.0)
-    assert peak(CPU, dtype) == (123.0, "measured")
+def test_peak_is_measured_where_none_is_published(monkeypatch, name, dtype):
+    monkeypatch.setattr(peak_flops, "device_name", lambda device: name)
+    monkeypatch.setattr(peak_flops, "matmul_flops_per_second", lambda device, dtype: 123.0)
+    assert device_peak(CPU, dtype) == (123.0, "measured")
 
 
-def test_a_measured_peak_leaves_the_random_state_alone():
+def test_best_product_keeps_the_random_state():
     before = torch.get_rng_state()
-    assert best_product(CPU, torch.float32, runs=1) > 1e9
+    assert measure_matmul_flops(CPU, torch.float32, runs=1) > 1e9
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_speed_of_matrices_is_measured_once_for_so_many_threads(monkeypatch):
+def test_matrix_flops_are_measured_once_per_thread_count(monkeypatch):
     asked, threads = [], torch.get_num_threads()
-    monkeypatch.setattr(device_module, "best_product", lambda device, dtype, runs: asked.append(dtype) or 5e9)
-    device_module._measured_once.cache_clear()
+    monkeypatch.setattr(device_module, "measure_matmul_flops", lambda device, dtype, runs: asked.append(dtype) or 5e9)
+    device_module._cached_flops_per_second.cache_clear()
     try:
         for count in (1, 1, 2, 1):
             torch.set_num_threads(count)
-            assert [matrix_flops_per_second(CPU, dtype) for dtype in (torch.float32, torch.float64)] == [5e9, 5e9]
+            assert [matmul_flops_per_second(CPU, dtype) for dtype in (torch.float32, torch.float64)] == [5e9, 5e9]
         assert len(asked) == 4
     finally:
         torch.set_num_threads(threads)
-        device_module._measured_once.cache_clear()
+        device_module._cached_flops_per_second.cache_clear()
 
 
-def test_a_processor_has_a_name():
-    assert name_of(pick_device("cpu"))
+def test_cpu_has_a_name():
+    assert device_name(pick_device("cpu"))
 
 
-def test_joules_are_the_growth_of_all_counters_over_their_ends():
+def test_energy_sums_counters_over_their_wraparound():
     first, second = iter([5.0, 7.0, 7.5]), iter([90.0, 99.0, 4.0])
-    drawn = Energy([Counter(lambda: next(first)), Counter(lambda: next(second), range=100.0)])
+    drawn = EnergyMeter([JouleCounter(lambda: next(first)), JouleCounter(lambda: next(second), range=100.0)])
     assert drawn.joules() == pytest.approx(2 + 9)
     assert drawn.joules() == pytest.approx(2.5 + 9 + 5)
 
 
-def test_no_counter_is_none_and_not_zero(monkeypatch):
-    assert Energy([]).joules() is None
-    assert energy(torch.device("meta")).joules() is None
+def test_energy_without_counters_is_none(monkeypatch):
+    assert EnergyMeter([]).joules() is None
+    assert open_energy_meter(torch.device("meta")).joules() is None
 
 
-def test_a_processors_packages_and_memory_are_counted_once(tmp_path):
+def test_rapl_counts_packages_and_memory_once(tmp_path):
     zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"}
     for zone, name in zones.items():
         (tmp_path / zone).mkdir()
         (tmp_path / zone / "name").write_text(name + "\n")
         (tmp_path / zone / "energy_uj").write_text("900000\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("1000000\n")
-    drawn = Energy(rapl(tmp_path))
+    drawn = EnergyMeter(rapl_counters(tmp_path))
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("200000\n")
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("950000\n")
     (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("950000\n")
     assert drawn.joules() == pytest.approx(0.3 + 0.05)
 
 
-def test_counters_that_may_not_be_read_are_left_out(tmp_path):
+def test_rapl_skips_unreadable_counters(tmp_path):
     (tmp_path / "intel-rapl:0" / "energy_uj").mkdir(parents=True)  # reading it is an OSError, as for all but root
     (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
-    assert rapl(tmp_path) == []
-    assert rapl(tmp_path / "absent") == []
+    assert rapl_counters(tmp_path) == []
+    assert rapl_counters(tmp_path / "absent") == []
 
 
 class NVML(Exception):
@@ -175,7 +182,7 @@ class NVML(Exception):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_gpu_is_asked_by_its_uuid(monkeypatch, known):
+def test_nvml_finds_a_gpu_by_its_uuid(monkeypatch, known):
     readings = iter([1_000_000, 1_000_000, 1_250_000])
 
     def handle(uuid):
@@ -194,28 +201,28 @@ def test_a_gpu_is_asked_by_its_uuid(monkeypatch, known):
         NVMLError=NVML,
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert Energy(nvml("1234")).joules() == (250.0 if known else None)
+    assert EnergyMeter(nvml_counters("1234")).joules() == (250.0 if known else None)
 
 
-def test_without_nvml_there_are_no_joules(monkeypatch):
+def test_nvml_missing_gives_no_counters(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert nvml("1234") == []
+    assert nvml_counters("1234") == []
 
 
-def test_joules_a_token_are_of_all_steps_so_far():
+def test_joules_per_token_cover_all_steps_so_far():
     drawn, now = iter([100.0, 130.0, 190.0]), iter([0.0, 5.0, 10.0, 10.0, 12.0, 25.0, 25.0])
-    counted = PerToken(Energy([Counter(lambda: next(drawn))]), 5, lambda: next(now))
-    assert [counted.after_a_step() for _ in range(4)] == [
+    counted = EnergyPerToken(EnergyMeter([JouleCounter(lambda: next(drawn))]), 5, lambda: next(now))
+    assert [counted.sample() for _ in range(4)] == [
         {},
         {"joules_per_token": 30 / (2 * 5)},
         {},
         {"joules_per_token": 90 / (4 * 5)},
     ]
-    assert PerToken(Energy([]), 5, iter([0.0, 20.0, 20.0]).__next__).after_a_step() == {}
+    assert EnergyPerToken(EnergyMeter([]), 5, iter([0.0, 20.0, 20.0]).__next__).sample() == {}
 
 
 @pytest.mark.parametrize(("times", "name"), [(2.0, "bfloat16"), (1.2, "float32"), (0.14, "float32")])
-def test_the_fastest_dtype_does_not_hang_on_one_measurement(monkeypatch, times, name):
+def test_fastest_dtype_is_robust_to_a_slow_measurement(monkeypatch, times, name):
     """Twice in five, another program takes the processor away."""
     seen = {torch.bfloat16: 0, torch.float32: 0}
 
@@ -224,7 +231,7 @@ def test_the_fastest_dtype_does_not_hang_on_one_measurement(monkeypatch, times, 
         alone = times if dtype == torch.bfloat16 else 1.0
         return alone / 10 if (seen[dtype], dtype) in ((2, torch.bfloat16), (4, torch.float32)) else alone
 
-    monkeypatch.setattr(device_module, "best_product", measured)
+    monkeypatch.setattr(device_module, "measure_matmul_flops", measured)
     device_module.fastest_dtype.cache_clear()
     assert device_module.fastest_dtype(CPU) == name
     device_module.fastest_dtype.cache_clear()

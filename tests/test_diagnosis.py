@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.comparison import diagnosis
-from smolforge.comparison.diagnosis import FEWEST_STEPS, USUAL_MFU, diagnose
-from smolforge.comparison.step_times import PARTS, costs, shares, time_shares, timed_steps
+from smolforge.comparison.diagnosis import MIN_STEPS, TYPICAL_MFU, diagnose
+from smolforge.comparison.step_times import PHASES, pause_costs, phase_shares, time_shares, timed_steps
 from smolforge.config import Recipe
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.config.load import read_recipe
-from smolforge.device.peak_flops import published
+from smolforge.device.peak_flops import find_published_peak
 from smolforge.runs import train
 from smolforge.training.run_folder import read_records
 
-CPU = replaced(
+CPU = replace_settings(
     read_recipe("nano"), {"train.dtype": "bfloat16", "train.compile": False, "train.micro_batch_size": 16}
 )  # fmt: skip
-GPU = replaced(
+GPU = replace_settings(
     read_recipe("smollm2-135m"),
     {"train.dtype": "bfloat16", "train.compile": True, "train.micro_batch_size": 32, "train.steps": 100_000},
 )
@@ -55,12 +55,12 @@ def after(lines, every, seconds, **more):
 
 def slowed(lines, steps, times):
     for step in steps:
-        lines[step] = lines[step] | {f"seconds_{part}": times * lines[step][f"seconds_{part}"] for part in PARTS}
+        lines[step] = lines[step] | {f"seconds_{part}": times * lines[step][f"seconds_{part}"] for part in PHASES}
     return lines
 
 
 def with_recipe(**changes):
-    return replaced(CPU, {name.replace("__", "."): value for name, value in changes.items()})
+    return replace_settings(CPU, {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def start(base=ON_CPU, **changes):
@@ -69,13 +69,13 @@ def start(base=ON_CPU, **changes):
 
 
 @pytest.mark.parametrize(("recipe", "begun"), [(CPU, ON_CPU), (GPU, ON_GPU)])
-def test_a_healthy_run_is_told_where_its_time_goes(recipe, begun):
+def test_diagnose_reports_phases_of_a_healthy_run(recipe, begun):
     assert diagnose(history(mfu=0.45), recipe, begun) == [
         "Nothing stands out: backward takes 47 % of the time, forward 42 %, the optimizer 10 %."
     ]
 
 
-def test_a_healthy_runs_own_intervals_are_no_finding():
+def test_diagnose_accepts_normal_intervals():
     """nano measures, saves and samples every 50 and 100 steps, which takes it the time of a step."""
     lines = after(after(history(300), 50, 0.9, validation_loss=3.0), 100, 0.5)
     said = diagnose(lines, CPU, ON_CPU)
@@ -118,10 +118,11 @@ CASES = {
         (history(optimizer=0.28), CPU, ON_CPU, None),
     ],
     "Forward and backward": [
-        (history(), replaced(GPU, {"train.dtype": "float32"}), ON_GPU, "Forward and backward, 89 % of the time, "
-         "multiply in float32, and this machine is clearly faster in bfloat16: a new run with --train.dtype bfloat16."),
-        (history(), replaced(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="some new chip"), None),
-        (history(), replaced(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="Tesla T4"), None),
+        (history(), replace_settings(GPU, {"train.dtype": "float32"}), ON_GPU, "Forward and backward, 89 % of the "
+         "time, multiply in float32, and this machine is clearly faster in bfloat16: a new run "
+         "with --train.dtype bfloat16."),
+        (history(), replace_settings(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="some new chip"), None),
+        (history(), replace_settings(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="Tesla T4"), None),
         (history(), with_recipe(train__dtype="float32"), ON_CPU, None),
     ],
     "The program": [
@@ -139,11 +140,11 @@ CASES = {
         (slowed(history(), [0], 20), with_recipe(train__compile=True, train__steps=600), ON_CPU, None),
     ],
     "Each step": [
-        (history(peak_memory_bytes=5 << 30), replaced(GPU, {"train.micro_batch_size": 4}), ON_GPU, "Each step is 128 "
-         "micro-batches of 8,192 tokens, and a GPU is busy from about 65,536: --train.micro-batch-size 32 (it is 4) if "
-         "memory allows (5.0 GiB are used now)."),
-        (history(), replaced(GPU, {"train.micro_batch_size": 5}), ON_GPU, None),
-        (history(), replaced(GPU, {"train.micro_batch_size": 4}), start(ON_GPU, ranks=128), None),
+        (history(peak_memory_bytes=5 << 30), replace_settings(GPU, {"train.micro_batch_size": 4}), ON_GPU, "Each step "
+         "is 128 micro-batches of 8,192 tokens, and a GPU is busy from about 65,536: --train.micro-batch-size 32 (it "
+         "is 4) if memory allows (5.0 GiB are used now)."),
+        (history(), replace_settings(GPU, {"train.micro_batch_size": 5}), ON_GPU, None),
+        (history(), replace_settings(GPU, {"train.micro_batch_size": 4}), start(ON_GPU, ranks=128), None),
         (history(), with_recipe(train__micro_batch_size=1), ON_CPU, None),
     ],
     "The GPU": [
@@ -153,7 +154,7 @@ CASES = {
         (history(gpu_percent=80.0), GPU, ON_GPU, None),
     ],
     "MFU": [
-        (history(mfu=0.19), GPU, ON_GPU, f"MFU is 19.0%, and {USUAL_MFU['cuda'][2]}, is usual: the device does less "
+        (history(mfu=0.19), GPU, ON_GPU, f"MFU is 19.0%, and {TYPICAL_MFU['cuda'][2]}, is usual: the device does less "
          "than half of what it could. If nothing else here explains it, --profile 5 shows where a step's time goes."),
         (history(mfu=0.2), GPU, ON_GPU, None),
         (history(mfu=0.01), CPU, start(ON_GPU), None),
@@ -193,48 +194,48 @@ CASES = {
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
-def test_a_sentence_comes_when_it_is_called_for_and_not_before(name, case):
+def test_diagnose_gives_each_hint_only_above_its_threshold(name, case):
     lines, recipe, begun, expected = case
     said = [sentence for sentence in diagnose(lines, recipe, begun) if sentence.startswith(name)]
     assert said == ([expected] if expected else [])
 
 
-def test_every_sentence_is_alone_where_nothing_else_is_wrong():
+def test_diagnose_gives_one_hint_for_one_cause():
     for name, cases in CASES.items():
         lines, recipe, begun, _ = cases[0]
         assert [sentence.startswith(name) for sentence in diagnose(lines, recipe, begun)] == [True], name
 
 
-def test_the_most_expensive_comes_first_after_what_spoils_everything():
+def test_diagnose_puts_environment_and_largest_cost_first():
     lines = after(history(data=0.2, optimizer=0.4), 10, 0.9, validation_loss=3.0)
     seen = {"variables": {"PYTHONMALLOC": "debug"}}
     said = diagnose(lines, CPU, start(seen=seen))
     assert [sentence.split()[0] for sentence in said] == ["PYTHONMALLOC=debug", "The", "Waiting", "Measuring"]
 
 
-def test_what_a_machine_is_fastest_in_may_be_known():
-    (said,) = diagnose(history(), with_recipe(train__dtype="float32"), ON_CPU, "bfloat16")
+def test_diagnose_uses_the_measured_fastest_dtype():
+    (said,) = diagnose(history(), with_recipe(train__dtype="float32"), ON_CPU, fastest_dtype="bfloat16")
     assert "--train.dtype bfloat16" in said
-    assert "Nothing" in diagnose(history(), CPU, ON_CPU, "bfloat16")[0]
+    assert "Nothing" in diagnose(history(), CPU, ON_CPU, fastest_dtype="bfloat16")[0]
 
 
-def test_half_the_precision_must_be_worth_it(monkeypatch):
-    row = published("NVIDIA H200")
+def test_diagnose_suggests_bfloat16_only_if_clearly_faster(monkeypatch):
+    row = find_published_peak("NVIDIA H200")
     for bfloat16, told in ((1.6 * row.float32, True), (1.4 * row.float32, False), (None, False)):
         made_up = {"what": row._replace(bfloat16=bfloat16)}
-        monkeypatch.setattr(diagnosis, "published", made_up.get)
-        said = diagnose(history(), replaced(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="what"))
+        monkeypatch.setattr(diagnosis, "find_published_peak", made_up.get)
+        said = diagnose(history(), replace_settings(GPU, {"train.dtype": "float32"}), start(ON_GPU, name="what"))
         assert ("bfloat16" in said[0]) == told
 
 
-def test_only_the_last_start_counts_and_not_its_first_step():
+def test_diagnose_uses_the_last_start_without_its_first_step():
     lines = history(50, data=5.0) + slowed(history(50, begun=50), [0], 10)
     assert diagnose(lines, CPU, start(step=50))[0].startswith("Nothing stands out")
     assert time_shares(lines, start(step=50))["data"] < 0.01
     assert diagnose(lines, CPU, ON_CPU)[0].startswith("Waiting for data")
 
 
-def test_what_was_measured_of_other_programs_counts_before_the_load_at_the_start():
+def test_diagnose_prefers_measured_cpu_use_to_initial_load():
     """A run that is resumed finds the load of its own last minute."""
     begun = start(seen={"load": 8.0})
     assert "Nothing" in diagnose(history(), CPU, begun)[0]
@@ -242,10 +243,10 @@ def test_what_was_measured_of_other_programs_counts_before_the_load_at_the_start
     assert diagnose(unmeasured, CPU, begun)[0].startswith("programs kept 8.0 of 8 cores busy")
 
 
-def test_kinds_that_come_together_are_told_apart_where_they_can_be():
+def test_costs_separate_overlapping_kinds():
     recipe = with_recipe(train__sample_every=20, train__checkpoint_every=20)
     lines = after(after(history(200), 10, 1.0, validation_loss=3.0), 20, 3.0)
-    found = {tuple(sorted(cost.kinds)): (cost.times, cost.seconds) for cost in costs(timed_steps(lines), recipe)}
+    found = {tuple(sorted(cost.kinds)): (cost.count, cost.seconds) for cost in pause_costs(timed_steps(lines), recipe)}
     assert found[("measured",)] == (19, pytest.approx(1.0))
     assert found[("sampled", "saved")] == (9, pytest.approx(3.0))
     assert found[()][1] == pytest.approx(0.0005)
@@ -256,20 +257,20 @@ def test_kinds_that_come_together_are_told_apart_where_they_can_be():
 
 @settings(max_examples=25)
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.01, 5), st.floats(0.01, 5))
-def test_costs_add_up_to_what_passed(measured, saved, first, second):
+def test_costs_add_up_to_the_time_passed(measured, saved, first, second):
     """Whatever the intervals: pauses made of two costs are taken apart into them, or into their sum."""
     recipe = with_recipe(train__checkpoint_every=saved, train__sample_every=None)
     lines = after(after(history(120), measured, first, validation_loss=3.0), saved, second)
     steps = timed_steps(lines)
-    added = sum(cost.seconds * cost.times for cost in costs(steps, recipe))
+    added = sum(cost.seconds * cost.count for cost in pause_costs(steps, recipe))
     assert added == pytest.approx(sum(step.between for step in steps), rel=0.02, abs=0.1)
 
 
-def test_few_steps_and_old_runs_are_said_to_be_so():
-    assert diagnose(history(FEWEST_STEPS), CPU, ON_CPU) == [
+def test_diagnose_reports_too_few_steps_and_old_runs():
+    assert diagnose(history(MIN_STEPS), CPU, ON_CPU) == [
         "5 steps of the last start say how long they took; 6 would tell where the time goes."
     ]
-    assert "Nothing" in diagnose(history(FEWEST_STEPS + 1), CPU, ON_CPU)[0]
+    assert "Nothing" in diagnose(history(MIN_STEPS + 1), CPU, ON_CPU)[0]
     for fixture in (Path(__file__).parent / "fixtures").glob("format-*"):
         recipe, lines = read_recipe(fixture / "recipe.toml"), read_records(fixture / "metrics.jsonl")
         assert diagnose(lines, recipe, {})[0].startswith("0 steps of the last start say")
@@ -294,7 +295,7 @@ STARTS = st.fixed_dictionaries(
 
 
 @given(LINES, STARTS, st.sampled_from([CPU, GPU, Recipe()]))
-def test_nothing_that_is_missing_raises(lines, begun, recipe):
+def test_diagnose_accepts_missing_and_odd_values(lines, begun, recipe):
     said = diagnose(lines, recipe, begun)
     assert said
     assert all(sentence.endswith(".") and sentence.isprintable() for sentence in said)
@@ -304,13 +305,13 @@ def test_nothing_that_is_missing_raises(lines, begun, recipe):
 
 @settings(max_examples=25)
 @given(st.sets(st.sampled_from(KEYS)), STARTS)
-def test_nor_does_a_healthy_run_without_some_keys(missing, begun):
+def test_diagnose_accepts_a_healthy_run_without_some_keys(missing, begun):
     lines = [{key: value for key, value in line.items() if key not in missing} for line in history(50)]
     assert diagnose(lines, CPU, begun)
 
 
-def test_shares_are_of_all_the_time():
-    found = shares(timed_steps(after(history(11), 5, 2.0))[1:])
+def test_time_shares_sum_to_one():
+    found = phase_shares(timed_steps(after(history(11), 5, 2.0))[1:])
     assert sum(found.values()) == pytest.approx(1)
     assert found["between"] == pytest.approx(4.005 / (4.005 + 9.52), rel=1e-3)
     assert statistics.fmean([found["forward"], found["backward"]]) == pytest.approx(0.425 / 0.952 * 9.52 / 13.525)
@@ -323,11 +324,11 @@ def recipe_file(tmp_path, text_file):
     return path
 
 
-def test_inspect_shows_where_a_real_run_spent_its_time(tmp_path, recipe_file, capsys):
+def test_inspect_shows_time_shares_of_a_real_run(tmp_path, recipe_file, capsys):
     folder = train(recipe_file, tmp_path / "run", **{"train.steps": 12, "train.evaluate_every": 1}).folder
     assert cli.run(["inspect", str(folder), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["time"].keys() == {*PARTS, "between"}
+    assert facts["time"].keys() == {*PHASES, "between"}
     assert sum(facts["time"].values()) == pytest.approx(1)
     assert any(
         sentence.startswith("Measuring on held-out text") or "What is written" in sentence for sentence in facts["slow"]
@@ -338,7 +339,7 @@ def test_inspect_shows_where_a_real_run_spent_its_time(tmp_path, recipe_file, ca
     assert "- " in said
 
 
-def test_inspect_says_what_hurts_on_this_machine(capsys, monkeypatch):
+def test_inspect_machine_reports_slow_settings(capsys, monkeypatch):
     monkeypatch.setenv("PYTHONMALLOC", "debug")
     assert cli.run(["inspect", "machine", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

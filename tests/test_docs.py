@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 from pages import PAGES, ROOT, Block, anchors, blocks, commands_in_prose, is_as_shown
-from test_tuning import Typed, chats
+from test_sft import Typed, chats
 
 from smolforge import __version__, cli
 from smolforge.checkpoint import huggingface
-from smolforge.cli.flags import parse
-from smolforge.comparison.study.spec import read as read_study
+from smolforge.cli.flags import parse_overrides
+from smolforge.comparison.study.spec import read_study
 from smolforge.config.load import read_recipe, to_recipe
 from smolforge.testing import sentences, tiny_model
 
@@ -27,9 +27,9 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 RUN = ("bash", "python")
 ELSEWHERE = {
     "README.md": "test_readme.py",
-    "docs/corpora.md": "test_near_duplicates.py",
-    "docs/tuning.md": "test_tuning.py",
-    "docs/own-classes.md": "test_own.py",
+    "docs/corpora.md": "test_minhash.py",
+    "docs/tuning.md": "test_sft.py",
+    "docs/own-classes.md": "test_custom_classes.py",
 }
 """Pages whose blocks another test runs."""
 APART = ("smolforge quickstart", "smolforge serve")
@@ -39,39 +39,39 @@ BEFORE = {"docs/howto/evaluate.md": "smolforge train nano --run runs/mine --data
 LONG = ("docs/howto", "docs/commands.md")
 NOT_RUN = {
     "README.md make quickstart": "sets up an environment and runs all tests; tests/test_readme.py has the quickstart",
-    "docs/clusters.md torchrun --standalone": "needs GPUs; tests/test_ranks.py starts ranks on a processor",
+    "docs/clusters.md torchrun --standalone": "needs GPUs; tests/test_distributed.py starts ranks on a processor",
     "docs/clusters.md torchrun --nnodes": "needs machines",
     "docs/clusters.md #!/bin/bash": "needs Slurm",
-    "docs/decay.md smolforge train": "needs the Hub; tests/test_decay.py",
+    "docs/decay.md smolforge train": "needs the Hub; tests/test_decay_recipe.py",
     "docs/decay.md hf download": "needs the Hub; tests/test_nanotron.py",
     "docs/gguf.md smolforge export": "tests/test_gguf.py",
     "docs/howto/compare-two-ideas.md smolforge compare": "tests/test_comparison.py",
     "docs/howto/evaluate.md smolforge evaluate": "downloads benchmarks; tests/test_evaluate.py, tests/test_harness.py",
     "docs/howto/read-the-code.md python": "tests of the repository",
     "docs/howto/resume-and-extend.md smolforge train wikitext": "two days; benchmarks/proof_run.py does it",
-    "docs/own-classes.md smolforge verify": "tests/test_own.py",
-    "docs/own-classes.md smolforge train": "hours; tests/test_own.py has it small",
+    "docs/own-classes.md smolforge verify": "tests/test_custom_classes.py",
+    "docs/own-classes.md smolforge train": "hours; tests/test_custom_classes.py has it small",
     "docs/quantisation.md smolforge export": "tests/test_quantize.py",
     "docs/quantisation.md smolforge verify": "tests/test_quantize.py",
     "docs/serving.md pip install": "never ends; tests/test_server.py",
     "docs/serving.md export SMOLFORGE_API_KEY": "never ends; tests/test_server.py",
-    "docs/sharing.md smolforge export runs/mine --to hub": "needs the Hub; tests/test_sharing.py",
-    "docs/sharing.md smolforge export runs/mine --to space": "installs Gradio; tests/test_sharing.py",
-    "docs/talking.md smolforge chat": "tests/test_talk.py",
+    "docs/sharing.md smolforge export runs/mine --to hub": "needs the Hub; tests/test_export_hub.py",
+    "docs/sharing.md smolforge export runs/mine --to space": "installs Gradio; tests/test_export_hub.py",
+    "docs/talking.md smolforge chat": "tests/test_chat_session.py",
     "docs/tuning.md smolforge train smollm2-135m-instruct": "tests/test_lora.py",
-    "docs/tuning.md smolforge train smollm2-135m-dpo": "tests/test_preferences.py",
+    "docs/tuning.md smolforge train smollm2-135m-dpo": "tests/test_dpo.py",
     "docs/watching.md smolforge train": "tells trackers of others; tests/test_tracking.py",
 }
 """Blocks of commands that no test runs as they stand, by page and how they begin, and why."""
 
 
-def test_the_pages_that_are_generated_are_current():
+def test_generated_pages_are_current():
     generator = runpy.run_path(str(DOCS / "generate.py"))
     for name, make in generator["PAGES"].items():
         assert (DOCS / name).read_text("utf-8") == make(), "run: python docs/generate.py"
 
 
-def test_the_results_are_what_the_studies_found():
+def test_results_pages_equal_the_studies():
     """Pages, and the figures in them; nothing in them says where they were made."""
     generator = runpy.run_path(str(DOCS / "results.py"))
     for page, text in generator["pages"]().items():
@@ -82,7 +82,7 @@ def test_the_results_are_what_the_studies_found():
         assert not re.search(r"/(tmp|home|root|work|Users)/", numbers.read_text("utf-8"))
 
 
-def test_a_figure_of_the_results_is_drawn_from_its_numbers(tmp_path):
+def test_results_figures_are_drawn_from_their_numbers(tmp_path):
     generator = runpy.run_path(str(DOCS / "results.py"))
     kept = DOCS / "results" / "gqa-against-mha"
     shutil.copy(kept / "study.json", tmp_path)
@@ -139,7 +139,7 @@ def pages_to_run():
 
 @pytest.mark.parametrize("page", pages_to_run())
 @pytest.mark.usefixtures("compiling")
-def test_a_page_runs(page, home, capsys, monkeypatch):
+def test_page_code_blocks_run(page, home, capsys, monkeypatch):
     """Its Python and its commands, in their order; what they print is what the page shows."""
     monkeypatch.setattr("sys.stdin", Typed(["Hello!"]))
     session: dict[str, object] = {"__name__": page}
@@ -159,12 +159,12 @@ def test_a_page_runs(page, home, capsys, monkeypatch):
             assert is_as_shown(block.printed, printed), f"{block} prints\n{printed}"
 
 
-def test_pages_that_other_tests_run():
+def test_pages_run_by_other_tests_are_named_there():
     for page, test in ELSEWHERE.items():
         assert Path(page).name in (ROOT / "tests" / test).read_text()
 
 
-def test_what_is_not_run_is_listed_with_a_reason():
+def test_code_blocks_not_run_have_a_reason():
     shown = [f"{block.page} {block.content.strip()}" for block in BLOCKS if block.language == "sh"]
     for block in shown:
         assert any(block.startswith(begin) for begin in NOT_RUN), block.splitlines()[0]
@@ -174,7 +174,7 @@ def test_what_is_not_run_is_listed_with_a_reason():
             assert (ROOT / name).is_file()
 
 
-def test_commands_are_ones_that_there_are(monkeypatch):
+def test_commands_in_docs_exist(monkeypatch):
     """Every line of a shell, and every `command` within a sentence: verbs, flags, values, recipes, targets, extras."""
     monkeypatch.chdir(ROOT)
     commands = [(str(block), line) for block in BLOCKS if block.language in ("sh", "bash") for line in block.commands]
@@ -218,9 +218,9 @@ def check_smolforge(words: list[str]) -> None:
     given = [*words, *(word for flag in REQUIRED.get(words[0], ()) if flag not in words for word in (flag, "gguf"))]
     if len(words) == 1 or words[1].startswith("--"):
         given.insert(1, "nano") if words[0] not in ("prepare", "quickstart", "compare") else None
-    function, bound, _ = cli.program().parse_args(given, exit_on_error=False, print_error=False)
+    function, bound, _ = cli.build_cli().parse_args(given, exit_on_error=False, print_error=False)
     assert function.__name__ == words[0]
-    overrides = parse(bound.arguments.get("settings", ()))
+    overrides = parse_overrides(bound.arguments.get("settings", ()))
     recipe = bound.arguments.get("recipe", "")
     if recipe and not recipe.isupper() and (Path(recipe).is_file() or not recipe.endswith(".toml")):
         read_recipe(recipe, overrides)
@@ -245,7 +245,7 @@ CHECKS = {"smolforge": check_smolforge, "make": check_make, "pip": check_pip, "p
 
 
 @pytest.mark.parametrize("block", [each for each in BLOCKS if each.language == "python"], ids=str)
-def test_python_compiles_and_imports_what_is_there(block: Block):
+def test_python_blocks_compile_and_import(block: Block):
     for node in ast.walk(ast.parse(block.content, str(block))):
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
@@ -253,7 +253,7 @@ def test_python_compiles_and_imports_what_is_there(block: Block):
 
 
 @pytest.mark.parametrize("block", [each for each in BLOCKS if each.language in ("toml", "json", "jsonl")], ids=str)
-def test_files_that_are_shown_are_read(block: Block, tmp_path):
+def test_shown_recipes_and_studies_are_valid(block: Block, tmp_path):
     """Recipes and studies whole, with every setting known."""
     if block.language != "toml":
         assert all(json.loads(line) for line in block.content.splitlines())
@@ -271,7 +271,7 @@ FILE = re.compile(r"\b(?:tests|benchmarks|examples|recipes|docs|src/smolforge)/[
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_names_of_files(page):
+def test_links_and_file_names_exist(page):
     content = page.read_text("utf-8")
     for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]*))?\)", content):
         file = (page.parent / target).resolve() if target else page
@@ -283,7 +283,7 @@ def test_links_and_names_of_files(page):
         assert re.match(r"https?://([\w-]+\.)+\w+|https?://(127\.0\.0\.1|localhost|\[)", address), address
 
 
-def test_what_is_named_behind_a_file_is_in_it():
+def test_names_after_a_source_link_are_in_that_file():
     """In a table of the code, `Names` follow the link to the file that has them."""
     page = DOCS / "howto" / "read-the-code.md"
     found = re.findall(r"\]\((\S+\.py)\)((?:,? ?`\w+`)+)", page.read_text("utf-8"))
@@ -294,14 +294,14 @@ def test_what_is_named_behind_a_file_is_in_it():
             assert re.search(rf"^\s*(?:class|def) {name}\b", source, re.MULTILINE), f"{target}: {name}"
 
 
-def test_every_page_is_in_the_index():
+def test_docs_index_lists_every_page():
     index = (DOCS / "README.md").read_text("utf-8")
     linked = {(DOCS / target).resolve() for target in re.findall(r"\]\((?!https?://)([^)#\s]+)", index)}
     pages = {page for page in PAGES if page.is_relative_to(DOCS) and page.parent.parent != DOCS / "results"}
     assert pages - linked == {DOCS / "README.md"}
 
 
-def test_the_citation_has_what_the_format_requires():
+def test_citation_file_has_the_required_fields():
     """https://github.com/citation-file-format/citation-file-format, 1.2.0."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
@@ -313,7 +313,7 @@ def test_the_citation_has_what_the_format_requires():
         assert {"type", "title", "authors"} <= other.keys()
 
 
-def test_the_changelog_is_in_its_form():
+def test_changelog_follows_keep_a_changelog():
     """Keep a Changelog: versions, newest first, under them what was added, changed, fixed; what is named is there."""
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
     versions = re.findall(r"^## \[(.+?)\]", changes, re.MULTILINE)

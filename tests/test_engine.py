@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile, SettingError
-from smolforge.generation.cpu_decoding import FEW_ROWS, Packed, packed
-from smolforge.generation.engine import CHUNK_TOKENS, Engine, Request
-from smolforge.generation.samplers import LogitBias, PresencePenalty, Sampling, sampling
-from smolforge.generation.stream import Writer
-from smolforge.models.attention import Cache
-from smolforge.models.quantized import Scheme, quantize
+from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.generation.cpu_decoding import MAX_BLOCKED_ROWS, PrepackedModel, prepack
+from smolforge.generation.engine import PREFILL_CHUNK_TOKENS, Engine, Request
+from smolforge.generation.samplers import LogitBias, PresencePenalty, SamplerChain, make_sampler
+from smolforge.generation.stream import TextEngine
+from smolforge.models.attention import KVCache
+from smolforge.models.quantized import QuantizationScheme, quantize
 from smolforge.testing import tiny_model
 
-GREEDY = sampling(Generation(temperature=0))
+GREEDY = make_sampler(Generation(temperature=0))
 TIE = 1e-4
 model_of = functools.cache(tiny_model)
 
 
 def breaks(logits, seen):
-    raise InvalidFile("broken")
+    raise InvalidFileError("broken")
 
 
 def run(engine):
@@ -41,7 +41,7 @@ def alone(model, prompt, count):
     engine = Engine(model, 1, 128)
     engine.submit(Request(prompt, GREEDY, count, top_logprobs=0))
     tokens = [token for _ in range(count) for token in engine.step()]
-    return [token.id for token in tokens], [token.scores.logprob for token in tokens]
+    return [token.id for token in tokens], [token.logprobs.logprob for token in tokens]
 
 
 def ties(model, prompt, one, other):
@@ -60,7 +60,7 @@ PLANS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 40), st.integers(1
 
 @settings(max_examples=10)
 @given(plan=PLANS, slots=st.integers(1, 5), seed=st.integers(0, 2))
-def test_greedy_ids_do_not_depend_on_who_else_is_there(plan, slots, seed):
+def test_engine_greedy_ids_do_not_depend_on_other_requests(plan, slots, seed):
     """Requests come at any step, of any length, and wait, join and leave as they do."""
     model, chance = model_of(seed), torch.Generator().manual_seed(seed)
     engine = Engine(model, slots, 128)
@@ -98,7 +98,7 @@ ACTIONS = st.lists(
 
 @settings(max_examples=25)
 @given(actions=ACTIONS, slots=st.integers(1, 4))
-def test_no_slot_is_lost_whatever_happens(actions, slots):
+def test_engine_loses_no_slot_on_cancels_and_errors(actions, slots):
     """Random arrivals, cancellations and errors: a cancelled request says nothing more, all others end as asked."""
     model = model_of()
     engine, gone, wanted, found = Engine(model, slots, 128), set(), {}, {}
@@ -110,8 +110,8 @@ def test_no_slot_is_lost_whatever_happens(actions, slots):
             engine.cancel(one)
             gone |= {one} & set(wanted)
         elif what == "break":
-            engine.submit(Request([5], Sampling((breaks,), greedy=True), 3))
-            with pytest.raises(InvalidFile):
+            engine.submit(Request([5], SamplerChain((breaks,), greedy=True), 3))
+            with pytest.raises(InvalidFileError):
                 while True:
                     for token in engine.step():
                         found.setdefault(token.row, []).append(token.id)
@@ -124,7 +124,7 @@ def test_no_slot_is_lost_whatever_happens(actions, slots):
                     found.setdefault(token.row, []).append(token.id)
                 assert before == {token: len(ids) for token, ids in found.items() if token in gone}
         assert engine.used_slots <= slots
-        assert len({row.number for row in engine.answering}) == len(engine.answering)
+        assert len({row.request_id for row in engine.decoding}) == len(engine.decoding)
     while engine.busy:
         for token in engine.step():
             found.setdefault(token.row, []).append(token.id)
@@ -134,7 +134,7 @@ def test_no_slot_is_lost_whatever_happens(actions, slots):
             assert len(found[number]) == count
 
 
-def test_a_cancelled_request_frees_its_slot_within_a_step():
+def test_cancelled_request_frees_its_slot_within_a_step():
     engine = Engine(tiny_model(), 1, 128)
     first = engine.submit(Request([5, 6], GREEDY, 100))
     second = engine.submit(Request([7, 8], GREEDY, 1))
@@ -144,10 +144,10 @@ def test_a_cancelled_request_frees_its_slot_within_a_step():
     assert not engine.busy
 
 
-def test_a_stop_string_frees_its_slot_at_once():
+def test_stop_sequence_frees_its_slot_at_once():
     model = tiny_model()
     engine = Engine(model, 1, 128)
-    writer = Writer(engine, model.tokenizer)
+    writer = TextEngine(engine, model.tokenizer)
     prompt = model.tokenizer.encode("the model")
     first = writer.submit(Request(prompt, GREEDY, 60))
     text = "".join(piece.text for _ in range(61) for _, piece in writer.step())
@@ -158,13 +158,13 @@ def test_a_stop_string_frees_its_slot_at_once():
         pieces += [piece for _, piece in writer.step()]
     assert pieces[-1].finish_reason == "stop"
     assert "".join(piece.text for piece in pieces) == text[: text.find(text[4:6])]
-    assert not writer.rows
+    assert not writer.buffers
     assert first == 0
 
 
-def test_a_long_prompt_is_read_in_chunks_and_does_not_stop_the_others():
+def test_chunked_prefill_does_not_block_other_requests():
     model = tiny_model(max_position_embeddings=2048)
-    long = torch.randint(3, 320, (2 * CHUNK_TOKENS + 100,)).tolist()
+    long = torch.randint(3, 320, (2 * PREFILL_CHUNK_TOKENS + 100,)).tolist()
     engine = Engine(model, 2, 2048)
     one = engine.submit(Request([4, 5, 6], GREEDY, 50))
     engine.step()
@@ -175,8 +175,8 @@ def test_a_long_prompt_is_read_in_chunks_and_does_not_stop_the_others():
         assert steps[2][-1].id == int(model(torch.tensor([long]))[0, -1].argmax())
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130, CHUNK_TOKENS + 70])
-def test_echoed_scores_are_those_of_one_plain_pass(length):
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130, PREFILL_CHUNK_TOKENS + 70])
+def test_echo_logprobs_equal_one_forward_pass(length):
     model = tiny_model(max_position_embeddings=1024)
     prompt = torch.randint(3, 320, (length,)).tolist()
     engine = Engine(model, 1, 1024)
@@ -197,7 +197,7 @@ def test_echoed_scores_are_those_of_one_plain_pass(length):
     assert tokens[-1].scores.logprob == tokens[-1].scores.top[0][1], "the same number, not one near it"
 
 
-def test_a_prompt_may_be_scored_without_an_answer():
+def test_echo_scores_a_prompt_without_generating():
     engine = Engine(tiny_model(), 1, 16)
     engine.submit(Request([5] * 16, GREEDY, 0, top_logprobs=1, echo=True))
     tokens = engine.step()
@@ -205,15 +205,15 @@ def test_a_prompt_may_be_scored_without_an_answer():
     assert not engine.busy
 
 
-def test_what_does_not_fit_is_refused():
+def test_engine_refuses_requests_that_do_not_fit():
     engine = Engine(tiny_model(), 1, 16)
     for prompt, said in (([], "at least one token"), ([5] * 16, "takes 16 with its answer")):
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(ConfigError, match=said):
             engine.submit(Request(prompt, GREEDY, 1))
     assert not engine.busy
 
 
-def test_penalties_count_the_answer_alone():
+def test_penalties_count_only_generated_tokens():
     logits, seen = torch.zeros(6), torch.tensor([1, 1, 2, 2, 3])
     assert PresencePenalty(0.5, 0.25, 2)(logits, seen).tolist() == [0, 0, -1.0, -0.75, 0, 0]
     assert LogitBias(((4, 2.0), (0, -1.0)))(logits, seen).tolist() == [-1, 0, 0, 0, 2, 0]
@@ -224,23 +224,23 @@ def test_penalties_count_the_answer_alone():
 
 @settings(max_examples=25)
 @given(rows=st.integers(1, 9), chunks=st.lists(st.integers(1, 7), min_size=1, max_size=4), seed=st.integers(0, 3))
-def test_packed_weights_say_what_the_model_says(rows, chunks, seed):
+def test_prepacked_model_equals_the_model(rows, chunks, seed):
     model = model_of(seed)
-    network = packed(model)
-    assert isinstance(network, Packed)
+    network = prepack(model)
+    assert isinstance(network, PrepackedModel)
     ids = torch.randint(320, (rows, sum(chunks)), generator=torch.Generator().manual_seed(seed))
-    cache, start = Cache(model.config, rows, 64, model.head), 0
+    cache, start = KVCache(model.config, rows, 64, like=model.lm_head_weight), 0
     with torch.inference_mode():
         expected = model(ids)
         for length in chunks:
             positions = torch.arange(start, start + length).expand(rows, -1)
-            states = network.hidden(ids[:, start : start + length], positions, cache.at(positions))
+            states = network.hidden_states(ids[:, start : start + length], positions, cache.view(positions))
             found = network.logits(states)
             torch.testing.assert_close(found, expected[:, start : start + length], atol=1e-4, rtol=1e-4)
             start += length
 
 
-def test_what_is_not_ours_stays_on_the_plain_path():
+def test_prepack_leaves_unsupported_models_alone():
     model = tiny_model()
     for other in (
         tiny_model(model_type="qwen3"),
@@ -248,13 +248,13 @@ def test_what_is_not_ours_stays_on_the_plain_path():
         tiny_model(model_type="mixtral", num_local_experts=2, num_experts_per_tok=1),
         tiny_model().to(torch.bfloat16),
     ):
-        assert packed(other) is other
+        assert prepack(other) is other
     model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    assert packed(model) is model
+    assert prepack(model) is model
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8, None, True), Scheme(4, 32, True)])
-def test_what_is_said_of_a_prompt_does_not_depend_on_what_was_answered_before(scheme):
+@pytest.mark.parametrize("scheme", [QuantizationScheme(8, None, True), QuantizationScheme(4, 32, True)])
+def test_echo_logprobs_do_not_depend_on_earlier_requests(scheme):
     """The first request finds nothing laid out, the second finds integers laid out for answers."""
     model = tiny_model(hidden_size=64, intermediate_size=96)
     quantize(model, scheme)
@@ -265,17 +265,17 @@ def test_what_is_said_of_a_prompt_does_not_depend_on_what_was_answered_before(sc
         while engine.busy:
             tokens += engine.step()
         said.append([token.scores.logprob for token in tokens[1:]])
-    assert isinstance(engine.network, Packed)
+    assert isinstance(engine.decoding_model, PrepackedModel)
     assert said[1] == pytest.approx(said[0], abs=1e-6)
 
 
-def test_greedy_text_equals_transformers_in_a_crowd():
+def test_engine_greedy_batch_equals_transformers():
     model = tiny_model(2)
     theirs = LlamaForCausalLM(LlamaConfig(**model.config.model_dump(exclude={"model_type"}))).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
     prompts = [torch.randint(3, 320, (length,)).tolist() for length in (3, 11, 20, 7, 1, 40)]
-    engine = Engine(model, FEW_ROWS + 1, 128)
+    engine = Engine(model, MAX_BLOCKED_ROWS + 1, 128)
     for prompt in prompts:
         engine.submit(Request(prompt, GREEDY, 24))
     found, near = run(engine), 0
@@ -293,11 +293,11 @@ def test_greedy_text_equals_transformers_in_a_crowd():
     assert near == 0
 
 
-def test_rows_that_move_keep_what_they_have_seen():
+def test_engine_rows_keep_their_kv_cache_when_they_move():
     """The first leaves, the last takes its slot, and the prompt half read takes that one's."""
     model = model_of(0, max_position_embeddings=2048)
     chance = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, 320, (n,), generator=chance).tolist() for n in (9, 30, 50, CHUNK_TOKENS + 40)]
+    prompts = [torch.randint(3, 320, (n,), generator=chance).tolist() for n in (9, 30, 50, PREFILL_CHUNK_TOKENS + 40)]
     counts, found = (5, 12, 12, 6), {0: [], 1: [], 2: [], 3: []}
     engine = Engine(model, 4, 1024)
     for prompt, count in zip(prompts, counts, strict=True):

@@ -15,10 +15,10 @@ from smolforge import cli
 from smolforge.checkpoint import huggingface
 from smolforge.config import Data
 from smolforge.data.prepare.build import prepare
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.evaluation import measure, measure_text, perplexity, tasks
 from smolforge.evaluation.multiple_choice import score, score_slowly, summary
-from smolforge.evaluation.tasks import NAMED, find, published, read_items
+from smolforge.evaluation.tasks import HUB_TASKS, load_task, published_scores, read_items
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 from smolforge.training.environment import PACKAGES
 
@@ -54,7 +54,7 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-def test_json_has_what_is_promised(capsys, model_folder, items, tmp_path, text_file):
+def test_evaluate_prints_scores_as_json(capsys, model_folder, items, tmp_path, text_file):
     log = tmp_path / "log.jsonl"
     words = [model_folder, "--tasks", items, "--text", text_file, "--log", log, "--json"]
     code, out, _ = call(capsys, *words)
@@ -77,7 +77,7 @@ def test_json_has_what_is_promised(capsys, model_folder, items, tmp_path, text_f
     assert logged[0].keys() == {"task", "id", "gold", "logprobs", "greedy", "predictions", "right"}
 
 
-def test_lines_for_people(capsys, model_folder, items, text_file):
+def test_evaluate_prints_one_line_per_task(capsys, model_folder, items, text_file):
     code, out, err = call(capsys, model_folder, "--tasks", items, "--limit", 2, "--text", text_file)
     assert (code, err) == (0, "")
     first, second = out.splitlines()
@@ -88,7 +88,7 @@ def test_lines_for_people(capsys, model_folder, items, text_file):
     assert second.count("±") == 3
 
 
-def test_a_corpus_is_measured_on_what_it_held_out(capsys, model_folder, tmp_path, text_file):
+def test_evaluate_measures_the_validation_split_of_a_corpus(capsys, model_folder, tmp_path, text_file):
     prepare(Data(sources=(str(text_file),), held_out=0.2), tmp_path / "corpus", tiny_tokenizer())
     code, out, _ = call(capsys, model_folder, "--text", tmp_path / "corpus", "--json", "--stride", 7)
     held = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["splits"]["held_out"]
@@ -115,44 +115,44 @@ def test_bits_per_byte_does_not_depend_on_batches(monkeypatch, stride):
     found = []
     for tokens in (1, 64, 100_000):
         monkeypatch.setattr(perplexity, "TOKENS", tokens)
-        found.append(measure_text(model, written, length, stride)["bits_per_byte"])
+        found.append(measure_text(model, written, length, stride=stride)["bits_per_byte"])
     assert found == pytest.approx([bits / len(written.encode())] * 3, rel=1e-5)
 
 
 def test_progress_counts_every_token():
     heard = []
-    measure(tiny_model(), np.arange(3, 103), 0, 16, 5, done=heard.append)
+    measure(tiny_model(), np.arange(3, 103), 0, sequence_length=16, stride=5, on_progress=heard.append)
     assert sum(heard) == 100
     heard.clear()
     asked = find_items(LINES[:2])
-    score(tiny_model(), asked, batch_tokens=1, scored=heard.append)
+    score(tiny_model(), asked, batch_tokens=1, on_progress=heard.append)
     assert heard == [1, 1]
 
 
 def find_items(lines):
-    return [tasks._item(json.dumps(line), f"line {number}", str(number)) for number, line in enumerate(lines, 1)]
+    return [tasks._parse_item(json.dumps(line), f"line {number}", str(number)) for number, line in enumerate(lines, 1)]
 
 
-def test_few_shot_examples_are_shown_and_not_measured(items):
-    plain, shown = find(items), find(items, few_shot=2)
+def test_few_shot_examples_are_not_scored(items):
+    plain, shown = load_task(items), load_task(items, few_shot=2)
     assert [item.id for item in shown.items] == ["3", "4"]
     before = "the model reads a token\n\n7: a token so\n\n"
     assert shown.items[0].queries == tuple(before + query for query in plain.items[2].queries)
-    assert len(find(items, limit=1, few_shot=2).items) == 1
+    assert len(load_task(items, limit=1, few_shot=2).items) == 1
 
 
-def test_published_scores_stand_beside_ours(capsys, hub, tmp_path, items, monkeypatch):
+def test_published_scores_are_shown_next_to_ours(capsys, hub, tmp_path, items, monkeypatch):
     ours = {"hellaswag": 0.4, "arc_easy": 0.6, "arc_challenge": 0.3, "winogrande": 0.5, "mine": 0.1}
-    assert published("HuggingFaceTB/SmolLM2-135M@main", ours) == {
+    assert published_scores("HuggingFaceTB/SmolLM2-135M@main", ours) == {
         "hellaswag": (0.4, pytest.approx(0.421)),
         "arc": (pytest.approx(0.45), pytest.approx(0.439)),
     }
-    assert published("someone/else", ours) == {}
-    assert published("HuggingFaceTB/SmolLM2-1.7B", {"mmlu_cloze": 0.3}) == {}
+    assert published_scores("someone/else", ours) == {}
+    assert published_scores("HuggingFaceTB/SmolLM2-1.7B", {"mmlu_cloze": 0.3}) == {}
     model = tiny_model()
     huggingface.save(model, tmp_path / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", tmp_path / "small")
-    monkeypatch.setattr(tasks, "rows", lambda name, split, limit=None: find_items(LINES)[:limit])
+    monkeypatch.setattr(tasks, "read_task_rows", lambda name, split, limit=None: find_items(LINES)[:limit])
     words = ["HuggingFaceTB/SmolLM2-135M", "--tasks", "hellaswag", "--limit", 2]
     assert "published 42.1% over all items" in call(capsys, *words)[1]
     assert json.loads(call(capsys, *words, "--json")[1])["published"] == {"hellaswag": pytest.approx(0.421)}
@@ -199,21 +199,21 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_how_rows_are_asked(name):
+def test_hub_tasks_build_the_expected_prompts(name):
     row, expected = ROWS[name]
-    assert tuple(NAMED[name].ask(row)) == expected
+    assert tuple(HUB_TASKS[name].to_prompt(row)) == expected
 
 
-def test_hellaswag_and_arc_are_prepared_as_the_harness_does():
+def test_hellaswag_prompts_equal_lm_eval():
     """Its own functions, on rows with everything its data has."""
     utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
     row = ROWS["hellaswag"][0]
-    query, choices, gold = NAMED["hellaswag"].ask(row)
+    query, choices, gold = HUB_TASKS["hellaswag"].to_prompt(row)
     label = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     assert (query, choices, gold) == ([utils.preprocess(label)], [utils.preprocess(e) for e in row["endings"]], 1)
 
 
-def test_a_named_task_is_read_from_the_hub(hub, tmp_path, monkeypatch):
+def test_hub_task_is_read_from_the_hub(hub, tmp_path, monkeypatch):
     """By the real client, from a Hub of our own."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -223,25 +223,25 @@ def test_a_named_task_is_read_from_the_hub(hub, tmp_path, monkeypatch):
     configs = "configs:\n- config_name: ARC-Easy\n  data_files:\n"
     configs += "".join(f"  - split: {split}\n    path: ARC-Easy/{split}.jsonl\n" for split in ("test", "train"))
     hub.add("allenai/ai2_arc", {**files, "README.md": f"---\n{configs}---\n".encode()}, kind="dataset")
-    found = find("arc_easy", limit=3, few_shot=1)
+    found = load_task("arc_easy", limit=3, few_shot=1)
     assert found.source == "allenai/ai2_arc ARC-Easy test"
     assert [item.queries[0] for item in found.items] == [
         f"Question: Why 0?\nAnswer: y\n\nQuestion: Why {n}?\nAnswer:" for n in range(3)
     ]
-    with pytest.raises(MissingResource, match="piqa could not be read from baber/piqa"):
-        find("piqa")
+    with pytest.raises(MissingResourceError, match="piqa could not be read from baber/piqa"):
+        load_task("piqa")
 
 
-def test_without_datasets_the_extra_is_named(monkeypatch):
+def test_hub_task_without_datasets_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingResource, match=r"pip install 'smolforge\[data\]'"):
-        find("hellaswag")
+    with pytest.raises(MissingResourceError, match=r"pip install 'smolforge\[data\]'"):
+        load_task("hellaswag")
 
 
-def test_rows_of_another_form_are_refused():
+def test_hub_task_refuses_rows_of_another_form():
     row = ROWS["hellaswag"][0] | {"label": ""}  # as in its test split
-    with pytest.raises(InvalidFile, match="hellaswag test, row 3 has another form"):
-        tasks._asked(NAMED["hellaswag"].ask, row, "hellaswag test, row 3", 3)
+    with pytest.raises(InvalidFileError, match="hellaswag test, row 3 has another form"):
+        tasks._dataset_item(HUB_TASKS["hellaswag"].to_prompt, row, "hellaswag test, row 3", number=3)
 
 
 GOOD = LINES[0]
@@ -269,7 +269,7 @@ GOOD = LINES[0]
         (GOOD | {"query": "the model " * 200}, "more than this model's context of 128"),
     ],
 )
-def test_malformed_items_are_named_by_file_and_line(capsys, model_folder, tmp_path, line, said):
+def test_items_file_errors_name_file_and_line(capsys, model_folder, tmp_path, line, said):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
     code, out, err = call(capsys, model_folder, "--tasks", path)
@@ -298,7 +298,7 @@ def test_malformed_items_are_named_by_file_and_line(capsys, model_folder, tmp_pa
         (["--tasks", "MINE", "--log", "no/where.jsonl"], 2, "there is no folder no for the log"),
     ],
 )
-def test_mistakes_are_one_sentence(capsys, model_folder, items, tmp_path, words, code, said):
+def test_evaluate_errors_are_one_sentence(capsys, model_folder, items, tmp_path, words, code, said):
     (tmp_path / "empty.jsonl").touch()
     places = {"MINE": items, "EMPTY": str(tmp_path / "empty.jsonl")}
     for short, path in places.items():
@@ -309,14 +309,14 @@ def test_mistakes_are_one_sentence(capsys, model_folder, items, tmp_path, words,
     assert re.search(said, err)
 
 
-def test_a_preset_is_refused_unless_random_is_meant(capsys, items):
+def test_evaluate_refuses_a_preset_without_random(capsys, items):
     code, _, err = call(capsys, "smollm2-135m", "--tasks", items)
     assert code == 2
     assert "HuggingFaceTB/SmolLM2-135M" in err
     assert "--random insists" in err
 
 
-def test_a_model_without_a_tokenizer_is_refused(capsys, tmp_path, items):
+def test_evaluate_refuses_a_model_without_a_tokenizer(capsys, tmp_path, items):
     huggingface.save(tiny_model(), tmp_path / "bare")
     code, _, err = call(capsys, tmp_path / "bare", "--tasks", items)
     assert code == 3

@@ -20,7 +20,7 @@ def example(name: str):
     return module
 
 
-def test_positions(tmp_path, monkeypatch):
+def test_positions_example_writes_its_page(tmp_path, monkeypatch):
     positions = example("positions")
     monkeypatch.setattr(positions, "SHORT", 32)
     monkeypatch.setattr(positions, "LONG", 64)
@@ -44,7 +44,7 @@ def test_positions(tmp_path, monkeypatch):
 NOTEBOOK = json.loads((ROOT / "examples" / "first_model.ipynb").read_text("utf-8"))
 
 
-def test_the_notebook_is_one_and_was_run():
+def test_notebook_is_valid_and_was_run():
     """nbformat 4.5, its cells run in order, their figures kept, and nothing of the machine that ran them."""
     assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
     assert NOTEBOOK.keys() == {"cells", "metadata", "nbformat", "nbformat_minor"}
@@ -58,7 +58,7 @@ def test_the_notebook_is_one_and_was_run():
 
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_the_notebook_runs(tmp_path, shortened):
+def test_notebook_runs(tmp_path, shortened):
     generator = runpy.run_path(str(ROOT / "docs" / "notebook.py"))
     small = {"model.num_hidden_layers": 2, "model.vocab_size": 400, "train.batch_tokens": 256}
     short = f'steps=3, data="text.txt", **{small | {"train.sequence_length": 64}}'

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface, loading
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import failing, tiny_model
 
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
+def test_to_transformers_writes_a_clean_equal_model(folder, tmp_path):
     generation = json.loads((folder / "generation_config.json").read_text()) | {
         "temperature": 0.2,
         "do_sample": True,
@@ -36,7 +36,7 @@ def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
     assert there == set(made.files)
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= there
     assert not there & {"manifest.json", "training"}
-    with huggingface.Tensors(tmp_path / "out") as tensors:
+    with huggingface.SafetensorsReader(tmp_path / "out") as tensors:
         assert "lm_head.weight" not in tensors.shapes()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert theirs.generation_config.temperature == 0.2
@@ -48,7 +48,7 @@ def test_the_folder_is_clean_and_the_same_model(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "starcoder2"])
-def test_every_family_in_shards_and_bfloat16(tmp_path, family):
+def test_to_transformers_shards_every_family_in_bfloat16(tmp_path, family):
     oracle(random_config(family, 6)).save_pretrained(tmp_path / "source")
     made = to_transformers(tmp_path / "source", tmp_path / "out", "bfloat16", max_shard_bytes=8000)
     assert "model.safetensors.index.json" in made.files
@@ -61,7 +61,7 @@ def test_every_family_in_shards_and_bfloat16(tmp_path, family):
     assert to_transformers(tmp_path / "out", tmp_path / "again").dtype == "bfloat16"
 
 
-def test_special_ids_are_carried_over(folder, tmp_path):
+def test_to_transformers_keeps_special_token_ids(folder, tmp_path):
     content = json.loads((folder / "config.json").read_text()) | {
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -73,14 +73,14 @@ def test_special_ids_are_carried_over(folder, tmp_path):
     assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, 2, 2)
 
 
-def test_what_does_not_say_the_same_is_not_kept(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolforge.models.decoder.rotate", lambda x, angles: x)
-    with pytest.raises(InvalidFile, match="does not say the same in Transformers: logits differ by"):
+def test_to_transformers_keeps_no_model_with_other_logits(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolforge.models.decoder.apply_rope", lambda x, angles: x)
+    with pytest.raises(InvalidFileError, match="does not say the same in Transformers: logits differ by"):
         to_transformers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_what_was_written_is_the_model_to_the_bit(folder, tmp_path, monkeypatch):
+def test_to_transformers_detects_changed_weights(folder, tmp_path, monkeypatch):
     right = huggingface.disk_tensors
     monkeypatch.setattr(huggingface, "disk_tensors", lambda *given: {n: t * 1.5 for n, t in right(*given).items()})
     with pytest.raises(AssertionError, match="was not written as it is"):
@@ -91,31 +91,31 @@ def test_what_was_written_is_the_model_to_the_bit(folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("value", "said"), [(1e5, "has values that torch.float16 cannot hold"), (float("nan"), "holds NaN or infinity")]
 )
-def test_what_a_dtype_cannot_hold_is_not_handed_on(tmp_path, value, said):
+def test_to_transformers_refuses_values_a_dtype_cannot_hold(tmp_path, value, said):
     model = tiny_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = value
     huggingface.save(model, tmp_path / "model", model.tokenizer)
-    with pytest.raises(InvalidFile, match=said):
+    with pytest.raises(InvalidFileError, match=said):
         to_transformers(tmp_path / "model", tmp_path / "out", "float16")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_folder_may_wait_for_it_and_is_kept_when_it_fails(folder, tmp_path):
+def test_to_transformers_keeps_an_empty_folder_on_failure(folder, tmp_path):
     (tmp_path / "out").mkdir()
-    with failing(tmp_path, after=1), pytest.raises(MissingResource):
+    with failing(tmp_path, after=1), pytest.raises(MissingResourceError):
         to_transformers(folder, tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     assert to_transformers(folder, tmp_path / "out").greedy_match
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path):
-    with failing(tmp_path, after=1), pytest.raises(MissingResource, match="the disk is full"):
+def test_to_transformers_leaves_nothing_on_a_full_disk(folder, tmp_path):
+    with failing(tmp_path, after=1), pytest.raises(MissingResourceError, match="the disk is full"):
         to_transformers(folder, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_the_command(folder, tmp_path, capsys):
+def test_export_command_reports_the_comparison(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.run(["export", str(folder), "--to", "transformers", "--out", str(out), "--dtype", "bfloat16"]) == 0
     said = capsys.readouterr().out
@@ -139,13 +139,13 @@ def test_the_command(folder, tmp_path, capsys):
         (["--max-shard-size", "9" * 400 + "GB"], "it should be a size such as 500MB"),
     ],
 )
-def test_wrong_words(folder, tmp_path, capsys, words, said):
+def test_export_command_refuses_invalid_values(folder, tmp_path, capsys, words, said):
     assert cli.run(["export", str(folder), "--to", "transformers", "--out", str(tmp_path / "o"), *words]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_presets_have_nothing_to_hand_on(tmp_path):
-    with pytest.raises(SettingError):
+def test_to_transformers_refuses_presets(tmp_path):
+    with pytest.raises(ConfigError):
         to_transformers("smollm2-nano", tmp_path / "out")
 
 
@@ -161,6 +161,6 @@ def test_presets_have_nothing_to_hand_on(tmp_path):
         ("int8", ["--dry-run"], "--dry-run is not for --to int8"),
     ],
 )
-def test_a_flag_that_says_nothing_is_refused(tmp_path, capsys, to, words, said):
+def test_export_command_refuses_flags_of_other_formats(tmp_path, capsys, to, words, said):
     assert cli.run(["export", "nothing", "--to", to, "--out", str(tmp_path / "out"), *words]) == 2
     assert said in capsys.readouterr().err

@@ -9,24 +9,24 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from smolforge.checkpoint import families, huggingface
 from smolforge.config import Generation, ModelConfig, Optim, presets
-from smolforge.config.base import validated
+from smolforge.config.base import validate_settings
 from smolforge.data.batches import Batch
-from smolforge.errors import InvalidFile, SettingError
-from smolforge.generation.samplers import sampling
-from smolforge.generation.stream import tokens
+from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.generation.samplers import make_sampler
+from smolforge.generation.stream import generate_tokens
 from smolforge.models import moe
-from smolforge.models.attention import Cache
+from smolforge.models.attention import KVCache
 from smolforge.models.decoder import build
-from smolforge.models.moe import Experts, balance_loss, grouped_linear, one_grouped_mm
+from smolforge.models.moe import MoE, balance_loss, grouped_linear, grouped_mm_kernel
 from smolforge.models.stats import active_parameters, component, parameter_counts
 from smolforge.testing import tiny_config
-from smolforge.training.loop import backward
+from smolforge.training.loop import forward_backward
 from smolforge.training.loss import loss_sum
 from smolforge.training.objective import Objective
-from smolforge.training.optim import optimizers
+from smolforge.training.optim import build_optimizers
 
 FAMILIES = ("llama", "qwen3", "mixtral", "starcoder2")
-GREEDY = sampling(Generation(temperature=0))
+GREEDY = make_sampler(Generation(temperature=0))
 
 
 def random_config(family: str, seed: int) -> ModelConfig:
@@ -73,12 +73,12 @@ def oracle(config: ModelConfig):
 
 
 def greedy_ids(model, prompt: list[int], count: int) -> list[int]:
-    return [token.id for token in tokens(model, [prompt], GREEDY, count)]
+    return [token.id for token in generate_tokens(model, [prompt], GREEDY, max_new_tokens=count)]
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_of_transformers_in_and_out(tmp_path, family, seed):
+def test_family_checkpoints_equal_transformers_both_ways(tmp_path, family, seed):
     torch.manual_seed(seed)
     config = random_config(family, seed)
     theirs = oracle(config)
@@ -103,7 +103,7 @@ def test_files_of_transformers_in_and_out(tmp_path, family, seed):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_transformers(tmp_path, family):
+def test_family_gradients_equal_transformers(tmp_path, family):
     config = random_config(family, 4)
     theirs = oracle(config)
     theirs.save_pretrained(tmp_path)
@@ -111,7 +111,7 @@ def test_gradients_equal_transformers(tmp_path, family):
     ids = torch.randint(config.vocab_size, (2, 40))
     theirs(ids, labels=ids).loss.backward()
     labels = F.pad(ids, (0, 1), value=-100)[:, 1:]
-    (loss_sum(ours.hidden(ids), ours.head, labels)[0] / (labels != -100).sum()).backward()
+    (loss_sum(ours.hidden_states(ids), ours.lm_head_weight, labels)[0] / (labels != -100).sum()).backward()
     expected = dict(theirs.named_parameters())
     for name, weight in ours.named_parameters():
         if ".experts." in name:
@@ -124,25 +124,25 @@ def test_gradients_equal_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_equals_uncached(family):
+def test_kv_cache_equals_full_forward(family):
     model = build(random_config(family, 3)).eval()
     ids = torch.randint(model.config.vocab_size, (2, 20))
-    cache, states = Cache(model.config, 2, 20, model.head), []
+    cache, states = KVCache(model.config, 2, 20, like=model.lm_head_weight), []
     with torch.no_grad():
         for start, end in ((0, 7), (7, 8), (8, 20)):
             positions = torch.arange(start, end).expand(2, -1)
-            states.append(model.hidden(ids[:, start:end], positions, cache.at(positions)))
-        torch.testing.assert_close(torch.cat(states, 1), model.hidden(ids), atol=1e-5, rtol=1e-4)
+            states.append(model.hidden_states(ids[:, start:end], positions, cache.view(positions)))
+        torch.testing.assert_close(torch.cat(states, 1), model.hidden_states(ids), atol=1e-5, rtol=1e-4)
 
 
-def test_every_parameter_is_initialised_and_owned():
+def test_parameters_are_initialized_and_optimized():
     for family in FAMILIES:
         model = build(random_config(family, 2))
         for name, weight in model.named_parameters():
             assert torch.isfinite(weight).all()
             assert (weight.std() > 0) == (component(name) != "norms"), name
         for name in ("adamw", "muon"):
-            optimizers(model, validated(Optim, {"name": name}))
+            build_optimizers(model, validate_settings(Optim, {"name": name}))
 
 
 # Experts
@@ -152,35 +152,35 @@ def mixture(**changes) -> ModelConfig:
     return tiny_config(model_type="mixtral", **{"num_local_experts": 8, "num_experts_per_tok": 2} | changes)
 
 
-def test_balance_loss_is_transformers():
+def test_balance_loss_equals_transformers():
     model = build(mixture(num_hidden_layers=3))
     seen = []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _, __, logits: seen.append(logits))
-    _, balance = model.hidden_and_balance(torch.randint(320, (2, 30)))
+    _, balance = model.hidden_states_and_aux_loss(torch.randint(320, (2, 30)))
     expected = [load_balancing_loss_func((logits,), 8, 2) for logits in seen]
     torch.testing.assert_close(balance, torch.stack(expected).mean())
 
 
-def test_balance_loss_is_least_when_all_experts_are_used_alike():
+def test_balance_loss_is_lowest_for_even_routing():
     even = torch.full((64, 8), 1 / 8)
     assert balance_loss(even, torch.full((8,), 16)).item() == pytest.approx(2.0)
     skewed = torch.tensor([[0.65, *[0.05] * 7]]).expand(64, -1)
     assert balance_loss(skewed, torch.tensor([64, 64, 0, 0, 0, 0, 0, 0])).item() > 5
 
 
-def test_the_balance_loss_evens_out_the_experts():
+def test_balance_loss_evens_out_the_experts():
     """Trained with it, a skewed router uses its experts more alike than trained without."""
 
     def unevenness(coefficient: float) -> float:
         model = build(mixture(num_hidden_layers=1, router_aux_loss_coef=coefficient))
         with torch.no_grad():
             model.model.layers[0].mlp.gate.weight[0] *= 4
-        (optimizer,) = optimizers(model, validated(Optim, {}))
+        (optimizer,) = build_optimizers(model, validate_settings(Optim, {}))
         generator = torch.Generator().manual_seed(1)
         for _ in range(30):
             ids = torch.randint(320, (4, 33), generator=generator)
-            losses = backward(Objective(model), Batch(ids[:, :-1], ids[:, 1:]), ids[:, 1:].numel(), 2)
+            losses = forward_backward(Objective(model), Batch(ids[:, :-1], ids[:, 1:]), ids[:, 1:].numel(), rows=2)
             optimizer.step()
             model.zero_grad()
         return losses["balance_loss"].item()
@@ -188,35 +188,35 @@ def test_the_balance_loss_evens_out_the_experts():
     assert unevenness(0.5) < unevenness(0.0) - 0.1
 
 
-def test_a_micro_batch_counts_by_its_labels():
+def test_balance_loss_is_weighted_by_labels():
     """The reported balance loss is the mean over micro-batches, weighted as the loss is."""
     model, ids = build(mixture()), torch.randint(320, (4, 16))
-    whole = [model.hidden_and_balance(part)[1] for part in ids.split(2)]
-    losses = backward(Objective(model), Batch(ids, ids), ids.numel(), 2)
+    whole = [model.hidden_states_and_aux_loss(part)[1] for part in ids.split(2)]
+    losses = forward_backward(Objective(model), Batch(ids, ids), ids.numel(), rows=2)
     torch.testing.assert_close(losses["balance_loss"], torch.stack(whole).mean().detach())
 
 
-def test_one_kernel_equals_expert_by_expert():
+def test_grouped_mm_equals_expert_by_expert():
     matrices = torch.randn(4, 24, 16, requires_grad=True)
     rows, counts = torch.randn(20, 16, requires_grad=True), torch.tensor([5, 0, 12, 3])
     found = {}
-    for path in (grouped_linear, one_grouped_mm):
+    for path in (grouped_linear, grouped_mm_kernel):
         out = path(rows, matrices, counts)
         found[path] = (out, *torch.autograd.grad(out.square().sum(), (rows, matrices)))
     for plain, fused in zip(*found.values(), strict=True):
         torch.testing.assert_close(plain, fused)
 
 
-def test_the_kernel_is_used_only_where_it_can_be():
+def test_grouped_mm_is_used_only_where_it_fits():
     bf16 = torch.bfloat16
-    assert moe.fits_grouped_mm(torch.empty(2, 256, 64, dtype=bf16))
-    assert not moe.fits_grouped_mm(torch.empty(2, 36, 64, dtype=bf16))
-    assert not moe.fits_grouped_mm(torch.empty(2, 64, 36, dtype=bf16))
-    assert not moe.fits_grouped_mm(torch.empty(2, 256, 64))
+    assert moe.supports_grouped_mm(torch.empty(2, 256, 64, dtype=bf16))
+    assert not moe.supports_grouped_mm(torch.empty(2, 36, 64, dtype=bf16))
+    assert not moe.supports_grouped_mm(torch.empty(2, 64, 36, dtype=bf16))
+    assert not moe.supports_grouped_mm(torch.empty(2, 256, 64))
 
 
-def test_a_token_gets_what_it_gets_alone():
-    layer = Experts(mixture())
+def test_moe_output_of_a_token_does_not_depend_on_others():
+    layer = MoE(mixture())
     for weight in layer.parameters():
         torch.nn.init.normal_(weight)
     x = torch.randn(3, 11, 32)
@@ -229,7 +229,7 @@ def test_a_token_gets_what_it_gets_alone():
 # Shapes and files
 
 
-def test_active_parameters_by_hand():
+def test_active_parameters_equal_a_hand_count():
     config = ModelConfig.model_validate(presets.shape("moe-160m"))
     counts = parameter_counts(config)
     per_expert = 3 * 576 * 256
@@ -252,9 +252,9 @@ def test_active_parameters_by_hand():
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ],
 )
-def test_settings_of_another_family_are_refused(shape, said):
-    with pytest.raises(SettingError) as caught:
-        validated(ModelConfig, shape)
+def test_model_config_refuses_settings_of_other_families(shape, said):
+    with pytest.raises(ConfigError) as caught:
+        validate_settings(ModelConfig, shape)
     assert said in str(caught.value)
 
 
@@ -280,9 +280,9 @@ def test_settings_of_another_family_are_refused(shape, said):
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "a kind of rotary scaling"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(family, change, said):
+def test_config_json_refuses_unsupported_features(family, change, said):
     content = families.to_hugging_face(random_config(family, 0)) | change
-    with pytest.raises(InvalidFile) as caught:
+    with pytest.raises(InvalidFileError) as caught:
         families.from_hugging_face(content)
     assert said in str(caught.value)
 
@@ -300,7 +300,7 @@ def test_what_is_not_implemented_is_refused_by_name(family, change, said):
         ("qwen3", {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]}),
     ],
 )
-def test_what_changes_nothing_is_no_reason_to_refuse(family, change):
+def test_config_json_accepts_fields_without_effect(family, change):
     config = random_config(family, 0)
     content = families.to_hugging_face(config)
     content.pop("use_sliding_window", None)
@@ -308,7 +308,7 @@ def test_what_changes_nothing_is_no_reason_to_refuse(family, change):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_single_expert_is_one_too(tmp_path, family):
+def test_single_expert_equals_transformers_both_ways(tmp_path, family):
     """Its matrices are stacked like any other number's; dense families have none."""
     own = {"num_local_experts": 1, "num_experts_per_tok": 1} if family == "mixtral" else {}
     theirs = oracle(tiny_config(model_type=family, **own))
@@ -323,26 +323,26 @@ def test_a_single_expert_is_one_too(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_file_leaves_out_is_the_classs_default(family):
-    content = dict.fromkeys(families.NEEDED, 64) | {"model_type": family, "num_attention_heads": 32}
+def test_config_json_defaults_equal_transformers(family):
+    content = dict.fromkeys(families.REQUIRED_KEYS, 64) | {"model_type": family, "num_attention_heads": 32}
     names = {name: value for name, value in content.items() if name != "model_type"}
     theirs, ours = AutoConfig.for_model(family, **names), families.from_hugging_face(content)
-    for name in set(ours.own_fields()) - {"rope_theta", "model_type", "head_dim"}:
+    for name in set(ours.family_fields()) - {"rope_theta", "model_type", "head_dim"}:
         assert ours.__dict__[name] == theirs.to_dict()[name], name
     assert ours.head_dim == (128 if family == "qwen3" else 2)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
-def test_shards_are_read_and_written(tmp_path):
+def test_sharded_weights_are_read_and_written(tmp_path):
     theirs = oracle(random_config("mixtral", 1))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    assert len(huggingface.files(tmp_path / "theirs")) > 2
+    assert len(huggingface.weight_files(tmp_path / "theirs")) > 2
     ours = huggingface.load(tmp_path / "theirs")
     huggingface.save(ours, tmp_path / "ours", max_shard_bytes=20_000)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     ids = torch.randint(ours.config.vocab_size, (1, 9))
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
-    (tmp_path / "ours" / huggingface.files(tmp_path / "ours")[1].name).unlink()
-    with pytest.raises(InvalidFile, match=r"lacks model-00002-of-\d+\.safetensors, which its model"):
+    (tmp_path / "ours" / huggingface.weight_files(tmp_path / "ours")[1].name).unlink()
+    with pytest.raises(InvalidFileError, match=r"lacks model-00002-of-\d+\.safetensors, which its model"):
         huggingface.load(tmp_path / "ours")

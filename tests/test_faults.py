@@ -15,11 +15,11 @@ import pytest
 from campaigns import CAMPAIGNS, IN_MEMORY, Bench
 
 from smolforge import atomic
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResourceError
 from smolforge.testing import Crash, after_power_loss, crashing, failing, flip_bit, in_child, power, recorded
 from smolforge.testing.damage import swap, truncate, zero_page
-from smolforge.testing.disk import content
-from smolforge.testing.processes import die, frozen, on_small_disk, send_when, start
+from smolforge.testing.disk import folder_content
+from smolforge.testing.processes import die, on_small_disk, paused, send_when, start
 
 # Campaigns
 
@@ -35,13 +35,13 @@ def benches() -> Iterator[dict[str, Bench]]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", [name for name in CAMPAIGNS if name != "small-disk"])
-def test_a_campaign(benches, name):
+def test_campaign_holds_in_its_short_form(benches, name):
     chosen = CAMPAIGNS[name]
     print(chosen(benches[str(chosen.train)], chosen.short, random.Random(0)))
 
 
 @pytest.mark.long
-def test_a_small_disk(benches, tmp_path):
+def test_campaign_holds_on_a_small_disk(benches, tmp_path):
     try:
         on_small_disk(tmp_path, 1 << 20)
     except OSError as reason:
@@ -69,33 +69,33 @@ def work(folder: Path) -> None:
     (folder / "log").rename(folder / "sub" / "log")
     (folder / "whole").mkdir()
     shutil.copyfile(folder / "sub" / "log", folder / "whole" / "copy")
-    atomic.replace(folder / "whole" / "copy", "replaced")
-    atomic.write_whole(folder / "committed", lambda into: [(into / "a").write_text("a"), None][1], {})
-    atomic.remove(folder / "committed")
+    atomic.write_text_atomic(folder / "whole" / "copy", "replaced")
+    atomic.write_dir_atomic(folder / "committed", lambda into: [(into / "a").write_text("a"), None][1], {})
+    atomic.remove_dir_atomic(folder / "committed")
     (folder / "sub" / "text").write_text("short")
     (folder / "sub" / "log").unlink()
 
 
-def test_a_trace_has_every_byte(tmp_path):
+def test_recorded_trace_has_every_byte(tmp_path):
     disk = tmp_path / "disk"
     (disk / "there").mkdir(parents=True)
     (disk / "there" / "before").write_text("old")
     with recorded(disk) as trace:
         work(disk)
         (tmp_path / "elsewhere").write_text("not seen")
-    after_power_loss(trace, len(trace.operations), tmp_path / "again", power.all_kept)
-    assert content(tmp_path / "again") == content(disk)
+    after_power_loss(trace, len(trace.operations), tmp_path / "again", persist=power.all_kept)
+    assert folder_content(tmp_path / "again") == folder_content(disk)
     assert {each.kind for each in trace.operations} == {
         *("create", "truncate", "write", "sync", "rename", "mkdir", "unlink", "rmdir")
     }
 
 
-def test_what_the_trace_did_not_see_is_said(tmp_path):
+def test_recorded_trace_reports_unseen_changes(tmp_path):
     with recorded(tmp_path) as trace:
         subprocess.run(["touch", tmp_path / "made"], check=True)
-        atomic.sync(tmp_path / "made")
+        atomic.fsync_path(tmp_path / "made")
     with pytest.raises(ValueError, match="made is not in the trace"):
-        after_power_loss(trace, 1, tmp_path / "again", power.all_kept)
+        after_power_loss(trace, 1, tmp_path / "again", persist=power.all_kept)
 
 
 @pytest.mark.parametrize(
@@ -108,40 +108,40 @@ def test_what_the_trace_did_not_see_is_said(tmp_path):
         (power.contents_kept, {"synced": b"safe and more", "renamed": b"whole"}),
     ],
 )
-def test_what_a_disk_may_hold(tmp_path, fate, left):
+def test_power_loss_leaves_what_each_fate_allows(tmp_path, fate, left):
     """Content is safe once its file is synced, a name once its folder is."""
     disk = tmp_path / "disk"
     disk.mkdir()
     with recorded(disk) as trace:
         for name, words in (("synced", "safe"), ("renamed", "whole")):
             (disk / name).write_text(words)
-            atomic.sync(disk / name)
-        atomic.sync(disk)
+            atomic.fsync_path(disk / name)
+        atomic.fsync_path(disk)
         with (disk / "synced").open("a") as file:
             file.write(" and more")
         (disk / "new").write_text("words")
         (disk / "renamed").rename(disk / "target")
-    after_power_loss(trace, len(trace.operations), tmp_path / "after", fate)
-    assert content(tmp_path / "after") == {Path(name): data for name, data in left.items()}
+    after_power_loss(trace, len(trace.operations), tmp_path / "after", persist=fate)
+    assert folder_content(tmp_path / "after") == {Path(name): data for name, data in left.items()}
 
 
-def test_chance_leaves_every_mixture(tmp_path):
+def test_power_loss_by_chance_reaches_every_mixture(tmp_path):
     """Also the second of two writes without the first."""
     disk, chance = tmp_path / "disk", random.Random(0)
     disk.mkdir()
     with recorded(disk) as trace, (disk / "file").open("wb", buffering=0) as file:
-        atomic.sync(disk)
+        atomic.fsync_path(disk)
         file.write(b"one")
         file.write(b"two")
     found = set()
     for number in range(200):
-        after_power_loss(trace, 4, tmp_path / str(number), power.by_chance(chance))
+        after_power_loss(trace, 4, tmp_path / str(number), persist=power.random_loss(chance))
         found.add((tmp_path / str(number) / "file").read_bytes())
     assert {b"", b"one", bytes(3) + b"two", b"onetwo", b"on", bytes(3), b"onet"} <= found
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_the_dead_do_nothing_more(tmp_path, torn):
+def test_crashing_stops_all_later_writes(tmp_path, torn):
     def dying() -> None:
         try:
             (tmp_path / "file").write_text("whole")
@@ -153,9 +153,9 @@ def test_the_dead_do_nothing_more(tmp_path, torn):
     assert (tmp_path / "file").read_text() == ("wh" if torn else "")
 
 
-def test_a_crash_in_a_child_is_one(tmp_path):
+def test_crashing_in_a_child_kills_it(tmp_path):
     assert in_child(write_and_die, tmp_path) == -signal.SIGKILL
-    assert content(tmp_path) == {Path("one"): b"1", Path("two"): b""}
+    assert folder_content(tmp_path) == {Path("one"): b"1", Path("two"): b""}
 
 
 def write_and_die(folder: Path) -> None:
@@ -164,7 +164,7 @@ def write_and_die(folder: Path) -> None:
             (folder / name).write_text("1")
 
 
-def test_a_disk_fails_as_asked(tmp_path):
+def test_failing_disk_raises_the_error_asked_for(tmp_path):
     with failing(tmp_path, after=2, times=1, kinds=("write",)):
         for name in ("one", "two"):
             (tmp_path / name).write_text("1")
@@ -173,18 +173,18 @@ def test_a_disk_fails_as_asked(tmp_path):
         (tmp_path / "four").write_text("1")
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "three")
-    assert content(tmp_path)[Path("three")] == b""
-    with failing(tmp_path, error=errno.EIO, kinds=("sync",)), pytest.raises(MissingResource, match="Input/output"):
-        atomic.replace(tmp_path / "one", "2")
+    assert folder_content(tmp_path)[Path("three")] == b""
+    with failing(tmp_path, error=errno.EIO, kinds=("sync",)), pytest.raises(MissingResourceError, match="Input/output"):
+        atomic.write_text_atomic(tmp_path / "one", "2")
     assert (tmp_path / "one").read_text() == "1"
 
 
-def test_others_are_left_alone(tmp_path):
+def test_crashing_leaves_other_folders_alone(tmp_path):
     before = (open, os.open, os.write)
     (tmp_path / "watched").mkdir()
     with crashing(tmp_path / "watched", after=0):
         (tmp_path / "file").write_text("1")
-        atomic.replace(tmp_path / "file", "2")
+        atomic.write_text_atomic(tmp_path / "file", "2")
         shutil.copyfile(tmp_path / "file", tmp_path / "copy")
         assert list((tmp_path / "watched").iterdir()) == []
     assert (open, os.open, os.write) == before
@@ -194,7 +194,7 @@ def test_others_are_left_alone(tmp_path):
 # Files
 
 
-def test_damage(tmp_path):
+def test_damage_functions_change_the_right_bytes(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"\xff" * 5000)
     two.write_bytes(b"2")
@@ -217,13 +217,13 @@ def count_to(path: Path) -> None:
         path.write_text(str(number))
 
 
-def test_frozen_and_killed(tmp_path):
+def test_processes_can_be_frozen_and_killed(tmp_path):
     path = tmp_path / "number"
     child = start(count_to, path)
     while not path.exists():
         time.sleep(0.001)
     assert child.pid is not None
-    with frozen(child.pid):
+    with paused(child.pid):
         time.sleep(0.05)
         before = path.read_text()
         time.sleep(0.05)
@@ -233,7 +233,7 @@ def test_frozen_and_killed(tmp_path):
     assert send_when(child, signal.SIGTERM, lambda: True) == -signal.SIGTERM
 
 
-def test_a_disk_that_is_really_small(tmp_path):
+def test_small_disk_is_really_small(tmp_path):
     try:
         prefix = on_small_disk(tmp_path, 1 << 20)
     except OSError as reason:

@@ -14,12 +14,12 @@ from transformers.generation.logits_process import (
 )
 
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile, SettingError
-from smolforge.generation.samplers import MinP, RepetitionPenalty, Temperature, TopK, TopP, sampling
-from smolforge.generation.stream import Text, Token, generate, stream, tokens
+from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.generation.samplers import MinP, RepetitionPenalty, Temperature, TopK, TopP, make_sampler
+from smolforge.generation.stream import StopBuffer, Token, generate, generate_tokens, stream
 from smolforge.testing import tiny_model, tiny_tokenizer
 
-GREEDY = sampling(Generation(temperature=0))
+GREEDY = make_sampler(Generation(temperature=0))
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_samplers_equal_transformers(ours, theirs):
         torch.testing.assert_close(ours(logits, seen), theirs(seen[None], logits[None].clone())[0])
 
 
-def test_a_chain_draws_in_the_right_proportion():
-    choose, generator = sampling(Generation(temperature=0.5, top_k=3, top_p=None)), torch.Generator().manual_seed(0)
+def test_sampler_chain_draws_the_right_distribution():
+    choose, generator = make_sampler(Generation(temperature=0.5, top_k=3, top_p=None)), torch.Generator().manual_seed(0)
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     drawn = torch.bincount(torch.tensor([choose(logits, [], generator) for _ in range(4000)]), minlength=4) / 4000
     expected = torch.tensor([2.0, 1.0, 0.0, float("-inf")]).div(0.5).softmax(-1)
@@ -49,7 +49,7 @@ def test_a_chain_draws_in_the_right_proportion():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_greedy_text_equals_transformers(seed):
+def test_greedy_decoding_equals_transformers(seed):
     model = tiny_model(seed)
     theirs = LlamaForCausalLM(LlamaConfig(**model.config.model_dump(exclude={"model_type"}))).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
@@ -63,22 +63,22 @@ def test_greedy_text_equals_transformers(seed):
         eos_token_id=None,
         pad_token_id=0,
     )
-    found = [token.id for token in tokens(model, prompt.tolist(), GREEDY, 64)]
+    found = [token.id for token in generate_tokens(model, prompt.tolist(), GREEDY, max_new_tokens=64)]
     assert found == expected[0, 12:].tolist()
 
 
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 30), min_size=2, max_size=6), seed=st.integers(0, 9))
-def test_a_batch_gives_what_each_prompt_gives_alone(lengths, seed):
+def test_greedy_batch_equals_each_prompt_alone(lengths, seed):
     """Except from where the two likeliest tokens lie within 1e-4: there rounding may choose."""
     model = tiny_model(seed)
     prompts = [torch.randint(3, 320, (length,)).tolist() for length in lengths]
     rows = {row: [] for row in range(len(prompts))}
-    for token in tokens(model, prompts, GREEDY, 20):
+    for token in generate_tokens(model, prompts, GREEDY, max_new_tokens=20):
         rows[token.row].append(token.id)
     ties = 0
     for row, prompt in enumerate(prompts):
-        alone = [token.id for token in tokens(model, [prompt], GREEDY, 20)]
+        alone = [token.id for token in generate_tokens(model, [prompt], GREEDY, max_new_tokens=20)]
         if rows[row] != alone:
             place = next(place for place, pair in enumerate(zip(rows[row], alone, strict=True)) if pair[0] != pair[1])
             with torch.no_grad():
@@ -88,7 +88,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(lengths, seed):
     assert ties <= 1
 
 
-def test_sampled_rows_draw_alone():
+def test_sampled_batch_equals_each_prompt_alone():
     model, options = tiny_model(), {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
     together = generate(model, ["the model", "a token follows", "x"], **options)
     for prompt, completion in zip(["the model", "a token follows", "x"], together, strict=True):
@@ -96,7 +96,7 @@ def test_sampled_rows_draw_alone():
     assert generate(model, ["the model"], **options | {"seed": 6}) != together[:1]
 
 
-def test_the_stream_joins_to_the_whole():
+def test_stream_joins_to_the_full_text():
     model = tiny_model()
     pieces = list(stream(model, "the model", max_new_tokens=40, seed=1, temperature=1.0))
     (whole,) = generate(model, ["the model"], max_new_tokens=40, seed=1, temperature=1.0)
@@ -106,7 +106,7 @@ def test_the_stream_joins_to_the_whole():
     assert model.tokenizer.decode(whole.token_ids) == whole.text
 
 
-def test_end_of_text_ends_and_is_not_shown():
+def test_eos_ends_generation_and_is_not_shown():
     """Whichever token the tokenizer calls the end: here one the model is known to say."""
     model = tiny_model()
     (free,) = generate(model, ["the model reads"], temperature=0, max_new_tokens=30)
@@ -122,7 +122,7 @@ def test_end_of_text_ends_and_is_not_shown():
 def feed(words, stop):
     """What `Text` gives out for one token a character, and whether it stopped."""
     tokenizer = tiny_tokenizer()
-    text, given = Text(tokenizer, stop), []
+    text, given = StopBuffer(tokenizer, stop), []
     ids = [tokenizer.encode(letter)[0] for letter in words]
     for place, token in enumerate(ids):
         piece = text.push(Token(0, token, "length" if place == len(ids) - 1 else None), tokenizer.eos_id)
@@ -134,7 +134,7 @@ def feed(words, stop):
 
 @settings(deadline=None)
 @given(words=st.text("abc", min_size=1, max_size=15), stop=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_cut_at_the_first_and_are_never_shown(words, stop):
+def test_stop_buffer_cuts_at_the_first_stop_sequence(words, stop):
     given_out, stopped = feed(words, stop)
     text = "".join(piece.text for piece in given_out)
     ends = [words.find(word) + len(word) for word in stop if word in words]
@@ -149,7 +149,7 @@ def test_stop_strings_cut_at_the_first_and_are_never_shown(words, stop):
         assert not any(word in shown for word in stop)
 
 
-def test_a_stop_string_ends_generation():
+def test_stop_sequence_ends_generation():
     model = tiny_model()
     (free,) = generate(model, ["the"], temperature=0, max_new_tokens=40)
     word = free.text[5:8]
@@ -159,22 +159,22 @@ def test_a_stop_string_ends_generation():
     assert len(cut.token_ids) < len(free.token_ids)
 
 
-def test_the_context_is_the_limit():
+def test_generate_stops_at_the_context_length():
     model = tiny_model()
     (whole,) = generate(model, ["a " * 40], temperature=0, max_new_tokens=500)
     assert whole.finish_reason == "length"
     assert len(whole.token_ids) + len(model.tokenizer.encode("a " * 40)) == 128
-    with pytest.raises(SettingError, match="this model takes 128 with its answer"):
+    with pytest.raises(ConfigError, match="this model takes 128 with its answer"):
         generate(model, ["7" * 128])
 
 
-def test_refusals():
+def test_generate_refuses_invalid_settings():
     model = tiny_model()
-    with pytest.raises(SettingError, match=r"there is no setting 'temprature'\. Did you mean temperature\?"):
+    with pytest.raises(ConfigError, match=r"there is no setting 'temprature'\. Did you mean temperature\?"):
         generate(model, ["x"], temprature=1)
-    with pytest.raises(SettingError, match=r"top_p is 2; it should be a finite number above 0 and at most 1, or none"):
+    with pytest.raises(ConfigError, match=r"top_p is 2; it should be a finite number above 0 and at most 1, or none"):
         generate(model, ["x"], top_p=2)
     model.tokenizer = None
-    with pytest.raises(InvalidFile, match="without a tokenizer"):
+    with pytest.raises(InvalidFileError, match="without a tokenizer"):
         generate(model, ["x"])
     assert generate(model, []) == []

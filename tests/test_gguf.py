@@ -29,7 +29,7 @@ from smolforge.checkpoint import gguf, huggingface, loading
 from smolforge.checkpoint.gguf import block_types, container, llama
 from smolforge.config import ModelConfig
 from smolforge.config.presets import shape
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, size_label, to_gguf
 from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import failing, sentences, tiny_config, tiny_model
@@ -96,17 +96,17 @@ shapes = st.lists(st.integers(1, 3), min_size=0, max_size=2).map(lambda outer: (
     values=st.dictionaries(names.map("smolforge.".__add__), plain, max_size=6),
     tensors=st.dictionaries(names, st.tuples(shapes, st.sampled_from(sorted(FILE_TYPES))), max_size=4),
 )
-def test_what_is_written_is_read_by_us_and_by_the_gguf_package(tmp_path_factory, values, tensors):
+def test_gguf_write_equals_read_and_the_gguf_package(tmp_path_factory, values, tensors):
     path = tmp_path_factory.mktemp("gguf") / "a.gguf"
     generator = torch.Generator().manual_seed(len(values))
     given = {name: torch.randn(size, generator=generator) for name, (size, _) in tensors.items()}
-    types = {name: gguf.TYPES[kind] for name, (_, kind) in tensors.items()}
-    container.write(path, values, given, types)
-    read = gguf.File(path)
-    assert read.values == values
+    types = {name: gguf.BLOCK_TYPES[kind] for name, (_, kind) in tensors.items()}
+    container.write(path, values, given, types=types)
+    read = gguf.GGUFReader(path)
+    assert read.metadata == values
     assert list(read.tensors) == list(given)
     for name, tensor in given.items():
-        assert torch.equal(read[name], types[name].rounded(tensor))
+        assert torch.equal(read[name], types[name].round_trip(tensor))
     reader = theirs.GGUFReader(path)
     assert {key: reader.fields[key].contents() for key in values} == values
     for each in reader.tensors:
@@ -114,7 +114,7 @@ def test_what_is_written_is_read_by_us_and_by_the_gguf_package(tmp_path_factory,
         np.testing.assert_array_equal(theirs.dequantize(each.data, each.tensor_type).reshape(mine.shape), mine)
 
 
-def test_what_the_gguf_package_writes_is_read(tmp_path):
+def test_gguf_reads_files_of_the_gguf_package(tmp_path):
     writer = theirs.GGUFWriter(tmp_path / "b.gguf", "llama")
     for form in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"):
         getattr(writer, f"add_{form}")(f"a.{form}", 7)
@@ -128,8 +128,8 @@ def test_what_the_gguf_package_writes_is_read(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    read = gguf.File(tmp_path / "b.gguf")
-    assert [read.values[key] for key in read.values if key.startswith("a.")] == [7] * 8 + [0.1, [0.5, 2.0]]
+    read = gguf.GGUFReader(tmp_path / "b.gguf")
+    assert [read.metadata[key] for key in read.metadata if key.startswith("a.")] == [7] * 8 + [0.1, [0.5, 2.0]]
     assert read.tensors["y"].start % 64 == 0
     assert {name: read[name].tolist() for name in tensors} == {name: each.tolist() for name, each in tensors.items()}
 
@@ -147,21 +147,21 @@ def hard_rows() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "bf16", "f16"])
-def test_blocks_are_ggmls_to_the_bit(kind):
+def test_block_types_equal_ggml_bit_for_bit(kind):
     rows, reference = hard_rows(), theirs.GGMLQuantizationType[kind.upper()]
-    ours = block_types.to_blocks(rows, gguf.TYPES[kind])
+    ours = block_types.to_blocks(rows, gguf.BLOCK_TYPES[kind])
     wanted = theirs.quantize(rows.numpy(), reference)
     assert ours.numpy().tobytes() == wanted.tobytes()
-    back = block_types.from_blocks(ours, gguf.TYPES[kind], (4096, 32))
+    back = block_types.from_blocks(ours, gguf.BLOCK_TYPES[kind], (4096, 32))
     np.testing.assert_array_equal(back.numpy(), theirs.dequantize(wanted, reference).reshape(4096, 32))
-    assert gguf.TYPES[kind].number == reference
-    assert (gguf.TYPES[kind].size, gguf.TYPES[kind].size_bytes) == theirs.GGML_QUANT_SIZES[reference]
+    assert gguf.BLOCK_TYPES[kind].type_id == reference
+    assert (gguf.BLOCK_TYPES[kind].block_size, gguf.BLOCK_TYPES[kind].type_size) == theirs.GGML_QUANT_SIZES[reference]
 
 
-def test_the_head_of_llama_quantizes_q4_0_is_read():
+def test_q6_k_blocks_are_read_as_ggml_does():
     content = np.random.default_rng(0).integers(0, 256, (64, 210), dtype=np.uint8)
     content[:, -2:] = np.full((64, 1), 0.01, np.float16).view(np.uint8)
-    ours = block_types.from_blocks(torch.from_numpy(content).flatten(), gguf.TYPES["q6_K"], (64, 256))
+    ours = block_types.from_blocks(torch.from_numpy(content).flatten(), gguf.BLOCK_TYPES["q6_K"], (64, 256))
     np.testing.assert_array_equal(ours.numpy(), theirs.dequantize(content, theirs.GGMLQuantizationType.Q6_K))
 
 
@@ -170,7 +170,7 @@ def test_the_head_of_llama_quantizes_q4_0_is_read():
 
 @pytest.mark.parametrize("kind", FILE_TYPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
-def test_every_family_and_type_comes_back(tmp_path, family, kind):
+def test_gguf_round_trip_keeps_every_family_and_type(tmp_path, family, kind):
     source = saved(tmp_path / "source", model_type=family, **WIDE)
     made = to_gguf(source, tmp_path / "it.gguf", kind)
     assert made.files == {"it.gguf": (tmp_path / "it.gguf").stat().st_size}
@@ -189,7 +189,7 @@ def test_every_family_and_type_comes_back(tmp_path, family, kind):
     assert (made.max_abs_logit_diff == 0) == (kind == "f32")
 
 
-def test_transformers_reads_the_same_model(tmp_path):
+def test_gguf_is_the_same_model_in_transformers(tmp_path):
     """Which undoes the rotation and reads blocks by its own code."""
     for family, kind in (("llama", "f32"), ("llama", "q8_0"), ("llama", "q4_0"), ("qwen3", "f32")):
         folder, path = tmp_path / f"{family}-{kind}", tmp_path / f"{family}-{kind}.gguf"
@@ -204,16 +204,16 @@ def test_transformers_reads_the_same_model(tmp_path):
             torch.testing.assert_close(ours(ids), oracle(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_an_untied_head_and_its_own_head_dim(tmp_path):
+def test_gguf_keeps_an_untied_head_and_head_dim(tmp_path):
     source = saved(tmp_path / "m", tie_word_embeddings=False, head_dim=16, **WIDE)
     made = to_gguf(source, tmp_path / "it.gguf", "q4_0")
-    types = {name: stored.type.name for name, stored in gguf.File(tmp_path / "it.gguf").tensors.items()}
+    types = {name: stored.type.name for name, stored in gguf.GGUFReader(tmp_path / "it.gguf").tensors.items()}
     assert (types["output.weight"], types["token_embd.weight"]) == ("q8_0", "q4_0")
     assert made.tensors == {"q4_0": 15, "q8_0": 1, "f32": 5}
-    assert smolforge.load(tmp_path / "it.gguf").config.head_size == 16
+    assert smolforge.load(tmp_path / "it.gguf").config.resolved_head_dim == 16
 
 
-def test_rows_that_do_not_divide_are_half_precision(folder, tmp_path):
+def test_gguf_stores_rows_that_do_not_divide_as_f16(folder, tmp_path):
     made = to_gguf(folder, tmp_path / "it.gguf", "q4_0")  # intermediate_size 48
     assert made.tensors == {"q8_0": 1, "q4_0": 12, "f16": 2, "f32": 5}
 
@@ -221,14 +221,14 @@ def test_rows_that_do_not_divide_are_half_precision(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "label"), [("smollm2-135m", "135M"), ("smollm2-1.7b", "1.7B"), ("smollm2-nano", None)]
 )
-def test_size_labels_are_the_gguf_packages(name, label):
+def test_gguf_size_label_equals_the_gguf_package(name, label):
     config = ModelConfig.model_validate(shape(name))
     total = sum(weight.numel() for weight in loading.build(config).parameters()) if label is None else None
     assert size_label(config) == (label or theirs.size_label(total, total, 0, 0))
 
 
-def test_loss_before_and_after(folder, tmp_path):
-    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0", sentences(20))
+def test_to_gguf_measures_loss_before_and_after(folder, tmp_path):
+    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0", text=sentences(20))
     assert made.loss is not None
     before, after = made.loss
     assert before != after
@@ -239,7 +239,7 @@ def test_loss_before_and_after(folder, tmp_path):
 # The tokenizer.
 
 
-def test_the_real_tokenizer_is_the_same_again(shared):
+def test_gguf_tokenizer_round_trip_equals_smollm2(shared):
     real = Tokenizer.load(shared / "smollm2-tokenizer")
     values = to_values(real, 49_160)  # a vocabulary with a few ids to spare
     assert values["tokenizer.ggml.pre"] == "smollm"
@@ -251,7 +251,7 @@ def test_the_real_tokenizer_is_the_same_again(shared):
         assert again.decode(real.encode(text)) == real.decode(real.encode(text))
 
 
-def test_gpt2s_cut_has_a_name_too(folder):
+def test_gguf_tokenizer_names_the_gpt2_pre_tokenizer(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["pre_tokenizer"] = content["pre_tokenizer"]["pretokenizers"][1] | {"trim_offsets": False}
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -270,11 +270,11 @@ def test_gpt2s_cut_has_a_name_too(folder):
         ({"model": {"ignore_merges": True}}, "its ignore_merges is not GPT-2's"),
     ],
 )
-def test_a_tokenizer_llama_cpp_has_no_name_for(folder, tmp_path, change, said):
+def test_to_gguf_refuses_tokenizers_unknown_to_llama_cpp(folder, tmp_path, change, said):
     content = json.loads((folder / "tokenizer.json").read_text())
     change = {key: content[key] | value if key == "model" else value for key, value in change.items()}
     (folder / "tokenizer.json").write_text(json.dumps(content | change))
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         to_gguf(folder, tmp_path / "it.gguf")
 
 
@@ -286,11 +286,11 @@ def test_a_tokenizer_llama_cpp_has_no_name_for(folder, tmp_path, change, said):
         ({"special": False, "single_word": True}, r"a<\|im_start\|>b"),
     ],
 )
-def test_what_an_added_token_asks_of_its_neighbours_is_not_lost_silently(folder, tmp_path, change, text):
+def test_to_gguf_refuses_added_tokens_it_cannot_express(folder, tmp_path, change, text):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"][1] |= change
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(InvalidFile, match=f"cannot say what this tokenizer does with '{text}'"):
+    with pytest.raises(InvalidFileError, match=f"cannot say what this tokenizer does with '{text}'"):
         to_gguf(folder, tmp_path / "it.gguf")
     assert not (tmp_path / "it.gguf").exists()
 
@@ -298,40 +298,43 @@ def test_what_an_added_token_asks_of_its_neighbours_is_not_lost_silently(folder,
 # What goes wrong.
 
 
-def test_what_is_refused(tmp_path, folder, file):
+def test_to_gguf_refuses_invalid_arguments_and_models(tmp_path, folder, file):
     for wrong, said in (
         ({"kind": "q5_K"}, "type is 'q5_K'; it should be one of f32"),
         ({"out": file}, "is there already; name a new file"),
         ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
         ({"text": ""}, "the text to measure on is empty; name another, or none"),
     ):
-        with pytest.raises(SettingError, match=said):
+        with pytest.raises(ConfigError, match=said):
             to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))
-    with pytest.raises(SettingError, match="llama.cpp does not have a starcoder2 model without biases; --to"):
+    with pytest.raises(ConfigError, match="llama.cpp does not have a starcoder2 model without biases; --to"):
         to_gguf(saved(tmp_path / "s", model_type="starcoder2"), tmp_path / "x.gguf")
     huggingface.save(tiny_model(), tmp_path / "mute")
-    with pytest.raises(SettingError, match="has no tokenizer, which a .gguf holds"):
+    with pytest.raises(ConfigError, match="has no tokenizer, which a .gguf holds"):
         to_gguf(tmp_path / "mute", tmp_path / "x.gguf")
-    with pytest.raises(SettingError, match="smollm2-nano is a shape with random weights"):
+    with pytest.raises(ConfigError, match="smollm2-nano is a shape with random weights"):
         to_gguf("smollm2-nano", tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("value", [1e30, float("nan")])
-def test_what_a_type_cannot_hold(tmp_path, value):
+def test_to_gguf_refuses_values_a_type_cannot_hold(tmp_path, value):
     model = tiny_model(**WIDE)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 4] = value
     huggingface.save(model, tmp_path / "model", model.tokenizer)
     for kind in ("f16", "q8_0", "q4_0"):
-        with pytest.raises(InvalidFile, match="has values that .* cannot hold; --type f32|holds NaN or infinity"):
+        with pytest.raises(InvalidFileError, match="has values that .* cannot hold; --type f32|holds NaN or infinity"):
             to_gguf(tmp_path / "model", tmp_path / "it.gguf", kind)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_full_disk_leaves_nothing(folder, tmp_path):
+def test_to_gguf_leaves_nothing_on_a_full_disk(folder, tmp_path):
     for after in itertools.count():
         try:
-            with failing(tmp_path, after=after), pytest.raises(MissingResource, match="the disk is full: .* bytes and"):
+            with (
+                failing(tmp_path, after=after),
+                pytest.raises(MissingResourceError, match="the disk is full: .* bytes and"),
+            ):
                 to_gguf(folder, tmp_path / "it.gguf", "f32")
         except pytest.fail.Exception:
             break
@@ -340,8 +343,8 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path):
     assert (tmp_path / "it.gguf").is_file()
 
 
-def test_a_wrong_rotation_is_seen(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(llama, "unrotated", lambda name, weight, config: weight)
+def test_to_gguf_detects_a_wrong_rope_permutation(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama, "unpermute_rope", lambda name, weight, config: weight)
     with pytest.raises(AssertionError, match="q_proj.weight was not written as it is"):
         to_gguf(folder, tmp_path / "it.gguf")
     assert not (tmp_path / "it.gguf").exists()
@@ -413,7 +416,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files(tmp_path, capsys, content, said):
+def test_gguf_refuses_malformed_files(tmp_path, capsys, content, said):
     path = tmp_path / "it.gguf"
     path.write_bytes(content)
     err = refused(capsys, "generate", path, "--prompt", "a")
@@ -422,18 +425,18 @@ def test_hostile_files(tmp_path, capsys, content, said):
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
-def test_cut_files(file, capsys, share):
+def test_gguf_refuses_truncated_files(file, capsys, share):
     os.truncate(file, int(file.stat().st_size * share))
     assert "it was cut" in refused(capsys, "generate", file, "--prompt", "a") or share < 0.2
 
 
 def rewritten(file: Path, **changes) -> None:
     """The file with other values; None takes one away."""
-    read = gguf.File(file)
+    read = gguf.GGUFReader(file)
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    values = {key: value for key, value in (read.values | changes).items() if value is not None}
+    values = {key: value for key, value in (read.metadata | changes).items() if value is not None}
     tensors = {name: read[name] for name in read.tensors}
-    container.write(file, values, tensors, {name: stored.type for name, stored in read.tensors.items()})
+    container.write(file, values, tensors, types={name: stored.type for name, stored in read.tensors.items()})
 
 
 LIES = [
@@ -466,23 +469,23 @@ LIES = [
 
 
 @pytest.mark.parametrize(("changes", "said"), LIES, ids=[str(changes)[:60] for changes, _ in LIES])
-def test_files_that_lie(file, capsys, changes, said):
+def test_gguf_refuses_inconsistent_metadata(file, capsys, changes, said):
     rewritten(file, **changes)
     err = refused(capsys, "generate", file, "--prompt", "a")
     assert said in err
     assert "\x1b" not in err
 
 
-def test_more_tokens_than_the_model_has(file, capsys):
-    tokens = [*gguf.File(file).values["tokenizer.ggml.tokens"], "one", "more"]
+def test_gguf_refuses_more_tokens_than_the_model_has(file, capsys):
+    tokens = [*gguf.GGUFReader(file).metadata["tokenizer.ggml.tokens"], "one", "more"]
     rewritten(file, tokenizer__ggml__tokens=tokens, tokenizer__ggml__token_type=[1] * 322)
     said = refused(capsys, "generate", file, "--prompt", "a")
     assert "322 tokens for a model of 320, so they are not its own" in said
 
 
-def test_lists_that_would_take_long_to_build_are_not_built(file, capsys, monkeypatch):
+def test_gguf_refuses_huge_token_lists_before_building_them(file, capsys, monkeypatch):
     with monkeypatch.context() as less:
-        less.setattr(tokenizers, "MOST_ADDED", 2)
+        less.setattr(tokenizers, "MAX_ADDED_TOKENS", 2)
         said = refused(capsys, "generate", file, "--prompt", "a")
     assert "has 3 special or added tokens, more than any real one" in said
     many = 200_000
@@ -490,13 +493,13 @@ def test_lists_that_would_take_long_to_build_are_not_built(file, capsys, monkeyp
     assert "has 200,000 tokens for a model of 320" in refused(capsys, "generate", file, "--prompt", "a")
 
 
-def test_only_llamas_have_experts(tmp_path, capsys):
+def test_gguf_refuses_experts_outside_llama(tmp_path, capsys):
     to_gguf(saved(tmp_path / "m", model_type="qwen3"), tmp_path / "it.gguf", "f32")
     rewritten(tmp_path / "it.gguf", qwen3__expert_count=4, qwen3__expert_used_count=2)
     assert "a setting 'expert_count' that is not known" in refused(capsys, "generate", tmp_path / "it.gguf")
 
 
-def test_files_that_never_end(tmp_path, capsys):
+def test_gguf_refuses_endless_files(tmp_path, capsys):
     (tmp_path / "zero.gguf").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.gguf")
     for name in ("zero.gguf", "pipe.gguf"):
@@ -536,7 +539,7 @@ def tried(path: Path) -> None:
         model = smolforge.load(path)
         ids = model.tokenizer.encode("the model reads <|im_end|> 12\0") if model.tokenizer else [1]
         model(torch.tensor([ids or [0]]))
-    except InvalidFile as error:
+    except InvalidFileError as error:
         assert "\n" not in str(error)
         assert path.name in str(error) or "tokenizer" in str(error)
     assert time.process_time() - begun < 2
@@ -545,7 +548,7 @@ def tried(path: Path) -> None:
 
 @settings(max_examples=100)
 @given(harm=st.lists(damages, min_size=1, max_size=3))
-def test_a_damaged_file_is_refused_or_read_but_never_worse(sound, harm):
+def test_gguf_refuses_or_reads_randomly_corrupted_files(sound, harm):
     content = bytearray((sound / "it.gguf").read_bytes())
     for each in harm:
         each(content)
@@ -556,10 +559,10 @@ def test_a_damaged_file_is_refused_or_read_but_never_worse(sound, harm):
 
 @settings(max_examples=50)
 @given(data=st.data())
-def test_a_file_that_lies_of_anything_is_refused_or_read_but_never_worse(sound, data):
+def test_gguf_refuses_or_reads_random_metadata(sound, data):
     path = sound / "lying.gguf"
     shutil.copy(sound / "it.gguf", path)
-    values = gguf.File(path).values
+    values = gguf.GGUFReader(path).metadata
     for key in data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True)):
         if isinstance(values[key], list) and data.draw(st.booleans()):
             begin, end, to = (int(data.draw(places) * 320) for _ in range(3))
@@ -573,7 +576,7 @@ def test_a_file_that_lies_of_anything_is_refused_or_read_but_never_worse(sound, 
 # Through every door.
 
 
-def test_the_commands(folder, tmp_path, capsys):
+def test_gguf_works_with_every_command(folder, tmp_path, capsys):
     out, other = tmp_path / "it.gguf", tmp_path / "held-out.txt"
     other.write_text(sentences(30, 500))
     words = ["--to", "gguf", "--type", "q8_0", "--out", str(out), "--text", str(other)]
@@ -597,7 +600,7 @@ def test_the_commands(folder, tmp_path, capsys):
     assert content["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
 
 
-def test_verify_and_on_to_transformers(file, folder, tmp_path, capsys, compiling):
+def test_gguf_verifies_and_exports_to_transformers(file, folder, tmp_path, capsys, compiling):
     report = tmp_path / "verify.json"
     assert cli.run(["--debug", "verify", str(file), "--out", str(report)]) == 0, capsys.readouterr()
     assert json.loads(report.read_text())["greedy_match"] is True
@@ -610,7 +613,7 @@ def test_verify_and_on_to_transformers(file, folder, tmp_path, capsys, compiling
     assert to_transformers(tmp_path / "narrow.gguf", tmp_path / "narrow").dtype == "bfloat16"
 
 
-def test_what_transformers_does_not_read_is_not_compared(tmp_path, capsys):
+def test_verify_skips_gguf_models_transformers_cannot_read(tmp_path, capsys):
     """Of a mixture it reads what it knows, and would make up the rest."""
     to_gguf(saved(tmp_path / "m", model_type="mixtral"), tmp_path / "it.gguf", "f32")
     assert cli.run(["verify", str(tmp_path / "it.gguf"), "--out", str(tmp_path / "verify.json")]) == 1
@@ -618,7 +621,7 @@ def test_what_transformers_does_not_read_is_not_compared(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--lora.rank", "2"]])
-def test_training_begins_from_one(file, recipe, tmp_path, more):
+def test_train_starts_from_a_gguf(file, recipe, tmp_path, more):
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(file), "--train.steps", "1"]
     assert cli.run([*words, *more, "--optim.schedule.warmup-steps", "0"]) == 0
     trained = loading.load(tmp_path / "run")
@@ -628,29 +631,29 @@ def test_training_begins_from_one(file, recipe, tmp_path, more):
     assert 0 < moved < 0.1
 
 
-def test_it_has_no_moments(file, recipe, tmp_path, capsys):
+def test_gguf_has_no_adam_moments(file, recipe, tmp_path, capsys):
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(file), "--init-moments", "true"]
     assert cli.run(words) == 3
     assert "has no moments to go on with" in capsys.readouterr().err
 
 
-def test_a_tokenizer_by_the_name_of_a_file(file):
-    assert loading.tokenizer(file).fingerprint == loading.load(file).tokenizer.fingerprint
+def test_gguf_loads_as_a_tokenizer(file):
+    assert loading.load_tokenizer(file).fingerprint == loading.load(file).tokenizer.fingerprint
     rewritten(file, tokenizer__ggml__model=None)
     assert loading.load(file).tokenizer is None
-    with pytest.raises(InvalidFile, match="has no tokenizer in it"):
-        loading.tokenizer(file)
+    with pytest.raises(InvalidFileError, match="has no tokenizer in it"):
+        loading.load_tokenizer(file)
 
 
-def test_a_whole_file_or_none(tmp_path):
+def test_write_file_atomic_leaves_no_partial_file(tmp_path):
     with pytest.raises(KeyError):
-        atomic.write_whole_file(tmp_path / "a", lambda path: (path.write_text("half"), {}["b"]))
+        atomic.write_file_atomic(tmp_path / "a", lambda path: (path.write_text("half"), {}["b"]))
     assert list(tmp_path.iterdir()) == []
-    atomic.write_whole_file(tmp_path / "new" / "a", lambda path: path.write_text("whole") and None)
+    atomic.write_file_atomic(tmp_path / "new" / "a", lambda path: path.write_text("whole") and None)
     assert (tmp_path / "new" / "a").read_text() == "whole"
 
 
-def test_what_follows_from_others_need_not_be_said(tmp_path):
+def test_gguf_derives_missing_metadata(tmp_path):
     to_gguf(saved(tmp_path / "m", num_key_value_heads=4), tmp_path / "it.gguf", "f32")
     before = smolforge.load(tmp_path / "it.gguf").config
     left_out = ("attention__head_count_kv", "attention__key_length", "attention__value_length", "vocab_size")

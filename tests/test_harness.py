@@ -63,15 +63,15 @@ def agree(folder, path, limit, tmp_path, monkeypatch):
     for sample, found in zip(samples, ours, strict=True):
         values = [float(answer[0]) for answer in sample["filtered_resps"]]
         assert list(found.logprobs) == pytest.approx(values, abs=2e-3)
-        right = found.right()
+        right = found.correct()
         counted = {"acc": right["acc"], "acc_norm": right["acc_chars"], "acc_bytes": right["acc_norm"]}
         assert counted == {name: bool(sample[name]) for name in counted}
     means = theirs["results"]["local"]
-    assert means["acc,none"] == pytest.approx(np.mean([found.right()["acc"] for found in ours]))
+    assert means["acc,none"] == pytest.approx(np.mean([found.correct()["acc"] for found in ours]))
     return len(ours)
 
 
-def test_items_made_here(tmp_path, monkeypatch):
+def test_lm_eval_equals_ours_on_random_items(tmp_path, monkeypatch):
     model, draw = tiny_model(), np.random.default_rng(0)
     huggingface.save(model, tmp_path / "model", model.tokenizer)
     lines = []
@@ -90,7 +90,7 @@ WHOLE = [pytest.param(name, None, marks=pytest.mark.long) for name in (HELLASWAG
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(("name", "limit"), [(HELLASWAG, 12), (ARC[1], 12), *WHOLE])
-def test_hellaswag_and_arc(shared, tmp_path, monkeypatch, name, limit):
+def test_lm_eval_equals_ours_on_hellaswag_and_arc(shared, tmp_path, monkeypatch, name, limit):
     """With the published tokenizer."""
     model = tiny_model(vocab_size=49152, max_position_embeddings=1024)
     huggingface.save(model, tmp_path / "model", Tokenizer.load(shared / "smollm2-tokenizer"))

@@ -59,13 +59,13 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("content", WEIGHTS.values(), ids=WEIGHTS)
-def test_broken_weights(folder, capsys, content):
+def test_weights_malformed_are_refused(folder, capsys, content):
     (folder / "model.safetensors").write_bytes(content)
     assert "model.safetensors" in refused(capsys, "generate", folder, "--prompt", "a")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
-def test_cut_weights(folder, capsys, share):
+def test_weights_truncated_are_refused(folder, capsys, share):
     path = folder / "model.safetensors"
     os.truncate(path, int(path.stat().st_size * share))
     refused(capsys, "generate", folder, "--prompt", "a")
@@ -93,7 +93,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize(("change", "said"), CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("verb", ["generate", "inspect"])
-def test_hostile_configs(folder, capsys, verb, change, said):
+def test_config_with_hostile_values_is_refused(folder, capsys, verb, change, said):
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | change))
     if verb == "inspect" and "tensors" in said:
@@ -107,12 +107,12 @@ def test_hostile_configs(folder, capsys, verb, change, said):
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": [' + b"{}," * 2_000_000 + b"{}]}", b"{"]
 )
-def test_configs_that_are_none(folder, capsys, content):
+def test_config_that_is_no_json_object_is_refused(folder, capsys, content):
     (folder / "config.json").write_bytes(content)
     assert "config.json" in refused(capsys, "inspect", folder)
 
 
-def test_files_that_never_end(folder, capsys):
+def test_config_that_never_ends_is_refused(folder, capsys):
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     assert "is no regular file" in refused(capsys, "inspect", folder)
@@ -122,18 +122,18 @@ def test_files_that_never_end(folder, capsys):
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a\nb\x1b[31m.safetensors", "x.bin", 7])
-def test_an_index_that_points_elsewhere(folder, capsys, name):
+def test_index_pointing_elsewhere_is_refused(folder, capsys, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     assert "which is no .safetensors file beside it; it is not followed" in refused(capsys, "generate", folder)
 
 
-def test_an_index_is_held_to_its_shards(folder, capsys):
+def test_index_must_match_its_shards(folder, capsys):
     huggingface.save(tiny_model(), folder, max_shard_bytes=30_000)
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["model.norm.weight"] = huggingface.files(folder)[0].name
+    content["weight_map"]["model.norm.weight"] = huggingface.weight_files(folder)[0].name
     index.write_text(json.dumps(content))
     assert "does not hold what model.safetensors.index.json says" in refused(
         capsys, "generate", folder, "--prompt", "a"
@@ -141,7 +141,7 @@ def test_an_index_is_held_to_its_shards(folder, capsys):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_weights_of_another_kind(folder, capsys, kind):
+def test_weights_of_another_dtype_are_refused(folder, capsys, kind):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(kind) for name, tensor in tensors.items()}, folder / "model.safetensors")
     said = refused(capsys, "generate", folder, "--prompt", "a")
@@ -154,7 +154,7 @@ def edit_tokenizer(folder: Path, change) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def test_a_tokenizer_that_makes_texts_grow(folder, capsys):
+def test_tokenizer_that_expands_text_is_refused(folder, capsys):
     replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
     edit_tokenizer(
         folder, lambda content: content.update(normalizer={"type": "Sequence", "normalizers": [replace] * 5})
@@ -162,7 +162,7 @@ def test_a_tokenizer_that_makes_texts_grow(folder, capsys):
     assert "times longer; none needs that" in refused(capsys, "generate", folder, "--prompt", "a")
 
 
-def test_a_tokenizer_of_another_model(folder, capsys):
+def test_tokenizer_of_another_model_is_refused(folder, capsys):
     def shift(content):
         content["model"]["vocab"] = {token: number + 1000 for token, number in content["model"]["vocab"].items()}
 
@@ -170,20 +170,20 @@ def test_a_tokenizer_of_another_model(folder, capsys):
     assert "they do not belong together" in refused(capsys, "generate", folder, "--prompt", "a")
 
 
-def test_a_tokenizer_that_cannot_encode(folder, capsys):
+def test_tokenizer_that_cannot_encode_is_refused(folder, capsys):
     model = {"type": "WordLevel", "vocab": {"a": 0, "<|endoftext|>": 1}, "unk_token": "nope"}
     edit_tokenizer(folder, lambda content: content.update(model=model, added_tokens=[]))
     assert "cannot encode the text" in refused(capsys, "generate", folder, "--prompt", "words")
 
 
-def test_weights_that_are_no_numbers(folder, capsys):
+def test_weights_with_nan_are_refused(folder, capsys):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, folder / "model.safetensors")
     assert cli.run(["generate", str(folder), "--prompt", "a"]) == 3
     assert "its weights are damaged" in capsys.readouterr().err
 
 
-def test_odd_wishes(folder, capsys):
+def test_generate_handles_extreme_settings(folder, capsys):
     assert cli.run(["generate", str(folder), "--prompt", "a", "--temperature", "1e-300", "--max-new-tokens", "3"]) == 0
     capsys.readouterr()
     for words, said in (
@@ -193,7 +193,7 @@ def test_odd_wishes(folder, capsys):
         assert said in refused(capsys, "generate", folder, "--prompt", "a", *words, code=2)
 
 
-def test_names_that_are_nothing(tmp_path, capsys, hub):
+def test_model_names_that_do_not_exist_are_refused(tmp_path, capsys, hub):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert "is a link to nothing" in refused(capsys, "generate", tmp_path / "loop", "--prompt", "a")
     refused(capsys, "generate", "x" * 300, code=2)
@@ -201,5 +201,5 @@ def test_names_that_are_nothing(tmp_path, capsys, hub):
     assert hub.requests == []
 
 
-def test_the_limits_are_beyond_any_model_we_know():
+def test_config_limits_allow_every_known_model():
     assert tiny_config(vocab_size=2**24, hidden_size=2**14, intermediate_size=2**18, num_hidden_layers=200)

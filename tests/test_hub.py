@@ -19,8 +19,8 @@ from huggingface_hub import constants
 
 from smolforge import cli
 from smolforge.checkpoint import download, huggingface, loading
-from smolforge.checkpoint.hub import fetch, is_id, split_id
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.checkpoint.hub import fetch, is_hub_id, split_hub_id
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.testing import HubMirror, tiny_model, tiny_tokenizer
 from smolforge.testing.hub import TOKEN
 
@@ -47,7 +47,7 @@ def tiny(hub: HubMirror, folder):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(download, "RETRY_DELAYS", (0.0, 0.0))
     for module in ("file_download", "utils._http"):
         monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: None))
 
@@ -85,9 +85,9 @@ def weights_equal(one, other):
         "a/b@" + "0" * 40: ("a/b", "0" * 40),
     }.items(),
 )
-def test_ids(name, parts):
-    assert is_id(name)
-    assert split_id(name) == parts
+def test_hub_ids_are_recognized(name, parts):
+    assert is_hub_id(name)
+    assert split_hub_id(name) == parts
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_ids(name, parts):
         *("a/b@x y", "a/b.git", "a/" + "b" * 97, "é/b", "x/model.safetensors", "recipes/nano.toml"),
     ],
 )
-def test_no_ids(name):
-    assert not is_id(name)
-    with pytest.raises(SettingError, match="is no Hub id; one has the form org/name or org/name@revision"):
-        split_id(name)
+def test_hub_ids_of_other_forms_are_refused(name):
+    assert not is_hub_id(name)
+    with pytest.raises(ConfigError, match="is no Hub id; one has the form org/name or org/name@revision"):
+        split_hub_id(name)
 
 
-def test_loads_by_id_only_what_it_needs_and_only_once(hub, tiny, caplog):
+def test_load_downloads_only_needed_files_and_only_once(hub, tiny, caplog):
     caplog.set_level(logging.INFO, "smolforge.hub")
     loaded = loading.load(NAME)
     assert weights_equal(loaded, tiny_model())
@@ -119,12 +119,12 @@ def test_loads_by_id_only_what_it_needs_and_only_once(hub, tiny, caplog):
     assert caplog.text == ""
 
 
-def test_every_download_is_of_one_commit(hub, tiny):
+def test_download_uses_one_commit(hub, tiny):
     fetch(NAME)
     assert all(f"/resolve/{tiny}/" in each.path for each in hub.requests if "/resolve/" in each.path)
 
 
-def test_revisions(hub, tiny, folder, tmp_path):
+def test_load_accepts_branches_tags_and_commits(hub, tiny, folder, tmp_path):
     other = tmp_path / "other"
     huggingface.save(tiny_model(seed=1), other, tiny_tokenizer())
     for revision in ("step-240000", "v1.0", "refs/pr/1"):
@@ -136,41 +136,41 @@ def test_revisions(hub, tiny, folder, tmp_path):
     assert weights_equal(loading.load(f"{NAME}@{tiny}"), tiny_model())
 
 
-def test_a_branch_that_moved_is_followed(hub, tiny, tmp_path):
+def test_load_follows_a_moved_branch(hub, tiny, tmp_path):
     loading.load(NAME)
     huggingface.save(tiny_model(seed=1), tmp_path / "other")
     hub.add(NAME, tmp_path / "other")
     assert weights_equal(loading.load(NAME), tiny_model(seed=1))
 
 
-def test_what_exists_here_comes_first(hub, tiny, folder, tmp_path, monkeypatch):
+def test_local_folder_comes_before_the_hub(hub, tiny, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / NAME)
     loading.load(NAME)
     loading.read_config(NAME)
-    assert loading.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    assert loading.load_tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
     assert hub.requests == []
 
 
-def test_config_alone_and_tokenizer_alone(hub, tiny):
+def test_config_and_tokenizer_download_only_their_files(hub, tiny):
     assert loading.read_config(NAME) == tiny_model().config
     assert asked(hub) == ["config.json"]
     hub.requests.clear()
-    assert loading.tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
+    assert loading.load_tokenizer(NAME).fingerprint == tiny_tokenizer().fingerprint
     assert asked(hub) == ["tokenizer.json", "tokenizer_config.json"]
 
 
-def test_inspect_and_prepare_by_id(hub, tiny, tmp_path, text_file, capsys):
+def test_inspect_and_prepare_accept_hub_ids(hub, tiny, tmp_path, text_file, capsys):
     assert cli.run(["inspect", NAME, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
     assert re.fullmatch(rf"smolforge: {NAME}: downloading 1 kB in 1 file\n", err)
     assert cli.run(["prepare", str(text_file), "--out", str(tmp_path / "corpus"), "--tokenizer", NAME]) == 0
-    assert loading.tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
+    assert loading.load_tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
     assert cli.run(["inspect", NAME, "--train.steps", "3"]) == 2
 
 
-def test_train_from_the_hub(hub, tiny, tmp_path, text_file, capsys):
+def test_train_accepts_hub_ids(hub, tiny, tmp_path, text_file, capsys):
     recipe = tmp_path / "tiny.json"
     recipe.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--train.steps", "2"]
@@ -183,7 +183,7 @@ def test_train_from_the_hub(hub, tiny, tmp_path, text_file, capsys):
     assert "downloading 114 kB" in (tmp_path / "run" / "run.log").read_text()
 
 
-def test_a_warning_is_said_once(hub, tiny, capsys):
+def test_cache_warning_is_printed_once(hub, tiny, capsys):
     fetch(NAME)
     hub.fail(times=3, status=503, path_contains="/api/")
     assert cli.run(["generate", NAME, "--prompt", "a", "--max-new-tokens", "1", "--json"]) == 0
@@ -192,8 +192,8 @@ def test_a_warning_is_said_once(hub, tiny, capsys):
     assert err == f"smolforge: {NAME} comes from the cache as it is: {hub.url} answers with status 503\n"
 
 
-def test_a_file_of_a_model_folder_means_the_folder(folder, tmp_path, capsys):
-    assert loading.find(folder / "model.safetensors") == folder
+def test_model_path_may_be_a_weights_file(folder, tmp_path, capsys):
+    assert loading.resolve_model_path(folder / "model.safetensors") == folder
     assert cli.run(["inspect", str(folder / "model.safetensors")]) == 0
     assert cli.run(["inspect", str(folder / "config.json")]) == 2
 
@@ -209,7 +209,7 @@ def sharded(hub, tmp_path, folder):
     return tmp_path / "sharded"
 
 
-def test_shards(hub, sharded):
+def test_sharded_model_is_loaded(hub, sharded):
     parts = {path.name for path in sharded.glob("model-*.safetensors")}
     assert len(parts) > 1
     assert {path.name for path in fetch("someone/sharded").glob("*.safetensors")} == parts
@@ -217,91 +217,91 @@ def test_shards(hub, sharded):
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "x.bin", 3])
-def test_shards_elsewhere_are_not_followed(hub, name, capsys):
+def test_shards_outside_the_repository_are_refused(hub, name, capsys):
     index = json.dumps({"weight_map": {"a": name}}).encode()
     hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": index})
-    refused(InvalidFile, "names .* which is no .safetensors file beside it; it is not followed", capsys=capsys)
+    refused(InvalidFileError, "names .* which is no .safetensors file beside it; it is not followed", capsys=capsys)
     assert set(asked(hub)) == {"model.safetensors.index.json"}
 
 
-def test_shards_that_are_not_there(hub, capsys):
+def test_missing_shards_are_reported(hub, capsys):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
     hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": index})
-    refused(InvalidFile, "has no model-1.safetensors, which its model.safetensors.index.json names", capsys=capsys)
+    refused(InvalidFileError, "has no model-1.safetensors, which its model.safetensors.index.json names", capsys=capsys)
     hub.add(NAME, {"config.json": CONFIG, "model.safetensors.index.json": b"[]"})
-    refused(InvalidFile, "is not a JSON object", capsys=capsys)
+    refused(InvalidFileError, "is not a JSON object", capsys=capsys)
 
 
 def test_pickled_weights_are_refused(hub, tmp_path, capsys):
     hub.add(NAME, {"config.json": CONFIG, "pytorch_model.bin": b"\x80\x04."})
     match = "only pickled weights .pytorch_model.bin., which can run code .*/spaces/safetensors/convert"
-    refused(InvalidFile, f"{NAME} has {match}", capsys=capsys)
+    refused(InvalidFileError, f"{NAME} has {match}", capsys=capsys)
     assert asked(hub) == []
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80\x04.")
-    refused(InvalidFile, "has only pickled weights .pytorch_model-00001", str(tmp_path / "old"), capsys)
+    refused(InvalidFileError, "has only pickled weights .pytorch_model-00001", str(tmp_path / "old"), capsys)
 
 
-def test_repositories_that_are_no_models(hub, folder, capsys):
+def test_repository_without_a_model_is_refused(hub, folder, capsys):
     hub.add(NAME, {"README.md": b"#", "model.safetensors": b"x"})
-    refused(InvalidFile, f"{NAME} has no config.json, so it is nothing that smolforge reads", capsys=capsys)
+    refused(InvalidFileError, f"{NAME} has no config.json, so it is nothing that smolforge reads", capsys=capsys)
     hub.add(NAME, {"config.json": CONFIG})
-    refused(InvalidFile, f"{NAME} has no model.safetensors, so it is no model", capsys=capsys)
-    with pytest.raises(InvalidFile, match="has no tokenizer.json"):
-        loading.tokenizer(NAME)
+    refused(InvalidFileError, f"{NAME} has no model.safetensors, so it is no model", capsys=capsys)
+    with pytest.raises(InvalidFileError, match="has no tokenizer.json"):
+        loading.load_tokenizer(NAME)
 
 
-def test_a_repository_that_is_not_there(hub, capsys):
+def test_missing_repository_is_reported(hub, capsys):
     match = "there is no model 'someone/nothing': neither a folder here nor a repository on the Hub that you may see"
-    refused(SettingError, match, "someone/nothing", capsys)
-    with pytest.raises(SettingError, match="a model on the Hub is named org/name or org/name@revision"):
+    refused(ConfigError, match, "someone/nothing", capsys)
+    with pytest.raises(ConfigError, match="a model on the Hub is named org/name or org/name@revision"):
         loading.load("nothing")
 
 
-def test_a_revision_that_is_not_there(hub, tiny, folder, capsys):
+def test_missing_revision_is_reported(hub, tiny, folder, capsys):
     hub.add(NAME, folder, "step-100")
-    refused(SettingError, f"{NAME} has no revision 'step-1'; it has main, step-100", f"{NAME}@step-1", capsys)
+    refused(ConfigError, f"{NAME} has no revision 'step-1'; it has main, step-100", f"{NAME}@step-1", capsys)
 
 
-def test_gated(hub, folder, monkeypatch, capsys):
+def test_gated_model_needs_a_token(hub, folder, monkeypatch, capsys):
     hub.add(NAME, folder, gated=True)
     match = f"{NAME} is gated: accept its terms at {hub.url}/{NAME}, then run `hf auth login` or set HF_TOKEN"
-    refused(MissingResource, match, capsys=capsys)
+    refused(MissingResourceError, match, capsys=capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    refused(MissingResource, match)
+    refused(MissingResourceError, match)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     loading.load(NAME)
 
 
-def test_a_token_that_is_refused(hub, tiny, capsys):
+def test_refused_token_is_reported(hub, tiny, capsys):
     hub.fail(times=9, status=401)
-    refused(MissingResource, f"the Hub refuses the token for {NAME}", capsys=capsys)
+    refused(MissingResourceError, f"the Hub refuses the token for {NAME}", capsys=capsys)
 
 
 @pytest.mark.parametrize("part", ["/api/", "model.safetensors", "config.json"])
-def test_a_server_error_is_waited_out(hub, tiny, part):
+def test_server_error_is_retried(hub, tiny, part):
     hub.fail(times=2, status=500, path_contains=part)
     assert weights_equal(loading.load(NAME), tiny_model())
 
 
-def test_a_server_that_stays_broken(hub, tiny, capsys):
+def test_lasting_server_error_is_reported(hub, tiny, capsys):
     hub.fail(times=6, status=503, path_contains="/api/")
     match = (
         f"{NAME} is no folder here, and as a model on the Hub it cannot be downloaded: {hub.url} answers with status"
     )
-    refused(MissingResource, match, capsys=capsys)
+    refused(MissingResourceError, match, capsys=capsys)
     hub.fail(times=6, status=500, path_contains="model.safetensors")
-    refused(MissingResource, match, capsys=capsys)
+    refused(MissingResourceError, match, capsys=capsys)
     loading.load(NAME)
 
 
-def test_a_server_that_hangs(hub, tiny, monkeypatch, capsys):
+def test_hanging_server_times_out(hub, tiny, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     hub.fail(times=2, delay=0.5, path_contains="/api/")
-    refused(MissingResource, "cannot be downloaded: .* cannot be reached .*timed out", capsys=capsys)
+    refused(MissingResourceError, "cannot be downloaded: .* cannot be reached .*timed out", capsys=capsys)
 
 
-def test_a_cut_connection_is_resumed(hub, tiny, folder, monkeypatch):
+def test_download_resumes_after_a_cut_connection(hub, tiny, folder, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.fail(times=2, cut_after=5000, path_contains="model.safetensors")
     assert weights_equal(loading.load(NAME), tiny_model())
@@ -309,7 +309,7 @@ def test_a_cut_connection_is_resumed(hub, tiny, folder, monkeypatch):
     assert ranges == [None, "bytes=5000-", "bytes=10000-"]
 
 
-def test_a_stopped_download_goes_on_in_the_next_process(hub, tiny, folder, monkeypatch, caplog):
+def test_download_resumes_in_the_next_process(hub, tiny, folder, monkeypatch, caplog):
     def impatient(seconds):
         raise KeyboardInterrupt
 
@@ -329,27 +329,27 @@ def test_a_stopped_download_goes_on_in_the_next_process(hub, tiny, folder, monke
     assert not list((Path(constants.HF_HUB_CACHE)).rglob("*.partial"))
 
 
-def test_damage_on_the_way_is_noticed_and_removed(hub, tiny, capsys):
+def test_corrupted_download_is_detected_and_removed(hub, tiny, capsys):
     stored = hub.repositories["model", NAME].commits[tiny]["model.safetensors"]
     sound = stored.path.read_bytes()
     stored.path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
-    refused(InvalidFile, f"model.safetensors of {NAME} came damaged: its sha256 is .* was removed", capsys=capsys)
+    refused(InvalidFileError, f"model.safetensors of {NAME} came damaged: its sha256 is .* was removed", capsys=capsys)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.partial"))
     assert not list(Path(constants.HF_HUB_CACHE).rglob("model.safetensors"))
     stored.path.write_bytes(sound)
     loading.load(NAME)
 
 
-def test_a_file_that_is_too_short(hub, tiny, capsys):
+def test_truncated_download_is_reported(hub, tiny, capsys):
     stored = hub.repositories["model", NAME].commits[tiny]["model.safetensors"]
     stored.path.write_bytes(stored.path.read_bytes()[:-100])
-    refused(MissingResource, f"{NAME} cannot be downloaded: Consistency check failed", capsys=capsys)
+    refused(MissingResourceError, f"{NAME} cannot be downloaded: Consistency check failed", capsys=capsys)
 
 
-def test_no_room(hub, tiny, monkeypatch, capsys):
+def test_download_refuses_a_full_disk(hub, tiny, monkeypatch, capsys):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    refused(MissingResource, rf"{NAME} needs [\d,]+ more bytes and .* has 1,000 free; make room", capsys=capsys)
+    refused(MissingResourceError, rf"{NAME} needs [\d,]+ more bytes and .* has 1,000 free; make room", capsys=capsys)
     assert asked(hub) == []
 
 
@@ -364,7 +364,7 @@ def unplugged(hub, monkeypatch):
     return url
 
 
-def test_a_part_of_a_model_is_no_model_to_go_on_with(hub, tiny, folder, tmp_path, monkeypatch, capsys):
+def test_partial_snapshot_is_not_used_offline(hub, tiny, folder, tmp_path, monkeypatch, capsys):
     """The branch moved and only its config was looked at: without a network, the whole one from before serves."""
     loading.load(NAME)
     copy = shutil.copytree(folder, tmp_path / "later")
@@ -375,14 +375,14 @@ def test_a_part_of_a_model_is_no_model_to_go_on_with(hub, tiny, folder, tmp_path
     assert loading.load(NAME).tokenizer is not None
 
 
-def test_no_network(unplugged, capsys):
+def test_load_without_network_is_reported(unplugged, capsys):
     match = (
         f"{NAME} is no folder here, and as a model on the Hub it cannot be downloaded: {unplugged} cannot be reached"
     )
-    refused(MissingResource, match, capsys=capsys)
+    refused(MissingResourceError, match, capsys=capsys)
 
 
-def test_no_network_but_a_cache(hub, tiny, request, caplog, capsys):
+def test_load_without_network_uses_the_cache(hub, tiny, request, caplog, capsys):
     loading.load(NAME)
     url = request.getfixturevalue("unplugged")
     assert weights_equal(loading.load(NAME), tiny_model())
@@ -390,19 +390,19 @@ def test_no_network_but_a_cache(hub, tiny, request, caplog, capsys):
     assert f"{NAME} comes from the cache as it is: {url} cannot be reached" in caplog.text
     assert cli.run(["inspect", NAME, "--json"]) == 0
     assert capsys.readouterr().err.count("comes from the cache") == 1
-    with pytest.raises(MissingResource):
+    with pytest.raises(MissingResourceError):
         loading.load(f"{NAME}@step-1")
 
 
-def test_offline(hub, tiny, monkeypatch, caplog, capsys):
+def test_hub_offline_needs_a_complete_cache(hub, tiny, monkeypatch, caplog, capsys):
     fetch(NAME, ["config.json"])
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     loading.read_config(NAME)
     match = f"{NAME} is no folder here, and as a model on the Hub it is not wholly in the cache .* HF_HUB_OFFLINE"
-    refused(MissingResource, match, capsys=capsys)
-    with pytest.raises(MissingResource):
-        loading.tokenizer(NAME)
+    refused(MissingResourceError, match, capsys=capsys)
+    with pytest.raises(MissingResourceError):
+        loading.load_tokenizer(NAME)
     assert hub.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     fetch(NAME)
@@ -414,7 +414,7 @@ def test_offline(hub, tiny, monkeypatch, caplog, capsys):
     assert caplog.text == ""
 
 
-def test_offline_in_a_process_of_its_own(hub, tiny, tmp_path):
+def test_hub_offline_works_in_a_new_process(hub, tiny, tmp_path):
     def inspect(cache):
         environment = os.environ | {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "smolforge", "inspect", NAME, "--json"]
@@ -431,7 +431,7 @@ def test_offline_in_a_process_of_its_own(hub, tiny, tmp_path):
     assert hub.requests == []
 
 
-def test_others_find_what_was_downloaded(hub, tiny, monkeypatch):
+def test_transformers_finds_our_downloads(hub, tiny, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     fetch(NAME)
@@ -440,7 +440,7 @@ def test_others_find_what_was_downloaded(hub, tiny, monkeypatch):
     assert asked(hub) == []
 
 
-def test_the_mirror_serves_data_sets_too(hub, tmp_path):
+def test_hub_mirror_serves_datasets(hub, tmp_path):
     hub.add("someone/texts", {"data/a.jsonl": b'{"text": "one"}\n', "README.md": b"#"}, kind="dataset")
     path = huggingface_hub.hf_hub_download("someone/texts", "data/a.jsonl", repo_type="dataset")
     assert Path(path).read_text() == '{"text": "one"}\n'

@@ -15,7 +15,7 @@ from smolforge.config import Data
 from smolforge.data.corpus import SPLITS, Corpus
 from smolforge.data.prepare.build import prepare
 from smolforge.data.sources import hub as streamed
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResourceError
 from smolforge.runs import resume_or_start
 from smolforge.testing import in_child, tiny_tokenizer
 
@@ -44,7 +44,7 @@ def mixed(hub, tmp_path, quick):  # noqa: F811
     return tmp_path / "mixed.json"
 
 
-def test_killed_across_a_border_after_faults_it_is_the_same_run(mixed, hub, tmp_path):
+def test_hub_mixture_resumes_bit_for_bit_after_faults_and_kill(mixed, hub, tmp_path):
     straight = resume_or_start(mixed, tmp_path / "straight" / "a", {})
     hub.fail(times=1, status=500, path_contains="web/resolve")
     hub.fail(times=1, cut_after=700, path_contains="math/resolve")
@@ -61,7 +61,7 @@ def test_killed_across_a_border_after_faults_it_is_the_same_run(mixed, hub, tmp_
     assert one == two
 
 
-def test_a_data_set_alone_is_prepared_up_to_what_the_run_needs(mixed, tmp_path):
+def test_hub_dataset_is_prepared_only_as_far_as_needed(mixed, tmp_path):
     tree = json.loads(mixed.read_text()) | {"data": {"sources": ["org/web"]}}
     (tmp_path / "alone.json").write_text(json.dumps(tree))
     run = resume_or_start(tmp_path / "alone.json", tmp_path / "runs" / "a", {})
@@ -71,17 +71,17 @@ def test_a_data_set_alone_is_prepared_up_to_what_the_run_needs(mixed, tmp_path):
 
 @pytest.mark.parametrize("path", ["/api/datasets", "/tree/", ".parquet"])
 @pytest.mark.usefixtures("quick")
-def test_a_hub_that_stalls_gets_a_sentence_in_bounded_time(hub, tmp_path, monkeypatch, path):
+def test_hub_dataset_stall_is_reported_in_bounded_time(hub, tmp_path, monkeypatch, path):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(streamed, "PAUSES", (0.0,))
+    monkeypatch.setattr(streamed, "RETRY_SECONDS", (0.0,))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     name = f"org/stalls{''.join(filter(str.isalpha, path))}"  # of its own, for what was listed once is remembered
     hub.add(name, {"train.parquet": table(tmp_path / "a.parquet")}, kind="dataset")
     hub.fail(times=1000, delay=3.0, path_contains=path)
     begun = time.perf_counter()
-    with pytest.raises(MissingResource, match=f"{name} cannot be read from http.*goes on from where it was"):
+    with pytest.raises(MissingResourceError, match=f"{name} cannot be read from http.*goes on from where it was"):
         prepare(Data(sources=(name,)), tmp_path / "corpus", tiny_tokenizer())
     assert time.perf_counter() - begun < 20
     assert not (tmp_path / "corpus").exists()

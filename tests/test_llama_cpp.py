@@ -22,8 +22,8 @@ from smolforge.checkpoint import huggingface, loading
 from smolforge.config import Generation
 from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, to_gguf
 from smolforge.exporters.transformers import to_transformers
-from smolforge.generation.samplers import sampling
-from smolforge.generation.stream import tokens
+from smolforge.generation.samplers import make_sampler
+from smolforge.generation.stream import generate_tokens
 from smolforge.models.decoder import build
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def said(path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FILE_TYPES if kind != "q4_0"])  # which the converter has not
-def test_the_converter_makes_the_same_file(folder, tmp_path, kind):
+def test_gguf_equals_the_llama_cpp_converter(folder, tmp_path, kind):
     to_gguf(folder, tmp_path / "ours.gguf", kind)
     words = [CONVERTER, "--outtype", kind, "--outfile", tmp_path / "theirs.gguf", folder]
     child(*words, python=sys.executable, path=str(LLAMA / "converter"))
@@ -118,7 +118,7 @@ def test_the_converter_makes_the_same_file(folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_the_quantiser_makes_the_same_file(folder, tmp_path, kind):
+def test_gguf_quantization_equals_llama_cpp(folder, tmp_path, kind):
     to_gguf(folder, tmp_path / "f32.gguf", "f32")
     to_gguf(folder, tmp_path / "ours.gguf", kind)
     child("-c", QUANTIZE, tmp_path / "f32.gguf", tmp_path / "theirs.gguf", FILE_TYPES[kind])
@@ -127,19 +127,19 @@ def test_the_quantiser_makes_the_same_file(folder, tmp_path, kind):
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_a_head_of_six_bits_is_read(tmp_path):
+def test_gguf_with_a_q6_k_head_is_read(tmp_path):
     """What the quantiser makes of a width that 256 divides; here it is q8_0."""
     wide = tiny_model(hidden_size=256)
     huggingface.save(wide, tmp_path / "wide", wide.tokenizer)
     to_gguf(tmp_path / "wide", tmp_path / "f32.gguf", "f32")
     child("-c", QUANTIZE, tmp_path / "f32.gguf", tmp_path / "theirs.gguf", FILE_TYPES["q4_0"])
     assert stored(tmp_path / "theirs.gguf")["token_embd.weight"][0] == "Q6_K"
-    head = loading.load(tmp_path / "theirs.gguf").head
-    assert 0 < (head - wide.head).abs().max() < wide.head.abs().max() / 32
+    head = loading.load(tmp_path / "theirs.gguf").lm_head_weight
+    assert 0 < (head - wide.lm_head_weight).abs().max() < wide.lm_head_weight.abs().max() / 32
 
 
 @torch.inference_mode()
-def test_a_tokenizer_of_ours_is_cut_as_smollms_is(tmp_path):
+def test_gguf_tokenizer_ids_equal_llama_cpp(tmp_path):
     """Which is what the name in the file says, whosever tokens they are."""
     model = tiny_model(vocab_size=600)
     huggingface.save(model, tmp_path / "model", model.tokenizer)
@@ -151,7 +151,7 @@ def test_a_tokenizer_of_ours_is_cut_as_smollms_is(tmp_path):
 
 
 @torch.inference_mode()
-def test_llama_cpp_says_the_same(folder, tmp_path):
+def test_gguf_logits_and_greedy_ids_equal_llama_cpp(folder, tmp_path):
     to_gguf(folder, tmp_path / "f32.gguf", "f32")
     model = loading.load(folder)
     prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -162,5 +162,5 @@ def test_llama_cpp_says_the_same(folder, tmp_path):
     logits = torch.tensor(answer["logits"])
     torch.testing.assert_close(model(torch.tensor(prompts[:1]))[0], logits, atol=1e-5, rtol=0)
     for prompt, ids in zip(prompts, answer["greedy"], strict=True):
-        greedy = tokens(model, [prompt], sampling(Generation(temperature=0)), GREEDY_TOKENS)
+        greedy = generate_tokens(model, [prompt], make_sampler(Generation(temperature=0)), max_new_tokens=GREEDY_TOKENS)
         assert [token.id for token in greedy] == ids

@@ -20,13 +20,13 @@ from smolforge import cli, load, train
 from smolforge.checkpoint import huggingface, loading, peft_adapter, training_state
 from smolforge.config import Lora
 from smolforge.config.load import read_recipe, to_recipe
-from smolforge.errors import InvalidFile, SettingError
-from smolforge.generation.cpu_decoding import packed
+from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.generation.cpu_decoding import prepack
 from smolforge.models import lora
 from smolforge.models.decoder import build
 from smolforge.runs import estimate
-from smolforge.runs.estimate import learning
-from smolforge.runs.resolve import settle
+from smolforge.runs.estimate import trainable_parameter_count
+from smolforge.runs.resolve import resolve_recipe
 from smolforge.testing import in_child, tiny_config, tiny_model
 from smolforge.training.loss import loss_sum
 
@@ -43,7 +43,7 @@ def call(capsys, *words: object) -> tuple[int, str, str]:
 def disturbed(model: nn.Module) -> None:
     """Give B values, so that the updates do something."""
     generator = torch.Generator().manual_seed(1)
-    for name, value in lora.adapters(model).items():
+    for name, value in lora.lora_parameters(model).items():
         if name.endswith(lora.B):
             value.data.copy_(torch.randn(value.shape, generator=generator) * 0.05)
 
@@ -66,16 +66,16 @@ def recipe(tmp_path, base, text_file) -> Path:
 
 
 @given(st.sampled_from(["llama", "qwen3", "starcoder2", "mixtral"]), st.integers(1, 8), st.floats(0.5, 32))
-def test_merged_says_the_same(family, rank, alpha):
+def test_lora_merge_equals_the_unmerged_model(family, rank, alpha):
     model = build(tiny_config(model_type=family))
     targets = ("c_fc", "o_proj") if family == "starcoder2" else ("q_proj", "v_proj")
     ids = torch.arange(20)[None]
     before = model(ids)
-    lora.adapt(model, Lora(rank=rank, alpha=alpha, targets=targets), seed=0)
+    lora.add_lora(model, Lora(rank=rank, alpha=alpha, targets=targets), seed=0)
     assert torch.equal(model(ids), before), "B is 0 at first"
     disturbed(model)
-    assert packed(model) is model, "a shortcut for decoding would pass the updates by"
-    unmerged, folded = model(ids), dict(lora.folded(model))
+    assert prepack(model) is model, "a shortcut for decoding would pass the updates by"
+    unmerged, folded = model(ids), dict(lora.merged_parameters(model))
     assert not torch.allclose(unmerged, before)
     lora.merge(model)
     torch.testing.assert_close(model(ids), unmerged, atol=1e-5, rtol=0)
@@ -83,13 +83,13 @@ def test_merged_says_the_same(family, rank, alpha):
     assert all(torch.equal(folded[name], weight) for name, weight in model.named_parameters())
 
 
-def test_full_rank_reaches_every_matrix():
+def test_lora_of_full_rank_reaches_every_matrix():
     """What full tuning can do, updates of full rank can: here the very matrix of another model."""
     model, other = build(tiny_config(), 1), build(tiny_config(), 2)
     full = min(model.config.hidden_size, model.config.intermediate_size)
-    lora.adapt(model, Lora(rank=full, alpha=float(full)), seed=0)
+    lora.add_lora(model, Lora(rank=full, alpha=float(full)), seed=0)
     theirs = dict(other.named_modules())
-    for name, layer in lora.low_rank(model).items():
+    for name, layer in lora.lora_layers(model).items():
         u, s, v = torch.linalg.svd((theirs[name].weight - layer.weight).double(), full_matrices=False)
         pad = full - len(s)
         layer.lora_B.data.copy_(nn.functional.pad(u * s, (0, pad)))
@@ -100,63 +100,68 @@ def test_full_rank_reaches_every_matrix():
             torch.testing.assert_close(model.get_parameter(name), weight, atol=1e-5, rtol=1e-4)
 
 
-def test_only_the_updates_learn_and_are_counted():
+def test_lora_trains_and_counts_only_its_matrices():
     model = build(tiny_config())
-    lora.adapt(model, Lora(rank=3), seed=0)
+    lora.add_lora(model, Lora(rank=3), seed=0)
     ids = torch.arange(20)[None]
-    loss, _ = loss_sum(model.hidden(ids), model.head, ids)
+    loss, _ = loss_sum(model.hidden_states(ids), model.lm_head_weight, ids)
     loss.backward()
     have = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert have == lora.adapters(model).keys()
+    assert have == lora.lora_parameters(model).keys()
     tree = NANO | {"init_from": "x", "lora": {"rank": 3}}
-    assert learning(to_recipe(tree)) == sum(value.numel() for value in lora.adapters(model).values())
+    assert trainable_parameter_count(to_recipe(tree)) == sum(
+        value.numel() for value in lora.lora_parameters(model).values()
+    )
 
 
-def test_a_budget_counts_on_steps_of_the_updates(recipe, monkeypatch):
+def test_time_budget_measures_steps_with_lora(recipe, monkeypatch):
     """They are quicker than the model's, and need less memory."""
-    measured, known = [], estimate.optimizers
+    measured, known = [], estimate.build_optimizers
     monkeypatch.setattr(estimate, "PROBE_SECONDS", 0)
     monkeypatch.setattr(
-        estimate, "optimizers", lambda model, settings: measured.append(model) or known(model, settings)
+        estimate, "build_optimizers", lambda model, settings: measured.append(model) or known(model, settings)
     )
     assert estimate.tokens_per_second(read_recipe(recipe)) > 0
-    assert [len(lora.low_rank(model)) for model in measured] == [2 * len(TARGETS)]
+    assert [len(lora.lora_layers(model)) for model in measured] == [2 * len(TARGETS)]
 
 
-def test_peft_says_the_same_and_learns_the_same(base):
+def test_lora_outputs_and_gradients_equal_peft(base):
     """Logits, loss gradients of A and B, on the same numbers; then the file both ways."""
     ours = load(base)
     settings = Lora(rank=4, alpha=8.0)
-    lora.adapt(ours, settings, seed=0)
+    lora.add_lora(ours, settings, seed=0)
     disturbed(ours)
     folder = base.parent / "adapter"
-    peft_adapter.write(folder, peft_adapter.settings_of(settings, str(base)), lora.adapters(ours))
+    peft_adapter.write_adapter(folder, peft_adapter.adapter_config(settings, str(base)), lora.lora_parameters(ours))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True)
     ids = torch.arange(24)[None]
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
-    loss, _ = loss_sum(ours.hidden(ids)[:, :-1], ours.head, ids[:, 1:])
+    loss, _ = loss_sum(ours.hidden_states(ids)[:, :-1], ours.lm_head_weight, ids[:, 1:])
     (loss / 23).backward()
     theirs(ids, labels=ids).loss.backward()
     found = {
         name.removeprefix(peft_adapter.PREFIX): each for name, each in theirs.named_parameters() if each.requires_grad
     }
-    assert len(found) == len(lora.adapters(ours))
-    for name, weight in lora.adapters(ours).items():
+    assert len(found) == len(lora.lora_parameters(ours))
+    for name, weight in lora.lora_parameters(ours).items():
         other = found[f"{name}.default.weight"]
         torch.testing.assert_close(weight.grad, other.grad, atol=1e-6, rtol=1e-4)
     theirs.save_pretrained(base.parent / "theirs")
     torch.testing.assert_close(load(base.parent / "theirs")(ids), ours(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_its_files_and_peft(recipe, base, tmp_path, capsys):
+def test_lora_run_exports_an_adapter_that_peft_reads(recipe, base, tmp_path, capsys):
     code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run")
-    assert (code, f"; low-rank updates of {learning(read_recipe(recipe)):,} learn" in " ".join(err.split())) == (
+    assert (
+        code,
+        f"; low-rank updates of {trainable_parameter_count(read_recipe(recipe)):,} learn" in " ".join(err.split()),
+    ) == (
         0,
         True,
     )
     run = train(recipe, tmp_path / "run")
-    newest = training_state.all_of(run.folder)[-1]
+    newest = training_state.list_checkpoints(run.folder)[-1]
     ids = torch.arange(24)[None]
     merged, before = load(run.folder), load(base)
     assert torch.equal(merged(ids), run.model(ids))
@@ -185,7 +190,7 @@ def change_one(file: Path) -> None:
     save_file(found | {name: found[name] + 1}, file)
 
 
-def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, capsys):
+def test_adapter_works_wherever_a_model_is_named(recipe, base, tmp_path, capsys):
     """It speaks as it was tuned, is exported whole, verified once it is, and begins another run, low-rank or not."""
     chats = tmp_path / "chats.jsonl"
     said = [{"role": "system", "content": ""}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -215,17 +220,17 @@ def test_an_adapter_is_a_model_wherever_one_is_named(recipe, base, tmp_path, cap
     assert (code, "whose weights are others now" in err) == (3, True), err
 
 
-def test_a_base_on_the_hub_keeps_its_name(hub, recipe, base):
+def test_adapter_keeps_the_hub_name_of_its_base(hub, recipe, base):
     """Whether its commit is looked up or given, or the adapter would name a folder of this machine's cache."""
     commit = hub.add("org/base", base)
     for asked in ("org/base", f"org/base@{commit}"):
-        begun = settle(read_recipe(recipe, {"init_from": asked})).init_from
+        begun = resolve_recipe(read_recipe(recipe, {"init_from": asked})).init_from
         assert begun == f"org/base@{commit}"
-        said = peft_adapter.settings_of(Lora(rank=2), begun)
+        said = peft_adapter.adapter_config(Lora(rank=2), begun)
         assert (said["base_model_name_or_path"], said["revision"]) == ("org/base", commit)
 
 
-def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
+def test_resume_reads_the_base_model_once(recipe, tmp_path, monkeypatch):
     train(recipe, tmp_path / "run", steps=4)
     asked = []
     known = loading.fingerprint
@@ -235,7 +240,7 @@ def test_the_base_is_read_once_to_know_it_again(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.5, "name": "muon"}])
-def test_killed_and_resumed_to_the_bit(recipe, tmp_path, changes):
+def test_lora_resumes_bit_for_bit_after_sigkill(recipe, tmp_path, changes):
     tree = recipe.read_text().replace("[optim]", f"[optim]\n{tomli_w.dumps(changes)}")
     recipe.write_text(tree)
     whole = train(recipe, tmp_path / "whole")
@@ -243,12 +248,12 @@ def test_killed_and_resumed_to_the_bit(recipe, tmp_path, changes):
     parts = train(recipe, tmp_path / "parts")
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, parts.model.state_dict()[name]), name
-    one, other = (training_state.all_of(run.folder)[-1] for run in (whole, parts))
+    one, other = (training_state.list_checkpoints(run.folder)[-1] for run in (whole, parts))
     for file in ("adapter/adapter_model.safetensors", "training/optimizer.safetensors"):
         assert (one / file).read_bytes() == (other / file).read_bytes()
 
 
-def test_another_base_is_noticed(recipe, base, tmp_path, capsys):
+def test_resume_refuses_a_changed_base_model(recipe, base, tmp_path, capsys):
     train(recipe, tmp_path / "run", steps=4)
     model = tiny_model()
     model.model.norm.weight.data += 1
@@ -272,7 +277,7 @@ def test_another_base_is_noticed(recipe, base, tmp_path, capsys):
         ({"special_tokens": "<a>"}, "need an embedding that learns"),
     ],
 )
-def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, said):
+def test_lora_config_errors_are_one_sentence(recipe, tmp_path, capsys, settings, said):
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     code, _, err = call(capsys, "train", recipe, "--run", tmp_path / "run", *flags)
     assert code == 2, err
@@ -295,23 +300,27 @@ def test_wrong_settings_are_one_sentence(recipe, tmp_path, capsys, settings, sai
         ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
     ],
 )
-def test_adapters_that_compute_something_else_are_refused(base, tmp_path, change, said):
+def test_adapter_refuses_unsupported_peft_settings(base, tmp_path, change, said):
     settings = Lora(rank=4, targets=("q_proj",))
     model = load(base)
-    lora.adapt(model, settings, 0)
+    lora.add_lora(model, settings, 0)
     if change.get("base_model_name_or_path") == "SELF":
         change = {"base_model_name_or_path": str(tmp_path / "a")}
-    peft_adapter.write(tmp_path / "a", peft_adapter.settings_of(settings, str(base)) | change, lora.adapters(model))
-    with pytest.raises((InvalidFile, SettingError), match=said):
+    peft_adapter.write_adapter(
+        tmp_path / "a", peft_adapter.adapter_config(settings, str(base)) | change, lora.lora_parameters(model)
+    )
+    with pytest.raises((InvalidFileError, ConfigError), match=said):
         load(tmp_path / "a")
 
 
 @pytest.mark.parametrize("fault", ["cut", "lacks", "shape", "where", "name"])
-def test_broken_adapter_files(base, tmp_path, fault):
+def test_adapter_refuses_corrupted_files(base, tmp_path, fault):
     settings = Lora(rank=4, targets=("q_proj",))
     model = load(base)
-    lora.adapt(model, settings, 0)
-    peft_adapter.write(tmp_path / "a", peft_adapter.settings_of(settings, str(base)), lora.adapters(model))
+    lora.add_lora(model, settings, 0)
+    peft_adapter.write_adapter(
+        tmp_path / "a", peft_adapter.adapter_config(settings, str(base)), lora.lora_parameters(model)
+    )
     file = tmp_path / "a" / peft_adapter.WEIGHTS
     found = load_file(file)
     first = next(name for name in found if name.endswith("lora_B.weight"))
@@ -328,5 +337,5 @@ def test_broken_adapter_files(base, tmp_path, fault):
             found["other"] = torch.zeros(1)
     if fault != "cut":
         save_file(found, file)
-    with pytest.raises(InvalidFile, match="adapter_model"):
+    with pytest.raises(InvalidFileError, match="adapter_model"):
         load(tmp_path / "a")

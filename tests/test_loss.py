@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smolforge.data.batches import IGNORED
+from smolforge.data.batches import IGNORE_INDEX
 from smolforge.models.decoder import build
 from smolforge.testing import tiny_config
 from smolforge.training import loss as loss_module
-from smolforge.training.loss import into_gradient, loss_sum
+from smolforge.training.loss import logits_to_gradient, loss_sum
 
 BFLOAT16 = torch.autocast("cpu", torch.bfloat16)
 
@@ -25,8 +25,8 @@ def definition(hidden, head, labels, z_loss=0.0):
     """Cross-entropy plus z-loss, from all logits at once and differentiated by torch."""
     logits, flat = F.linear(hidden, head).flatten(0, 1), labels.flatten()
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    z = wide.logsumexp(-1)[flat != IGNORED].square().sum()
-    return F.cross_entropy(wide, flat, reduction="sum", ignore_index=IGNORED) + z_loss * z
+    z = wide.logsumexp(-1)[flat != IGNORE_INDEX].square().sum()
+    return F.cross_entropy(wide, flat, reduction="sum", ignore_index=IGNORE_INDEX) + z_loss * z
 
 
 def problem(rows=3, length=25, width=24, vocabulary=97, dtype=torch.float32, spread=1.0):
@@ -34,13 +34,13 @@ def problem(rows=3, length=25, width=24, vocabulary=97, dtype=torch.float32, spr
     hidden = torch.randn(rows, length, width, dtype=dtype, requires_grad=True)
     head = (spread * torch.randn(vocabulary, width, dtype=dtype)).requires_grad_()
     labels = torch.randint(vocabulary, (rows, length))
-    labels[:1, : length // 2] = IGNORED
+    labels[:1, : length // 2] = IGNORE_INDEX
     return hidden, head, labels
 
 
-def gradients(function, hidden, head, *rest):
+def gradients(function, hidden, head, labels, z_loss=0.0):
     """The value, and the gradients of states and head."""
-    value = function(hidden, head, *rest)
+    value = function(hidden, head, labels, z_loss=z_loss)
     value = value[0] if isinstance(value, tuple) else value
     return value.detach(), *torch.autograd.grad(value, (hidden, head))
 
@@ -53,7 +53,7 @@ def off(found, expected):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("shape", [(3, 25), (2, 16), (1, 1), (1, 17), (4, 4)])
-def test_equals_the_definition(dtype, bound, z_loss, shape):
+def test_loss_equals_the_definition(dtype, bound, z_loss, shape):
     asked = *problem(*shape, dtype=dtype), z_loss
     for found, expected in zip(gradients(loss_sum, *asked), gradients(definition, *asked), strict=True):
         assert found.dtype == dtype
@@ -61,7 +61,7 @@ def test_equals_the_definition(dtype, bound, z_loss, shape):
 
 
 @pytest.mark.parametrize("size", [1, 7, 75, 1000])
-def test_the_size_of_a_chunk_changes_nothing(size, monkeypatch):
+def test_loss_does_not_depend_on_the_chunk_size(size, monkeypatch):
     asked = problem(dtype=torch.float64)
     expected = gradients(loss_sum, *asked)
     monkeypatch.setattr(loss_module, "chunk_tokens", lambda device: size)
@@ -70,15 +70,15 @@ def test_the_size_of_a_chunk_changes_nothing(size, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [40, 0])
-def test_without_labels_there_is_neither_loss_nor_gradient(tokens):
+def test_loss_without_labels_is_zero_with_zero_gradient(tokens):
     hidden, head, _ = problem(1, tokens)
-    for value in gradients(loss_sum, hidden, head, torch.full((1, tokens), IGNORED), 1e-2):
+    for value in gradients(loss_sum, hidden, head, torch.full((1, tokens), IGNORE_INDEX), 1e-2):
         assert not value.any()
 
 
-def test_the_z_loss_is_reported_apart_and_has_no_gradient_of_its_own():
+def test_z_loss_is_reported_separately_without_gradient():
     hidden, head, labels = problem(dtype=torch.float64)
-    total, z = loss_sum(hidden, head, labels, 1e-2)
+    total, z = loss_sum(hidden, head, labels, z_loss=1e-2)
     assert not z.requires_grad
     torch.testing.assert_close(total - z, definition(hidden, head, labels))
     torch.testing.assert_close(z, definition(hidden, head, labels, 1e-2) - definition(hidden, head, labels))
@@ -86,12 +86,14 @@ def test_the_z_loss_is_reported_apart_and_has_no_gradient_of_its_own():
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_gradcheck(z_loss):
+def test_loss_passes_gradcheck(z_loss):
     hidden, head, labels = problem(2, 10, 3, 7, torch.float64)
-    assert torch.autograd.gradcheck(lambda states, matrix: loss_sum(states, matrix, labels, z_loss), (hidden, head))
+    assert torch.autograd.gradcheck(
+        lambda states, matrix: loss_sum(states, matrix, labels, z_loss=z_loss), (hidden, head)
+    )
 
 
-def test_backward_may_be_repeated_but_not_differentiated():
+def test_loss_backward_repeats_but_has_no_second_derivative():
     hidden, head, labels = problem()
     total, _ = loss_sum(hidden, head, labels)
     first, second = (torch.autograd.grad(total, hidden, retain_graph=True)[0] for _ in range(2))
@@ -102,18 +104,18 @@ def test_backward_may_be_repeated_but_not_differentiated():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_weight_of_a_model_gets_its_gradient(tied):
+def test_loss_gives_every_model_weight_its_gradient(tied):
     model = build(tiny_config(tie_word_embeddings=tied), dtype=torch.float64)
     ids = torch.randint(320, (3, 25))
-    loss_sum(model.hidden(ids), model.head, ids, 1e-3)[0].backward()
+    loss_sum(model.hidden_states(ids), model.lm_head_weight, ids, z_loss=1e-3)[0].backward()
     found = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
-    definition(model.hidden(ids), model.head, ids, 1e-3).backward()
+    definition(model.hidden_states(ids), model.lm_head_weight, ids, 1e-3).backward()
     for gradient, weight in zip(found, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_a_label_outside_the_vocabulary_is_refused():
+def test_loss_refuses_labels_outside_the_vocabulary():
     hidden, head, labels = problem()
     labels[2, 3] = 97
     with pytest.raises(RuntimeError, match="out of bounds"):
@@ -141,7 +143,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", [nullcontext(), BFLOAT16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_the_logits_of_all_tokens_never_exist(precision, z_loss):
+def test_loss_never_holds_all_logits(precision, z_loss):
     """80 tokens by 97 of vocabulary: nothing made may be larger than a chunk's logits or the head."""
     hidden, head, labels = problem(2, 40)
     with Watch() as plainly, precision:
@@ -156,7 +158,7 @@ def test_the_logits_of_all_tokens_never_exist(precision, z_loss):
     ("of_states", "of_head", "enabled", "products"),
     [(True, True, True, 3), (True, False, True, 2), (False, True, True, 2), (True, True, False, 1)],
 )
-def test_only_the_gradients_wanted_are_made(of_states, of_head, enabled, products):
+def test_loss_computes_only_the_gradients_wanted(of_states, of_head, enabled, products):
     """Evaluation and a frozen head pay for one and two matrix products a chunk."""
     hidden, head, labels = problem(2, 40)
     with Watch() as watch, torch.set_grad_enabled(enabled):
@@ -170,7 +172,7 @@ def test_only_the_gradients_wanted_are_made(of_states, of_head, enabled, product
         assert (hidden.grad is not None, head.grad is not None) == (of_states, of_head)
 
 
-def test_in_inference_mode():
+def test_loss_works_in_inference_mode():
     hidden, head, labels = problem()
     with torch.inference_mode():
         total, _ = loss_sum(hidden, head, labels)
@@ -180,7 +182,7 @@ def test_in_inference_mode():
 # In bfloat16
 
 
-def test_autocast_is_fp32_up_to_the_rounding_of_its_products():
+def test_loss_under_autocast_equals_fp32_up_to_rounding():
     hidden, head, labels = problem(4, 100, 64, 500, spread=0.2)
     with BFLOAT16:
         found = gradients(loss_sum, hidden, head, labels, 1e-3)
@@ -191,7 +193,7 @@ def test_autocast_is_fp32_up_to_the_rounding_of_its_products():
     assert off(found[2], expected[2]) < 2**-7
 
 
-def test_the_heads_gradient_is_summed_in_fp32(monkeypatch):
+def test_head_gradient_is_accumulated_in_fp32(monkeypatch):
     """Four hundred chunks of one frequent label: a sum in bfloat16 stands still long before the end."""
     monkeypatch.setattr(loss_module, "chunk_tokens", lambda device: 1)
     hidden, head = (torch.randn(1, 400, 8) + 1).requires_grad_(), torch.zeros(50, 8, requires_grad=True)
@@ -208,16 +210,16 @@ def test_the_heads_gradient_is_summed_in_fp32(monkeypatch):
     assert off(found, exact) <= off(plain, exact)
 
 
-def test_a_confident_tokens_gradient_survives_bfloat16():
+def test_into_gradient_of_a_confident_token_keeps_precision():
     """p - 1 is -0.0003 here, but 1 - 1 once p itself has been rounded."""
     logits, label = torch.zeros(1, 40, dtype=torch.bfloat16), torch.tensor([5])
     logits[0, 5] = 11.75
     exact = logits.double().softmax(-1) - F.one_hot(label, 40)
-    into_gradient(logits, label, 0.0)
+    logits_to_gradient(logits, label, 0.0)
     torch.testing.assert_close(logits.double(), exact, rtol=2**-8, atol=0)
 
 
-def test_under_autocast_every_product_is_in_bfloat16():
+def test_loss_matmuls_under_autocast_are_bfloat16():
     hidden, head, labels = problem(2, 40)
     with Watch() as watch, BFLOAT16:
         gradients(loss_sum, hidden, head, labels)
@@ -225,7 +227,7 @@ def test_under_autocast_every_product_is_in_bfloat16():
 
 
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
-def test_states_in_bfloat16_meet_a_head_in_either(other):
+def test_loss_takes_bfloat16_states_with_any_head_dtype(other):
     """Each gradient is in the dtype of what it is of."""
     hidden, head, labels = problem(spread=0.3)
     low, matrix = hidden.detach().bfloat16().requires_grad_(), head.detach().to(other).requires_grad_()
@@ -236,7 +238,7 @@ def test_states_in_bfloat16_meet_a_head_in_either(other):
         assert off(found, right) < 2**-6
 
 
-def test_autocast_leaves_a_proof_in_float64_alone():
+def test_loss_under_autocast_keeps_float64():
     asked = problem(dtype=torch.float64)
     with BFLOAT16:
         found = gradients(loss_sum, *asked)
@@ -247,7 +249,7 @@ def test_autocast_leaves_a_proof_in_float64_alone():
 # With torch.compile
 
 
-def test_a_compiled_body_and_an_uncompiled_loss():
+def test_loss_works_after_a_compiled_model():
     _, head, labels = problem()
     body = torch.nn.Sequential(torch.nn.Embedding(97, 24), torch.nn.Linear(24, 24), torch.nn.SiLU())
     asked = [head, *body.parameters()]
@@ -260,10 +262,10 @@ def test_a_compiled_body_and_an_uncompiled_loss():
 
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_chunk_compiles_whole(dtype):
+def test_into_gradient_compiles_as_one_graph(dtype):
     logits, labels = torch.randn(16, 97, dtype=dtype), torch.randint(97, (16,))
-    labels[3] = IGNORED
+    labels[3] = IGNORE_INDEX
     same = logits.clone()
-    expected = into_gradient(logits, labels, 1e-2)
-    found = torch.compile(into_gradient, backend="aot_eager", fullgraph=True)(same, labels, 1e-2)
+    expected = logits_to_gradient(logits, labels, 1e-2)
+    found = torch.compile(logits_to_gradient, backend="aot_eager", fullgraph=True)(same, labels, 1e-2)
     torch.testing.assert_close((*found, same), (*expected, logits))

@@ -15,34 +15,40 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.checkpoint import training_state
-from smolforge.cli.flags import parse
+from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import mixture_report
 from smolforge.comparison import history
 from smolforge.comparison.history import read_source_totals
-from smolforge.comparison.page import render
+from smolforge.comparison.page import render_page
 from smolforge.comparison.select import select
-from smolforge.comparison.summaries import written as written_setting
+from smolforge.comparison.summaries import format_setting as written_setting
 from smolforge.config import Data
-from smolforge.config.base import leaves, replaced
-from smolforge.config.data import whole_shares
+from smolforge.config.base import leaves, replace_settings
+from smolforge.config.data import integer_weights
 from smolforge.config.load import read_recipe, to_recipe, write_recipe
-from smolforge.data.batches import IGNORED, Windows, permuted, placed, stream
+from smolforge.data.batches import IGNORE_INDEX, TokenWindows, iterate_batches, shuffled_index, unshuffled_index
 from smolforge.data.corpus import HELD_OUT, TRAIN, Tokens
-from smolforge.data.mixture import Mixture, MixtureRows, Order, due_first, interleaving
+from smolforge.data.mixture import (
+    Mixture,
+    MixtureSchedule,
+    MixtureWindows,
+    cached_interleaving,
+    earliest_deadline_first,
+)
 from smolforge.data.prepare.build import prepare
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.perplexity import measure_mixture
 from smolforge.runs import resume_or_start
-from smolforge.runs.callbacks import Silent
-from smolforge.runs.mixture import Ledger, needs, planned, shares, warnings
-from smolforge.runs.resolve import settle, with_schedule_over
+from smolforge.runs.context import NullListener
+from smolforge.runs.mixture import SourceTokenCounter, mixture_warnings, source_fractions, tokens_needed, window_counts
+from smolforge.runs.resolve import resolve_recipe, with_resolved_schedule
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import guard
-from smolforge.training.distributed import Ranks, World
+from smolforge.training.distributed import RankGroup, World
 from smolforge.training.run_folder import read_records
-from smolforge.verification.files import files as files_checked
+from smolforge.verification.files import check_files as files_checked
 
 WEIGHTS = st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any)
 few = settings(max_examples=30)
@@ -53,10 +59,10 @@ few = settings(max_examples=30)
 
 @few
 @given(WEIGHTS, st.data())
-def test_every_source_is_within_a_window_of_its_share_at_every_point(weights, data):
-    given = whole_shares({str(number): weight for number, weight in enumerate(weights)})
+def test_interleaving_keeps_each_source_within_one_window(weights, data):
+    given = integer_weights({str(number): weight for number, weight in enumerate(weights)})
     chosen = tuple(given.values())
-    mixed, total = interleaving(chosen), sum(chosen)
+    mixed, total = cached_interleaving(chosen), sum(chosen)
     length = data.draw(st.integers(1, 3 * total + 5))
     seen = [0] * len(chosen)
     for position in range(length):
@@ -67,37 +73,39 @@ def test_every_source_is_within_a_window_of_its_share_at_every_point(weights, da
     assert all(abs(mixed.count(n, far) * total - far * share) < total for n, share in enumerate(chosen))
 
 
-def test_one_period_is_what_shares_say():
-    assert due_first((3, 1)).tolist() == [0, 0, 1, 0] or Counter(due_first((3, 1)).tolist()) == {0: 3, 1: 1}
-    assert np.bincount(due_first((7000, 1500, 800, 600, 100))).tolist() == [7000, 1500, 800, 600, 100]
-    assert due_first((1,)).tolist() == [0]
+def test_earliest_deadline_first_follows_the_shares():
+    assert earliest_deadline_first((3, 1)).tolist() == [0, 0, 1, 0] or Counter(
+        earliest_deadline_first((3, 1)).tolist()
+    ) == {0: 3, 1: 1}
+    assert np.bincount(earliest_deadline_first((7000, 1500, 800, 600, 100))).tolist() == [7000, 1500, 800, 600, 100]
+    assert earliest_deadline_first((1,)).tolist() == [0]
 
 
-def test_weights_are_taken_as_they_are_written():
-    assert whole_shares({"a": 0.7, "b": 0.15, "c": 0.08, "d": 0.06, "e": 0.01}) == dict(
+def test_weights_become_exact_whole_shares():
+    assert integer_weights({"a": 0.7, "b": 0.15, "c": 0.08, "d": 0.06, "e": 0.01}) == dict(
         zip("abcde", (70, 15, 8, 6, 1), strict=True)
     )
-    assert whole_shares({"a": 2, "b": 4.0, "c": 0}) == {"a": 1, "b": 2, "c": 0}
-    assert whole_shares({"a": 1e-4, "b": 0.9999}) == {"a": 1, "b": 9999}
+    assert integer_weights({"a": 2, "b": 4.0, "c": 0}) == {"a": 1, "b": 2, "c": 0}
+    assert integer_weights({"a": 1e-4, "b": 0.9999}) == {"a": 1, "b": 9999}
 
 
 @few
 @given(st.lists(WEIGHTS.map(lambda each: (each + [1] * 3)[:3]), min_size=1, max_size=4), st.data())
-def test_sources_go_on_across_borders(weights, data):
+def test_mixture_schedule_continues_sources_across_stages(weights, data):
     named = [dict(zip("abc", each, strict=True)) for each in weights]
     lengths = [data.draw(st.integers(1, 60)) for _ in named[1:]]
     ends = np.cumsum(lengths).tolist() if lengths else []
-    order, own, places = Order(named, ends), Counter(), []
+    order, own, places = MixtureSchedule(named, ends), Counter(), []
     for position in range(sum(lengths) + 50):
         stage = sum(end <= position for end in ends)
         assert order.counts(position) == [own[number] for number in range(3)]
         assert order.stage(position) == stage
-        source, number = order.at(position)
+        source, number = order.source_at(position)
         assert named[stage]["abc"[source]] > 0
         assert number == own[source]
         own[source] += 1
         places.append((stage, "abc"[source]))
-    found = order.of_stages(len(places))
+    found = order.counts_by_stage(len(places))
     for stage, counts in enumerate(found):
         assert counts == {name: places.count((stage, name)) for name in "abc"}
         total, length = sum(named[stage].values()), sum(counts.values())
@@ -106,15 +114,18 @@ def test_sources_go_on_across_borders(weights, data):
 
 @few
 @given(st.integers(1, 300), st.integers(0, 2**31), st.integers(0, 3))
-def test_a_permutation_is_found_backwards(count, seed, epoch):
-    assert all(placed(permuted(place, count, seed, epoch), count, seed, epoch) == place for place in range(count))
+def test_unshuffled_index_inverts_shuffled_index(count, seed, epoch):
+    assert all(
+        unshuffled_index(shuffled_index(place, count, seed, epoch=epoch), count, seed, epoch=epoch) == place
+        for place in range(count)
+    )
 
 
 @few
 @given(st.integers(9, 90), st.integers(2, 8), st.integers(0, 40), st.integers(0, 99))
-def test_labels_are_counted_without_reading(total, length, number, seed):
-    windows = Windows(Tokens([np.arange(total)]), length, seed)
-    read = sum(int((windows.window(each)[1] != IGNORED).sum()) for each in range(number))
+def test_token_windows_count_labels_without_reading(total, length, number, seed):
+    windows = TokenWindows(Tokens([np.arange(total)]), length, seed)
+    read = sum(int((windows.window(each)[1] != IGNORE_INDEX).sum()) for each in range(number))
     assert windows.labels(number) == read
 
 
@@ -124,7 +135,9 @@ def test_labels_are_counted_without_reading(total, length, number, seed):
 def rows_of(order, length, seed, sizes=(130, 75, 41)):
     """Of three sources whose ids follow each other."""
     parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    return MixtureRows({name: Tokens([ids]) for name, ids in zip("abc", parts, strict=True)}, order, length, seed)
+    return MixtureWindows(
+        {name: Tokens([ids]) for name, ids in zip("abc", parts, strict=True)}, order, length, seed=seed
+    )
 
 
 @few
@@ -136,24 +149,26 @@ def rows_of(order, length, seed, sizes=(130, 75, 41)):
     st.sampled_from([0, 1, 3]),
     st.data(),
 )
-def test_every_window_once_an_epoch_whatever_reads(weights, steps, rows, seed, workers, data):
+def test_mixture_reads_each_window_once_per_epoch(weights, steps, rows, seed, workers, data):
     """Any ranks, workers, restarts and borders read the same rows; of each source each window once an epoch."""
     named = [dict(zip("abc", each, strict=True)) for each in weights]
     ends = (np.cumsum(steps)[: len(named) - 1] * rows).tolist()
     length = 7
-    plain = rows_of(Order(named, ends), length, seed)
-    straight = list(islice(stream(plain, count(), rows, 0), 40))
+    plain = rows_of(MixtureSchedule(named, ends), length, seed)
+    straight = list(islice(iterate_batches(plain, count(), rows, num_workers=0), 40))
     world = data.draw(st.integers(1, rows))
     first = data.draw(st.integers(0, 30))
-    cuts = [Ranks(World(rank, world)).share(rows) for rank in range(world)]
-    again = rows_of(Order(named, ends), length, seed)
-    parts = [list(islice(stream(again, count(first), rows, workers, cut), 9)) for cut in cuts]
+    cuts = [RankGroup(World(rank, world)).rows_of_rank(rows) for rank in range(world)]
+    again = rows_of(MixtureSchedule(named, ends), length, seed)
+    parts = [
+        list(islice(iterate_batches(again, count(first), rows, num_workers=workers, share=cut), 9)) for cut in cuts
+    ]
     for step, shared in enumerate(zip(*parts, strict=True)):
-        assert torch.equal(torch.cat([each.ids for each in shared]), straight[first + step].ids)
+        assert torch.equal(torch.cat([each.input_ids for each in shared]), straight[first + step].input_ids)
         assert torch.equal(torch.cat([each.labels for each in shared]), straight[first + step].labels)
     starts = {name: Counter() for name in "abc"}
     for batch in straight:
-        for ids in batch.ids:
+        for ids in batch.input_ids:
             name = "abc"[int(np.searchsorted([130, 205], int(ids[0]), side="right"))]
             starts[name][int(ids[0])] += 1
     for name, seen in starts.items():
@@ -163,24 +178,26 @@ def test_every_window_once_an_epoch_whatever_reads(weights, steps, rows, seed, w
 
 @few
 @given(st.integers(0, 60), st.integers(0, 99))
-def test_labels_of_a_mixture_are_those_of_its_rows(position, seed):
-    rows = rows_of(Order([{"a": 3, "b": 2, "c": 1}, {"a": 0, "b": 1, "c": 5}], [20]), 8, seed)
+def test_mixture_windows_count_labels_per_source(position, seed):
+    rows = rows_of(MixtureSchedule([{"a": 3, "b": 2, "c": 1}, {"a": 0, "b": 1, "c": 5}], [20]), 8, seed)
     read = Counter(dict.fromkeys("abc", 0))
     for each in range(position):
-        source, number = rows.order.at(each)
-        read["abc"[source]] += int((rows.windows[source].window(number)[1] != IGNORED).sum())
+        source, number = rows.schedule.source_at(each)
+        read["abc"[source]] += int((rows.windows[source].window(number)[1] != IGNORE_INDEX).sum())
     assert rows.labels(position) == dict(read)
 
 
-def test_a_source_below_one_window_is_refused():
-    with pytest.raises(InvalidFile, match="the source c has 4 training tokens, which is less than one window"):
-        rows_of(Order([{"a": 1, "b": 1, "c": 1}], []), 8, 0, (99, 99, 4))
+def test_mixture_refuses_a_source_below_one_window():
+    with pytest.raises(InvalidFileError, match="the source c has 4 training tokens, which is less than one window"):
+        rows_of(MixtureSchedule([{"a": 1, "b": 1, "c": 1}], []), 8, 0, (99, 99, 4))
 
 
-def test_what_else_is_mixed_changes_no_source():
-    one, two = (rows_of(Order([each], []), 8, 3) for each in ({"a": 1, "b": 1, "c": 1}, {"b": 5, "a": 1, "c": 0.5}))
+def test_mixture_sources_do_not_affect_each_other():
+    one, two = (
+        rows_of(MixtureSchedule([each], []), 8, 3) for each in ({"a": 1, "b": 1, "c": 1}, {"b": 5, "a": 1, "c": 0.5})
+    )
     for name in "abc":
-        sides = [[rows.windows[rows.order.names.index(name)].seed] for rows in (one, two)]
+        sides = [[rows.windows[rows.schedule.names.index(name)].seed] for rows in (one, two)]
         assert sides[0] == sides[1]
     assert len({each.seed for each in one.windows}) == 3
 
@@ -190,17 +207,17 @@ def test_what_else_is_mixed_changes_no_source():
 
 @few
 @given(st.integers(0, 25), st.sets(st.integers(1, 25)), st.lists(st.integers(0, 24), max_size=3, unique=True))
-def test_the_ledger_counts_what_was_learned(done, skipped, jumps):
-    rows = rows_of(Order([{"a": 3, "b": 2, "c": 1}, {"a": 0, "b": 1, "c": 5}], [20]), 8, 1)
+def test_source_token_counter_counts_trained_tokens(done, skipped, jumps):
+    rows = rows_of(MixtureSchedule([{"a": 3, "b": 2, "c": 1}, {"a": 0, "b": 1, "c": 5}], [20]), 8, 1)
     taken = tuple((step, 2 * step + 3) for step in sorted(jumps))
     decisions = guard.Decisions(dict.fromkeys(skipped, "nan"), taken, len(jumps), 0)
     recipe = to_recipe(NANO)
-    ledger, expected = Ledger(rows, recipe, decisions, done), Counter(dict.fromkeys("abc", 0))
+    ledger, expected = SourceTokenCounter(rows, recipe, decisions, completed=done), Counter(dict.fromkeys("abc", 0))
     for step in set(range(1, done + 1)) - skipped:
-        batch = decisions.batch(step - 1)
+        batch = decisions.next_batch(step - 1)
         for position in range(batch * 4, batch * 4 + 4):
-            source, number = rows.order.at(position)
-            expected["abc"[source]] += int((rows.windows[source].window(number)[1] != IGNORED).sum())
+            source, number = rows.schedule.source_at(position)
+            expected["abc"[source]] += int((rows.windows[source].window(number)[1] != IGNORE_INDEX).sum())
     assert ledger.tokens == dict(expected)
     before = dict(ledger.tokens)
     assert ledger.after_a_step(7, left_out=True)["tokens_from_a"] == before["a"]
@@ -266,28 +283,28 @@ MIXTURE = {"web": {"source": "a.txt", "weight": 0.7}, "code": {"source": "b.txt"
         ({"format": "chat"}, "a mixture is of text, and format is chat; name one source with data.sources"),
     ],
 )
-def test_refusals_are_sentences(data, said):
-    with pytest.raises(SettingError, match=said):
+def test_mixture_config_errors_are_sentences(data, said):
+    with pytest.raises(ConfigError, match=said):
         to_recipe({"data": {"mixture": MIXTURE} | data, "train": {"batch_tokens": 4096}})
 
 
 def test_stages_end_with_the_schedule():
     data = {"mixture": MIXTURE, "stages": [{"until_step": 0.25}, {"until": "decay"}, {"weights": {"code": 1}}]}
     recipe = to_recipe({"data": data, "optim": {"schedule": {"decay_steps": 0.2, "warmup_steps": 3}}})
-    ends = lambda recipe, steps: [each.until_step for each in with_schedule_over(recipe, steps).data.stages]  # noqa: E731
+    ends = lambda recipe, steps: [each.until_step for each in with_resolved_schedule(recipe, steps).data.stages]  # noqa: E731
     assert ends(recipe, 1000) == [250, 800, None]
     assert ends(recipe, 10) == [2, 8, None]
-    after_warm_up = replaced(recipe, {"optim.schedule.decay_steps": None, "data.stages": data["stages"][1:]})
+    after_warm_up = replace_settings(recipe, {"optim.schedule.decay_steps": None, "data.stages": data["stages"][1:]})
     assert ends(after_warm_up, 1000) == [3, None]
-    with pytest.raises(SettingError, match=r"stage 2 ends with the decay, and optim\.schedule\.decay is none"):
-        replaced(recipe, {"optim.schedule.decay": None})
-    with pytest.raises(SettingError, match=r"train\.epochs is of one text"):
-        replaced(recipe, {"train.epochs": 2.0})
+    with pytest.raises(ConfigError, match=r"stage 2 ends with the decay, and optim\.schedule\.decay is none"):
+        replace_settings(recipe, {"optim.schedule.decay": None})
+    with pytest.raises(ConfigError, match=r"train\.epochs is of one text"):
+        replace_settings(recipe, {"train.epochs": 2.0})
 
 
-def test_a_budget_moves_the_borders():
-    asked = replaced(read_recipe("smollm2-curriculum"), {"budget": "50M-tokens", "train.device": "cpu"})
-    small = settle(replaced(asked, {"model": tiny_model_settings(), "train.sequence_length": 128}))
+def test_budget_moves_the_stage_borders():
+    asked = replace_settings(read_recipe("smollm2-curriculum"), {"budget": "50M-tokens", "train.device": "cpu"})
+    small = resolve_recipe(replace_settings(asked, {"model": tiny_model_settings(), "train.sequence_length": 128}))
     horizon, ends = small.optim.schedule.steps, [each.until_step for each in small.data.stages[:-1]]
     shares_of = [end / horizon for end in ends]
     assert shares_of == pytest.approx([6 / 10.99, 8 / 10.99, 0.9], abs=0.01)
@@ -298,9 +315,9 @@ def tiny_model_settings():
     return tiny_model().config.model_dump()
 
 
-def test_a_settled_mixture_is_written_and_read_back(tmp_path):
+def test_resolved_mixture_survives_write_and_read(tmp_path):
     data = {"mixture": MIXTURE, "stages": [{"until": "decay", "name": "stable"}, {"weights": {"code": 2.5}}]}
-    recipe = with_schedule_over(to_recipe({"data": data, "optim": {"schedule": {"decay_steps": 0.2}}}), 100)
+    recipe = with_resolved_schedule(to_recipe({"data": data, "optim": {"schedule": {"decay_steps": 0.2}}}), 100)
     (tmp_path / "r.toml").write_text(write_recipe(recipe))
     assert read_recipe(tmp_path / "r.toml") == recipe
 
@@ -336,26 +353,26 @@ def mixed(tmp_path):
     return tmp_path / "mixed.json"
 
 
-class Killing(Silent):
+class Killing(NullListener):
     """Ends a run in a hurry when it has done so many steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def stepped(self, metrics: dict) -> None:
+    def on_step(self, metrics: dict) -> None:
         if metrics["step"] == self.after:
             raise KeyboardInterrupt
 
 
 def weights_of(run: Path, step: int) -> bytes:
-    return (training_state.folder_of(run, step) / "model.safetensors").read_bytes()
+    return (training_state.checkpoint_dir(run, step) / "model.safetensors").read_bytes()
 
 
 def metrics_of(run: Path) -> list[dict]:
     return read_records(run / "metrics.jsonl")
 
 
-def test_a_run_reads_exactly_its_mixture(mixed, tmp_path, caplog):
+def test_run_reads_exactly_its_mixture(mixed, tmp_path, caplog):
     caplog.set_level("INFO", "smolforge")
     run = resume_or_start(mixed, tmp_path / "runs" / "a", {"data.warn_epochs": 1})
     records = metrics_of(run.folder)
@@ -374,20 +391,20 @@ def test_a_run_reads_exactly_its_mixture(mixed, tmp_path, caplog):
     assert {name: names[name] for name in ("web", "code", "math")} == dict.fromkeys(("web", "code", "math"), True)
 
 
-def test_what_is_prepared_is_what_is_needed(mixed, tmp_path):
+def test_mixture_prepares_only_the_tokens_needed(mixed, tmp_path):
     run = resume_or_start(mixed, tmp_path / "runs" / "a", START)
-    text, needed = Mixture.open(run.folder), needs(run.recipe)
-    assert needed["web"] == Order.of(run.recipe.data, [3, 6], 4).counts(32)[0] * 32 + 1
+    text, needed = Mixture.open(run.folder), tokens_needed(run.recipe)
+    assert needed["web"] == MixtureSchedule.from_data(run.recipe.data, [3, 6], 4).counts(32)[0] * 32 + 1
     assert needed["web"] <= text.sources["web"].size(TRAIN)["tokens"] <= needed["web"] + 1
     assert text.sources["math"].size(HELD_OUT)["tokens"] == 0
 
 
-def test_stopped_and_resumed_across_a_border_to_the_bit(mixed, tmp_path):
+def test_mixture_resumes_bit_for_bit_across_stages(mixed, tmp_path):
     straight = resume_or_start(mixed, tmp_path / "runs" / "a", {"train.evaluate_every": None})
     given = {"optim.schedule.steps": 8, "data.num_workers": 3, "train.evaluate_every": None}
     resume_or_start(mixed, tmp_path / "runs" / "b", given | {"train.steps": 3})  # at a border
     with pytest.raises(KeyboardInterrupt):  # behind the next, with a checkpoint before it
-        resume_or_start(mixed, tmp_path / "runs" / "b", given | {"train.steps": 8}, observer=Killing(7))
+        resume_or_start(mixed, tmp_path / "runs" / "b", given | {"train.steps": 8}, listener=Killing(7))
     assert metrics_of(tmp_path / "runs" / "b")[-1]["stage"] == 3
     run = resume_or_start(mixed, tmp_path / "runs" / "b", given | {"train.steps": 8})
     assert weights_of(run.folder, 8) == weights_of(straight.folder, 8)
@@ -396,9 +413,9 @@ def test_stopped_and_resumed_across_a_border_to_the_bit(mixed, tmp_path):
     assert one == two
 
 
-def test_prepared_once_for_all_runs_and_never_again(mixed, tmp_path, monkeypatch):
+def test_mixture_sources_are_prepared_once_for_all_runs(mixed, tmp_path, monkeypatch):
     first = resume_or_start(mixed, tmp_path / "runs" / "a", START)
-    monkeypatch.setattr("smolforge.data.prepare.build.finish", None)
+    monkeypatch.setattr("smolforge.data.prepare.build.write_corpus", None)
     second = resume_or_start(mixed, tmp_path / "runs" / "b", START)
     assert Mixture.open(first.folder).fingerprint == Mixture.open(second.folder).fingerprint
     for name in ("web", "code", "math"):
@@ -406,7 +423,7 @@ def test_prepared_once_for_all_runs_and_never_again(mixed, tmp_path, monkeypatch
     assert resume_or_start(mixed, tmp_path / "runs" / "b", {"train.steps": 3}).metrics["step"] == 3
 
 
-def test_a_changed_source_is_another(mixed, tmp_path):
+def test_mixture_detects_a_changed_source(mixed, tmp_path):
     small = START
     one = resume_or_start(mixed, tmp_path / "runs" / "a", small)
     before = Mixture.open(one.folder)
@@ -418,24 +435,24 @@ def test_a_changed_source_is_another(mixed, tmp_path):
     three = Mixture.open(resume_or_start(mixed, tmp_path / "runs" / "c", small).folder)
     assert not {each.folder for each in three.sources.values()} & {each.folder for each in two.sources.values()}
     shutil.rmtree(before.sources["web"].folder)
-    with pytest.raises(InvalidFile, match="the prepared source web is gone from"):
+    with pytest.raises(InvalidFileError, match="the prepared source web is gone from"):
         resume_or_start(mixed, one.folder, {"train.steps": 3})
     shutil.copytree(two.sources["web"].folder, before.sources["web"].folder)
-    with pytest.raises(InvalidFile, match="the source web in .* is another than this run's"):
+    with pytest.raises(InvalidFileError, match="the source web in .* is another than this run's"):
         resume_or_start(mixed, one.folder, {"train.steps": 3})
     (one.folder / "mixture.json").unlink()
     shutil.rmtree(before.sources["web"].folder)
-    with pytest.raises(InvalidFile, match="was trained on another corpus"):
+    with pytest.raises(InvalidFileError, match="was trained on another corpus"):
         resume_or_start(mixed, one.folder, {"train.steps": 3})
 
 
-def test_what_is_fixed_is_said_by_name(mixed, tmp_path, text_file):
+def test_resume_refuses_changed_mixture_settings(mixed, tmp_path, text_file):
     run = tmp_path / "runs" / "a"
     resume_or_start(mixed, run, START | {"data.mixture.web.weight": 2})
-    with pytest.raises(SettingError, match=r"data\.mixture\.web\.weight \(2\.0, now 4\.0\)"):
+    with pytest.raises(ConfigError, match=r"data\.mixture\.web\.weight \(2\.0, now 4\.0\)"):
         resume_or_start(mixed, run, {"train.steps": 3, "data.mixture.web.weight": 4})
     changed = r"data\.mixture \(a table of web, code, math, now none\), data\.stages \(a list of 3 tables, now none\)"
-    with pytest.raises(SettingError, match=rf"data\.sources \(\(\), now .* {changed}"):
+    with pytest.raises(ConfigError, match=rf"data\.sources \(\(\), now .* {changed}"):
         resume_or_start(mixed, run, {"train.steps": 3, "data.sources": [str(text_file)]})
     assert resume_or_start(mixed, run, {"train.steps": 3, "data.mixture.web.weight": 2}).metrics["step"] == 3
     plain = {"data.sources": [str(text_file)]} | START
@@ -443,16 +460,16 @@ def test_what_is_fixed_is_said_by_name(mixed, tmp_path, text_file):
     assert resume_or_start(mixed, tmp_path / "runs" / "b", plain).recipe.data.mixture is None
 
 
-def test_a_longer_run_is_told_that_it_reads_again(mixed, tmp_path, caplog):
+def test_longer_run_warns_that_sources_repeat(mixed, tmp_path, caplog):
     recipe = resume_or_start(mixed, tmp_path / "runs" / "a", START).recipe
     assert "prepared for the schedule" not in caplog.text
     resume_or_start(mixed, tmp_path / "runs" / "a", {"train.steps": 9})
     assert "the sources were prepared for the schedule's 8 steps; beyond them" in caplog.text
-    assert planned(replaced(recipe, {"train.steps": 99})) == planned(recipe)
+    assert window_counts(replace_settings(recipe, {"train.steps": 99})) == window_counts(recipe)
 
 
-def test_a_mixture_needs_one_tokenizer(mixed, tmp_path):
-    with pytest.raises(SettingError, match="need the same tokenizer, and none is named; --tokenizer names one"):
+def test_mixture_requires_one_tokenizer(mixed, tmp_path):
+    with pytest.raises(ConfigError, match="need the same tokenizer, and none is named; --tokenizer names one"):
         resume_or_start(mixed, tmp_path / "runs" / "a", {"tokenizer": "none"})
     web = prepare(Data(sources=(str(tmp_path / "web.txt"),)), tmp_path / "web", tiny_tokenizer())
     given = {"tokenizer": "none", "data.mixture.web.source": str(tmp_path / "web")} | START
@@ -460,26 +477,26 @@ def test_a_mixture_needs_one_tokenizer(mixed, tmp_path):
     assert Mixture.open(run.folder).sources["web"].fingerprint == web.fingerprint
     prepare(Data(sources=(str(tmp_path / "code.txt"),)), tmp_path / "code", tiny_tokenizer(300))
     other = given | {"data.mixture.code.source": str(tmp_path / "code")}
-    with pytest.raises(SettingError, match=r"data\.mixture\.code: .* was made with another tokenizer than the rest"):
+    with pytest.raises(ConfigError, match=r"data\.mixture\.code: .* was made with another tokenizer than the rest"):
         resume_or_start(mixed, tmp_path / "runs" / "c", other)
     ended = Tokenizer(tiny_tokenizer().backend, {"eos_token": "<|im_end|>"})
     prepare(Data(sources=(str(tmp_path / "code.txt"),)), tmp_path / "ended", ended)
     other = given | {"data.mixture.code.source": str(tmp_path / "ended")}
-    with pytest.raises(SettingError, match="was made with another tokenizer than the rest"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer than the rest"):
         resume_or_start(mixed, tmp_path / "runs" / "d", other)
 
 
-def test_a_missing_source_is_named(mixed, tmp_path):
-    with pytest.raises(InvalidFile, match=r"data\.mixture\.math: there is no file, directory or match"):
+def test_mixture_names_a_missing_source(mixed, tmp_path):
+    with pytest.raises(InvalidFileError, match=r"data\.mixture\.math: there is no file, directory or match"):
         resume_or_start(mixed, tmp_path / "runs" / "a", {"data.mixture.math.source": "nope.txt"})
     assert not list(tmp_path.rglob("corpora/*")), "before any other is prepared"
 
 
-def test_the_held_out_loss_is_weighted_by_what_is_learned(mixed, tmp_path):
+def test_validation_loss_is_weighted_by_source_fractions(mixed, tmp_path):
     run = resume_or_start(mixed, tmp_path / "runs" / "a", START)
     text, model = Mixture.open(run.folder), tiny_model()
-    part = shares(run.recipe)
-    told = measure_mixture(model, text, part, 32)
+    part = source_fractions(run.recipe)
+    told = measure_mixture(model, text, part, sequence_length=32)
     alone = {name: measure_corpus(model, text.sources[name], 32) for name in ("web", "code")}
     whole = part["web"] + part["code"]
     for key in ("loss", "accuracy"):
@@ -493,18 +510,18 @@ def test_the_held_out_loss_is_weighted_by_what_is_learned(mixed, tmp_path):
 @pytest.mark.parametrize(
     ("ends", "reached"), [({"until_step": 7}, True), ({"until_step": 8}, False), ({"until_tokens": 128 * 99}, False)]
 )
-def test_a_stage_that_is_never_reached_is_told(mixed, ends, reached):
+def test_unreached_stage_gives_a_warning(mixed, ends, reached):
     tree = json.loads(mixed.read_text())
     tree["data"]["stages"] = [ends, {"name": "late", "weights": {"math": 1, "web": 1}}]
     mixed.write_text(json.dumps(tree))
-    told = warnings(settle(read_recipe(mixed)), {})
+    told = mixture_warnings(resolve_recipe(read_recipe(mixed)), {})
     begin = ends.get("until_step", 99)
     said = f"stage 2 (late) begins after step {begin}, and the schedule has 8: it is never reached (data.stages)"
     assert told == ([] if reached else [said])
-    assert not warnings(settle(read_recipe(mixed, {"train.steps": 2, "optim.schedule.steps": 100})), {})
+    assert not mixture_warnings(resolve_recipe(read_recipe(mixed, {"train.steps": 2, "optim.schedule.steps": 100})), {})
 
 
-def test_what_is_wrong_with_a_source_is_said_of_its_own_settings(mixed, tmp_path):
+def test_source_errors_name_the_settings_of_the_source(mixed, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"body": "a", "score": 1}\n' * 9)
     given = {"data.mixture.web.source": str(tmp_path / "rows.jsonl")}
     for more, said in (
@@ -512,56 +529,56 @@ def test_what_is_wrong_with_a_source_is_said_of_its_own_settings(mixed, tmp_path
         ({"text_key": "body", "filters": ["scor > 1"]}, r"has no key 'scor' \(data\.mixture\.web\.filters\)"),
     ):
         own = {f"data.mixture.web.{name}": value for name, value in more.items()}
-        with pytest.raises(InvalidFile, match=rf"data\.mixture\.web: .*rows.jsonl, line 1 {said}"):
+        with pytest.raises(InvalidFileError, match=rf"data\.mixture\.web: .*rows.jsonl, line 1 {said}"):
             resume_or_start(mixed, tmp_path / "runs" / "a", given | own | START)
 
 
 # What is told
 
 
-def test_flags_reach_into_a_mixture():
-    given = parse(["--data.mixture.my_web.source", "a.txt", "--data.mixture.my-web.weight=0.5"])
+def test_flags_set_mixture_settings():
+    given = parse_overrides(["--data.mixture.my_web.source", "a.txt", "--data.mixture.my-web.weight=0.5"])
     assert given == {"data.mixture.my_web.source": "a.txt", "data.mixture.my_web.weight": "0.5"}
     recipe = read_recipe("nano", given)
     assert recipe.data.sources == ()
     assert recipe.data.weights == [{"my_web": 0.5}]
     for words in (["--data.mixture.web.wieght", "1"], ["--data.stages.1.until-step", "5"]):
-        with pytest.raises(SettingError, match="there is no setting --data"):
-            parse(words)
+        with pytest.raises(ConfigError, match="there is no setting --data"):
+            parse_overrides(words)
 
 
-def test_a_slip_in_a_sources_name_is_no_new_source():
+def test_misspelled_source_name_is_refused():
     with pytest.raises(
-        SettingError, match=r"data\.mixture\.dlcm\.weight: .* no source 'dlcm'\. Did you mean dclm\? With"
+        ConfigError, match=r"data\.mixture\.dlcm\.weight: .* no source 'dlcm'\. Did you mean dclm\? With"
     ):
         read_recipe("smollm2-135m", {"data.mixture.dlcm.weight": 1})
-    with pytest.raises(SettingError, match=r"no source 'web'\. With data\.mixture\.web\.source it gets one"):
+    with pytest.raises(ConfigError, match=r"no source 'web'\. With data\.mixture\.web\.source it gets one"):
         read_recipe("nano", {"data.mixture.web.weight": 1, "data.mixture.code.source": "x"})
     assert read_recipe("nano", {"data.mixture.web": {"source": "x"}}).data.weights == [{"web": 1.0}]
 
 
-def test_sources_by_hand_take_the_place_of_a_mixture():
+def test_data_sources_replace_the_mixture():
     assert read_recipe("smollm2-135m", {"data.sources": ["x.txt"]}).data.mixture is None
-    with pytest.raises(SettingError, match="sources and mixture both say where the text comes from"):
+    with pytest.raises(ConfigError, match="sources and mixture both say where the text comes from"):
         read_recipe("smollm2-135m", {"data.sources": ["x.txt"], "data.mixture.dclm.weight": 1})
 
 
-def test_a_source_says_only_what_is_its_own():
+def test_mixture_source_inherits_shared_settings():
     shared = Data.model_validate(
         {"mixture": MIXTURE | {"math": {"source": "m", "held_out": 0.0}}, "text_key": "content"}
     )
-    alone = shared.alone("math")
+    alone = shared.single_source("math")
     assert (alone.sources, alone.text_key, alone.held_out, alone.mixture) == (("m",), "content", 0.0, None)
-    assert shared.alone("web").held_out == shared.held_out
+    assert shared.single_source("web").held_out == shared.held_out
 
 
-def test_sources_without_weight_are_left_out():
+def test_sources_without_weight_are_dropped():
     weightless = {"mixture": MIXTURE | {"math": {"source": "m", "weight": 0}}}
     assert list(Data.model_validate(weightless).weights[0]) == ["web", "code"]
 
 
-def test_inspect_and_compare_tell_of_the_mixture(mixed, tmp_path, capsys):
-    facts = mixture_report.of_recipe(settle(read_recipe(mixed, {"data.mixture.code.tokens": 64})))
+def test_inspect_and_compare_show_the_mixture(mixed, tmp_path, capsys):
+    facts = mixture_report.recipe_mixture_report(resolve_recipe(read_recipe(mixed, {"data.mixture.code.tokens": 64})))
     stages, sources = facts["mixture"]["stages"], facts["mixture"]["sources"]
     assert [(each["name"], each["after_step"]) for each in stages] == [
         ("stage 1", 0),
@@ -571,18 +588,18 @@ def test_inspect_and_compare_tell_of_the_mixture(mixed, tmp_path, capsys):
     assert sum(sum(each["tokens"].values()) for each in stages) == 8 * 128
     assert sources["code"]["epochs"] == sources["code"]["tokens"] / 64
     once, never = ({"data.mixture.code.tokens": 64, "data.warn_epochs": most} for most in (1, None))
-    (warned,) = mixture_report.warnings(settle(read_recipe(mixed, once)), facts)
+    (warned,) = mixture_report.recipe_warnings(resolve_recipe(read_recipe(mixed, once)), facts)
     assert warned.startswith(f"code will be read {sources['code']['epochs']:.1f} times (data.warn_epochs is 1)")
-    assert mixture_report.warnings(settle(read_recipe(mixed, never)), facts) == []
+    assert mixture_report.recipe_warnings(resolve_recipe(read_recipe(mixed, never)), facts) == []
     elsewhere = {"data.mixture.code.source": "gone.txt", "data.mixture.web.source": "org/set"}
-    (missing,) = mixture_report.warnings(settle(read_recipe(mixed, never | elsewhere)), facts)
+    (missing,) = mixture_report.recipe_warnings(resolve_recipe(read_recipe(mixed, never | elsewhere)), facts)
     assert missing == "data.mixture.code: there is no file, directory or match for the data source 'gone.txt'"
-    printed = mixture_report.lines(facts["mixture"])
+    printed = mixture_report.mixture_lines(facts["mixture"])
     assert printed[1].split()[:4] == ["source", "tokens", "share", "epochs"]
     assert printed[-1] == "stage 3 (end) begins after step 6"
     run = resume_or_start(mixed, tmp_path / "runs" / "a", {})
     last = metrics_of(run.folder)[-1]
-    told = read_source_totals(history.read(run.folder))
+    told = read_source_totals(history.read_history(run.folder))
     assert {each.source: each.tokens for each in told} == {
         name: last[f"tokens_from_{name}"] for name in ("web", "code", "math")
     }
@@ -591,7 +608,7 @@ def test_inspect_and_compare_tell_of_the_mixture(mixed, tmp_path, capsys):
     assert told[1].validation_loss == last["validation_loss_code"]
     assert cli.run(["inspect", str(run.folder)]) == 0
     assert "math" in capsys.readouterr().out.split("epochs")[-1]
-    page = render(select([run.folder]), {})
+    page = render_page(select([run.folder]), {})
     assert "What was read" in page
     assert f"{told[0].tokens:,}" in page
     run_in_words = written_setting(leaves(run.recipe)["data.mixture"])

@@ -12,8 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models
 
-from smolforge.errors import InvalidFile
-from smolforge.evaluation.multiple_choice import Item, Row, Score, batches, encode_pairs, score, score_slowly, summary
+from smolforge.errors import InvalidFileError
+from smolforge.evaluation.multiple_choice import (
+    Item,
+    ItemScore,
+    Row,
+    batch_by_length,
+    encode_choices,
+    score,
+    score_slowly,
+    summary,
+)
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 
@@ -47,7 +56,7 @@ def logprobs(scores):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(texts, st.lists(visible, min_size=1, max_size=4)), min_size=1, max_size=4))
-def test_one_pass_equals_each_choice_alone(drawn):
+def test_score_equals_each_choice_alone(drawn):
     asked = [Item("x", (query,), tuple(choices), 0) for query, choices in drawn]
     fast, slow = score(MODEL, asked, batch_tokens=64), [score_slowly(MODEL, item) for item in asked]
     assert logprobs(fast) == pytest.approx(logprobs(slow), abs=1e-4)
@@ -56,9 +65,9 @@ def test_one_pass_equals_each_choice_alone(drawn):
 
 @settings(max_examples=200, deadline=None)
 @given(texts, visible)
-def test_border_is_the_harness(query, choice):
+def test_encode_pairs_equals_lm_eval(query, choice):
     """Its `_encode_pair`, word by word; where it would refuse, there is still something to score."""
-    ((context, continuation),) = encode_pairs(TOKENIZER, [(query, " " + choice)])
+    ((context, continuation),) = encode_choices(TOKENIZER, [(query, " " + choice)])
     bare = query.rstrip()
     theirs = TOKENIZER.encode(query + " " + choice)[len(TOKENIZER.encode(bare)) :]
     assert context == (TOKENIZER.encode(bare) or [TOKENIZER.bos_id])
@@ -66,14 +75,14 @@ def test_border_is_the_harness(query, choice):
     assert continuation
 
 
-def test_a_merge_over_the_border_leaves_something_to_score():
+def test_encode_pairs_handles_a_merge_over_the_border():
     """With a space that is a token before it is a word's: "a" and " " become one token with it."""
     merging = Tokenizer(MERGING, {"eos_token": "<|endoftext|>"})
     assert (merging.encode("a"), merging.encode("a b"), merging.encode(" b")) == ([1], [4], [2, 3])
-    assert encode_pairs(merging, [("a", " b"), ("a ", "b")]) == [([1], [2, 3]), ([1], [2, 3])]
+    assert encode_choices(merging, [("a", " b"), ("a ", "b")]) == [([1], [2, 3]), ([1], [2, 3])]
 
 
-def test_choices_with_queries_of_their_own():
+def test_score_accepts_one_query_per_choice():
     """Winogrande's form: the same end behind different beginnings."""
     item = Item("w", ("the model reads a", "the model reads the"), ("token and a token", "token and a token"), 1)
     fast, slow = score(MODEL, [item])[0], score_slowly(MODEL, item)
@@ -82,14 +91,14 @@ def test_choices_with_queries_of_their_own():
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "qwen3"}, {"model_type": "mixtral"}, {"model_type": "starcoder2"}])
-def test_every_family(changes):
+def test_score_works_for_every_family(changes):
     model = tiny_model(**changes)
     asked = questions(6)
     slow = [score_slowly(model, item) for item in asked]
     assert logprobs(score(model, asked)) == pytest.approx(logprobs(slow), abs=1e-4)
 
 
-def test_batch_size_and_order_change_nothing():
+def test_score_does_not_depend_on_batch_size_or_order():
     asked = questions(40)
     found = score(MODEL, asked)
     for size in (1, 97, 100_000):
@@ -101,25 +110,25 @@ def test_batch_size_and_order_change_nothing():
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 200))
-def test_batches_have_every_row_once_and_no_more_than_fits(lengths, tokens):
+def test_batches_have_each_row_once_within_the_limit(lengths, tokens):
     rows = [Row(number, [1] * length, {0: [1]}) for number, length in enumerate(lengths)]
-    made = list(batches(rows, tokens))
+    made = list(batch_by_length(rows, tokens))
     assert sorted(row.item for batch in made for row in batch) == list(range(len(rows)))
     assert all(len(batch) == 1 or len(batch) * max(row.length for row in batch) <= tokens for batch in made)
 
 
-def test_normalisations_by_hand():
+def test_score_normalizations_equal_hand_results():
     """-6 over 1, 3, 2; -5 over 1, 1, 1; -8 over 1, 4, 4."""
     item = Item("n", ("q",), ("\u00e9\u0041", "b", "word"), 2)
-    found = Score(item, (-6.0, -5.0, -8.0), (False, False, False))
+    found = ItemScore(item, (-6.0, -5.0, -8.0), (False, False, False))
     assert found.predictions() == {"acc": 1, "acc_norm": 0, "acc_chars": 2}
-    assert found.right() == {"acc": False, "acc_norm": False, "acc_chars": True}
-    assert Score(item, (-2.0, -2.0, -2.0), (False,) * 3).predictions()["acc"] == 0
+    assert found.correct() == {"acc": False, "acc_norm": False, "acc_chars": True}
+    assert ItemScore(item, (-2.0, -2.0, -2.0), (False,) * 3).predictions()["acc"] == 0
 
 
 def test_standard_error_is_the_sample_deviation_over_root_n():
     item = Item("n", ("q",), ("a", "b"), 0)
-    scores = [Score(item, (-1.0, -2.0) if right else (-2.0, -1.0), (False, False)) for right in (1, 0, 0, 1, 1)]
+    scores = [ItemScore(item, (-1.0, -2.0) if right else (-2.0, -1.0), (False, False)) for right in (1, 0, 0, 1, 1)]
     found = summary(scores)
     values = [1, 0, 0, 1, 1]
     deviation = math.sqrt(sum((value - 0.6) ** 2 for value in values) / 4)
@@ -129,21 +138,21 @@ def test_standard_error_is_the_sample_deviation_over_root_n():
     assert summary(scores[:1])["acc_stderr"] is None
 
 
-def test_a_single_choice_is_right_if_greedy_decoding_gives_it():
+def test_single_choice_is_right_if_greedy_decoding_gives_it():
     """LAMBADA's form."""
-    likely = Score(Item("l", ("the model",), ("reads",), 0), (-1.0,), (True,))
-    assert likely.right() == dict.fromkeys(("acc", "acc_norm", "acc_chars"), True)
-    assert not any(replace(likely, greedy=(False,)).right().values())
+    likely = ItemScore(Item("l", ("the model",), ("reads",), 0), (-1.0,), (True,))
+    assert likely.correct() == dict.fromkeys(("acc", "acc_norm", "acc_chars"), True)
+    assert not any(replace(likely, greedy=(False,)).correct().values())
 
 
 @pytest.mark.parametrize("query", ["the model reads a", "", "7: a token and"])
-def test_greedy_is_what_greedy_decoding_gives(query):
+def test_greedy_flag_equals_greedy_decoding(query):
     """A model that always says the token it was taught to like."""
     model = tiny_model()
-    ((context, liked),) = encode_pairs(TOKENIZER, [(query, " the")])
+    ((context, liked),) = encode_choices(TOKENIZER, [(query, " the")])
     assert len(liked) == 1
     with torch.no_grad():
-        hidden = model.hidden(torch.tensor([context]))[0, -1]
+        hidden = model.hidden_states(torch.tensor([context]))[0, -1]
         model.model.embed_tokens.weight[liked[0]] = hidden
     found = score(model, [Item("g", (query,), ("the", "a", "the model"), 0)])[0]
     expected = int(model(torch.tensor([context]))[0, -1].argmax()) == liked[0]
@@ -152,22 +161,22 @@ def test_greedy_is_what_greedy_decoding_gives(query):
     assert found.greedy == score_slowly(model, found.item).greedy
 
 
-def test_an_item_longer_than_the_context_is_refused_by_its_place():
+def test_score_refuses_an_item_beyond_the_context():
     item = Item("long", ("the model " * 600,), ("a", "b"), 0, "items.jsonl, line 3")
-    with pytest.raises(InvalidFile, match="items.jsonl, line 3: query and choice 0 have .* context of 512"):
+    with pytest.raises(InvalidFileError, match="items.jsonl, line 3: query and choice 0 have .* context of 512"):
         score(MODEL, [item])
 
 
-def test_a_model_without_numbers_has_no_scores():
+def test_score_refuses_a_model_with_nan():
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(InvalidFile, match="are no numbers"):
+    with pytest.raises(InvalidFileError, match="are no numbers"):
         score(model, questions(2))
 
 
 @pytest.mark.long
-def test_a_thousand_hellaswag_items(shared):
+def test_score_equals_each_choice_alone_on_hellaswag(shared):
     lines = (shared / "hellaswag" / "hellaswag_val_1000.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     model = tiny_model(max_position_embeddings=2048)

@@ -5,13 +5,13 @@ from mutations import mutations
 
 from smolforge import train
 from smolforge.config import Recipe, load
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.config.load import read_recipe, write_recipe
-from smolforge.errors import SettingError
+from smolforge.errors import ConfigError
 
 
 @pytest.mark.heavy
-def test_mutated_recipes_and_command_lines_are_refused_in_one_sentence():
+def test_mutated_recipes_and_commands_give_one_sentence():
     assert mutations(300).endswith("0 tracebacks")
 
 
@@ -40,28 +40,28 @@ def test_mutated_recipes_and_command_lines_are_refused_in_one_sentence():
         ("r.toml", "[model]\npreset = 5\n", "r.toml: model.preset: there is no preset '5'; there are compact-124m"),
     ],
 )
-def test_files_that_are_hard_to_read_are_refused_with_the_place(tmp_path, name, content, said):
+def test_recipe_errors_name_the_place_in_the_file(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read_recipe(tmp_path / name)
     assert said in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_mistake(tmp_path):
+def test_recipe_may_have_a_byte_order_mark(tmp_path):
     (tmp_path / "r.json").write_bytes(b'\xef\xbb\xbf{"seed": 7}')
     assert read_recipe(tmp_path / "r.json").seed == 7
 
 
-def test_a_recipe_is_a_file(tmp_path):
-    with pytest.raises(SettingError, match=r"is no file, but a folder, a device or a link to nothing"):
+def test_recipe_must_be_a_regular_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no file, but a folder, a device or a link to nothing"):
         read_recipe(tmp_path)
 
 
-def test_a_recipe_that_could_not_be_read_again_is_not_written():
-    long = replaced(Recipe(), {"data.sources": [f"shards/{number:04}.txt" for number in range(9999)]})
-    with pytest.raises(SettingError, match=r"131,072 bytes that can be read again; folders and globs"):
+def test_recipe_too_large_to_read_back_is_not_written():
+    long = replace_settings(Recipe(), {"data.sources": [f"shards/{number:04}.txt" for number in range(9999)]})
+    with pytest.raises(ConfigError, match=r"131,072 bytes that can be read again; folders and globs"):
         write_recipe(long)
-    assert 10 * len(write_recipe(Recipe())) < load.LARGEST
+    assert 10 * len(write_recipe(Recipe())) < load.MAX_BYTES
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_a_recipe_that_could_not_be_read_again_is_not_written():
         ({"model": "nano"}, "model.preset: there is no preset 'nano'; there are"),
     ],
 )
-def test_a_sentence_says_whether_the_file_or_an_override_is_at_fault(tmp_path, overrides, said):
+def test_recipe_errors_name_the_file_or_the_override(tmp_path, overrides, said):
     path = tmp_path / "r.toml"
     path.write_text('model = "smollm2-nano"\n[train]\nsequence_length = 64\nbatch_tokens = 4096\n')
     assert read_recipe(path, {"model.num_hidden_layers": 3}).model.num_hidden_layers == 3
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(path, tmp_path / "run", **overrides)
     assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(said)
     path.write_text("[train]\nsteps = 'few'\n")
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(ConfigError) as caught:
         train(path, tmp_path / "run", **overrides)
     assert str(caught.value) == f"{path}: train.steps is 'few'; it should be a whole number above 0"

@@ -21,12 +21,12 @@ from smolforge import cli
 from smolforge.checkpoint import huggingface, loading, nanotron, optimizer_state, safetensors_writer, training_state
 from smolforge.config.load import to_recipe, write_recipe
 from smolforge.data.prepare.build import prepare
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.exporters.transformers import to_transformers
 from smolforge.runs import train
 from smolforge.testing import sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.testing.damage import truncate
-from smolforge.training.optim import load_state_tensors, optimizers, state_tensors
+from smolforge.training.optim import build_optimizers, load_state_tensors, state_tensors
 
 EMBEDDING, HEAD = "model.token_position_embeddings.pp_block.token_embedding.weight", "model.lm_head.pp_block.weight"
 QKV = "model.decoder.0.pp_block.attn.qkv_proj.weight"
@@ -41,7 +41,7 @@ def paired(matrix, head_size):
 
 def whole(values, config, interleaved):
     """nanotron's tensors of one kind, not shared out yet: name -> (tensor, dimension to cut, contiguous chunks)."""
-    turn = (lambda matrix: paired(matrix, config.head_size)) if interleaved else (lambda matrix: matrix)
+    turn = (lambda matrix: paired(matrix, config.resolved_head_dim)) if interleaved else (lambda matrix: matrix)
     found = {EMBEDDING: (values["model.embed_tokens.weight"], 0, None)}
     for i in range(config.num_hidden_layers):
         at, to = f"model.layers.{i}.", f"model.decoder.{i}.pp_block."
@@ -112,7 +112,7 @@ def write(folder, model, chosen=None, tp=1, interleaved=False, zero=False):
 def weights_of_other_families():
     """Settings that a Llama of nanotron does not have."""
     config = tiny_config()
-    return [name for name in type(config).model_fields if name not in config.own_fields()]
+    return [name for name in type(config).model_fields if name not in config.family_fields()]
 
 
 def write_optimizer(folder, exact, chosen, model, tp, interleaved):
@@ -154,7 +154,7 @@ def stepped(model, chosen, ids, steps=1):
 def trained():
     """A model after five steps of plain torch AdamW, and that."""
     model = tiny_model().train()
-    chosen = optimizers(model, OPTIM)
+    chosen = build_optimizers(model, OPTIM)
     assert [type(each) for each in chosen] == [torch.optim.AdamW]
     stepped(model, chosen, ids(), 5)
     return model, chosen
@@ -167,7 +167,7 @@ def ids():
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_model_is_the_same(tmp_path, tp, interleaved, tied):
+def test_nanotron_loads_the_same_model(tmp_path, tp, interleaved, tied):
     model = tiny_model(tie_word_embeddings=tied)
     folder = write(tmp_path / "step", model, tp=tp, interleaved=interleaved)
     loaded = loading.load(folder)
@@ -177,7 +177,7 @@ def test_the_model_is_the_same(tmp_path, tp, interleaved, tied):
     assert loaded.tokenizer is None
 
 
-def test_it_is_exported_to_transformers(tmp_path):
+def test_nanotron_exports_to_transformers(tmp_path):
     """Which loads it with equal logits: to_transformers keeps nothing else."""
     folder = write(tmp_path / "step", tiny_model(), tp=2, interleaved=True)
     done = to_transformers(str(folder), tmp_path / "out")
@@ -187,7 +187,7 @@ def test_it_is_exported_to_transformers(tmp_path):
     assert (said["eos_token_id"], said["rope_parameters"]["rope_theta"]) == (0, 10_000.0)
 
 
-def test_interleaved_rotation_is_undone():
+def test_interleaved_rope_is_converted_to_halves():
     """Scores of rotated queries and keys, with neighbours paired in nanotron's order, and halves paired in ours."""
     q, k, x = torch.randn(8, 6), torch.randn(8, 6), torch.randn(5, 6)
     angles = torch.arange(5.0)[:, None] / 10.0 ** torch.arange(4)
@@ -203,28 +203,28 @@ def test_interleaved_rotation_is_undone():
         return torch.cat(turned(*(x @ weight.T).chunk(2, dim=1)), dim=1)
 
     theirs = neighbours(q) @ neighbours(k).T
-    halves = nanotron.weights.halves
+    halves = nanotron.weights.deinterleave
     torch.testing.assert_close(apart(halves(q, 8)) @ apart(halves(k, 8)).T, theirs)
     assert torch.equal(halves(paired(q, 4), 4), q)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_next_step_is_that_of_a_run_without_a_stop(tmp_path, trained, tp, interleaved):
+def test_nanotron_moments_give_the_same_next_step(tmp_path, trained, tp, interleaved):
     model, chosen = trained
     folder = write(tmp_path / "step", model, chosen, tp, interleaved)
-    loaded = nanotron.optimizer.load(folder)
+    loaded = nanotron.optimizer.load_master_weights(folder)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
-    ours = optimizers(loaded.train(), OPTIM)
-    load_state_tensors(ours, loaded, optimizer_state.read(folder, torch.float32))
+    ours = build_optimizers(loaded.train(), OPTIM)
+    load_state_tensors(ours, loaded, optimizer_state.read_moments(folder, torch.float32))
     before, went_on = copy.deepcopy((model, chosen))
     stepped(before, went_on, ids())
     stepped(loaded, ours, ids())
     for (name, a), b in zip(loaded.named_parameters(), before.parameters(), strict=True):
         assert (a - b).abs().max() < 1e-6, name
-    fresh = nanotron.optimizer.load(folder).train()
-    stepped(fresh, optimizers(fresh, OPTIM), ids())
-    assert (fresh.head - before.head).abs().max() > 1e-4  # moments matter
+    fresh = nanotron.optimizer.load_master_weights(folder).train()
+    stepped(fresh, build_optimizers(fresh, OPTIM), ids())
+    assert (fresh.lm_head_weight - before.lm_head_weight).abs().max() > 1e-4  # moments matter
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +253,15 @@ def bits(run):
     return [value.clone() for value in run.model.parameters()]
 
 
-def test_a_run_goes_on_with_the_moments(tmp_path, recipe_file, corpus, caplog):
+def test_init_moments_equal_from_nanotron_and_smolforge(tmp_path, recipe_file, corpus, caplog):
     """From nanotron's files and from ours the same run, to the bit, and another than with fresh moments."""
     caplog.set_level("INFO", "smolforge")
     plateau = {"optim.schedule.decay": "none", "train.steps": 4, "init_moments": False}
     first = train(recipe_file, tmp_path / "first", **settings(corpus, **plateau))
-    checkpoint = training_state.folder_of(first.folder, 4)
+    checkpoint = training_state.checkpoint_dir(first.folder, 4)
     model = huggingface.load(checkpoint)
-    chosen = optimizers(model, first.recipe.optim)
-    load_state_tensors(chosen, model, optimizer_state.read(checkpoint, torch.float32))
+    chosen = build_optimizers(model, first.recipe.optim)
+    load_state_tensors(chosen, model, optimizer_state.read_moments(checkpoint, torch.float32))
     folder = write(tmp_path / "nanotron", model, chosen, tp=2)
     ours = train(recipe_file, tmp_path / "a", steps=3, **settings(corpus, init_from=str(first.folder)))
     assert "goes on with the moments of" in caplog.text
@@ -277,7 +277,7 @@ def test_a_run_goes_on_with_the_moments(tmp_path, recipe_file, corpus, caplog):
     assert "init_moments = true" in stored
 
 
-def test_a_run_stopped_on_the_way_is_the_same_run(tmp_path, recipe_file, corpus, trained):
+def test_init_moments_resume_is_bit_exact(tmp_path, recipe_file, corpus, trained):
     folder = write(tmp_path / "nanotron", *trained)
     given = settings(corpus, init_from=str(folder)) | {"optim.schedule.steps": 4}
     whole_run = train(recipe_file, tmp_path / "whole", steps=4, **given)
@@ -285,12 +285,12 @@ def test_a_run_stopped_on_the_way_is_the_same_run(tmp_path, recipe_file, corpus,
     assert all(map(torch.equal, bits(whole_run), bits(train(recipe_file, tmp_path / "parts", steps=4, **given))))
 
 
-def test_an_average_begins_with_the_run_that_goes_on(tmp_path, recipe_file, corpus, trained):
+def test_init_moments_with_ema_change_only_the_ema(tmp_path, recipe_file, corpus, trained):
     """The weights are those of a run without one, and the average of them is another model."""
     given = settings(corpus, init_from=str(write(tmp_path / "nanotron", *trained)))
     plain = train(recipe_file, tmp_path / "plain", steps=3, **given)
     averaged = train(recipe_file, tmp_path / "averaged", steps=3, **given, **{"optim.ema_decay": 0.9})
-    kept = load_file(training_state.folder_of(averaged.folder, 3) / optimizer_state.FILE)
+    kept = load_file(training_state.checkpoint_dir(averaged.folder, 3) / optimizer_state.OPTIMIZER_FILE)
     names = [name for name, _ in plain.model.named_parameters()]
     assert all(map(torch.equal, bits(plain), [kept[f"training.{name}"] for name in names]))
     assert not all(map(torch.equal, bits(plain), bits(averaged)))
@@ -417,7 +417,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_a_sentence_each_and_exit_3(tmp_path, corpus, recipe_file, trained, capsys, fault):
+def test_nanotron_faults_are_one_sentence_and_exit_3(tmp_path, corpus, recipe_file, trained, capsys, fault):
     folder = write(tmp_path / "step", *trained, tp=2)
     harm, said = FAULTS[fault]
     harm(folder)
@@ -429,22 +429,27 @@ def test_faults_are_a_sentence_each_and_exit_3(tmp_path, corpus, recipe_file, tr
     assert not (folder / "harm").exists()
 
 
-def test_the_harm_is_real(tmp_path):
+def test_pickle_payload_runs_when_trusted(tmp_path):
     """Where a pickle is trusted, it is done."""
     torch.save(Harmful(tmp_path / "harm"), tmp_path / "a.pt")
     torch.load(tmp_path / "a.pt", weights_only=False)
     assert (tmp_path / "harm").is_dir()
 
 
-def test_its_tokenizer_must_be_named(tmp_path, recipe_file, trained, text_file):
+def test_nanotron_needs_a_named_tokenizer(tmp_path, recipe_file, trained, text_file):
     folder = write(tmp_path / "step", *trained)
     with pytest.raises(
-        SettingError, match="has no tokenizer beside it.*--tokenizer names.*HuggingFaceTB/cosmo2-tokenizer"
+        ConfigError, match="has no tokenizer beside it.*--tokenizer names.*HuggingFaceTB/cosmo2-tokenizer"
     ):
         train(recipe_file, tmp_path / "run", data=str(text_file), init_from=str(folder))
     tiny_tokenizer().save(tmp_path / "tokenizer")
     train(
-        recipe_file, tmp_path / "run", str(text_file), 2, init_from=str(folder), tokenizer=str(tmp_path / "tokenizer")
+        recipe_file,
+        tmp_path / "run",
+        str(text_file),
+        steps=2,
+        init_from=str(folder),
+        tokenizer=str(tmp_path / "tokenizer"),
     )
 
 
@@ -457,9 +462,9 @@ def test_its_tokenizer_must_be_named(tmp_path, recipe_file, trained, text_file):
         ({"special_tokens": ["<|a|>"]}, "but special_tokens are added"),
     ],
 )
-def test_moments_belong_to_all_weights_and_to_adamw(tmp_path, recipe_file, corpus, more, said):
+def test_init_moments_refuse_settings_that_do_not_fit(tmp_path, recipe_file, corpus, more, said):
     with pytest.raises(
-        SettingError, match=f"init_moments goes on with the AdamW and all the weights of init_from, {said}"
+        ConfigError, match=f"init_moments goes on with the AdamW and all the weights of init_from, {said}"
     ):
         train(recipe_file, tmp_path / "run", **settings(corpus, init_from="x") | more)
 
@@ -467,30 +472,32 @@ def test_moments_belong_to_all_weights_and_to_adamw(tmp_path, recipe_file, corpu
 @pytest.mark.parametrize(
     ("more", "said"), [({"optim.name": "muon"}, "has momentum_buffer"), ({"optim.ema_decay": 0.9}, "has averaged")]
 )
-def test_moments_of_others_are_refused(tmp_path, recipe_file, corpus, more, said):
+def test_init_moments_refuse_another_optimizer_state(tmp_path, recipe_file, corpus, more, said):
     first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False) | more)
-    with pytest.raises(InvalidFile, match=f"{said} beside AdamW's moments.* leave init_moments out"):
+    with pytest.raises(InvalidFileError, match=f"{said} beside AdamW's moments.* leave init_moments out"):
         train(recipe_file, tmp_path / "second", **settings(corpus, init_from=str(first.folder)))
     assert not (tmp_path / "second").exists(), "before any text is prepared"
 
 
-def test_a_model_without_moments_is_refused_before_text_is_prepared(tmp_path, recipe_file, corpus):
+def test_init_moments_need_moments_before_data_is_prepared(tmp_path, recipe_file, corpus):
     model = tiny_model()
     huggingface.save(model, tmp_path / "model", model.tokenizer)
-    with pytest.raises(InvalidFile, match="has no moments to go on with .training/optimizer.safetensors."):
+    with pytest.raises(InvalidFileError, match="has no moments to go on with .training/optimizer.safetensors."):
         train(recipe_file, tmp_path / "run", **settings(corpus, init_from=str(tmp_path / "model")))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_stopped_before_its_first_step_has_no_moments(tmp_path, recipe_file, corpus):
+def test_init_moments_refuse_a_run_without_a_step(tmp_path, recipe_file, corpus):
     first = train(recipe_file, tmp_path / "first", steps=2, **settings(corpus, init_moments=False))
-    checkpoint = training_state.folder_of(first.folder, 2)
-    safetensors_writer.write(checkpoint / optimizer_state.FILE, {})  # as it stands there
-    with pytest.raises(InvalidFile, match="was saved before its first step and has no moments; leave init_moments out"):
-        optimizer_state.check_there(checkpoint)
+    checkpoint = training_state.checkpoint_dir(first.folder, 2)
+    safetensors_writer.write(checkpoint / optimizer_state.OPTIMIZER_FILE, {})  # as it stands there
+    with pytest.raises(
+        InvalidFileError, match="was saved before its first step and has no moments; leave init_moments out"
+    ):
+        optimizer_state.check_moments_exist(checkpoint)
 
 
-def test_a_warm_up_of_moments_that_need_none_is_said(tmp_path, recipe_file, corpus, trained, caplog):
+def test_init_moments_warn_of_a_needless_warmup(tmp_path, recipe_file, corpus, trained, caplog):
     given = settings(corpus, init_from=str(write(tmp_path / "step", *trained))) | {"optim.schedule.warmup_steps": 1}
     train(recipe_file, tmp_path / "run", steps=2, **given)
     assert "warmup_steps is 1, which only fresh moments need; --optim.schedule.warmup-steps 0 goes on" in caplog.text

@@ -8,7 +8,7 @@ import torch
 from torch._inductor import config as inductor
 from torch.profiler import profile
 
-from smolforge.data.batches import IGNORED
+from smolforge.data.batches import IGNORE_INDEX
 from smolforge.models.decoder import build
 from smolforge.testing import tiny_config
 from smolforge.training.objective import Objective
@@ -27,7 +27,7 @@ def micro_batch(rows=3, length=48, vocabulary=320):
     ids = torch.randint(vocabulary, (rows, length), generator=chance)
     ids[:, ::11] = SEPARATOR
     labels = torch.randint(vocabulary, (rows, length), generator=chance)
-    labels[0, 40:] = IGNORED
+    labels[0, 40:] = IGNORE_INDEX
     return ids, labels
 
 
@@ -50,7 +50,7 @@ def outcome(shape, **settings):
         ("starcoder2", {"separator": SEPARATOR}),
     ],
 )
-def test_computing_again_changes_memory_and_nothing_else(shape, around):
+def test_activation_checkpointing_changes_only_memory(shape, around):
     expected, kept = outcome(SHAPES[shape], **around)
     for kind in ("selective", "full"):
         found, less = outcome(SHAPES[shape], **around, checkpoint=kind)
@@ -75,7 +75,7 @@ def check_compiled(shape, checkpoint, caplog):
 
 @pytest.mark.filterwarnings(OF_A_LEAF)
 @pytest.mark.parametrize(("shape", "checkpoint"), CASES[:2])
-def test_one_program_equals_eager(compiling, monkeypatch, caplog, shape, checkpoint):
+def test_objective_as_one_program_equals_eager(compiling, monkeypatch, caplog, shape, checkpoint):
     """All of the compiler but the making of kernels, which takes it half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
     check_compiled(shape, checkpoint, caplog)
@@ -84,12 +84,12 @@ def test_one_program_equals_eager(compiling, monkeypatch, caplog, shape, checkpo
 @pytest.mark.long
 @pytest.mark.filterwarnings(OF_A_LEAF)
 @pytest.mark.parametrize(("shape", "checkpoint"), CASES)
-def test_compiled_equals_eager(compiling, caplog, shape, checkpoint):
+def test_compiled_objective_equals_eager(compiling, caplog, shape, checkpoint):
     check_compiled(shape, checkpoint, caplog)
 
 
 @pytest.mark.filterwarnings(OF_A_LEAF)
-def test_without_a_compiler_training_goes_on(compiling, caplog, monkeypatch):
+def test_objective_falls_back_to_eager_without_a_compiler(compiling, caplog, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     expected, _ = outcome(SHAPES["starcoder2"])
     with caplog.at_level(logging.WARNING, "smolforge"):

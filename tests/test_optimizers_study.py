@@ -21,7 +21,7 @@ def study():
     torch.set_num_threads(threads)
 
 
-def test_the_step_that_reaches_a_loss_is_between_two_measurements(study):
+def test_steps_to_interpolates_between_measurements(study):
     curve = [{"step": step, "weights": loss} for step, loss in ((10, 6.0), (20, 5.0), (30, 5.2), (40, 4.0))]
     assert study.steps_to(5.5, curve, "weights") == pytest.approx(15)
     assert study.steps_to(5.0, curve, "weights") == 20
@@ -31,7 +31,7 @@ def test_the_step_that_reaches_a_loss_is_between_two_measurements(study):
 
 
 @pytest.mark.parametrize("best", [0.25, 1.0, 2.0, 16.0])
-def test_a_sweep_goes_on_until_the_best_rate_is_inside(study, best):
+def test_best_rate_extends_the_sweep_until_it_is_inside(study, best):
     tried = []
     assert study.best_rate(lambda rate: tried.append(rate) or abs(math.log(rate / best)), (1.0, 2.0, 4.0)) == best
     assert min(tried) < best < max(tried)
@@ -39,7 +39,7 @@ def test_a_sweep_goes_on_until_the_best_rate_is_inside(study, best):
 
 
 @pytest.mark.long
-def test_the_quick_form_runs_once_and_reports_twice(study, tmp_path, text_file, capsys):
+def test_quick_study_trains_once_and_reports_twice(study, tmp_path, text_file, capsys):
     words = ["--quick", "--data", str(text_file), "--out", str(tmp_path / "study.json")]
     study.main(words)
     first = capsys.readouterr().out

@@ -7,8 +7,8 @@ import pytest
 
 from smolforge.config.load import read_recipe
 from smolforge.data.prepare.documents import text_document
-from smolforge.data.sources.remote_text import address
-from smolforge.data.sources.types import Row
+from smolforge.data.sources.remote_text import url_and_encoding
+from smolforge.data.sources.types import SourceRow
 from smolforge.runs.mixture import order_of
 
 OTHERWISE = {
@@ -97,13 +97,13 @@ def as_nanotron_says_it() -> dict[str, Any]:
         "optimizer.learning_rate_scheduler.lr_warmup_steps": schedule.warmup_steps,
         "optimizer.learning_rate_scheduler.min_decay_lr": schedule.final_learning_rate,
         "tokens.micro_batch_size": train.micro_batch_size,
-        "tokens.batch_accumulation_per_replica": train.rows // 64 // train.micro_rows,
+        "tokens.batch_accumulation_per_replica": train.sequences_per_step // 64 // train.sequences_per_micro_batch,
         "tokens.sequence_length": train.sequence_length,
         "tokens.train_steps": train.steps,
     }
 
 
-def test_the_published_recipe_is_the_published_one(shared):
+def test_smollm2_recipe_equals_the_official_config(shared):
     """Every field of the official configuration is ours, or stands above with what it says and why it is not."""
     import yaml
 
@@ -115,7 +115,7 @@ def test_the_published_recipe_is_the_published_one(shared):
     assert official.keys() == ours.keys() | OTHERWISE.keys() | ONLY_WAY.keys() | OURS_MEASURES.keys() | THEIR_PROGRAM
 
 
-def test_the_published_recipe_has_the_published_numbers():
+def test_smollm2_recipe_has_the_published_numbers():
     """The same where that file is not at hand."""
     ours = read_recipe("smollm2-135m")
     schedule, train, model = ours.optim.schedule, ours.train, ours.model
@@ -124,7 +124,12 @@ def test_the_published_recipe_has_the_published_numbers():
         *("linear", 400_000),
     )
     assert (schedule.steps, schedule.final_learning_rate, schedule.decay_begins) == (2_000_000, 0.0, 1_600_000)
-    assert (train.steps, train.batch_tokens, train.sequence_length, train.rows) == (2_000_000, 1_048_576, 2048, 64 * 8)
+    assert (train.steps, train.batch_tokens, train.sequence_length, train.sequences_per_step) == (
+        2_000_000,
+        1_048_576,
+        2048,
+        64 * 8,
+    )
     assert (ours.optim.betas, ours.optim.eps, ours.optim.weight_decay) == ((0.9, 0.95), 1e-8, 0.01)
     assert (ours.optim.max_grad_norm, ours.seed, model.initializer_range) == (1.0, 8, 1 / 24)
     assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (576, 30, 9)
@@ -160,20 +165,20 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "smollm-135m", "smollm2-curriculum", "l20"])
-def test_every_source_has_the_column_that_is_read(name):
+def test_recipe_sources_have_the_column_that_is_read(name):
     data = read_recipe(name).data
     for source, said in (data.mixture or {}).items():
         if said.source == "stackoverflow":  # no public set, as the file says
             continue
-        alone, row = data.alone(source), Row(ROWS[said.source], "", f"{said.source}, row 0")
+        alone, row = data.single_source(source), SourceRow(ROWS[said.source], "", f"{said.source}, row 0")
         if alone.text_url is not None:
             encoding = "UTF-8" if "src_encoding" in ROWS[said.source] else "utf-8"
-            assert address(row, alone) == (f"{STORE}8ab3", encoding)
+            assert url_and_encoding(row, alone) == (f"{STORE}8ab3", encoding)
         else:
             assert text_document(row, alone).text.replace("\n", "") == "said"
 
 
-def test_the_first_versions_mixture_is_the_published_one():
+def test_smollm_recipe_has_the_published_numbers():
     ours = read_recipe("smollm-135m")
     assert list(ours.data.weights[0].values()) == [0.70, 0.15, 0.08, 0.06, 0.01]
     schedule, train = ours.optim.schedule, ours.train
@@ -186,14 +191,14 @@ def test_the_first_versions_mixture_is_the_published_one():
     )
 
 
-def test_the_curriculum_is_that_of_the_paper():
+def test_curriculum_recipe_equals_the_paper():
     """Shares to a per cent, borders to a step; the decay to what the YAML says."""
     ours = read_recipe("smollm2-curriculum")
     train, schedule = ours.train, ours.optim.schedule
     assert (ours.optim.learning_rate, schedule.warmup_steps, schedule.decay) == (5e-4, 2000, "linear")
     assert (schedule.decay_begins, schedule.decay_steps, train.steps) == (4_716_000, 524_000, 5_240_000)
     assert train.batch_tokens == 256 * 4 * 2048
-    ends = ours.data.ends(train.batch_tokens, schedule)
+    ends = ours.data.stage_ends(train.batch_tokens, schedule)
     assert [end * train.batch_tokens / 1e12 for end in ends] == pytest.approx([6, 8, 9.9], abs=0.02)
     web, code, maths = ("fineweb_edu", "dclm"), ("starcoder", "stack_edu"), ("open_web_math", "infimm_webmath")
     maths += ("finemath", "infiwebmath")
@@ -203,16 +208,16 @@ def test_the_curriculum_is_that_of_the_paper():
     assert [each["cosmopedia"] for each in ours.data.weights] == [0, 0, 0, 0.04]
     fineweb = [each["fineweb_edu"] / (each["fineweb_edu"] + each["dclm"]) for each in ours.data.weights]
     assert fineweb == pytest.approx([0.6, 0.6, 0.4, 0.4])
-    of_stages = order_of(ours).of_stages(train.steps * train.rows)
+    of_stages = order_of(ours).counts_by_stage(train.steps * train.sequences_per_step)
     for windows, weights in zip(of_stages, ours.data.weights, strict=True):
         whole = sum(weights.values())
         total = sum(windows.values())
         assert all(abs(windows[name] - total * weight / whole) < 1 + 1e-3 for name, weight in weights.items())
 
 
-def test_the_yardstick_learns_as_its_log_says(shared):
+def test_l20_recipe_equals_its_training_log(shared):
     """Steps, tokens and the rate of every tenth step, from the log of the run."""
-    from smolforge.training.optim import learning_rate
+    from smolforge.training.optim import lr_at_step
 
     ours = read_recipe("l20")
     with (shared / "reference" / "l20_training_metrics.csv").open() as file:
@@ -221,11 +226,11 @@ def test_the_yardstick_learns_as_its_log_says(shared):
     assert max(int(row["step"]) for row in rows) <= ours.train.steps == 18_928
     for row in rows:
         assert int(row["tokens"]) == int(row["step"]) * ours.train.batch_tokens
-        mine = learning_rate(int(row["step"]), ours.optim.learning_rate, ours.optim.schedule)
+        mine = lr_at_step(int(row["step"]), ours.optim.learning_rate, ours.optim.schedule)
         assert mine == pytest.approx(float(row["lr"]), rel=2e-3)
 
 
-def test_the_yardstick_has_the_published_numbers():
+def test_l20_recipe_has_the_published_numbers():
     ours = read_recipe("l20")
     assert (ours.optim.learning_rate, ours.optim.schedule.decay, ours.train.batch_tokens) == (4e-4, "cosine", 528_384)
     assert ours.train.steps * ours.train.batch_tokens == 10_001_252_352

@@ -19,24 +19,24 @@ import smolforge
 from smolforge import cli
 from smolforge.checkpoint import huggingface, loading, peft_adapter, quantization
 from smolforge.config import Lora, custom_classes
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.exporters.gguf import to_gguf
-from smolforge.exporters.quantize import text_for, to_integers
+from smolforge.exporters.quantize import evaluation_text, to_quantized
 from smolforge.exporters.transformers import to_transformers
-from smolforge.generation.cpu_decoding import Packed, packed
+from smolforge.generation.cpu_decoding import PrepackedModel, prepack
 from smolforge.models import lora, quantized
-from smolforge.models.attention import Cache
-from smolforge.models.quantized import Scheme, pack, quantize, rounded, unpack, unrolled
+from smolforge.models.attention import KVCache
+from smolforge.models.quantized import QuantizationScheme, dequantize, pack, quantize, quantize_weight, unpack
 from smolforge.testing import failing, sentences, tiny_model
 from smolforge.verification import verify
 
 SCHEMES = {
-    "int8": Scheme(8, None, True),
-    "int8, embedding kept": Scheme(8),
-    "int4": Scheme(4, 32, True),
-    "int4, embedding kept": Scheme(4, 32),
+    "int8": QuantizationScheme(8, None, True),
+    "int8, embedding kept": QuantizationScheme(8),
+    "int4": QuantizationScheme(4, 32, True),
+    "int4, embedding kept": QuantizationScheme(4, 32),
 }
-TIMES = {"ROUNDS": 1, "PROMPT": 8, "ANSWER": 2}
+TIMES = {"ROUNDS": 1, "PREFILL_TOKENS": 8, "DECODE_TOKENS": 2}
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -60,14 +60,14 @@ def exported(plain):
     with pytest.MonkeyPatch.context() as patch:
         for name, few in TIMES.items():
             patch.setattr(f"smolforge.exporters.quantize.{name}", few)
-        made = {name: to_integers(plain, plain.parent / name, scheme, text) for name, scheme in SCHEMES.items()}
+        made = {name: to_quantized(plain, plain.parent / name, scheme, text=text) for name, scheme in SCHEMES.items()}
     return {name: (plain.parent / name, table) for name, table in made.items()}
 
 
 @pytest.mark.parametrize(("bits", "size"), [(8, None), (4, 32), (4, 64)])
-def test_integers_are_the_nearest_a_plain_loop_finds(bits, size):
+def test_quantize_weight_equals_a_plain_loop(bits, size):
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(bits))
-    integers, scale = rounded(weight, bits, size)
+    integers, scale = quantize_weight(weight, bits, size)
     half, width = 2 ** (bits - 1), size or 64
     for row in range(3):
         for group in range(64 // width):
@@ -88,11 +88,11 @@ def test_integers_are_the_nearest_a_plain_loop_finds(bits, size):
     bits=st.sampled_from([4, 8]),
     size=st.sampled_from([None, 32, 64]),
 )
-def test_no_weight_is_further_than_half_a_step_but_where_it_was_cut(values, bits, size):
+def test_quantize_weight_error_is_at_most_half_a_step(values, bits, size):
     weight = torch.tensor([values])
-    integers, scale = rounded(weight, bits, size)
+    integers, scale = quantize_weight(weight, bits, size)
     assert torch.equal(unpack(pack(integers, bits), bits), integers)
-    back = unrolled(pack(integers, bits), scale, bits, torch.float32)
+    back = dequantize(pack(integers, bits), scale, bits, dtype=torch.float32)
     step = scale.float().repeat_interleave(size or 64, 1)
     inside = (integers > -(2 ** (bits - 1))) & (integers < 2 ** (bits - 1) - 1)
     assert ((back - weight).abs() <= step / 2 * (1 + 1e-5) + 1e-30)[inside].all()
@@ -103,7 +103,7 @@ def test_no_weight_is_further_than_half_a_step_but_where_it_was_cut(values, bits
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_numpy_finds_the_same_integers_and_nothing_nearer(data):
+def test_quantize_weight_is_no_worse_than_numpy_rounding(data):
     """Plain symmetric rounding, written again without torch; 4 bits, which may cut, must lose no more in squares."""
     bits, size = data.draw(st.sampled_from([(8, 64), (4, 32), (4, 64)]))
     seed, power = data.draw(st.integers(0, 2**31)), data.draw(st.integers(-20, 20))
@@ -113,7 +113,7 @@ def test_numpy_finds_the_same_integers_and_nothing_nearer(data):
     exact = np.abs(groups).max(-1, keepdims=True) / (half - 0.5)
     scale = torch.from_numpy(exact).bfloat16().float().numpy()
     plain = np.clip(np.round(groups / scale), -half, half - 1)
-    integers, found = rounded(torch.from_numpy(weight), bits, size)
+    integers, found = quantize_weight(torch.from_numpy(weight), bits, size)
     ours, theirs = integers.numpy().reshape(plain.shape), found.float().numpy()[..., None]
     if bits == 8:
         assert (ours == plain).all()
@@ -130,21 +130,21 @@ def test_numpy_finds_the_same_integers_and_nothing_nearer(data):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_weights_whose_squares_are_no_numbers_are_rounded_too(size):
+def test_quantize_weight_handles_tiny_and_huge_values(size):
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * size
     for bits, group in ((8, None), (4, 32)):
-        integers, scale = rounded(weight, bits, group)
-        back = unrolled(pack(integers, bits), scale, bits, torch.float32)
+        integers, scale = quantize_weight(weight, bits, group)
+        back = dequantize(pack(integers, bits), scale, bits, dtype=torch.float32)
         assert (back - weight).abs().max() < 0.11 * weight.abs().max()
 
 
-def test_a_word_has_its_first_integer_lowest():
+def test_pack_puts_the_first_integer_in_the_low_bits():
     assert pack(torch.tensor([[-8, -7, 7, 0, 0, 0, 0, 0]], dtype=torch.int8), 4).item() == 0x88888F10 - 2**32
     assert pack(torch.tensor([[-128, -127, 127, 0]], dtype=torch.int8), 8).item() == 0x80FF0100 - 2**32
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_what_is_read_back_is_what_was_rounded(exported, plain, name):
+def test_quantized_model_survives_save_and_load(exported, plain, name):
     folder, _ = exported[name]
     wanted, found = loading.load(plain), smolforge.load(str(folder))
     for rest in wanted.parameters():
@@ -152,22 +152,22 @@ def test_what_is_read_back_is_what_was_rounded(exported, plain, name):
     quantize(wanted, SCHEMES[name])
     if not SCHEMES[name].embedding:
         wanted.model.embed_tokens.weight.data.copy_(wanted.model.embed_tokens.weight.bfloat16())
-    assert found.scheme == SCHEMES[name]
+    assert found.quantization == SCHEMES[name]
     ids = torch.arange(40)[None]
     with torch.inference_mode():
         assert torch.equal(found(ids), wanted(ids))
         again = folder.parent / f"{name} again"
-        huggingface.save(found, again, found.tokenizer, torch.bfloat16)
+        huggingface.save(found, again, found.tokenizer, dtype=torch.bfloat16)
         assert torch.equal(loading.load(again)(ids), wanted(ids))
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_a_layer_is_the_product_with_the_matrix_it_stands_for():
+def test_quantized_layer_equals_the_dequantized_matmul():
     made, x = model(), torch.randn(3, 64)
     before = copy.deepcopy(made)
-    quantize(made, Scheme(4, 32))
-    for name, layer in quantized.layers(made).items():
-        integers, scale = rounded(before.get_submodule(name).weight, 4, 32)
+    quantize(made, QuantizationScheme(4, 32))
+    for name, layer in quantized.quantized_layers(made).items():
+        integers, scale = quantize_weight(before.get_submodule(name).weight, 4, 32)
         matrix = (integers.float().unflatten(-1, (-1, 32)) * scale.float()[..., None]).flatten(-2)
         rows = x if layer.in_features == 64 else torch.cat([x, x[:, :32]], 1)
         torch.testing.assert_close(layer(rows), rows @ matrix.T)
@@ -175,7 +175,7 @@ def test_a_layer_is_the_product_with_the_matrix_it_stands_for():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_sizes_are_what_arithmetic_says(exported, name):
+def test_quantized_sizes_equal_hand_arithmetic(exported, name):
     folder, table = exported[name]
     scheme, config = SCHEMES[name], loading.read_config(folder)
     c, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
@@ -195,24 +195,24 @@ def test_sizes_are_what_arithmetic_says(exported, name):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_decoding_says_what_the_model_says(exported, name):
+def test_cpu_decoding_is_near_the_quantized_model(exported, name):
     made = loading.load(exported[name][0])
-    ids, network = torch.arange(5, 45)[None], packed(made)
-    assert isinstance(network, Packed)
-    cache, found = Cache(made.config, 1, 64, made.model.norm.weight), []
+    ids, network = torch.arange(5, 45)[None], prepack(made)
+    assert isinstance(network, PrepackedModel)
+    cache, found = KVCache(made.config, 1, 64, like=made.model.norm.weight), []
     with torch.inference_mode():
         wanted = made(ids)[0]
-        read = network.logits(network.hidden(ids, torch.arange(40)[None], cache.at(torch.arange(40)[None])))[0]
+        read = network.logits(network.hidden_states(ids, torch.arange(40)[None], cache.view(torch.arange(40)[None])))[0]
         for place in range(40):
             at = torch.tensor([[place]])
-            found.append(network.logits(network.hidden(ids[:, place : place + 1], at, cache.at(at))[:, 0]))
+            found.append(network.logits(network.hidden_states(ids[:, place : place + 1], at, cache.view(at))[:, 0]))
     torch.testing.assert_close(read, wanted, atol=1e-4, rtol=1e-4)  # a prompt, in fp32
     spread = wanted.std().item()
     assert 0 < (torch.cat(found) - wanted).abs().max() < 0.05 * spread  # an answer, factors in bfloat16
     assert (torch.cat(found).argmax(-1) == wanted.argmax(-1)).float().mean() >= 0.9
 
 
-def test_every_verb_knows_it(exported, plain, capsys):
+def test_quantized_model_works_with_every_verb(exported, plain, capsys):
     folder, _ = exported["int4"]
     for words in (
         ["generate", folder, "--prompt", "the model", "--max-new-tokens", 4, "--seed", 0, "--json"],
@@ -226,7 +226,7 @@ def test_every_verb_knows_it(exported, plain, capsys):
     assert facts["memory_bytes"] == sum(each.nbytes for each in loading.load(folder).parameters())
 
 
-def test_the_table_is_shown_and_given(plain, tmp_path, capsys, monkeypatch):
+def test_export_prints_the_quantization_table_and_json(plain, tmp_path, capsys, monkeypatch):
     for name, few in TIMES.items():
         monkeypatch.setattr(f"smolforge.exporters.quantize.{name}", few)
     words = ["export", str(plain), "--to", "int8", "--text", str(plain.parent / "text.txt")]
@@ -242,14 +242,14 @@ def test_the_table_is_shown_and_given(plain, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(exported, plain, tmp_path, capsys):
+def test_quantization_refuses_unsupported_uses(exported, plain, tmp_path, capsys):
     folder, _ = exported["int8"]
-    for to, what in ((to_transformers, ()), (to_integers, (Scheme(8),))):
-        with pytest.raises(SettingError, match="is of integers"):
+    for to, what in ((to_transformers, ()), (to_quantized, (QuantizationScheme(8),))):
+        with pytest.raises(ConfigError, match="is of integers"):
             to(folder, tmp_path / "out", *what)
-    with pytest.raises(SettingError, match="is of integers"):
+    with pytest.raises(ConfigError, match="is of integers"):
         to_gguf(folder, tmp_path / "no.gguf")
-    with pytest.raises(SettingError, match="has integers, .* transformers cannot know; without --against"):
+    with pytest.raises(ConfigError, match="has integers, .* transformers cannot know; without --against"):
         verify(folder, against=("transformers",))
     small = [
         "--train.sequence-length",
@@ -264,11 +264,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(exported, plain, tmp_path, caps
     )
     assert "holds integers, which do not learn" in capsys.readouterr().err
     assert not (tmp_path / "run" / "corpus").exists()
-    with pytest.raises(SettingError, match="has 96 inputs, which groups of 64 do not divide"):
-        to_integers(plain, tmp_path / "out", Scheme(4, 64))
+    with pytest.raises(ConfigError, match="has 96 inputs, which groups of 64 do not divide"):
+        to_quantized(plain, tmp_path / "out", QuantizationScheme(4, 64))
     mixture = tiny_model(model_type="mixtral")
-    with pytest.raises(SettingError, match="experts of a mixtral"):
-        quantize(mixture, Scheme(8))
+    with pytest.raises(ConfigError, match="experts of a mixtral"):
+        quantize(mixture, QuantizationScheme(8))
     assert not (tmp_path / "out").exists()
 
 
@@ -283,12 +283,12 @@ def exporting(source, out, *words, to="int4"):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "nanotron", "q8_0", "f16"])
-def test_other_forms_of_a_model_are_quantised_and_measured_too(kind, plain, tmp_path, quick, capsys):
+def test_quantize_accepts_adapter_nanotron_and_gguf(kind, plain, tmp_path, quick, capsys):
     if kind == "adapter":
         source, made = tmp_path / "adapter", model()
-        lora.adapt(made, Lora(rank=2), 0)
-        learned = {name: torch.full_like(each, 0.01) for name, each in lora.adapters(made).items()}
-        peft_adapter.write(source, peft_adapter.settings_of(Lora(rank=2), str(plain)), learned)
+        lora.add_lora(made, Lora(rank=2), 0)
+        learned = {name: torch.full_like(each, 0.01) for name, each in lora.lora_parameters(made).items()}
+        peft_adapter.write_adapter(source, peft_adapter.adapter_config(Lora(rank=2), str(plain)), learned)
     elif kind == "nanotron":
         source = nanotrons(tmp_path / "nanotron", model())
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -299,27 +299,29 @@ def test_other_forms_of_a_model_are_quantised_and_measured_too(kind, plain, tmp_
     assert exporting(source, tmp_path / "out", "--text", tmp_path / "text.txt", "--json") == 0, capsys.readouterr()
     before = json.loads(capsys.readouterr().out)["before"]
     assert 0.8 < before["tensor_bytes"] / before["bytes_on_disk"] <= 1
-    assert loading.load(tmp_path / "out").scheme == Scheme(4, 32, True)
+    assert loading.load(tmp_path / "out").quantization == QuantizationScheme(4, 32, True)
     report = ["verify", str(tmp_path / "out"), "--against", str(source), "--out", str(tmp_path / "v.json")]
     assert cli.run(report) == 0, capsys.readouterr()
 
 
-def test_an_adapter_of_integers_says_what_to_name(exported, tmp_path):
+def test_adapter_of_a_quantized_base_is_refused(exported, tmp_path):
     made = model()
-    lora.adapt(made, Lora(rank=2), 0)
-    content = peft_adapter.settings_of(Lora(rank=2), str(exported["int4"][0]))
-    peft_adapter.write(
-        tmp_path / "adapter", content, {name: each.detach() for name, each in lora.adapters(made).items()}
+    lora.add_lora(made, Lora(rank=2), 0)
+    content = peft_adapter.adapter_config(Lora(rank=2), str(exported["int4"][0]))
+    peft_adapter.write_adapter(
+        tmp_path / "adapter", content, {name: each.detach() for name, each in lora.lora_parameters(made).items()}
     )
-    with pytest.raises(InvalidFile, match="holds integers; let base_model_name_or_path there name the model that was"):
+    with pytest.raises(
+        InvalidFileError, match="holds integers; let base_model_name_or_path there name the model that was"
+    ):
         loading.load(tmp_path / "adapter")
 
 
-def test_what_fails_while_it_is_measured_leaves_nothing(plain, tmp_path, quick, monkeypatch):
+def test_failed_quantize_leaves_no_files(plain, tmp_path, quick, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("smolforge.exporters.quantize.speeds", interrupted)
+    monkeypatch.setattr("smolforge.exporters.quantize.measure_speeds", interrupted)
     assert exporting(plain, tmp_path / "out") == 130
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
@@ -336,26 +338,28 @@ def test_what_fails_while_it_is_measured_leaves_nothing(plain, tmp_path, quick, 
         ({"model_type": "mixtral"}, "integers for them are not implemented; int8 asks .* --to gguf .* and experts"),
     ],
 )
-def test_models_that_it_is_not_for_are_sent_elsewhere(changes, said, tmp_path):
+def test_quantize_refuses_unsupported_models(changes, said, tmp_path):
     made = tiny_model(**WIDE | changes)
     huggingface.save(made, tmp_path / "model", made.tokenizer)
-    with pytest.raises(SettingError, match=said):
-        to_integers(tmp_path / "model", tmp_path / "out", Scheme(4, 32))
+    with pytest.raises(ConfigError, match=said):
+        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_short_context_is_timed(tmp_path, quick):
+def test_quantize_times_a_short_context(tmp_path, quick):
     made = tiny_model(**WIDE, max_position_embeddings=4)
     huggingface.save(made, tmp_path / "model", made.tokenizer)
-    assert to_integers(tmp_path / "model", tmp_path / "out", Scheme(4, 32)).after.decode_tokens_per_second > 0
+    assert (
+        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32)).after.decode_tokens_per_second > 0
+    )
 
 
-def test_a_model_that_is_no_numbers_is_named(tmp_path):
+def test_quantize_names_weights_with_nan(tmp_path):
     made = model()
     made.model.layers[0].mlp.up_proj.weight.data[3, 3] = torch.nan
     huggingface.save(made, tmp_path / "model", made.tokenizer)
-    with pytest.raises(InvalidFile, match=r"layers\.0\.mlp\.up_proj\.weight of .*/model holds NaN"):
-        to_integers(tmp_path / "model", tmp_path / "out", Scheme(8))
+    with pytest.raises(InvalidFileError, match=r"layers\.0\.mlp\.up_proj\.weight of .*/model holds NaN"):
+        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(8))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +374,7 @@ def test_a_model_that_is_no_numbers_is_named(tmp_path):
         ("int8", "--dry-run"),
     ],
 )
-def test_flags_that_would_change_nothing_are_refused(words, plain, tmp_path, capsys):
+def test_export_refuses_flags_without_effect(words, plain, tmp_path, capsys):
     to, *rest = words
     assert exporting(plain, tmp_path / "out", *rest, to=to) == 2
     said = capsys.readouterr().err
@@ -378,7 +382,7 @@ def test_flags_that_would_change_nothing_are_refused(words, plain, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_integers_are_held_to_what_they_were_made_from(exported, plain, tmp_path, capsys):
+def test_verify_compares_quantized_weights_with_their_source(exported, plain, tmp_path, capsys):
     folder, report = exported["int4"][0], tmp_path / "verify.json"
     words = ["verify", str(folder), "--out", str(report), "--against"]
     assert cli.run([*words, str(plain)]) == 0
@@ -421,32 +425,32 @@ class Scaled(nn.Module):
 """
 
 
-def test_classes_of_ones_own_keep_what_they_compute(tmp_path, quick, monkeypatch):
+def test_quantize_leaves_custom_layers_alone(tmp_path, quick, monkeypatch):
     """A linear layer with another forward is left alone; a parameter named as part of a quantised matrix is none."""
     (tmp_path / "quantlab.py").write_text(LAB)
     monkeypatch.chdir(tmp_path)
-    custom_classes.admit(["quantlab:Halved", "quantlab:Scaled"])
+    custom_classes.import_classes(["quantlab:Halved", "quantlab:Scaled"])
     made = tiny_model(**WIDE, feed_forward="quantlab:Halved", normalization="quantlab:Scaled")
     huggingface.save(made, tmp_path / "model", made.tokenizer)
-    to_integers(tmp_path / "model", tmp_path / "out", Scheme(8))
+    to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(8))
     before, after = loading.load(tmp_path / "model"), loading.load(tmp_path / "out")
     assert type(after.model.layers[0].mlp.down_proj).__name__ == "Half"
-    assert len(quantized.layers(after)) == 6 * len(after.model.layers)
+    assert len(quantized.quantized_layers(after)) == 6 * len(after.model.layers)
     wanted, found = (each(torch.arange(40)[None]) for each in (before, after))
     torch.testing.assert_close(found, wanted, atol=0.1 * wanted.std().item(), rtol=0)
 
 
-def test_a_runs_text_is_measured_in_its_own_windows(text_file, tmp_path):
+def test_quantize_measures_a_run_in_its_own_windows(text_file, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
     run = smolforge.train(recipe, run=tmp_path / "run", steps=8)
-    text = text_for(run.model, loading.find(tmp_path / "run"), None)
+    text = evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
     assert (text.name, text.window) == ("what the run held out", NANO["train"]["sequence_length"])
-    assert text_for(run.model, loading.find(tmp_path / "run"), text_file).window == text.window
-    assert text_for(run.model, tmp_path / "elsewhere", text_file).window == 128
+    assert evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), text_file).window == text.window
+    assert evaluation_text(run.model, tmp_path / "elsewhere", text_file).window == 128
     corpus = tmp_path / "run" / "corpus" / "corpus.json"
     corpus.write_text(json.dumps(json.loads(corpus.read_text()) | {"fingerprint": "of another"}))
-    other = text_for(run.model, loading.find(tmp_path / "run"), None)
+    other = evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
     assert (other.name, other.window) == ("the documentation of Python's language", text.window)
 
 
@@ -503,13 +507,13 @@ def beside(tensors):
         (beside, "has no place for|have no place for|has 1 tensors this model has no place for"),
     ],
 )
-def test_broken_tensors_are_refused(exported, tmp_path, break_it, said):
+def test_load_refuses_corrupted_quantized_tensors(exported, tmp_path, break_it, said):
     content = (exported["int4"][0] / "config.json").read_text()
     tensors = load_file(exported["int4"][0] / "model.safetensors")
     break_it(tensors)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InvalidFile, match=said):
+    with pytest.raises(InvalidFileError, match=said):
         loading.load(tmp_path)
 
 
@@ -533,7 +537,7 @@ def test_broken_tensors_are_refused(exported, tmp_path, break_it, said):
         {"actorder": "static"},
     ],
 )
-def test_other_schemes_are_refused_by_name(exported, tmp_path, change):
+def test_load_refuses_other_quantization_schemes(exported, tmp_path, change):
     folder = exported["int4, embedding kept"][0]
     content = json.loads((folder / "config.json").read_text())
     said = content[quantization.KEY]
@@ -541,7 +545,7 @@ def test_other_schemes_are_refused_by_name(exported, tmp_path, change):
     (said["config_groups"]["group_0"]["weights"] if key in weight_keys() else said).update(change)
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(InvalidFile, match=f"{NAMED.get(key, key)}.* implemented|do not divide"):
+    with pytest.raises(InvalidFileError, match=f"{NAMED.get(key, key)}.* implemented|do not divide"):
         loading.load(tmp_path)
 
 
@@ -552,17 +556,17 @@ def weight_keys():
     return ("num_bits", "group_size", "symmetric", "actorder")
 
 
-def test_integers_without_their_settings_are_refused(exported, tmp_path):
+def test_load_refuses_quantized_weights_without_settings(exported, tmp_path):
     folder = exported["int8"][0]
     content = json.loads((folder / "config.json").read_text())
     del content[quantization.KEY]
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(InvalidFile, match="lacks"):
+    with pytest.raises(InvalidFileError, match="lacks"):
         loading.load(tmp_path)
 
 
-def test_settings_that_say_the_same_in_other_words_are_read(exported, tmp_path):
+def test_load_accepts_equivalent_quantization_settings(exported, tmp_path):
     folder = exported["int4, embedding kept"][0]
     content = json.loads((folder / "config.json").read_text())
     said = content[quantization.KEY]
@@ -571,11 +575,11 @@ def test_settings_that_say_the_same_in_other_words_are_read(exported, tmp_path):
     said["config_groups"]["group_0"]["weights"] |= {"actorder": None, "observer": "mse", "zp_dtype": None}
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert loading.load(tmp_path).scheme == Scheme(4, 32)
+    assert loading.load(tmp_path).quantization == QuantizationScheme(4, 32)
 
 
 @pytest.mark.parametrize("name", ["int8, embedding kept", "int4, embedding kept"])
-def test_transformers_reads_it_with_compressed_tensors(exported, name):
+def test_quantized_model_equals_transformers(exported, name):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     theirs = AutoModelForCausalLM.from_pretrained(exported[name][0], dtype=torch.float32)
     ids = torch.arange(40)[None]
@@ -583,7 +587,7 @@ def test_transformers_reads_it_with_compressed_tensors(exported, name):
         assert torch.equal(smolforge.load(exported[name][0])(ids), theirs(ids).logits)
 
 
-def test_a_study_can_ask_what_rounding_adds(tmp_path):
+def test_study_can_measure_loss_added_by_int4(tmp_path):
     path = study_file(tmp_path, {"study": {"seeds": [0], "metric": "loss_added_by_int4", "group_size": 16}})
     found, _ = conducted(path, tmp_path / "out")
     for variant in found.variants:

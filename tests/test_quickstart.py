@@ -28,11 +28,11 @@ def recipe(tmp_path) -> str:
 
 
 @pytest.mark.heavy
-def test_the_whole_life(tmp_path, recipe, monkeypatch):
+def test_quickstart_trains_resumes_exactly_and_scores(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(lifecycle, "tokens_per_second", lambda recipe: 50 * 128.0)
     out = tmp_path / "out"
     with Display(quiet=True) as show:
-        summary = lifecycle.live(out, 1, show, recipe)
+        summary = lifecycle.run_quickstart(out, 1, show, recipe=recipe)
     assert summary["steps"] == 50
     assert summary["resume"] == {**summary["resume"], "from": "step-00000025", "to": "step-00000050", "equal": True}
     starts = json.loads((out / "environment.json").read_text())
@@ -46,22 +46,22 @@ def test_the_whole_life(tmp_path, recipe, monkeypatch):
     assert lines.count("not beaten") == 2
     assert lifecycle.score_lines(summary | {"bits_per_byte": 1.0}).count("(beaten)") == 2
 
-    again = lifecycle.live(out, 1, show, recipe)
+    again = lifecycle.run_quickstart(out, 1, show, recipe=recipe)
     assert again["resume"]["sha256"] == summary["resume"]["sha256"]
     assert len(json.loads((out / "environment.json").read_text())) == 3
 
 
-def test_a_resume_that_is_not_exact_is_said(tmp_path, monkeypatch, capsys):
+def test_quickstart_reports_an_inexact_resume(tmp_path, monkeypatch, capsys):
     proof = {"from": "a", "to": "b", "sha256": {"model.safetensors": "00"}, "equal": False}
     assert "NOT equal" in lifecycle.proof_lines(proof)
-    monkeypatch.setattr(lifecycle, "live", lambda *_: {"resume": proof})
+    monkeypatch.setattr(lifecycle, "run_quickstart", lambda *_, **__: {"resume": proof})
     assert cli.run(["quickstart", "--out", str(tmp_path), "--json"]) == 1
-    assert training_state.all_of(tmp_path) == []
+    assert training_state.list_checkpoints(tmp_path) == []
     assert json.loads(capsys.readouterr().out)["resume"]["equal"] is False
 
 
-def test_a_persons_own_interrupt_ends_it(tmp_path, recipe, monkeypatch):
+def test_quickstart_stops_on_ctrl_c_of_the_user(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr(lifecycle, "tokens_per_second", lambda recipe: 50 * 128.0)
     with Display(quiet=True) as show, pytest.raises(Stopped, match="after step 3"):
         show.listeners.append(lambda metrics: signal.raise_signal(signal.SIGINT) if metrics["step"] == 3 else None)
-        lifecycle.live(tmp_path / "out", 1, show, recipe)
+        lifecycle.run_quickstart(tmp_path / "out", 1, show, recipe=recipe)

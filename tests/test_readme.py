@@ -39,7 +39,7 @@ SHORT = {
 
 
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_commands(home, capsys, shortened):
+def test_readme_commands_run(home, capsys, shortened):
     (home / "notes.txt").write_text(sentences(40, 5000))
     lines = blocks("bash")[1].strip().splitlines()
     assert len(lines) == 6
@@ -54,12 +54,12 @@ def test_commands(home, capsys, shortened):
     assert (home / "mine.gguf").is_file()
 
 
-def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
+def test_readme_hub_commands_run(home, capsys, hub, monkeypatch, compiling):
     """On a Hub of our own, where the name stands for a small model; what is published of the real one is put aside."""
     model = tiny_model(max_position_embeddings=2048)
     huggingface.save(model, home / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", home / "small")
-    monkeypatch.setattr(verification, "published", list)
+    monkeypatch.setattr(verification, "published_releases", list)
     for line in blocks("bash")[0].strip().splitlines():
         program, verb, *words = shlex.split(line)
         assert program == "smolforge"
@@ -67,7 +67,7 @@ def test_commands_with_the_hub(home, capsys, hub, monkeypatch, compiling):
     assert "all holds" in capsys.readouterr().out
 
 
-def test_verify_prints_what_the_readme_shows():
+def test_readme_verify_output_has_the_format_of_verify():
     """The figures of a run on the full shape; here, that they are spelled as `verify` spells them."""
     (shown,) = (block for block in blocks("") if block.startswith("holds  parameters"))
     counts = parameter_counts(ModelConfig())
@@ -77,7 +77,7 @@ def test_verify_prints_what_the_readme_shows():
 
 
 @pytest.mark.long
-def test_quickstart_as_it_is(home, capsys):
+def test_readme_quickstart_runs_in_full(home, capsys):
     assert cli.run(["quickstart"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     for part in ("stopped by SIGINT", "xz -9 alone", "equal to the bit", "loss.png"):
@@ -86,7 +86,7 @@ def test_quickstart_as_it_is(home, capsys):
     assert summary["bits_per_byte"] < summary["xz_bits_per_byte"]
 
 
-def test_python(home, capsys):
+def test_readme_python_runs(home, capsys):
     (program,) = blocks("python")
     for count, short in (("500", "12"), ("550", "14")):
         changes = '"model.num_hidden_layers": 1, "model.vocab_size": 400, "train.batch_tokens": 512'
@@ -97,7 +97,7 @@ def test_python(home, capsys):
     assert namespace["run"].metrics["step"] == 14
 
 
-def test_the_map_names_what_is_there():
+def test_readme_code_map_names_existing_files():
     (the_map,) = (block for block in blocks("") if block.startswith("recipes/"))
     for name in re.findall(r"(?:^|\s{2,})([a-z_]+(?:\.py|/))", the_map):
         assert (ROOT / name).exists() or (ROOT / "src" / "smolforge" / name).exists(), name
@@ -109,7 +109,7 @@ def test_links_resolve():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_first_command_is_a_target():
+def test_readme_first_command_is_a_make_target():
     assert "\nquickstart:" in (ROOT / "Makefile").read_text()
     assert "make quickstart" in README
     assert not re.search(r"\b(REPOSITORY|QUICKSTART|TBD)\b", README)

@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli, load
-from smolforge.generation.engine import Scores
+from smolforge.generation.engine import TokenLogprobs
 from smolforge.generation.stream import generate
-from smolforge.server.lifecycle import Place, made, serve
-from smolforge.server.middleware import Rules
-from smolforge.server.responses import Words
+from smolforge.server.lifecycle import ServerConfig, build_server, serve
+from smolforge.server.middleware import AccessRules
+from smolforge.server.responses import TokenText
 from smolforge.testing import tiny_model
 
 TEMPLATE = (
@@ -43,9 +43,11 @@ class Running:
         tokenizer = self.model.tokenizer
         tokenizer.settings["chat_template"] = TEMPLATE
         tokenizer.template = tokenizer._chat_template()
-        rules = Rules(key, body_bytes=100_000)
-        self.server, self.desk = made(self.model, "tiny", Place(port=0, **{"context": 128, "slots": 4, **place}), rules)
-        self.engine = self.desk.writer.engine
+        rules = AccessRules(key, max_body_bytes=100_000)
+        self.server, self.desk = build_server(
+            self.model, "tiny", ServerConfig(port=0, **{"context": 128, "slots": 4, **place}), rules=rules
+        )
+        self.engine = self.desk.text_engine.engine
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 
     def __enter__(self):
@@ -69,9 +71,9 @@ class Running:
     def idle(self, seconds=5):
         """Whether nothing is under way, or soon is."""
         end = time.monotonic() + seconds
-        while (self.engine.busy or self.desk.tickets or self.desk.jobs) and time.monotonic() < end:
+        while (self.engine.busy or self.desk.streams or self.desk.active_choices) and time.monotonic() < end:
             time.sleep(0.005)
-        return not (self.engine.busy or self.desk.tickets or self.desk.jobs)
+        return not (self.engine.busy or self.desk.streams or self.desk.active_choices)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def events(response):
 # What comes out
 
 
-def test_a_completion_is_what_generate_says(running, client):
+def test_completions_equal_generate(running, client):
     (expected,) = generate(running.model, ["the model"], temperature=0, max_new_tokens=20)
     found = client.completions.create(model="tiny", prompt="the model", max_tokens=20, temperature=0)
     assert found.choices[0].text == expected.text
@@ -116,7 +118,7 @@ def test_a_completion_is_what_generate_says(running, client):
     assert found.object == "text_completion"
 
 
-def test_a_stream_joins_to_the_whole(running, client):
+def test_completions_stream_joins_to_the_full_text(running, client):
     given = {"model": "tiny", "prompt": "the model", "max_tokens": 30, "seed": 3, "temperature": 1.0}
     whole = client.completions.create(**given)
     chunks = list(client.completions.create(**given, stream=True, stream_options={"include_usage": True}))
@@ -127,7 +129,7 @@ def test_a_stream_joins_to_the_whole(running, client):
     assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
 
 
-def test_integers_and_a_gguf_are_served(small):
+def test_server_serves_quantized_and_gguf_models(small):
     with Running(model=load(small)) as server:
         (expected,) = generate(server.model, ["the model"], temperature=0, max_new_tokens=20)
         found = server.post("/v1/completions", model="tiny", prompt="the model", max_tokens=20, temperature=0).json()
@@ -139,7 +141,7 @@ def test_integers_and_a_gguf_are_served(small):
         assert server.idle()
 
 
-def test_a_chat_as_the_sdk_reads_it(client):
+def test_chat_completions_work_with_the_openai_sdk(client):
     given = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
     whole = client.chat.completions.create(**given, max_completion_tokens=12, logprobs=True, top_logprobs=2)
     chunks = list(client.chat.completions.create(**given, max_tokens=12, stream=True))
@@ -153,7 +155,7 @@ def test_a_chat_as_the_sdk_reads_it(client):
     assert b"".join(bytes(each.bytes) for each in content).decode(errors="replace") == whole.choices[0].message.content
 
 
-def test_the_sdk_asynchronously_many_at_once(running):
+def test_completions_work_with_many_async_sdk_clients(running):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
 
@@ -170,7 +172,7 @@ def test_the_sdk_asynchronously_many_at_once(running):
     assert asyncio.run(ask()) == [each.text for each in expected]
 
 
-def test_several_prompts_and_choices_are_told_apart(running):
+def test_completions_number_prompts_and_choices(running):
     body = running.post("/v1/completions", prompt=["the", "a"], n=2, max_tokens=6, seed=1, temperature=1.5).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert body["choices"][0]["text"] != body["choices"][1]["text"]
@@ -182,7 +184,7 @@ def test_several_prompts_and_choices_are_told_apart(running):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_echo_has_the_prompt_and_its_scores(running, stream):
+def test_completions_echo_the_prompt_and_its_logprobs(running, stream):
     given = {"prompt": "the model reads", "echo": True, "logprobs": 2, "max_tokens": 2, "temperature": 0}
     if stream:
         choices = [each["choices"][0] for each in events(running.post("/v1/completions", **given, stream=True))]
@@ -209,7 +211,7 @@ def test_echo_has_the_prompt_and_its_scores(running, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_end_that_is_ignored_moves_no_text(running, stream):
+def test_ignore_eos_adds_no_text_and_keeps_offsets(running, stream):
     """Where the end-of-text token is said and gone beyond, what follows still stands where its offset says."""
     eos = running.model.tokenizer.eos_id
     given = {"prompt": "the", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 0, "stream": stream}
@@ -219,7 +221,7 @@ def test_an_end_that_is_ignored_moves_no_text(running, stream):
     assert [place for each in choices if each["logprobs"] for place in each["logprobs"]["text_offset"]] == [0] * 4
 
 
-def test_stop_strings_are_no_part_of_the_text(running):
+def test_stop_sequences_are_not_in_the_text(running):
     free = running.post("/v1/completions", prompt="the", max_tokens=30, temperature=0).json()["choices"][0]["text"]
     word = free[6:8]
     for stop in (word, ["never ever", word]):
@@ -228,7 +230,7 @@ def test_stop_strings_are_no_part_of_the_text(running):
         assert cut["choices"][0]["finish_reason"] == "stop"
 
 
-def test_logit_bias_and_penalties_work(running):
+def test_logit_bias_and_frequency_penalty_change_tokens(running):
     given = {"prompt": "the", "max_tokens": 5, "temperature": 0, "logprobs": 0}
     tokens = running.post("/v1/completions", **given, logit_bias={"7": 100}).json()["choices"][0]["logprobs"]["tokens"]
     assert tokens == [running.model.tokenizer.decode([7])] * 5
@@ -236,7 +238,7 @@ def test_logit_bias_and_penalties_work(running):
     assert len(set(once["choices"][0]["logprobs"]["tokens"])) > 1
 
 
-def test_tokens_there_and_back(running):
+def test_tokenize_and_detokenize_are_inverse(running):
     tokens = running.post("/tokenize", prompt="the model").json()
     assert tokens == {"tokens": running.model.tokenizer.encode("the model"), "count": 3, "max_model_len": 128}
     assert running.post("/detokenize", tokens=tokens["tokens"]).json() == {"prompt": "the model"}
@@ -247,7 +249,7 @@ def test_tokens_there_and_back(running):
     assert running.model.tokenizer.eos_id not in running.post("/tokenize", prompt=f"a{eos}").json()["tokens"]
 
 
-def test_the_template_that_is_told_is_the_one_that_is_used():
+def test_tokenizer_info_reports_the_chat_template_in_use():
     with Running() as server:
         tokenizer = server.model.tokenizer
         tokenizer.settings["pad_token"] = "<|im_end|>"
@@ -260,11 +262,11 @@ def test_the_template_that_is_told_is_the_one_that_is_used():
             assert server.http.get("/tokenizer_info").json()["chat_template"] is None
 
 
-def test_keys_of_top_logprobs_do_not_collide():
-    words = Words(tiny_model().tokenizer)
+def test_top_logprobs_keys_do_not_collide():
+    words = TokenText(tiny_model().tokenizer)
     halves = [token for token in range(100, 250) if "\ufffd" in words.tokenizer.decode([token])][:3]
     top = tuple((token, -1.0 - token / 1000) for token in halves)
-    found = words.top(5, Scores(-9.5, top))
+    found = words.top_logprobs(5, TokenLogprobs(-9.5, top))
     assert len(found) == 4
     assert -9.5 in found.values()
 
@@ -273,7 +275,7 @@ def test_keys_of_top_logprobs_do_not_collide():
 
 
 @pytest.mark.parametrize("backend", ["huggingface", "remote"])
-def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
+def test_lm_eval_over_http_equals_in_process_scores(running, tmp_path, backend):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -332,7 +334,7 @@ def test_lm_eval_scores_are_those_in_process(running, tmp_path, backend):
         ({}, "prompt"),
     ],
 )
-def test_wrong_fields_are_named(running, body, param):
+def test_completions_errors_name_the_invalid_field(running, body, param):
     response = running.http.post(
         "/v1/completions", content=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
@@ -343,7 +345,7 @@ def test_wrong_fields_are_named(running, body, param):
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_chats_refuse_what_they_cannot_do(running):
+def test_chat_completions_refuse_unsupported_fields(running):
     user = [{"role": "user", "content": "hi"}]
     for more, param in (
         ({"tools": [{}]}, "tools"),
@@ -356,14 +358,14 @@ def test_chats_refuse_what_they_cannot_do(running):
     assert running.post("/v1/chat/completions", messages=image).status_code == 400
 
 
-def test_too_long_a_prompt_says_so(running, client):
+def test_completions_refuse_a_too_long_prompt(running, client):
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="tiny", prompt=[5] * 128, max_tokens=1)
     assert error.value.code == "context_length_exceeded"
     assert running.post("/v1/completions", prompt=[5] * 127, max_tokens=50).json()["usage"]["completion_tokens"] == 1
 
 
-def test_routes_and_models_that_are_not_there(running, client):
+def test_server_answers_unknown_routes_and_models_with_404(running, client):
     for send, status in ((lambda: running.http.get("/v1/embeddings"), 404), (lambda: running.http.put("/health"), 405)):
         response = send()
         assert response.status_code == status
@@ -375,7 +377,7 @@ def test_routes_and_models_that_are_not_there(running, client):
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_bodies_of_another_kind_or_size(running):
+def test_server_refuses_wrong_content_type_size_and_host(running):
     assert running.http.post("/v1/completions", content=b"{}").status_code == 415
     big = json.dumps({"prompt": "x" * 200_000}).encode()
     headers = {"Content-Type": "application/json"}
@@ -388,7 +390,7 @@ def test_bodies_of_another_kind_or_size(running):
         assert running.http.get("/v1/models", headers={"Host": host}).status_code == 200
 
 
-def test_every_route_but_two_wants_the_key(keyed):
+def test_api_key_is_required_on_every_route_but_health(keyed):
     routes = keyed.http.get("/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"]
     assert len(routes) >= 11
     for route, methods in [*routes.items(), ("/openapi.json", {"get"}), ("/nowhere", {"get"}), ("/health/", {"get"})]:
@@ -419,7 +421,7 @@ def slow(engine, monkeypatch, seconds=0.03):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_slot(running, monkeypatch, stream):
+def test_client_disconnect_frees_its_slot(running, monkeypatch, stream):
     slow(running.engine, monkeypatch)
     steps = []
     monkeypatch.setattr(running.engine, "step", lambda real=running.engine.step: steps.append(1) or real())
@@ -437,7 +439,7 @@ def test_a_client_that_hangs_up_frees_its_slot(running, monkeypatch, stream):
     assert 'finished_reason="abort"' in running.http.get("/metrics").text
 
 
-def test_the_time_between_tokens_is_that_of_each_choice(monkeypatch):
+def test_inter_token_latency_is_measured_per_choice(monkeypatch):
     """Not the nothing that lies between those of two choices in one step."""
     with Running() as server:
         slow(server.engine, monkeypatch, 0.02)
@@ -451,7 +453,7 @@ def test_the_time_between_tokens_is_that_of_each_choice(monkeypatch):
     assert of("inter_token_latency_seconds_sum") / of("inter_token_latency_seconds_count") >= 0.02
 
 
-def test_a_full_queue_says_come_back_and_the_sdk_does(monkeypatch):
+def test_full_queue_returns_429_and_the_sdk_retries(monkeypatch):
     with Running(slots=1, queue=0) as server:
         slow(server.engine, monkeypatch, 0.01)
         with httpx.Client(base_url=server.url) as other:
@@ -467,7 +469,7 @@ def test_a_full_queue_says_come_back_and_the_sdk_does(monkeypatch):
                     assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
 
 
-def test_an_error_of_ours_is_a_500_and_the_server_lives(running, monkeypatch, caplog):
+def test_engine_error_returns_500_and_the_server_continues(running, monkeypatch, caplog):
     def broken():
         raise RuntimeError("secret words of the prompt")
 
@@ -482,7 +484,7 @@ def test_an_error_of_ours_is_a_500_and_the_server_lives(running, monkeypatch, ca
     assert running.post("/v1/completions", prompt="x").status_code == 200
 
 
-def test_an_error_that_nobody_foresaw_has_the_shape_of_all(running, monkeypatch, caplog):
+def test_unexpected_error_returns_500_in_the_api_format(running, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("secret words of the prompt")
 
@@ -496,7 +498,7 @@ def test_an_error_that_nobody_foresaw_has_the_shape_of_all(running, monkeypatch,
     assert running.post("/v1/completions", prompt="x").status_code == 200
 
 
-def test_a_drain_finishes_what_is_under_way(monkeypatch):
+def test_drain_finishes_running_requests(monkeypatch):
     with Running() as server:
         slow(server.engine, monkeypatch, 0.01)
         body = {"prompt": "the", "max_tokens": 40, "ignore_eos": True, "stream": True}
@@ -518,7 +520,7 @@ def test_a_drain_finishes_what_is_under_way(monkeypatch):
         assert '"finish_reason":"length"' in rest[-2]
 
 
-def test_a_drain_that_takes_too_long_ends_streams_with_an_error(monkeypatch):
+def test_drain_timeout_ends_streams_with_an_error(monkeypatch):
     with Running() as server:
         slow(server.engine, monkeypatch, 0.05)
         body = {"prompt": "the", "max_tokens": 120, "ignore_eos": True, "stream": True}
@@ -531,7 +533,7 @@ def test_a_drain_that_takes_too_long_ends_streams_with_an_error(monkeypatch):
         assert '"shutting_down"' in rest[-2]
 
 
-def test_a_second_signal_ends_streams_at_once_and_says_so(monkeypatch):
+def test_second_signal_ends_streams_at_once_with_an_error(monkeypatch):
     """One drains; the next does not wait until uvicorn loses its patience and cuts what is under way."""
     own, said = Running(), []
     slow(own.engine, monkeypatch, 0.1)
@@ -557,7 +559,7 @@ def test_a_second_signal_ends_streams_at_once_and_says_so(monkeypatch):
     assert '"shutting_down"' in said[-2]
 
 
-def test_nothing_that_people_write_is_logged(running, caplog):
+def test_request_log_has_no_user_text(running, caplog):
     with caplog.at_level(logging.DEBUG):
         running.http.post(
             "/v1/completions",
@@ -592,7 +594,7 @@ JSON = st.recursive(
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.sampled_from(GOOD), data=st.data())
-def test_mutated_bodies_are_answered_or_refused(running, which, data):
+def test_completions_answer_or_refuse_mutated_bodies(running, which, data):
     """One field becomes anything at all, or bytes of the body do."""
     route, good = which
     known = [
@@ -658,7 +660,7 @@ def memory_of_this_process():
 
 
 @pytest.mark.parametrize("seconds", [1, pytest.param(600, marks=pytest.mark.long)])
-def test_a_crowd_that_leaves_as_it_likes_costs_no_slot_and_no_memory(seconds):
+def test_server_under_load_leaks_no_slots_and_no_memory(seconds):
     import random
 
     with Running(slots=8) as server:
@@ -668,7 +670,7 @@ def test_a_crowd_that_leaves_as_it_likes_costs_no_slot_and_no_memory(seconds):
         assert server.idle()
         assert ends["done"] > 0
         assert ends["left"] > 0
-        assert (server.engine.used_slots, server.desk.jobs, server.desk.writer.rows) == (0, {}, {})
+        assert (server.engine.used_slots, server.desk.active_choices, server.desk.text_engine.buffers) == (0, {}, {})
         after = memory_of_this_process()
         print(f"{ends}, {before / 2**20:.1f} MiB before, {after / 2**20:.1f} after")
         assert after < 1.05 * before or seconds < 10, "a short one sees it warm up"
@@ -677,7 +679,7 @@ def test_a_crowd_that_leaves_as_it_likes_costs_no_slot_and_no_memory(seconds):
 
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")  # of its own strategies
 @pytest.mark.parametrize("cases", [1, pytest.param(2300, marks=pytest.mark.long)])
-def test_schemathesis_finds_no_server_error(running, cases):
+def test_openapi_fuzzing_finds_no_server_error(running, cases):
     """All routes of the OpenAPI, from the document itself; the long form is 10,000 cases."""
     import schemathesis
     from hypothesis import Phase
@@ -729,7 +731,7 @@ def served(folder, *words, key=None):
     return process, said
 
 
-def test_what_serve_prints_works_as_it_stands_and_sigterm_drains(folder):
+def test_serve_prints_working_examples_and_drains_on_sigterm(folder):
     process, said = served(folder, key=KEY)
     try:
         _, curl, snippet = said.strip().split("\n\n")
@@ -758,7 +760,7 @@ def test_what_serve_prints_works_as_it_stands_and_sigterm_drains(folder):
         (["--port", "99999"], None, "--port is 99999"),
     ],
 )
-def test_servers_that_cannot_be_meant_are_refused(words, key, says, folder, monkeypatch, capsys):
+def test_serve_refuses_invalid_settings(words, key, says, folder, monkeypatch, capsys):
     monkeypatch.delenv("SMOLFORGE_API_KEY", raising=False)
     if key:
         monkeypatch.setenv("SMOLFORGE_API_KEY", key)
@@ -766,7 +768,7 @@ def test_servers_that_cannot_be_meant_are_refused(words, key, says, folder, monk
     assert says in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_said(running, folder, capsys):
+def test_serve_reports_a_port_in_use(running, folder, capsys):
     port = running.url.rpartition(":")[2]
     assert cli.run(["serve", str(folder), "--port", port, "--device", "cpu"]) == 4
     assert "cannot be listened on" in capsys.readouterr().err

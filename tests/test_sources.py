@@ -29,18 +29,18 @@ from hypothesis import strategies as st
 from test_data import texts_of
 
 from smolforge.config import Data
-from smolforge.config.base import validated
+from smolforge.config.base import validate_settings
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.data.prepare import build, jobs, merge
 from smolforge.data.prepare.build import prepare, work_folder
-from smolforge.data.prepare.dedup import first_of_each
+from smolforge.data.prepare.dedup import is_first_occurrence
 from smolforge.data.prepare.document_stream import documents
 from smolforge.data.sources import hub as streamed
 from smolforge.data.sources import jsonl, parquet, remote_text, stamp, text
 from smolforge.data.sources import size as size_of
-from smolforge.data.sources.columns import test_of as condition
-from smolforge.data.sources.types import Row
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.data.sources.columns import row_filter as condition
+from smolforge.data.sources.types import SourceRow
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.testing import disk, sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.chat import CHATML
@@ -84,7 +84,7 @@ def gz(content):
     return gzip.compress(content, mtime=0)
 
 
-def test_it_does_not_matter_how_documents_are_packed(tmp_path, tokenizer):
+def test_prepare_gives_the_same_corpus_for_gzip_zstd_and_parquet(tmp_path, tokenizer):
     raw = packed()
     half = len(raw) // 2
     found = [
@@ -97,17 +97,17 @@ def test_it_does_not_matter_how_documents_are_packed(tmp_path, tokenizer):
     assert len({corpus.fingerprint for corpus in corpora}) == 1
     together = made(tmp_path / "together", tokenizer, tmp_path / "*.*")
     assert together.fingerprint == corpora[0].fingerprint, "the same again is left out"
-    assert together.facts["dropped"]["repeated"] == 120
+    assert together.metadata["dropped"]["repeated"] == 120
 
 
-def test_the_same_text_is_held_out_of_every_source(tmp_path, tokenizer):
+def test_split_holds_out_the_same_texts_in_every_source(tmp_path, tokenizer):
     whole = made(tmp_path / "a", tokenizer, table(tmp_path / "a.parquet"), held_out=0.3)
     part = made(tmp_path / "b", tokenizer, table(tmp_path / "b.parquet", records()[20:40]), held_out=0.3)
     assert 5 < len(texts_of(whole, HELD_OUT)) < 30
     assert set(texts_of(part, HELD_OUT)) == set(texts_of(whole, HELD_OUT)) & {row["text"] for row in records()[20:40]}
 
 
-def test_groups_of_a_table_are_whole(tmp_path, tokenizer):
+def test_split_keeps_groups_of_a_table_together(tmp_path, tokenizer):
     corpus = made(tmp_path / "a", tokenizer, table(tmp_path / "a.parquet"), held_out=0.4, group_key="of")
     group_of = {row["text"]: row["of"] for row in records()}
     train, held = ({group_of[each] for each in texts_of(corpus, split)} for split in (TRAIN, HELD_OUT))
@@ -115,7 +115,7 @@ def test_groups_of_a_table_are_whole(tmp_path, tokenizer):
     assert train | held == set(range(7))
 
 
-def test_columns_make_a_text_and_choose_rows(tmp_path):
+def test_columns_build_the_text_and_filter_rows(tmp_path):
     rows = [{"title": "A", "text": "x", "meta": {"score": 3.5}}, {"title": None, "text": "y", "meta": {"score": 2}}]
     rows[0]["parts"], rows[1]["parts"] = ["a", None, "b"], []
     read = lambda **settings: [  # noqa: E731
@@ -140,11 +140,11 @@ def test_columns_make_a_text_and_choose_rows(tmp_path):
         ("a > 3", None, False),
     ],
 )  # fmt: skip
-def test_conditions(said, value, holds):
-    assert condition(said)(Row({"a": value}, "x", "x")) is holds
+def test_filters_compare_values(said, value, holds):
+    assert condition(said)(SourceRow({"a": value}, "x", "x")) is holds
 
 
-def test_settings_that_contradict_each_other_or_mean_nothing_are_refused():
+def test_data_config_refuses_contradictory_settings():
     for settings, said in [
         ({"filters": ["score"]}, "it should be a list of a condition such as int_score >= 3"),
         ({"text_template": "no column"}, "text with the name of a column in it"),
@@ -152,12 +152,12 @@ def test_settings_that_contradict_each_other_or_mean_nothing_are_refused():
         ({"min_characters": 9, "max_characters": 5}, "max_characters (5) is below min_characters (9)"),
         ({"text_template": "{a}", "text_url": "http://x/{a}"}, "both say what the text is"),
     ]:
-        with pytest.raises(SettingError) as error:
-            validated(Data, settings)
+        with pytest.raises(ConfigError) as error:
+            validate_settings(Data, settings)
         assert said in str(error.value)
 
 
-def test_a_large_text_comes_in_pieces_that_make_the_same_tokens(tmp_path, tokenizer, monkeypatch):
+def test_large_text_in_pieces_gives_the_same_tokens(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + (sentences(700) + "\n\n  end\n\n" + sentences(50)).encode())
     for held_out in (0.0, 0.05):
         whole = made(tmp_path / f"whole{held_out}", tokenizer, path, held_out=held_out)
@@ -169,23 +169,23 @@ def test_a_large_text_comes_in_pieces_that_make_the_same_tokens(tmp_path, tokeni
             assert len(list(text.pieces(path))) > 20
             pieces = made(tmp_path / f"pieces{held_out}", tokenizer, path, held_out=held_out)
         assert pieces.fingerprint == whole.fingerprint
-        assert pieces.facts["splits"] == whole.facts["splits"]
+        assert pieces.metadata["splits"] == whole.metadata["splits"]
 
 
 @pytest.mark.parametrize("limit", [400, 1000, 2500])
-def test_a_large_text_that_a_limit_cuts_ends_there(tmp_path, tokenizer, monkeypatch, limit):
+def test_large_text_ends_at_the_token_limit(tmp_path, tokenizer, monkeypatch, limit):
     path = write(tmp_path / "a.txt", sentences(700).encode())
     whole = made(tmp_path / "whole", tokenizer, path, limit=limit)
     monkeypatch.setattr(text, "LARGE_BYTES", 1000)
     monkeypatch.setattr(text, "PIECE_BYTES", 900)
     pieces = made(tmp_path / "pieces", tokenizer, path, limit=limit)
     assert pieces.fingerprint == whole.fingerprint
-    assert pieces.facts["splits"] == whole.facts["splits"]
+    assert pieces.metadata["splits"] == whole.metadata["splits"]
     for split in (TRAIN, HELD_OUT):
         assert pieces.ends(split).tolist() == whole.ends(split).tolist() == [whole.size(split)["tokens"]]
 
 
-def test_a_large_text_is_long_or_short_as_a_whole(tmp_path, tokenizer, monkeypatch):
+def test_large_text_length_limits_apply_to_the_whole_text(tmp_path, tokenizer, monkeypatch):
     large, small = sentences(300), sentences(3, 900)
     for name, content in (("a", large), ("b", small)):
         write(tmp_path / f"{name}.txt", content.encode())
@@ -193,13 +193,13 @@ def test_a_large_text_is_long_or_short_as_a_whole(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(text, "PIECE_BYTES", 900)
     without = made(tmp_path / "without", tokenizer, tmp_path / "*.txt", max_characters=len(large) - 1)
     assert "".join(all_texts(without)) == small
-    assert without.facts["dropped"]["too_long"] == 1
+    assert without.metadata["dropped"]["too_long"] == 1
     limits = {"min_characters": 100, "max_characters": len(large)}
     alone = made(tmp_path / "alone", tokenizer, tmp_path / "a.txt", held_out=0.0, **limits)
     assert texts_of(alone, TRAIN) == [large], "its last piece is a line"
 
 
-def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkeypatch):
+def test_large_text_pieces_stay_in_one_shard(tmp_path, tokenizer, monkeypatch):
     sources = [write(tmp_path / f"{name}.txt", sentences(lines).encode()) for name, lines in (("a", 300), ("b", 60))]
     monkeypatch.setattr(text, "LARGE_BYTES", 1000)
     monkeypatch.setattr(text, "PIECE_BYTES", 900)
@@ -217,7 +217,7 @@ def test_the_pieces_of_a_large_text_are_in_one_shard(tmp_path, tokenizer, monkey
 
 
 @pytest.mark.parametrize("letters", ["ж", "字。", "あ\u3000", "a\u00a0", "\u2003x", "é\r", "\ufeff"])
-def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokenizer, monkeypatch, letters):
+def test_large_text_is_never_cut_inside_a_token_in_any_script(tmp_path, tokenizer, monkeypatch, letters):
     lines = [f"{letters * (1 + number % 3)}\nw{letters[::-1]}\n" for number in range(300)]
     path = write(tmp_path / "a.txt", "".join(lines).encode())
     monkeypatch.setattr(text, "PIECE_BYTES", 90)
@@ -229,7 +229,7 @@ def test_a_large_text_in_any_script_is_cut_where_no_token_spans(tmp_path, tokeni
 
 
 @pytest.mark.parametrize("line", [" = A title = \r\n \r\n", "A line.\r\n", "A paragraph.\n\n", " a , b \n"])
-def test_a_large_text_is_cut_whatever_ends_its_lines(tmp_path, tokenizer, monkeypatch, line):
+def test_large_text_is_cut_at_any_line_ending(tmp_path, tokenizer, monkeypatch, line):
     path = write(tmp_path / "a.txt", (line * 300).encode())
     monkeypatch.setattr(text, "PIECE_BYTES", 90)
     found = [piece.decode() for piece, _ in text.pieces(path)]
@@ -240,36 +240,36 @@ def test_a_large_text_is_cut_whatever_ends_its_lines(tmp_path, tokenizer, monkey
 
 
 @given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 40), st.integers(0, 9))
-def test_parts_of_a_file_have_each_line_once(tmp_path_factory, lengths, part_bytes, end):
+def test_jsonl_parts_read_each_line_once(tmp_path_factory, lengths, part_bytes, end):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(b"\n".join(b"x" * length for length in lengths) + b"\n" * (end % 2))
     size = path.stat().st_size
     found = [
         line.strip()
         for start in range(0, size, part_bytes)
-        for _, line in jsonl.lines(path, start, min(start + part_bytes, size))
+        for _, line in jsonl.read_lines(path, start, min(start + part_bytes, size))
     ]
     assert found == [b"x" * length for length in lengths if length]
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), max_size=40), st.integers(1, 7))
-def test_the_first_of_equal_digests_stays(pairs, compared):
+def test_dedup_keeps_the_first_of_equal_digests(pairs, compared):
     from smolforge.data.prepare import dedup
 
     digests = np.array(pairs, "<u8").reshape(-1, 2)
-    before = dedup.COMPARED
-    dedup.COMPARED = compared
+    before = dedup.DIGESTS_PER_SORT
+    dedup.DIGESTS_PER_SORT = compared
     try:
-        found = first_of_each(digests)
+        found = is_first_occurrence(digests)
     finally:
-        dedup.COMPARED = before
+        dedup.DIGESTS_PER_SORT = before
     assert found.tolist() == [pair not in pairs[:place] for place, pair in enumerate(pairs)]
 
 
 # Tokens that are ready
 
 
-def test_tokens_that_datatrove_wrote_are_taken_as_they_are(tmp_path, tokenizer):
+def test_datatrove_tokens_are_used_unchanged(tmp_path, tokenizer):
     from datatrove.data import Document
     from datatrove.pipeline.tokens import DocumentTokenizer
 
@@ -285,20 +285,20 @@ def test_tokens_that_datatrove_wrote_are_taken_as_they_are(tmp_path, tokenizer):
     corpus = made(tmp_path / "corpus", tokenizer, tmp_path / "theirs", held_out=0.2)
     assert Counter(all_texts(corpus)) == Counter(texts)
     assert sum(corpus.size(split)["bytes"] for split in (TRAIN, HELD_OUT)) == sum(len(each.encode()) for each in texts)
-    with pytest.raises(SettingError, match="was made with another tokenizer"):
+    with pytest.raises(ConfigError, match="was made with another tokenizer"):
         made(tmp_path / "other", tiny_tokenizer(300), tmp_path / "theirs")
-    with pytest.raises(SettingError, match="--tokenizer names the tokenizer that made them"):
+    with pytest.raises(ConfigError, match="--tokenizer names the tokenizer that made them"):
         made(tmp_path / "other", None, tmp_path / "theirs")
     shard = next((tmp_path / "theirs").glob("*.ds"))
     ids = np.fromfile(shard, "<u2")
     ids[3] = len(tokenizer)
     whole = shard.read_bytes()
     write(shard, ids.tobytes())
-    with pytest.raises(InvalidFile, match=r"document 0 has id \d+, and the tokenizer has [\d,]+; name its own"):
+    with pytest.raises(InvalidFileError, match=r"document 0 has id \d+, and the tokenizer has [\d,]+; name its own"):
         made(tmp_path / "other", tokenizer, tmp_path / "theirs")
     write(shard, whole)
     write(shard, shard.read_bytes()[:-2])
-    with pytest.raises(InvalidFile, match="is damaged: it has not as many tokens"):
+    with pytest.raises(InvalidFileError, match="is damaged: it has not as many tokens"):
         made(tmp_path / "other", tokenizer, tmp_path / "theirs")
 
 
@@ -325,29 +325,31 @@ def cut_parquet(path):
         ("a.parquet", b"PAR1 no table", "a.parquet is no parquet file, or a broken one"),
     ],
 )  # fmt: skip
-def test_broken_files_are_told_in_a_sentence(tmp_path, tokenizer, monkeypatch, name, content, said):
+def test_prepare_names_corrupted_files(tmp_path, tokenizer, monkeypatch, name, content, said):
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 4000)
     monkeypatch.setattr(text, "LONGEST_LINE", 4000)
     monkeypatch.setattr(text, "LARGE_BYTES", 4000)
     monkeypatch.setattr(text, "PIECE_BYTES", 1000)
-    with pytest.raises(InvalidFile) as error:
+    with pytest.raises(InvalidFileError) as error:
         made(tmp_path / "corpus", tokenizer, write(tmp_path / name, content))
     assert said in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == [name], "nothing is left"
 
 
-def test_broken_tables_are_told_in_a_sentence(tmp_path, tokenizer):
+def test_parquet_errors_name_the_file_or_key(tmp_path, tokenizer):
     whole = table(tmp_path / "a.parquet", row_group_size=10).read_bytes()
     for content in (whole[:-50], whole[:200] + bytes(200) + whole[400:]):
-        with pytest.raises(InvalidFile, match=r"a\.parquet"):
+        with pytest.raises(InvalidFileError, match=r"a\.parquet"):
             made(tmp_path / "corpus", tokenizer, write(tmp_path / "a.parquet", content))
-    with pytest.raises(InvalidFile, match=r"row 0 has no text under the key 'body'.*\(there are text, score, of\)"):
+    with pytest.raises(
+        InvalidFileError, match=r"row 0 has no text under the key 'body'.*\(there are text, score, of\)"
+    ):
         made(tmp_path / "corpus", tokenizer, table(tmp_path / "a.parquet"), text_key="body")
-    with pytest.raises(InvalidFile, match=r"has no key 'scor' \(data.filters\); it has .* Did you mean score\?"):
+    with pytest.raises(InvalidFileError, match=r"has no key 'scor' \(data.filters\); it has .* Did you mean score\?"):
         made(tmp_path / "corpus", tokenizer, tmp_path / "a.parquet", filters=("scor > 1",))
-    with pytest.raises(InvalidFile, match=r"nothing but white space \(left out: 60 filtered\)"):
+    with pytest.raises(InvalidFileError, match=r"nothing but white space \(left out: 60 filtered\)"):
         made(tmp_path / "corpus", tokenizer, tmp_path / "a.parquet", filters=("score > 9",))
-    with pytest.raises(SettingError, match="compares 'en' .* with|compares"):
+    with pytest.raises(ConfigError, match="compares 'en' .* with|compares"):
         made(tmp_path / "corpus", tokenizer, tmp_path / "a.parquet", filters=("score > low",))
 
 
@@ -362,52 +364,52 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 100)
 
 
-def test_what_was_done_before_an_error_is_not_done_again(tmp_path, tokenizer, small_parts, monkeypatch):
+def test_prepare_resumes_after_an_error_without_repeating_work(tmp_path, tokenizer, small_parts, monkeypatch):
     source = table(tmp_path / "a.parquet", records(200), row_group_size=20)
     whole = made(tmp_path / "whole", tokenizer, source)
     write_chunk, written = jobs.write_chunk, []
 
-    def failing(*given):
+    def failing(*given, **named):
         if len(written) == 7:
-            raise MissingResource("the disk is full")
+            raise MissingResourceError("the disk is full")
         written.append(given)
-        write_chunk(*given)
+        write_chunk(*given, **named)
 
     monkeypatch.setattr(jobs, "write_chunk", failing)
-    with pytest.raises(MissingResource):
+    with pytest.raises(MissingResourceError):
         made(tmp_path / "corpus", tokenizer, source)
     assert not (tmp_path / "corpus").exists()
     there = {path: path.stat().st_mtime_ns for path in work_folder(tmp_path / "corpus").rglob("facts.json")}
     assert len(there) == 7
-    read, parts = [], jobs.read
-    monkeypatch.setattr(jobs, "read", lambda *given: read.append(given) or parts(*given))
+    read, parts = [], jobs.read_part
+    monkeypatch.setattr(jobs, "read_part", lambda *given: read.append(given) or parts(*given))
     monkeypatch.setattr(jobs, "write_chunk", write_chunk)
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     corpus = made(tmp_path / "corpus", tokenizer, source)
     assert {path: path.stat().st_mtime_ns for path in there} == there, "no chunk is written twice"
     assert read[0][2] > 0, "it goes on in the middle of a part"
     assert corpus.fingerprint == whole.fingerprint
-    assert corpus.facts["splits"] == whole.facts["splits"]
-    assert corpus.facts["dropped"] == whole.facts["dropped"]
+    assert corpus.metadata["splits"] == whole.metadata["splits"]
+    assert corpus.metadata["dropped"] == whole.metadata["dropped"]
 
 
 @pytest.mark.parametrize("limit", [None, 900])
-def test_two_workers_make_what_one_makes(tmp_path, tokenizer, small_parts, limit):
+def test_prepare_gives_the_same_corpus_with_two_workers(tmp_path, tokenizer, small_parts, limit):
     rows = records(90) + records(20)
     source = table(tmp_path / "a.parquet", rows, row_group_size=20)
     one, two = (made(tmp_path / f"of{workers}", tokenizer, source, limit=limit, workers=workers) for workers in (1, 2))
     assert one.fingerprint == two.fingerprint
-    assert one.facts["splits"] == two.facts["splits"]
+    assert one.metadata["splits"] == two.metadata["splits"]
     if limit:
         assert sum(one.size(split)["tokens"] for split in (TRAIN, HELD_OUT)) in (limit, limit - 1)
         kept, known = all_texts(one), {row["text"] for row in rows}
         assert sum(each not in known for each in kept) <= 1, "the last one is cut"
     else:
-        assert one.facts["dropped"]["repeated"] == 20
+        assert one.metadata["dropped"]["repeated"] == 20
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.2])
-def test_what_fits_does_not_depend_on_what_is_read_at_a_time(tmp_path, tokenizer, monkeypatch, held_out):
+def test_token_budget_does_not_depend_on_batch_size(tmp_path, tokenizer, monkeypatch, held_out):
     """A short conversation behind the first long one that does not fit is not let in by a large batch."""
     talks = [{"prompt": "So?", "completion": sentences(40 if number % 10 == 5 else 1, number)} for number in range(60)]
     source = write(tmp_path / "a.jsonl.gz", gz(packed(talks)))
@@ -419,10 +421,10 @@ def test_what_fits_does_not_depend_on_what_is_read_at_a_time(tmp_path, tokenizer
     assert found[0] == found[1]
 
 
-def test_an_error_of_a_worker_is_the_same_sentence(tmp_path, tokenizer):
+def test_workers_report_errors_in_the_same_words(tmp_path, tokenizer):
     good = table(tmp_path / "a.parquet")
     bad = write(tmp_path / "b.jsonl.gz", gz(packed())[:-9])
-    with pytest.raises(InvalidFile, match=r"b\.jsonl\.gz is broken"):
+    with pytest.raises(InvalidFileError, match=r"b\.jsonl\.gz is broken"):
         made(tmp_path / "corpus", tokenizer, good, bad, workers=2)
     assert not (tmp_path / "corpus").exists()
 
@@ -431,18 +433,18 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from smolforge.config import Data
-from smolforge.data import shards, tasks
+from smolforge.data.prepare import build, jobs
 from smolforge.data.sources import parquet
 from smolforge.tokenizer import Tokenizer
-parquet.PART_BYTES, tasks.CHUNK_CHARACTERS, tasks.BATCH_CHARACTERS = 1500, 500, 100
+parquet.PART_BYTES, jobs.CHUNK_CHARACTERS, jobs.BATCH_CHARACTERS = 1500, 500, 100
 def slow(counts):
     print(counts, flush=True)
     time.sleep(0.02)
-shards.prepare(Data(sources=(sys.argv[1],)), Path(sys.argv[2]), Tokenizer.load(Path(sys.argv[3])), report=slow)
+build.prepare(Data(sources=(sys.argv[1],)), Path(sys.argv[2]), Tokenizer.load(Path(sys.argv[3])), report=slow)
 """
 
 
-def test_a_killed_prepare_goes_on(tmp_path, tokenizer, small_parts):
+def test_prepare_resumes_after_sigkill(tmp_path, tokenizer, small_parts):
     tokenizer.save(tmp_path / "tokenizer")
     source = table(tmp_path / "a.parquet", records(150), row_group_size=20)
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path / "corpus"), str(tmp_path / "tokenizer")]
@@ -463,7 +465,7 @@ def test_a_killed_prepare_goes_on(tmp_path, tokenizer, small_parts):
     assert not work_folder(tmp_path / "corpus").exists()
 
 
-def test_ctrl_c_while_workers_begin_is_one_word(tmp_path, tokenizer):
+def test_prepare_prints_one_line_on_ctrl_c_while_workers_start(tmp_path, tokenizer):
     """A terminal sends it to all processes of a command, also those that have hardly begun."""
     tokenizer.save(tmp_path / "tokenizer")
     for name in "ab":
@@ -475,6 +477,7 @@ def test_ctrl_c_while_workers_begin_is_one_word(tmp_path, tokenizer):
     )  # fmt: skip
     me = psutil.Process(child.pid)
     while not any("spawn_main" in " ".join(each.cmdline()) for each in me.children()):
+        assert child.poll() is None, "it ended before its workers began"
         time.sleep(0.01)
     for _ in range(10):
         for each in me.children():
@@ -489,53 +492,55 @@ FAULTS = {"full": disk.failing, "gone": disk.crashing, "torn": partial(disk.cras
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whichever_operation_on_the_disk_goes_wrong_the_same_command_goes_on(tmp_path, tokenizer, fault):
+def test_prepare_resumes_after_any_failed_disk_operation(tmp_path, tokenizer, fault):
     source = table(tmp_path / "a.parquet", records(12))
     folder = tmp_path / "there"
     folder.mkdir()
     make = partial(made, folder / "corpus", tokenizer, source)
     count = itertools.count()
-    with disk.watched(folder, lambda operation, go: (next(count), go(operation))[1]):
+    with disk.intercept(folder, lambda operation, go: (next(count), go(operation))[1]):
         whole = make().fingerprint
     total = next(count)
     for number in range(0, total, total // 8):
         shutil.rmtree(folder / "corpus")
-        with suppress(MissingResource, disk.Crash), FAULTS[fault](folder, number):
+        with suppress(MissingResourceError, disk.Crash), FAULTS[fault](folder, number):
             make()
         assert not (folder / "corpus").exists() or Corpus.open(folder / "corpus").fingerprint == whole
         assert make().fingerprint == whole
         assert not list(folder.glob(".*"))
 
 
-def test_a_second_process_is_kept_out_and_disturbs_nothing(tmp_path, tokenizer, text_file):
+def test_prepare_locks_out_a_second_process(tmp_path, tokenizer, text_file):
     work = work_folder(tmp_path / "corpus")
     work.mkdir()
-    with jobs.locked(work):
-        with pytest.raises(SettingError, match="another process prepares the same corpus"):
+    with jobs.lock_folder(work):
+        with pytest.raises(ConfigError, match="another process prepares the same corpus"):
             made(tmp_path / "corpus", tokenizer, text_file)
         assert work.is_dir(), "it is the first one's"
 
 
-def test_a_task_that_a_job_of_a_cluster_does_is_left_to_it(tmp_path, tokenizer, text_file, monkeypatch):
-    run = jobs.run
+def test_prepare_refuses_a_job_that_another_process_runs(tmp_path, tokenizer, text_file, monkeypatch):
+    run = jobs.run_job
 
     def twice(task, tell):
-        with jobs.locked(task.work):
+        with jobs.lock_folder(task.work):
             run(task, tell)
 
-    monkeypatch.setattr(jobs, "run", twice)
-    with pytest.raises(SettingError, match="another process prepares the same corpus"):
+    monkeypatch.setattr(jobs, "run_job", twice)
+    with pytest.raises(ConfigError, match="another process prepares the same corpus"):
         made(tmp_path / "corpus", tokenizer, text_file)
-    monkeypatch.setattr(jobs, "run", run)
-    monkeypatch.setattr(jobs, "write_chunk", lambda task, *_: run(task))
-    with pytest.raises(SettingError, match="another process prepares the same corpus"):
+    monkeypatch.setattr(jobs, "run_job", run)
+    monkeypatch.setattr(jobs, "write_chunk", lambda folder, job, **_: run(job))
+    with pytest.raises(ConfigError, match="another process prepares the same corpus"):
         made(tmp_path / "corpus", tokenizer, text_file)
 
 
-def test_what_another_process_made_meanwhile_is_found(tmp_path, tokenizer, text_file, monkeypatch):
+def test_prepare_finds_a_corpus_made_by_another_process(tmp_path, tokenizer, text_file, monkeypatch):
     corpus = made(tmp_path / "corpus", tokenizer, text_file)
-    already, asked = build.already, []
-    monkeypatch.setattr(build, "already", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None))
+    already, asked = build.existing_corpus, []
+    monkeypatch.setattr(
+        build, "existing_corpus", lambda *given: asked.append(1) or (already(*given) if asked[1:] else None)
+    )
     assert made(tmp_path / "corpus", tokenizer, text_file).fingerprint == corpus.fingerprint
     assert not work_folder(tmp_path / "corpus").exists()
 
@@ -544,16 +549,16 @@ def otherwise(tokenizer, **settings):
     return Tokenizer(tokenizer.backend, tokenizer.settings | settings)
 
 
-def interrupted(*_):
-    raise MissingResource("the disk is full")
+def interrupted(*_, **__):
+    raise MissingResourceError("the disk is full")
 
 
-def test_a_changed_template_is_never_mixed_in(tmp_path, tokenizer, monkeypatch):
+def test_prepare_never_mixes_two_chat_templates(tmp_path, tokenizer, monkeypatch):
     talks = [{"prompt": "So?", "completion": sentences(1, number)} for number in range(20)]
     make = partial(made, tmp_path / "corpus", format="chat")
     source = write(tmp_path / "a.jsonl", packed(talks))
-    with monkeypatch.context() as patch, pytest.raises(MissingResource):
-        patch.setattr(build, "finish", interrupted)
+    with monkeypatch.context() as patch, pytest.raises(MissingResourceError):
+        patch.setattr(build, "write_corpus", interrupted)
         make(tokenizer, source)
     other = otherwise(tokenizer, chat_template=CHATML.replace("helpful", "brief"))
     whole = made(tmp_path / "whole", other, source, format="chat")
@@ -561,28 +566,28 @@ def test_a_changed_template_is_never_mixed_in(tmp_path, tokenizer, monkeypatch):
     assert make(other, source).fingerprint == whole.fingerprint
 
 
-def test_what_ends_a_text_is_noticed(tmp_path, tokenizer, text_file):
+def test_prepare_refuses_another_end_of_text_token(tmp_path, tokenizer, text_file):
     corpus = made(tmp_path / "corpus", tokenizer, text_file)
     other = otherwise(tokenizer, eos_token="<|im_end|>")
-    with pytest.raises(SettingError, match="holds a corpus made with other settings"):
+    with pytest.raises(ConfigError, match="holds a corpus made with other settings"):
         made(tmp_path / "corpus", other, text_file)
-    with pytest.raises(SettingError, match="its documents end with id 0, and this one's end of text is 2"):
+    with pytest.raises(ConfigError, match="its documents end with id 0, and this one's end of text is 2"):
         made(tmp_path / "other", other, corpus.folder / TRAIN)
 
 
-def test_a_task_is_not_done_with_another_tokenizer(tmp_path, tokenizer, text_file, monkeypatch):
-    run = jobs.run
+def test_prepare_job_refuses_another_tokenizer(tmp_path, tokenizer, text_file, monkeypatch):
+    run = jobs.run_job
 
     def late(task, tell):
         tiny_tokenizer(300).save(task.work / "tokenizer")
         run(task, tell)
 
-    monkeypatch.setattr(jobs, "run", late)
-    with pytest.raises(SettingError, match="is that of another tokenizer by now; run the same command again"):
+    monkeypatch.setattr(jobs, "run_job", late)
+    with pytest.raises(ConfigError, match="is that of another tokenizer by now; run the same command again"):
         made(tmp_path / "corpus", tokenizer, text_file)
 
 
-def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tokenizer):
+def test_prepare_refuses_a_source_that_changes_while_read(tmp_path, tokenizer):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", packed([{"text": f"{name} {sentences(2)}"}]))
     data = Data(sources=(str(tmp_path / "*.jsonl"),))
@@ -590,17 +595,17 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path, tokenizer):
     def grow(_):
         write(tmp_path / "b.jsonl", packed([{"text": f"more {sentences(3)}"}]))
 
-    with pytest.raises(InvalidFile, match=r"jsonl' changed while it was read; run the same command again"):
+    with pytest.raises(InvalidFileError, match=r"jsonl' changed while it was read; run the same command again"):
         prepare(data, tmp_path / "corpus", tokenizer, report=grow)
     assert not (tmp_path / "corpus").exists()
     again = prepare(data, tmp_path / "corpus", tokenizer)
     assert again.fingerprint == prepare(data, tmp_path / "whole", tokenizer).fingerprint
     assert any("more" in each for each in all_texts(again))
-    with pytest.raises(InvalidFile, match=r"b\.jsonl cannot be read: No such file"):
+    with pytest.raises(InvalidFileError, match=r"b\.jsonl cannot be read: No such file"):
         prepare(data, tmp_path / "lost", tokenizer, report=lambda _: (tmp_path / "b.jsonl").unlink(missing_ok=True))
 
 
-def test_a_directory_is_what_one_sees_of_it(tmp_path, tokenizer):
+def test_folder_source_ignores_hidden_files_and_own_shards(tmp_path, tokenizer):
     write(tmp_path / "a.txt", sentences(50).encode())
     (tmp_path / ".cache").mkdir()
     write(tmp_path / ".cache" / "b.txt", b"hidden")
@@ -611,20 +616,20 @@ def test_a_directory_is_what_one_sees_of_it(tmp_path, tokenizer):
     )
 
 
-def test_corpora_of_conversations_that_ended_otherwise_are_noticed(tmp_path, tokenizer):
+def test_prepare_refuses_a_chat_corpus_with_other_turn_ends(tmp_path, tokenizer):
     talks = [{"prompt": "So?", "completion": sentences(1, number)} for number in range(20)]
     source = write(tmp_path / "a.jsonl", packed(talks))
     corpus = made(tmp_path / "corpus", tokenizer, source, limit=300, format="chat")
     facts = json.loads((corpus.folder / "corpus.json").read_text())
     del facts["request"]["ends"]
     (corpus.folder / "corpus.json").write_text(json.dumps(facts))
-    with pytest.raises(SettingError, match="holds a corpus made with other settings"):
+    with pytest.raises(ConfigError, match="holds a corpus made with other settings"):
         made(tmp_path / "corpus", tokenizer, source, limit=300, format="chat")
 
 
-def test_a_limit_without_room_gets_a_sentence(tmp_path, tokenizer, text_file):
+def test_token_limit_of_one_is_refused(tmp_path, tokenizer, text_file):
     with pytest.raises(
-        SettingError, match="1 is too low a limit of tokens for a document and its end; give a higher one"
+        ConfigError, match="1 is too low a limit of tokens for a document and its end; give a higher one"
     ):
         made(tmp_path / "corpus", tokenizer, text_file, limit=1)
 
@@ -641,7 +646,7 @@ def quick(monkeypatch):
         monkeypatch.setattr(datasets.config, f"STREAMING_{name}", 0)
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
     monkeypatch.setattr(datasets.config, "STREAMING_OPEN_MAX_RETRIES", 2)
-    monkeypatch.setattr(streamed, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(streamed, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
 
 
@@ -663,7 +668,7 @@ def on_hub(hub, tmp_path, quick):
     return hub
 
 
-def test_a_data_set_is_streamed(on_hub, tmp_path, tokenizer):
+def test_hub_dataset_is_streamed(on_hub, tmp_path, tokenizer):
     source = f"{NAME}:small"
     assert str(size_of(source, Data())) == "400 rows, 0.00 GB of data, 0.00 GB to download"
     assert len(stamp(source)[0]) == 40
@@ -675,19 +680,19 @@ def test_a_data_set_is_streamed(on_hub, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut_after": 700}])
-def test_faults_that_pass_change_nothing(on_hub, tmp_path, tokenizer, fault):
+def test_hub_dataset_survives_temporary_faults(on_hub, tmp_path, tokenizer, fault):
     whole = made(tmp_path / "whole", tokenizer, f"{NAME}:small")
     on_hub.fail(times=3, path_contains=".parquet", **fault)
     corpus = made(tmp_path / "corpus", tokenizer, f"{NAME}:small")
     assert corpus.fingerprint == whole.fingerprint
 
 
-def test_a_hub_that_stays_broken_gets_a_sentence_and_the_same_command_goes_on(on_hub, tmp_path, tokenizer, monkeypatch):
+def test_hub_dataset_resumes_after_a_lasting_fault(on_hub, tmp_path, tokenizer, monkeypatch):
     whole = made(tmp_path / "whole", tokenizer, f"{NAME}:small")
     monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 2000)
     monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 500)
     on_hub.fail(times=1000, status=500, path_contains="train-1.parquet")
-    with pytest.raises(MissingResource, match=f"{NAME}:small cannot be read from http.*goes on from where it was"):
+    with pytest.raises(MissingResourceError, match=f"{NAME}:small cannot be read from http.*goes on from where it was"):
         made(tmp_path / "corpus", tokenizer, f"{NAME}:small")
     assert not (tmp_path / "corpus").exists()
     on_hub.faults.clear()
@@ -696,16 +701,16 @@ def test_a_hub_that_stays_broken_gets_a_sentence_and_the_same_command_goes_on(on
     assert not any("train-0.parquet" in each.path and each.method == "GET" for each in on_hub.requests)
 
 
-def test_what_the_hub_does_not_have_is_said(on_hub, tmp_path, tokenizer):
+def test_hub_dataset_names_what_does_not_exist(on_hub, tmp_path, tokenizer):
     for source, error, said in [
-        ("org/nothing", SettingError, "there is no file, directory or match for the data source 'org/nothing', and no"),
-        (f"{NAME}:large", SettingError, "'large' not found"),
-        (f"{NAME}@v9:small", SettingError, "has no revision 'v9'"),
+        ("org/nothing", ConfigError, "there is no file, directory or match for the data source 'org/nothing', and no"),
+        (f"{NAME}:large", ConfigError, "'large' not found"),
+        (f"{NAME}@v9:small", ConfigError, "has no revision 'v9'"),
     ]:
         with pytest.raises(error) as found:
             made(tmp_path / "corpus", tokenizer, source)
         assert said in str(found.value)
-    with pytest.raises(SettingError, match="test"):
+    with pytest.raises(ConfigError, match="test"):
         made(tmp_path / "corpus", tokenizer, f"{NAME}:small", split="test")
     assert not (tmp_path / "corpus").exists()
 
@@ -736,7 +741,7 @@ class Store(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_text, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote_text, "RETRY_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(remote_text, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(Store, "asked", Counter())
     monkeypatch.setattr(Store, "faults", 1)
@@ -746,7 +751,7 @@ def store(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_texts_are_fetched_by_their_ids(tmp_path, tokenizer, store, monkeypatch):
+def test_remote_text_is_fetched_by_id(tmp_path, tokenizer, store, monkeypatch):
     blobs = {f"b{number}": f"print({number})  # {sentences(1, number)}é\n" for number in range(40)}
     rows = [{"blob_id": each, "src_encoding": "ISO-8859-1" if each == "b5" else "UTF-8", "score": 3} for each in blobs]
     rows += [{"blob_id": "gone", "src_encoding": "UTF-8", "score": 3}]
@@ -758,7 +763,7 @@ def test_texts_are_fetched_by_their_ids(tmp_path, tokenizer, store, monkeypatch)
     settings = {"text_url": store, "encoding_key": "src_encoding", "filters": ("score >= 2",)}
     corpus = made(tmp_path / "corpus", tokenizer, source, **settings)
     assert Counter(all_texts(corpus)) == Counter(blobs.values())
-    assert corpus.facts["dropped"] | {"missing": 1, "filtered": 1} == corpus.facts["dropped"]
+    assert corpus.metadata["dropped"] | {"missing": 1, "filtered": 1} == corpus.metadata["dropped"]
     assert "poor" not in Store.asked
     before = Store.asked.total()
     made(tmp_path / "again", tokenizer, source, held_out=0.1, **settings)
@@ -769,22 +774,24 @@ def test_texts_are_fetched_by_their_ids(tmp_path, tokenizer, store, monkeypatch)
     assert Counter(all_texts(made(tmp_path / "cut", tokenizer, source, **settings))) == Counter(blobs.values())
 
 
-def test_a_store_that_does_not_answer_gets_a_sentence(tmp_path, tokenizer, store, monkeypatch):
+def test_remote_text_reports_a_failing_store(tmp_path, tokenizer, store, monkeypatch):
     monkeypatch.setattr(Store, "faults", 100)
     source = table(tmp_path / "a.parquet", [{"blob_id": "x"}])
-    with pytest.raises(MissingResource, match="cannot be fetched: it answers with status 503; the same command goes"):
+    with pytest.raises(
+        MissingResourceError, match="cannot be fetched: it answers with status 503; the same command goes"
+    ):
         made(tmp_path / "corpus", tokenizer, source, text_url=store)
-    with pytest.raises(InvalidFile, match="--data.text-url says where the text of its blob_id is"):
+    with pytest.raises(InvalidFileError, match="--data.text-url says where the text of its blob_id is"):
         made(tmp_path / "corpus", tokenizer, source)
     monkeypatch.setattr(Store, "faults", 0)
     monkeypatch.setattr(Store, "objects", {"x": gz(b"text")[:-6]})
-    with pytest.raises(InvalidFile, match="is broken: it is cut short"):
+    with pytest.raises(InvalidFileError, match="is broken: it is cut short"):
         made(tmp_path / "corpus", tokenizer, source, text_url=store)
     monkeypatch.setattr(Store, "objects", {"x": gz(b"text")})
     corpus = made(tmp_path / "corpus", tokenizer, source, text_url=store)
     assert texts_of(corpus, TRAIN) == ["text"], "it is asked for again"
     for url in ("{blob_id}", "file:///etc/{blob_id}", "http://127.0.0.1:1/a b/{blob_id}"):
-        with pytest.raises(InvalidFile, match="is no address"):
+        with pytest.raises(InvalidFileError, match="is no address"):
             made(tmp_path / "other", tokenizer, source, text_url=url)
 
 
@@ -809,13 +816,15 @@ def sbatch(tmp_path, monkeypatch):
     return folder
 
 
-def test_slurm_is_given_a_job_for_each_part_and_one_behind_them(tmp_path, tokenizer, small_parts, sbatch, monkeypatch):
+def test_slurm_gets_one_job_per_part_and_a_final_job(tmp_path, tokenizer, small_parts, sbatch, monkeypatch):
     """As far as it goes without a cluster: what is submitted, and what the jobs do."""
-    from smolforge.data.prepare.cluster import Cluster, submit
+    from smolforge.data.prepare.cluster import Cluster, submit_jobs
 
     source = table(tmp_path / "a.parquet", records(90), row_group_size=20)
     data = Data(sources=(str(source),))
-    count = submit(data, tmp_path / "corpus", tokenizer, 0, None, Cluster("slurm", 3, "short", 2))
+    count = submit_jobs(
+        data, tmp_path / "corpus", tokenizer, vocab_size=0, limit=None, cluster=Cluster("slurm", 3, "short", 2)
+    )
     assert count == 5
     jobs = work_folder(tmp_path / "corpus") / "jobs"
     script = (jobs / "tasks" / "launch_script.slurm").read_text()
@@ -831,22 +840,23 @@ def test_slurm_is_given_a_job_for_each_part_and_one_behind_them(tmp_path, tokeni
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     alone = made(tmp_path / "alone", tokenizer, source)
     assert Corpus.open(tmp_path / "corpus").fingerprint == alone.fingerprint
-    assert submit(data, tmp_path / "corpus", tokenizer, 0, None, Cluster("slurm")) == 0
+    assert submit_jobs(data, tmp_path / "corpus", tokenizer, vocab_size=0, limit=None, cluster=Cluster("slurm")) == 0
 
 
-def test_a_cluster_that_is_not_there_gets_a_sentence(tmp_path, tokenizer, text_file, sbatch, monkeypatch):
-    from smolforge.data.prepare.cluster import Cluster, submit
+def test_cluster_reports_missing_ray_and_sbatch(tmp_path, tokenizer, text_file, sbatch, monkeypatch):
+    from smolforge.data.prepare.cluster import Cluster, submit_jobs
 
-    asked = (Data(sources=(str(text_file),)), tmp_path / "corpus", tokenizer, 0, None)
-    with pytest.raises(MissingResource, match="--executor ray needs ray; pip install ray brings it"):
-        submit(*asked, Cluster("ray"))
+    asked = (Data(sources=(str(text_file),)), tmp_path / "corpus", tokenizer)
+    submit = partial(submit_jobs, vocab_size=0, limit=None)
+    with pytest.raises(MissingResourceError, match="--executor ray needs ray; pip install ray brings it"):
+        submit(*asked, cluster=Cluster("ray"))
     write(sbatch / "sbatch", b"#!/bin/sh\nexit 3\n")
-    with pytest.raises(MissingResource, match="sbatch refused the jobs with status 3; it says why"):
-        submit(*asked, Cluster("slurm"))
+    with pytest.raises(MissingResourceError, match="sbatch refused the jobs with status 3; it says why"):
+        submit(*asked, cluster=Cluster("slurm"))
     shutil.rmtree(work_folder(tmp_path / "corpus"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingResource, match="sbatch is not here: prepare --executor slurm runs where jobs"):
-        submit(*asked, Cluster("slurm"))
+    with pytest.raises(MissingResourceError, match="sbatch is not here: prepare --executor slurm runs where jobs"):
+        submit(*asked, cluster=Cluster("slurm"))
     assert not work_folder(tmp_path / "corpus").exists()
 
 
@@ -860,7 +870,7 @@ def run_job(pickled: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_gigabyte_takes_less_than_a_gigabyte_of_memory(tmp_path, shared):
+def test_prepare_needs_less_than_1_gb_of_memory_for_1_gb(tmp_path, shared):
     """And a line of 200 MB a sentence."""
     script = Path(__file__).parents[1] / "benchmarks" / "preparing.py"
     command = [sys.executable, str(script), str(shared / "smollm2-tokenizer"), "--memory", "1000"]
@@ -868,9 +878,9 @@ def test_a_gigabyte_takes_less_than_a_gigabyte_of_memory(tmp_path, shared):
     assert int(told.partition(" MB of memory")[0].rpartition(" ")[2].replace(",", "")) < 1000, told
 
 
-def test_a_line_of_200_megabytes_gets_a_sentence(tmp_path, tokenizer):
+def test_jsonl_refuses_a_line_of_200_mb(tmp_path, tokenizer):
     with (tmp_path / "a.jsonl").open("wb") as file:
         file.write(b'{"text": "')
         file.truncate(200_000_000)
-    with pytest.raises(InvalidFile, match="has a line of more than 128 MiB"):
+    with pytest.raises(InvalidFileError, match="has a line of more than 128 MiB"):
         made(tmp_path / "corpus", tokenizer, tmp_path / "a.jsonl")

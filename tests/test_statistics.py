@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from smolforge.comparison import statistics
-from smolforge.comparison.statistics import differences, holm, interval, p_value, paired, smallest_visible, welch
+from smolforge.comparison.statistics import (
+    confidence_interval,
+    differences,
+    holm,
+    p_value,
+    paired_t,
+    smallest_visible,
+    welch_t,
+)
 
 POOL = json.loads((Path(__file__).parent / "fixtures" / "nano-losses.json").read_text())["validation_loss"]
 LOSSES = st.floats(0.1, 12).map(lambda value: round(value, 4))
@@ -28,25 +36,29 @@ def by_seed(values) -> dict[int, float]:
 
 
 @given(PAIRS)
-def test_paired_is_scipys(pairs):
+def test_paired_t_test_equals_scipy(pairs):
     ours, theirs = zip(*pairs, strict=True)
     oracle = stats.ttest_rel(ours, theirs)
-    estimate = paired(ours, theirs)
+    estimate = paired_t(ours, theirs)
     assert p_value(estimate) == pytest.approx(float(oracle.pvalue), rel=1e-6, abs=1e-12)
-    assert interval(estimate, 0.1) == pytest.approx(tuple(oracle.confidence_interval(0.9)), rel=1e-6, abs=1e-9)
+    assert confidence_interval(estimate, 0.1) == pytest.approx(
+        tuple(oracle.confidence_interval(0.9)), rel=1e-6, abs=1e-9
+    )
 
 
 @given(PAIRS)
-def test_welch_is_scipys(pairs):
+def test_welch_t_test_equals_scipy(pairs):
     ours, theirs = zip(*pairs, strict=True)
     oracle = stats.ttest_ind(ours, theirs, equal_var=False)
-    estimate = welch(ours, theirs)
+    estimate = welch_t(ours, theirs)
     assert p_value(estimate) == pytest.approx(float(oracle.pvalue), rel=1e-6, abs=1e-12)
-    assert interval(estimate, 0.05) == pytest.approx(tuple(oracle.confidence_interval(0.95)), rel=1e-6, abs=1e-9)
+    assert confidence_interval(estimate, 0.05) == pytest.approx(
+        tuple(oracle.confidence_interval(0.95)), rel=1e-6, abs=1e-9
+    )
 
 
 @given(PAIRS, st.floats(-3, 3))
-def test_what_all_runs_share_changes_no_difference(pairs, shift):
+def test_differences_ignore_a_common_shift(pairs, shift):
     ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
     (found,) = differences({"a": by_seed(ours)}, by_seed(theirs)).values()
     (moved,) = differences({"a": by_seed(ours + shift)}, by_seed(theirs + shift)).values()
@@ -57,7 +69,7 @@ def test_what_all_runs_share_changes_no_difference(pairs, shift):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_is_the_step_down_procedure(values):
+def test_holm_equals_the_step_down_procedure(values):
     adjusted = holm(values)
     for alpha in (0.01, 0.05, 0.3):
         called, order = set(), sorted(range(len(values)), key=lambda index: values[index])
@@ -69,19 +81,19 @@ def test_holm_is_the_step_down_procedure(values):
     assert all(value <= each <= 1 for value, each in zip(values, adjusted, strict=True))
 
 
-def test_holm_by_hand():
+def test_holm_equals_hand_results():
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(3, 0.05), (5, 0.05), (5, 0.025), (12, 0.05)])
-def test_a_difference_just_visible_is_called_four_times_of_five(n, alpha):
+def test_smallest_visible_has_80_percent_power(n, alpha):
     visible = smallest_visible(1 / math.sqrt(n), n - 1.0, alpha)
     drawn = np.random.default_rng(n).normal(visible, 1, (20_000, n))
     called = stats.ttest_1samp(drawn, 0, axis=1).pvalue < alpha
     assert called.mean() == pytest.approx(statistics.POWER, abs=0.012)
 
 
-def test_the_smallest_difference_of_five_pairs_is_the_tables():
+def test_smallest_visible_equals_gpower_and_scipy():
     """1.68 standard deviations of the differences, as G*Power has it; scipy's noncentral t says the same."""
     assert smallest_visible(1 / math.sqrt(5), 4.0, 0.05) == pytest.approx(1.68, abs=0.005)
     for freedom in (4.0, 9.0, 30.0):
@@ -91,7 +103,7 @@ def test_the_smallest_difference_of_five_pairs_is_the_tables():
 
 @pytest.mark.parametrize("test", ["paired-t", "welch-t"])
 @pytest.mark.parametrize("n", [3, 5])
-def test_a_against_a_calls_no_more_than_alpha(test, n):
+def test_differences_keep_the_false_positive_rate(test, n):
     """Studies whose variants are the same, of final losses of real nano runs. A test that is right at alpha calls
     10 of 200 in the mean, so of 200 a bound that chance exceeds once in a hundred times, and the rate of many.
     """
@@ -104,7 +116,7 @@ def test_a_against_a_calls_no_more_than_alpha(test, n):
     assert len(called) == 200 or np.mean(called) < 0.06
 
 
-def test_several_variants_that_are_the_same_are_called_no_more_often():
+def test_differences_keep_the_error_rate_of_many_variants():
     draw, called = np.random.default_rng(0), 0
     for _ in range(200):
         a, *others = (by_seed(each) for each in draw.choice(POOL, (5, 4), replace=False))
@@ -112,7 +124,7 @@ def test_several_variants_that_are_the_same_are_called_no_more_often():
     assert called <= stats.binom.ppf(0.99, 200, 0.05)
 
 
-def test_too_few_runs_call_nothing():
+def test_differences_need_enough_runs():
     none = differences({"a": {}}, {0: 1.0})["a"]
     assert (none.n, none.mean, none.p, none.called) == (0, None, None, False)
     one = differences({"a": {0: 2.0}}, {0: 1.0})["a"]
@@ -122,13 +134,13 @@ def test_too_few_runs_call_nothing():
     assert (two.called, two.smallest_visible) == (False, None)
 
 
-def test_seeds_that_only_one_has_are_left_out():
+def test_differences_skip_unpaired_seeds():
     found = differences({"a": {0: 2.0, 1: 3.0, 2: 4.5, 7: 9.0}}, {0: 1.0, 1: 1.5, 2: 2.0, 3: 0.0})["a"]
     assert found.n == 3
     assert found.mean == pytest.approx((1 + 1.5 + 2.5) / 3)
 
 
-def test_runs_without_spread():
+def test_differences_work_without_variance():
     """Two variants that compute the same are the same, and not a number that is none."""
     same, baseline = {0: 2.0, 1: 3.0, 2: 4.0}, {0: 2.0, 1: 3.0, 2: 4.0}
     found = differences({"same": same, "shifted": {seed: loss + 1 for seed, loss in same.items()}}, baseline)

@@ -13,12 +13,12 @@ import tomli_w
 from conftest import NANO
 
 from smolforge import cli
-from smolforge.comparison.history import read as history
+from smolforge.comparison.history import read_history as history
 from smolforge.comparison.statistics import differences
-from smolforge.comparison.study import benchmarks, conduct, plan, runner
-from smolforge.comparison.study.report import markdown, numbers, write
-from smolforge.comparison.study.spec import read
-from smolforge.errors import Diverged, SettingError, Stopped
+from smolforge.comparison.study import benchmarks, plan, run_variants, runner
+from smolforge.comparison.study.report import render_markdown, results_json, write_report
+from smolforge.comparison.study.spec import read_study
+from smolforge.errors import ConfigError, Stopped, TrainingDivergedError
 from smolforge.models.stats import flops_per_token
 from smolforge.testing import in_child, sentences
 
@@ -58,15 +58,15 @@ class Audience:
     def __init__(self, run: str = "", step: int = 0, act=lambda: None) -> None:
         self.begun, self.run, self.step, self.act = [], run, step, act
 
-    def beginning(self, name: str, number: int, of: int) -> None:
+    def on_run_start(self, name: str, number: int, of: int) -> None:
         self.begun.append((name, number, of))
 
-    def measuring(self, what): ...
-    def planned(self, *_): ...
-    def preparing(self, *_): ...
-    def referring(self, *_): ...
-    def sampled(self, *_): ...
-    def stepped(self, metrics):
+    def on_measure_start(self, what): ...
+    def on_plan(self, *_): ...
+    def on_prepare(self, *_): ...
+    def on_reference(self, *_): ...
+    def on_sample(self, *_): ...
+    def on_step(self, metrics):
         if self.begun[-1][0] == self.run and metrics["step"] == self.step:
             self.act()
 
@@ -80,15 +80,15 @@ def without_speed(value):
 
 def conducted(path: Path, out: Path, audience: Audience | None = None):
     """The findings, and what study.json says of them without what the clock decides."""
-    found = conduct(read(path), out, audience or Audience(), measuring=False)
-    return found, without_speed(json.loads(numbers(found)))
+    found = run_variants(read_study(path), out, audience or Audience(), measure_costs=False)
+    return found, without_speed(json.loads(results_json(found)))
 
 
 @pytest.fixture(autouse=True)
 def _little_is_measured(monkeypatch):
     """Processes of their own with torch in them take seconds."""
-    monkeypatch.setattr(benchmarks, "peak_memory", lambda *_: 300 << 20)
-    monkeypatch.setattr(benchmarks, "DECODED", 2)
+    monkeypatch.setattr(benchmarks, "peak_memory", lambda *_, **__: 300 << 20)
+    monkeypatch.setattr(benchmarks, "DECODE_TOKENS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,11 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     path, audience = study_file(folder), Audience()
     found, said = conducted(path, folder / "out", audience)
-    write(found, folder / "out")
+    write_report(found, folder / "out")
     return folder, path, found, said, audience
 
 
-def test_every_run_is_an_ordinary_run_with_the_same_tokens(done):
+def test_study_runs_are_ordinary_runs_with_equal_tokens(done):
     folder, _, found, said, audience = done
     names = [f"{name}-seed-{seed}" for seed in (0, 1, 2) for name in ("plain", "muon")]
     assert audience.begun == [(name, number, 6) for number, name in enumerate(names, 1)]
@@ -123,23 +123,25 @@ def test_every_run_is_an_ordinary_run_with_the_same_tokens(done):
     assert said["variants"]["plain"]["values"] == {str(seed): value for seed, value in losses["plain"].items()}
 
 
-def test_a_finished_study_is_only_read(done, monkeypatch):
+def test_finished_study_is_only_read(done, monkeypatch):
     folder, path, *_ = done
     monkeypatch.setattr(runner, "resume_or_start", None)
     before = {file.name: file.read_bytes() for file in (folder / "out").iterdir() if file.is_file()}
     audience = Audience()
-    write(conducted(path, folder / "out", audience)[0], folder / "out")
+    write_report(conducted(path, folder / "out", audience)[0], folder / "out")
     assert audience.begun == []
     assert {file.name: file.read_bytes() for file in (folder / "out").iterdir() if file.is_file()} == before
 
 
 def killed(path, out, run, step):
     """Conduct in this process until it is killed."""
-    conduct(read(path), out, Audience(run, step, lambda: os.kill(os.getpid(), signal.SIGKILL)), measuring=False)
+    run_variants(
+        read_study(path), out, Audience(run, step, lambda: os.kill(os.getpid(), signal.SIGKILL)), measure_costs=False
+    )
 
 
 @pytest.mark.heavy
-def test_a_killed_study_goes_on_where_it_was_and_says_the_same(done, tmp_path):
+def test_killed_study_resumes_with_the_same_results(done, tmp_path):
     _, path, _, said, _ = done
     out = tmp_path / "out"
     for run, step in (("muon-seed-0", 1), ("plain-seed-2", 3)):
@@ -152,19 +154,19 @@ def test_a_killed_study_goes_on_where_it_was_and_says_the_same(done, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_stops_it_with_everything_saved(tmp_path, number, code):
+def test_study_stopped_by_a_signal_saves_everything(tmp_path, number, code):
     path, out = study_file(tmp_path, SHORT), tmp_path / "out"
     audience = Audience("muon-seed-0", 3, lambda: signal.raise_signal(number))
     with pytest.raises(Stopped, match=f"stopped by {number.name} after step 3, everything is saved") as caught:
-        conduct(read(path), out, audience, measuring=False)
+        run_variants(read_study(path), out, audience, measure_costs=False)
     assert caught.value.exit_code == code
     assert [history(out / "runs" / f"{name}-seed-0").step for name in ("plain", "muon")] == [4, 3]
     audience = Audience()
-    conduct(read(path), out, audience, measuring=False)
+    run_variants(read_study(path), out, audience, measure_costs=False)
     assert audience.begun == [("muon-seed-0", 2, 2)]
 
 
-def test_equal_flops_are_more_steps_of_a_smaller_model(tmp_path):
+def test_flops_budget_gives_smaller_models_more_steps(tmp_path):
     changes = {
         "study": {"seeds": [0], "baseline": "wide", "budget": {"tokens": None, "flops": 3.4e8}},
         "variants": {"plain": None, "muon": None, "wide": {"model.intermediate_size": 384}, "narrow": {}},
@@ -173,35 +175,35 @@ def test_equal_flops_are_more_steps_of_a_smaller_model(tmp_path):
     conducted(path, tmp_path / "out")
     runs = {name: history(tmp_path / "out" / "runs" / f"{name}-seed-0") for name in ("wide", "narrow")}
     spent = {name: float(run.tokens[-1]) * flops_per_token(run.recipe.model, 32) for name, run in runs.items()}
-    assert all(abs(each / 3.4e8 - 1) <= plan.FAIR for each in spent.values())
+    assert all(abs(each / 3.4e8 - 1) <= plan.BUDGET_TOLERANCE for each in spent.values())
     assert runs["narrow"].step > 1.5 * runs["wide"].step
     assert runs["narrow"].recipe.optim.schedule.steps == runs["narrow"].step
 
 
-def test_equal_seconds_are_measured_once_and_kept(tmp_path, monkeypatch):
+def test_seconds_budget_is_measured_once(tmp_path, monkeypatch):
     speeds = {"muon": 3200.0, "adamw": 6400.0}
     monkeypatch.setattr(plan, "tokens_per_second", lambda recipe: speeds[recipe.optim.name])
     path = study_file(tmp_path, {"study": {"budget": {"tokens": None, "seconds": 2.0}}})
-    assert plan.planned(read(path), tmp_path / "out").steps == {"plain": 100, "muon": 50}
+    assert plan.load_or_make_plan(read_study(path), tmp_path / "out").steps == {"plain": 100, "muon": 50}
     speeds.clear()
-    assert plan.planned(read(path), tmp_path / "out").steps == {"plain": 100, "muon": 50}
+    assert plan.load_or_make_plan(read_study(path), tmp_path / "out").steps == {"plain": 100, "muon": 50}
 
 
-def test_shares_of_a_schedule_follow_the_steps(tmp_path):
+def test_schedule_fractions_follow_the_steps(tmp_path):
     changes = {"optim.schedule.warmup_steps": 0.5, "optim.schedule.steps": None}
     path = study_file(tmp_path, SHORT, {"settings": changes, "variants": {"muon": {"train.batch_tokens": 64}}})
-    conduct(read(path), tmp_path / "out", Audience(), measuring=False)
+    run_variants(read_study(path), tmp_path / "out", Audience(), measure_costs=False)
     runs = [history(tmp_path / "out" / "runs" / f"{name}-seed-0") for name in ("plain", "muon")]
     assert [(run.step, run.recipe.optim.schedule.warmup_steps) for run in runs] == [(4, 2), (8, 4)]
     assert [int(run.tokens[-1]) for run in runs] == [512, 512]
 
 
-def test_a_run_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+def test_study_reports_a_failed_run_and_continues(tmp_path, monkeypatch, capsys):
     real = runner.resume_or_start
 
     def failing(recipe, folder, overrides, **more):
         if folder.name == "muon-seed-0":
-            raise Diverged("its numbers went wrong 4 times")
+            raise TrainingDivergedError("its numbers went wrong 4 times")
         if folder.name == "plain-seed-1":
             raise RuntimeError("no kernel\nfor this | shape")
         return real(recipe, folder, overrides, **more)
@@ -222,7 +224,7 @@ def test_a_run_that_fails_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys
     assert conducted(path, tmp_path / "out")[1]["variants"]["muon"]["failed"] == {}
 
 
-def test_a_run_that_diverged_is_not_tried_again(tmp_path):
+def test_diverged_run_is_not_repeated(tmp_path):
     """Its numbers would go wrong again. A rate like this one makes weights that are no numbers."""
     wild = {"optim.learning_rate": 1e30, "optim.max_grad_norm": "none", "guard.max_rewinds": 0}
     path = study_file(tmp_path, SHORT, {"variants": {"muon": None, "wild": wild}})
@@ -232,10 +234,10 @@ def test_a_run_that_diverged_is_not_tried_again(tmp_path):
     audience = Audience()
     assert conducted(path, tmp_path / "out", audience)[1] == said
     assert audience.begun == []
-    assert "nothing to compare: no seed was finished by both" in markdown(first, [])
+    assert "nothing to compare: no seed was finished by both" in render_markdown(first, [])
 
 
-def test_each_variant_has_its_own_best_rate_by_other_seeds(tmp_path):
+def test_learning_rate_search_uses_its_own_seeds(tmp_path):
     rates = {"seeds": [0], "learning_rates": [0.1, 1, 3], "learning_rate_seeds": [70]}
     path = study_file(tmp_path, {"study": rates})
     audience = Audience()
@@ -252,13 +254,13 @@ def test_each_variant_has_its_own_best_rate_by_other_seeds(tmp_path):
         assert variant.rates.at_the_end == (variant.rates.factor in (0.1, 3.0))
         assert list(variant.values) == [0]
     ends = [variant.rates.at_the_end for variant in found.variants]
-    report = markdown(found, [])
+    report = render_markdown(found, [])
     assert report.count("a better one may lie beyond") == sum(ends)
     assert "## Learning rates, tried with seed 70" in report
     assert conducted(path, tmp_path / "out")[1] == said
 
 
-def test_other_tokens_are_another_corpus_and_bytes_compare_them(tmp_path):
+def test_variant_with_another_vocabulary_has_its_own_corpus(tmp_path):
     other = {"variants": {"muon": None, "small": {"model.vocab_size": 288}}}
     path = study_file(tmp_path, SHORT, other, {"study": {"metric": "validation_bits_per_byte"}})
     found, said = conducted(path, tmp_path / "out")
@@ -325,7 +327,7 @@ def test_other_tokens_are_another_corpus_and_bytes_compare_them(tmp_path):
         ({"variants": {"muon": {"train.evaluate_tokens": 100}}}, "train.evaluate_tokens differs from the baseline's"),
     ],
 )
-def test_a_wrong_study_is_one_sentence(tmp_path, capsys, changes, said):
+def test_study_file_errors_are_one_sentence(tmp_path, capsys, changes, said):
     path = study_file(tmp_path, changes)
     assert cli.run(["compare", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -334,51 +336,51 @@ def test_a_wrong_study_is_one_sentence(tmp_path, capsys, changes, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_budget_of_a_fraction_of_a_step_is_refused(tmp_path):
+def test_study_refuses_a_budget_below_one_step(tmp_path):
     path = study_file(tmp_path, {"study": {"budget": {"tokens": 200}}})
     with pytest.raises(
-        SettingError, match=r"variants.plain: a step takes 128 tokens, so no number of steps comes within 5%"
+        ConfigError, match=r"variants.plain: a step takes 128 tokens, so no number of steps comes within 5%"
     ):
-        plan.planned(read(path), tmp_path / "out")
+        plan.load_or_make_plan(read_study(path), tmp_path / "out")
 
 
-def test_a_study_of_an_earlier_version_goes_on(tmp_path):
+def test_study_of_an_earlier_version_resumes(tmp_path):
     """Settings that it did not have were at their defaults; that they still are must be so."""
     path = study_file(tmp_path)
-    plan.planned(read(path), tmp_path / "out")
+    plan.load_or_make_plan(read_study(path), tmp_path / "out")
     file = tmp_path / "out" / plan.PLAN
     kept = json.loads(file.read_text())
     del kept["study"]["settings"]["tasks"], kept["study"]["settings"]["law"]
     for variant in kept["study"]["variants"].values():
         del variant["lora.rank"], variant["data.format"]
     file.write_text(json.dumps(kept))
-    plan.planned(read(path), tmp_path / "out")
-    with pytest.raises(SettingError, match="other settings: variants.muon.data.format"):
-        plan.planned(read(study_file(tmp_path, {"variants": {"muon": {"data.format": "chat"}}})), tmp_path / "out")
+    plan.load_or_make_plan(read_study(path), tmp_path / "out")
+    with pytest.raises(ConfigError, match="other settings: variants.muon.data.format"):
+        plan.load_or_make_plan(
+            read_study(study_file(tmp_path, {"variants": {"muon": {"data.format": "chat"}}})), tmp_path / "out"
+        )
 
 
-def test_what_was_chosen_before_the_runs_stays(tmp_path):
-    plan.planned(read(study_file(tmp_path)), tmp_path / "out")
+def test_study_refuses_changes_after_the_start(tmp_path):
+    plan.load_or_make_plan(read_study(study_file(tmp_path)), tmp_path / "out")
     more = study_file(
         tmp_path, {"study": {"seeds": [0, 1, 2, 3], "alpha": 0.1}, "variants": {"muon": {"optim.eps": 1e-6}}}
     )
-    with pytest.raises(
-        SettingError, match=r"begun with other settings: seeds, alpha, variants.muon.optim.eps; what is"
-    ):
-        plan.planned(read(more), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"begun with other settings: seeds, alpha, variants.muon.optim.eps; what is"):
+        plan.load_or_make_plan(read_study(more), tmp_path / "out")
 
 
-def test_folders_of_something_else_are_left_alone(tmp_path):
+def test_study_refuses_foreign_folders(tmp_path):
     path = study_file(tmp_path)
-    with pytest.raises(SettingError, match="exists and is not a study's folder"):
-        plan.planned(read(path), tmp_path)
+    with pytest.raises(ConfigError, match="exists and is not a study's folder"):
+        plan.load_or_make_plan(read_study(path), tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="plan.json is broken"):
-        plan.planned(read(path), tmp_path / "out")
+        plan.load_or_make_plan(read_study(path), tmp_path / "out")
 
 
-def test_the_report_says_what_was_found(done):
+def test_study_report_shows_the_results(done):
     folder, _, found, said, _ = done
     out = folder / "out"
     report, page = (out / "report.md").read_text(), (out / "index.html").read_text()
@@ -410,7 +412,7 @@ def test_the_report_says_what_was_found(done):
     assert said["variants"]["plain"]["cost"]["flops"] == 512 * said["variants"]["plain"]["cost"]["flops_per_token"]
 
 
-def test_a_difference_is_called_in_words(done):
+def test_verdict_follows_the_difference(done):
     """Muon's losses made lower, higher, or the same: the verdict follows."""
     from smolforge.comparison.study.results import verdict
 
@@ -426,7 +428,7 @@ def found_values(done) -> dict[int, float]:
     return done[2].variants[0].values
 
 
-def test_json_is_the_numbers_and_progress_counts_runs(done, capsys):
+def test_compare_prints_study_json_and_progress(done, capsys):
     folder, path, _, said, _ = done
     assert cli.run(["compare", str(path), "--out", str(folder / "out"), "--json"]) == 0
     assert without_speed(json.loads(capsys.readouterr().out)) == said

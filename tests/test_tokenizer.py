@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from smolforge import tokenizer as tokenizer_module
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.testing import sentences, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer, byte_symbols, split_at_lines
 from smolforge.tokenizer.incremental import IncrementalDecoder
@@ -24,20 +24,20 @@ anything = st.text(max_size=60) | st.sampled_from(["<|endoftext|>", "👩‍👩
 
 @settings(deadline=None)
 @given(anything)
-def test_round_trip(text):
+def test_tokenizer_round_trip_is_exact(text):
     assert TINY.decode(TINY.encode(text)) == text
 
 
 @settings(deadline=None)
 @given(anything)
-def test_text_never_becomes_a_special_token(text):
+def test_encode_never_gives_special_tokens(text):
     ids = TINY.encode(f"<|im_start|>{text}<|endoftext|>")
     assert not {0, 1, 2} & set(ids)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, len(TINY) - 1), max_size=40))
-def test_pieces_join_to_the_whole(ids):
+def test_incremental_decoder_joins_to_the_full_text(ids):
     """For any ids at all, broken characters included."""
     decoder = IncrementalDecoder(TINY)
     pieces = [decoder.push(token) for token in ids]
@@ -46,7 +46,7 @@ def test_pieces_join_to_the_whole(ids):
 
 @settings(deadline=None)
 @given(st.text(min_size=1, max_size=30))
-def test_no_piece_holds_half_a_character(text):
+def test_incremental_decoder_never_splits_a_character(text):
     decoder, pieces = IncrementalDecoder(TINY), []
     for token in TINY.encode(text):
         pieces.append(decoder.push(token))
@@ -54,11 +54,11 @@ def test_no_piece_holds_half_a_character(text):
     assert "".join(pieces) + decoder.finish() == text
 
 
-def test_digits_stand_alone():
+def test_digits_are_separate_tokens():
     assert len(TINY.encode("12345")) == 5
 
 
-def test_training_is_repeatable():
+def test_tokenizer_training_is_reproducible():
     assert tiny_tokenizer().fingerprint == TINY.fingerprint
 
 
@@ -72,7 +72,7 @@ NASTY = [
 
 
 @pytest.mark.parametrize("text", [sentences(50), *NASTY])
-def test_cutting_long_texts_changes_no_token(text, monkeypatch):
+def test_split_at_lines_changes_no_token(text, monkeypatch):
     """With merges across newlines, as the real tokenizer has them."""
     other = Tokenizer.train([*NASTY, sentences(50)], 500)
     assert other.byte_level
@@ -83,7 +83,7 @@ def test_cutting_long_texts_changes_no_token(text, monkeypatch):
     assert Tokenizer.train([*NASTY, sentences(50)], 500).fingerprint == other.fingerprint
 
 
-def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
+def test_split_at_lines_changes_no_token_of_smollm2(shared, monkeypatch):
     real = Tokenizer.load(shared / "smollm2-tokenizer")
     texts = [*NASTY, (shared / "wikitext2" / "wiki.test.raw").read_bytes()[:200_000].decode("utf-8", "ignore")]
     whole = [real.encode(text) for text in texts]
@@ -92,7 +92,7 @@ def test_cutting_changes_no_token_of_the_real_tokenizer(shared, monkeypatch):
     assert [real.encode(text) for text in texts] == whole
 
 
-def test_only_so_much_text_is_in_the_library_at_a_time(monkeypatch):
+def test_encode_batch_limits_text_in_memory(monkeypatch):
     texts = ["", *NASTY, sentences(50), "", "end"]
     whole = TINY.encode_batch(texts)
     asked = []
@@ -105,21 +105,21 @@ def test_only_so_much_text_is_in_the_library_at_a_time(monkeypatch):
     other = copy(TINY)
     other.backend = Watched()
     monkeypatch.setattr(tokenizer_module, "PART_CHARACTERS", 20)
-    monkeypatch.setattr(tokenizer_module, "AT_ONCE", 500)
+    monkeypatch.setattr(tokenizer_module, "CHARACTERS_PER_BATCH", 500)
     assert other.encode_batch(texts) == whole
     longest = max(len(part) for text in texts for part in split_at_lines(text))
     assert len(asked) > 5 and max(asked) <= 500 + longest
     assert other.encode_batch([]) == []
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
+def test_tokenizer_survives_save_and_load(tmp_path):
     TINY.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert (again.fingerprint, again.eos_id, len(again)) == (TINY.fingerprint, 0, len(TINY))
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode("the model") == TINY.encode("the model")
 
 
-def test_transformers_reads_it(tmp_path):
+def test_tokenizer_loads_in_transformers(tmp_path):
     from transformers import AutoTokenizer
 
     TINY.save(tmp_path)
@@ -129,24 +129,24 @@ def test_transformers_reads_it(tmp_path):
     assert theirs.eos_token_id == TINY.eos_id
 
 
-def test_refusals(tmp_path):
-    with pytest.raises(InvalidFile, match=r"no tokenizer.json at"):
+def test_tokenizer_refuses_bad_files_and_sizes(tmp_path):
+    with pytest.raises(InvalidFileError, match=r"no tokenizer.json at"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": 3')
-    with pytest.raises(InvalidFile, match="is not a tokenizer"):
+    with pytest.raises(InvalidFileError, match="is not a tokenizer"):
         Tokenizer.load(tmp_path)
     TINY.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<nothing>"}))
-    with pytest.raises(InvalidFile, match="no end-of-text token '<nothing>'"):
+    with pytest.raises(InvalidFileError, match="no end-of-text token '<nothing>'"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InvalidFile, match="is not JSON"):
+    with pytest.raises(InvalidFileError, match="is not JSON"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(SettingError, match="at least 259 and at most 1,048,576, not 100"):
+    with pytest.raises(ConfigError, match="at least 259 and at most 1,048,576, not 100"):
         Tokenizer.train(["text"], 100)
 
 
-def test_the_real_tokenizer(shared):
+def test_smollm2_tokenizer_gives_published_ids(shared):
     real = Tokenizer.load(shared / "smollm2-tokenizer")
     assert (len(real), real.eos_id) == (49152, 0)
     for text, ids in {
@@ -164,7 +164,7 @@ def test_the_real_tokenizer(shared):
     assert len(real.encode(story)) == 341_094
 
 
-def test_ours_has_the_real_pipeline(shared):
+def test_pre_tokenizer_equals_smollm2(shared):
     """The same pre-tokenizer, so a tokenizer trained here cuts words where SmolLM2's does."""
     real = Tokenizer.load(shared / "smollm2-tokenizer").backend
     text = "It's 2024:\tdef f(x):\n\n    return 'naïve' + 12\r\n"
@@ -192,7 +192,7 @@ def llama_style() -> Tokenizer:
 
 @settings(deadline=None)
 @given(st.text("abcdé👩 ", max_size=12))
-def test_other_families_decode_in_pieces_too(text):
+def test_incremental_decoder_works_with_byte_fallback(text):
     other = llama_style()
     assert not other.byte_level
     decoder, ids = IncrementalDecoder(other), other.encode(text)
@@ -254,24 +254,24 @@ def same_ids(ours: Tokenizer, folder) -> None:
         assert ours.decode(ids) == plain.decode(ids, skip_special_tokens=False)
 
 
-def test_same_ids_as_others(tmp_path):
+def test_ids_equal_tokenizers_and_transformers(tmp_path):
     same_ids(TINY, tmp_path)
 
 
-def test_same_ids_as_others_of_the_real_tokenizer(shared, tmp_path):
+def test_smollm2_ids_equal_tokenizers_and_transformers(shared, tmp_path):
     """Saved by us: of the published folder Transformers 5 makes a GPT2Tokenizer, in which digits do not stand alone."""
     same_ids(Tokenizer.load(shared / "smollm2-tokenizer"), tmp_path)
 
 
 @settings(deadline=None)
 @given(st.text(max_size=40))
-def test_same_ids_as_the_library(text):
+def test_ids_equal_tokenizers_for_any_text(text):
     plain = tokenizers.Tokenizer.from_str(TINY.backend.to_str())
     plain.encode_special_tokens = True
     assert TINY.encode(text) == plain.encode(text, add_special_tokens=False).ids
 
 
-def test_a_file_may_not_cut_texts(tmp_path):
+def test_tokenizer_ignores_truncation_and_padding_in_files(tmp_path):
     TINY.save(tmp_path)
     cutting = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     cutting.enable_truncation(2)
@@ -307,7 +307,7 @@ def without_bytes(missing: str) -> Tokenizer:
 MISSING = "04 06 13 14 16 1d c0 c1 f1 f2 f5 f6 f7 f8 f9 fa fb fc fd fe ff"
 
 
-def test_lost_bytes():
+def test_lost_bytes_are_exact():
     poor = without_bytes(MISSING)
     assert poor.missing_bytes == bytes.fromhex(MISSING)
     assert poor.lost_bytes("a\x04b\x16\U00040000") == b"\x04\x16\xf1"
@@ -318,7 +318,7 @@ def test_lost_bytes():
     assert llama_style().missing_bytes == llama_style().lost_bytes("\x04") == b""
 
 
-def test_lost_bytes_of_the_real_tokenizer(shared):
+def test_lost_bytes_of_smollm2_are_exact(shared):
     real = Tokenizer.load(shared / "smollm2-tokenizer")
     assert real.missing_bytes == bytes.fromhex(MISSING)
     for text in strange_texts(100):
@@ -344,23 +344,23 @@ def adds_special_tokens(tokenizer: Tokenizer, folder) -> None:
     assert len(again.with_special_tokens(["<|last|>"])) == start + 3
 
 
-def test_more_special_tokens(tmp_path):
+def test_special_tokens_can_be_added(tmp_path):
     adds_special_tokens(TINY, tmp_path)
 
 
-def test_more_special_tokens_for_the_real_tokenizer(shared, tmp_path):
+def test_special_tokens_can_be_added_to_smollm2(shared, tmp_path):
     adds_special_tokens(Tokenizer.load(shared / "smollm2-tokenizer"), tmp_path)
 
 
-def test_ordinary_tokens_do_not_become_special():
+def test_special_tokens_cannot_be_ordinary_tokens():
     plain = tiny_tokenizer()
     plain.backend.add_tokens([AddedToken("<think>", special=False)])
     for token in ("a", "<think>", "", " "):
-        with pytest.raises(SettingError, match="cannot become a special token: it is empty, or a token of ordinary"):
+        with pytest.raises(ConfigError, match="cannot become a special token: it is empty, or a token of ordinary"):
             Tokenizer(plain.backend, plain.settings).with_special_tokens([token])
 
 
-def test_the_template_survives_saving(tmp_path):
+def test_chat_template_survives_save_and_load(tmp_path):
     plain = tiny_tokenizer()
     talking = Tokenizer(plain.backend, {**plain.settings, "chat_template": "{{ messages }}\n"})
     talking.save(tmp_path)
@@ -370,7 +370,7 @@ def test_the_template_survives_saving(tmp_path):
     assert Tokenizer.load(tmp_path).template is None
 
 
-def test_what_is_saved_asks_for_no_token_types_in_transformers_4(tmp_path):
+def test_saved_tokenizer_asks_for_no_token_type_ids(tmp_path):
     """Where PreTrainedTokenizerFast makes them unless told, and generate(**tokenizer(text)) refuses them."""
     tiny_tokenizer().save(tmp_path)
     content = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -403,33 +403,35 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_refused_in_a_sentence(name, tmp_path):
+def test_tokenizer_refuses_corrupted_files(name, tmp_path):
     TINY.save(tmp_path / "good")
     for content in BROKEN[name]:
         folder = tmp_path / "bad"
         shutil.copytree(tmp_path / "good", folder)
         (folder / name).write_text(content)
         start = time.monotonic()
-        with pytest.raises(InvalidFile) as caught:
+        with pytest.raises(InvalidFileError) as caught:
             Tokenizer.load(folder)
         assert time.monotonic() - start < 2
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(folder))
         shutil.rmtree(folder)
 
 
-def test_files_that_are_no_text_or_make_the_library_panic(tmp_path, capfd):
+def test_tokenizer_refuses_panicking_binary_and_huge_files(tmp_path, capfd):
     TINY.save(tmp_path)
     pipeline = json.loads((tmp_path / "tokenizer.json").read_text())
     pipeline["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(pipeline))
-    with pytest.raises(InvalidFile, match="is not a tokenizer: Precompiled"):
+    with pytest.raises(InvalidFileError, match="is not a tokenizer: Precompiled"):
         Tokenizer.load(tmp_path)
     capfd.readouterr()  # the library says it on stderr, too
     TINY.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(InvalidFile, match="cannot be read"):
+    with pytest.raises(InvalidFileError, match="cannot be read"):
         Tokenizer.load(tmp_path)
     with (tmp_path / "tokenizer.json").open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(InvalidFile, match=r"has 1,099,511,627,776 bytes, more than the 67,108,864 of any real one"):
+    with pytest.raises(
+        InvalidFileError, match=r"has 1,099,511,627,776 bytes, more than the 67,108,864 of any real one"
+    ):
         Tokenizer.load(tmp_path)

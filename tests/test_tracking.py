@@ -20,9 +20,9 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from smolforge import tracking
 from smolforge.cli import run as command
-from smolforge.cli.flags import from_variables
+from smolforge.cli.flags import overrides_from_env
 from smolforge.config import Report
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.runs import callbacks as workshop_module
 from smolforge.runs import train
 from smolforge.testing import tiny_model
@@ -84,7 +84,7 @@ def texts(events, tag):
 
 
 @pytest.mark.heavy
-def test_tensorboard_has_each_metric_at_each_step_once_over_two_kills(recipe_file, tmp_path):
+def test_tensorboard_has_each_step_once_after_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"
     through_two_kills(recipe_file, run, **{"report.to": ["tensorboard"], "report.norms_every": 3})
     events, found = scalars(run)
@@ -110,7 +110,7 @@ def rewound(recipe_file, poison):
     return make
 
 
-def test_tensorboard_shows_what_a_rewind_made_of_the_steps(rewound, tmp_path):
+def test_tensorboard_shows_steps_after_a_rewind(rewound, tmp_path):
     run = tmp_path / "run"
     rewound(run, "tensorboard")
     events, found = scalars(run)
@@ -120,7 +120,7 @@ def test_tensorboard_shows_what_a_rewind_made_of_the_steps(rewound, tmp_path):
     assert said.startswith("rewind: the loss is nan") and said.endswith("back from step 5")
 
 
-def test_a_step_left_out_is_marked(recipe_file, tmp_path, poison):
+def test_tensorboard_marks_a_skipped_step(recipe_file, tmp_path, poison):
     poison("loss", 2)
     run = train(recipe_file, tmp_path / "run", **{"report.to": ["tensorboard"]})
     events, found = scalars(run.folder)
@@ -128,7 +128,7 @@ def test_a_step_left_out_is_marked(recipe_file, tmp_path, poison):
     assert texts(events, "incidents") == [(3, "skip: the loss is nan")]
 
 
-def test_who_comes_later_hears_all_from_the_beginning(recipe_file, tmp_path):
+def test_trackers_added_later_receive_all_metrics(recipe_file, tmp_path):
     run = tmp_path / "run"
     train(recipe_file, run, steps=4)
     for name in EVERYTHING:
@@ -193,7 +193,7 @@ def in_wandb(run):
 
 
 @pytest.mark.heavy
-def test_wandb_has_each_metric_at_each_step_over_two_kills(recipe_file, tmp_path):
+def test_wandb_has_each_step_after_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"
     through_two_kills(recipe_file, run, **{"report.to": ["wandb"], "report.watch": "all", "report.watch_every": 4})
     assert in_wandb(run) == told(run)
@@ -208,7 +208,7 @@ def test_wandb_has_each_metric_at_each_step_over_two_kills(recipe_file, tmp_path
     assert (last["samples/_type"], last["samples/nrows"]) == ("table-file", 2)
 
 
-def test_wandb_numbers_a_step_that_is_done_again_anew(rewound, tmp_path):
+def test_wandb_numbers_repeated_steps_anew(rewound, tmp_path):
     run = tmp_path / "run"
     rewound(run, "wandb")
     found = [(row["_step"], row[rows.GLOBAL_STEP]) for row in wandb_rows(run)]
@@ -216,7 +216,7 @@ def test_wandb_numbers_a_step_that_is_done_again_anew(rewound, tmp_path):
     assert in_wandb(run) == told(run)
 
 
-def test_wandb_gets_checkpoints_where_that_is_asked_for(recipe_file, tmp_path):
+def test_wandb_gets_checkpoints_on_request(recipe_file, tmp_path):
     for asked, wanted in ((None, []), ("end", [8]), ("checkpoint", [2, 4, 6, 8])):
         run = train(recipe_file, tmp_path / str(asked), **{"report.to": ["wandb"], "report.log_model": asked})
         given = [record.artifact for record in wandb_records_of_all(run.folder) if record.HasField("artifact")]
@@ -245,7 +245,7 @@ def in_trackio(run):
     return dict(found)
 
 
-def test_trackio_has_each_metric_at_each_step_once_over_two_kills(recipe_file, tmp_path):
+def test_trackio_has_each_step_once_after_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"
     through_two_kills(recipe_file, run, **{"report.to": ["trackio"]})
     assert in_trackio(run) == told(run)
@@ -255,13 +255,14 @@ def test_trackio_has_each_metric_at_each_step_once_over_two_kills(recipe_file, t
 
 
 @pytest.mark.parametrize("where", ["begin", "rows"])
-def test_a_tracker_that_fails_is_said_once_and_training_goes_on(recipe_file, tmp_path, monkeypatch, caplog, where):
+def test_failing_tracker_is_reported_once_and_dropped(recipe_file, tmp_path, monkeypatch, caplog, where):
     from smolforge.tracking import wandb
 
     def fail(*_):
         raise TimeoutError("no answer\nfrom api.wandb.ai")
 
-    monkeypatch.setattr(wandb if where == "begin" else wandb.Rows, {"begin": "begin", "rows": "step"}[where], fail)
+    target, name = (wandb, "create_tracker") if where == "begin" else (wandb.StepRows, "step")
+    monkeypatch.setattr(target, name, fail)
     run = train(recipe_file, tmp_path / "run", **{"report.to": ["wandb", "tensorboard"]})
     assert scalars(run.folder)[1] == told(run.folder, precise=False)
     (said,) = [record.message for record in caplog.records if record.name == "smolforge" and record.levelno > 20]
@@ -269,44 +270,44 @@ def test_a_tracker_that_fails_is_said_once_and_training_goes_on(recipe_file, tmp
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '"id"', "\x00"])
-def test_an_id_that_is_lost_is_said(tmp_path, content):
+def test_lost_tracking_id_is_reported(tmp_path, content):
     (tmp_path / "tracking.json").write_text(content)
-    with pytest.raises(InvalidFile, match=r"tracking.json has no id; without that file the run gets a new one"):
-        tracking.identity(tmp_path)
+    with pytest.raises(InvalidFileError, match=r"tracking.json has no id; without that file the run gets a new one"):
+        tracking.tracking_id(tmp_path)
     (tmp_path / "tracking.json").unlink()
-    assert tracking.identity(tmp_path) == tracking.identity(tmp_path)
+    assert tracking.tracking_id(tmp_path) == tracking.tracking_id(tmp_path)
 
 
-def test_a_full_disk_ends_tensorboard_and_not_the_run(recipe_file, tmp_path, caplog):
+def test_full_disk_ends_tensorboard_but_not_the_run(recipe_file, tmp_path, caplog):
     assert Path("/dev/full").exists()
     run = tmp_path / "run"
     (run / "tensorboard").mkdir(parents=True)
     (run / ".lock").touch()
-    tracker = tracking.import_maker("tensorboard")
+    tracker = tracking.import_tracker("tensorboard")
     heard = tracking.Trackers({"tensorboard": tracker})
     recipe = train(recipe_file, tmp_path / "other", steps=2).recipe
     heard(Started(run, recipe, {}, 0, 0, list))
-    heard.listening["tensorboard"].file.close()
-    heard.listening["tensorboard"].file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    heard.active["tensorboard"].file.close()
+    heard.active["tensorboard"].file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
     heard(Stepped({"step": 1, "loss": 1.0}))
     assert "tensorboard hears no more of this run: [Errno 28]" in caplog.text
-    assert heard.listening == {}
+    assert heard.active == {}
 
 
-def test_what_is_not_installed_is_said_before_anything_begins(recipe_file, tmp_path, monkeypatch, capsys):
+def test_missing_tracker_package_is_reported_before_start(recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(MissingResource, match=r"^report.to has wandb, .* pip install 'smolforge.wandb.'$"):
+    with pytest.raises(MissingResourceError, match=r"^report.to has wandb, .* pip install 'smolforge.wandb.'$"):
         train(recipe_file, tmp_path / "run", **{"report.to": ["wandb"]})
     assert command(["train", str(recipe_file), "--run", str(tmp_path / "b"), "--report.to", "trackio"]) == 4
     assert not (tmp_path / "b" / "recipe.toml").exists()
 
 
-def test_a_run_tells_how_it_ended(recipe_file, tmp_path, monkeypatch):
+def test_trackers_receive_how_the_run_ended(recipe_file, tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(tracking.Trackers, "__call__", lambda self, event: heard.append(event))
     train(recipe_file, tmp_path / "run", steps=4)
     assert heard[-1] == Ended("finished", "")
-    with pytest.raises(SettingError):
+    with pytest.raises(ConfigError):
         train(recipe_file, tmp_path / "run", steps=2)
     assert heard[-1].state == "failed"
     assert heard[-1].reason.startswith("train.steps is 2 and the run is at step 4")
@@ -315,7 +316,7 @@ def test_a_run_tells_how_it_ended(recipe_file, tmp_path, monkeypatch):
 # What is watched
 
 
-def test_nothing_is_computed_that_nobody_asked_for(recipe_file, tmp_path, monkeypatch):
+def test_norms_are_computed_only_on_request(recipe_file, tmp_path, monkeypatch):
     def asked(*_):
         raise AssertionError("nobody asked")
 
@@ -326,7 +327,7 @@ def test_nothing_is_computed_that_nobody_asked_for(recipe_file, tmp_path, monkey
         train(recipe_file, tmp_path / "other", **{"report.norms_every": 4})
 
 
-def test_norms_of_tensors_are_parts_of_the_whole(recipe_file, tmp_path):
+def test_watched_norms_add_up_to_the_total(recipe_file, tmp_path):
     settings = {"report.to": ["tensorboard"], "report.watch": "all", "report.watch_every": 4, "report.norms_every": 4}
     run = train(recipe_file, tmp_path / "run", **settings)
     for record in read_records(run.folder / "metrics.jsonl"):
@@ -353,7 +354,7 @@ def test_norms_of_tensors_are_parts_of_the_whole(recipe_file, tmp_path):
 @example([3.4028234663852886e38, -3.4028234663852886e38])
 @example([2.0**100])
 @example([2.0**-149, 3 * 2.0**-149])
-def test_a_histogram_counts_every_finite_value(values):
+def test_histogram_counts_every_finite_value(values):
     counts, edges = histograms.histogram(torch.tensor(values))
     finite = [value for value in values if math.isfinite(value)]
     assert counts.sum() == len(finite)
@@ -361,7 +362,7 @@ def test_a_histogram_counts_every_finite_value(values):
     assert all(edges[0] <= value <= edges[-1] for value in finite)
 
 
-def test_gradients_are_those_before_clipping(recipe_file, tmp_path):
+def test_watched_gradients_are_before_clipping(recipe_file, tmp_path):
     settings = {"report.watch": "gradients", "report.watch_every": 1, "optim.max_grad_norm": 1e-3}
     run = train(recipe_file, tmp_path / "run", steps=2, **settings)
     for record in read_records(run.folder / "metrics.jsonl"):
@@ -370,21 +371,21 @@ def test_gradients_are_those_before_clipping(recipe_file, tmp_path):
         assert record["grad_norm"] > 1e-2
 
 
-def test_watching_waits_for_its_turn():
+def test_watch_waits_for_its_interval():
     model, told = tiny_model(), []
     looking = Watch(model, Report(watch="gradients", watch_every=3), told.append)
     sum(weight.sum() for weight in model.parameters()).backward()
     looking.gradients(2)
     assert looking.norms == {}
     looking.gradients(3)
-    assert len(looking.after(3)) == len(told[0].histograms) == len(list(model.parameters()))
+    assert len(looking.finish_step(3)) == len(told[0].histograms) == len(list(model.parameters()))
     assert looking.norms == {}
 
 
 # Names and variables
 
 
-def test_metrics_are_shown_in_groups():
+def test_metric_tags_are_grouped():
     wanted = {
         "loss": "train/loss",
         "grad_norm": "train/grad_norm",
@@ -402,18 +403,18 @@ def test_metrics_are_shown_in_groups():
     assert rows.values({"step": 3, "loss": None, "left_out": "x", "a": True}).keys() == {"train/loss"}
 
 
-def test_variables_of_wandb_are_settings():
-    assert from_variables({}) == {}
-    assert from_variables({"WANDB_WATCH": "all", "WANDB_LOG_MODEL": "checkpoint"}) == {
+def test_wandb_variables_become_settings():
+    assert overrides_from_env({}) == {}
+    assert overrides_from_env({"WANDB_WATCH": "all", "WANDB_LOG_MODEL": "checkpoint"}) == {
         "report.watch": "all",
         "report.log_model": "checkpoint",
     }
-    assert from_variables({"WANDB_WATCH": "false"}) == {"report.watch": "none"}
-    with pytest.raises(SettingError, match="WANDB_LOG_MODEL is 'maybe'; it should be end, checkpoint or false"):
-        from_variables({"WANDB_LOG_MODEL": "maybe"})
+    assert overrides_from_env({"WANDB_WATCH": "false"}) == {"report.watch": "none"}
+    with pytest.raises(ConfigError, match="WANDB_LOG_MODEL is 'maybe'; it should be end, checkpoint or false"):
+        overrides_from_env({"WANDB_LOG_MODEL": "maybe"})
 
 
-def test_a_flag_counts_before_a_variable(recipe_file, tmp_path, monkeypatch):
+def test_flag_overrides_a_wandb_variable(recipe_file, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_WATCH", "gradients")
     words = ["train", str(recipe_file), "--run", str(tmp_path / "run"), "--report.watch-every", "4", "--json"]
     assert command([*words, "--train.steps", "4"]) == 0

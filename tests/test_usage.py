@@ -14,35 +14,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolforge import device
-from smolforge.device import quotas, usable_cores
-from smolforge.device.environment import HABITS, TRACING, hurting, is_ptraced, surroundings, tracing, variables
-from smolforge.device.usage import EVERY_SECONDS, Usage, gpu, processors
+from smolforge.device import cpu_quotas, usable_cores
+from smolforge.device.environment import (
+    SLOW_VARIABLES,
+    TRACERS,
+    active_tracers,
+    describe_environment,
+    find_slowdowns,
+    is_ptraced,
+    recorded_variables,
+)
+from smolforge.device.usage import USAGE_INTERVAL_SECONDS, ResourceUsage, cpu_gauge, gpu_gauges
 
 CPU = torch.device("cpu")
 
 
-def test_gauges_are_asked_once_a_second_and_no_more():
+def test_usage_asks_gauges_once_a_second():
     asked, clock = [], iter([0.0, 0.5, 0.9, 1.0, 1.0, 1.5, 2.1, 2.1])
 
     def gauge():
         asked.append(1)
         return {"cpu_percent": 100.0 * len(asked)}
 
-    usage = Usage(CPU, [gauge, dict], lambda: next(clock))
+    usage = ResourceUsage(CPU, [gauge, dict], lambda: next(clock))
     assert asked == [1], "rates count from the making on"
-    told = [usage.after_a_step() for _ in range(5)]
+    told = [usage.sample() for _ in range(5)]
     assert told == [{}, {}, {"cpu_percent": 200.0}, {}, {"cpu_percent": 300.0}]
-    assert EVERY_SECONDS == 1
+    assert USAGE_INTERVAL_SECONDS == 1
 
 
-def test_a_busy_process_is_seen(monkeypatch):
+def test_usage_cpu_percent_equals_process_time(monkeypatch):
     """As the oracle: seconds of processor that the system counted over seconds that passed."""
     now = iter([0.0, 1.0, 1.0])
-    usage = Usage(CPU, now=lambda: next(now))
+    usage = ResourceUsage(CPU, clock=lambda: next(now))
     began, used = time.perf_counter(), time.process_time()
     while time.perf_counter() - began < 0.25:
         pass
-    told = usage.after_a_step()
+    told = usage.sample()
     expected = 100 * (time.process_time() - used) / (time.perf_counter() - began)
     assert told.keys() == {"cpu_percent", "machine_cpu_percent", "memory_bytes"}
     assert told["cpu_percent"] == pytest.approx(expected, abs=15)
@@ -50,15 +58,15 @@ def test_a_busy_process_is_seen(monkeypatch):
     assert told["memory_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
 
 
-def test_in_between_it_is_only_a_clock(monkeypatch):
-    usage = Usage(CPU)
+def test_usage_between_readings_only_reads_the_clock(monkeypatch):
+    usage = ResourceUsage(CPU)
     for name in ("cpu_percent", "cpu_times", "Process"):
         monkeypatch.setattr(psutil, name, None)
-    assert usage.after_a_step() == {}
+    assert usage.sample() == {}
 
 
-def test_a_machine_that_cannot_be_asked_gives_nothing(monkeypatch):
-    gauge = processors()
+def test_usage_skips_a_refused_gauge(monkeypatch):
+    gauge = cpu_gauge()
 
     def refused(*_):
         raise psutil.AccessDenied
@@ -91,19 +99,19 @@ def fake_nvml(monkeypatch, **answers):
     monkeypatch.setitem(sys.modules, "pynvml", library)
 
 
-def test_a_gpu_is_asked_too(monkeypatch):
+def test_usage_reads_the_gpu(monkeypatch):
     held = SimpleNamespace(used=7 << 30, total=80 << 30)
     fake_nvml(monkeypatch, nvmlDeviceGetUtilizationRates=SimpleNamespace(gpu=93), nvmlDeviceGetMemoryInfo=held)
     clock = iter([0.0, 1.0, 1.0])
-    told = Usage(CPU, gpu("1234"), lambda: next(clock)).after_a_step()
+    told = ResourceUsage(CPU, gpu_gauges("1234"), lambda: next(clock)).sample()
     assert told == {"gpu_percent": 93.0, "gpu_memory_bytes": 7 << 30}
 
 
-def test_a_gpu_that_refuses_gives_what_it_does_give(monkeypatch):
+def test_gpu_gauges_skip_refused_readings(monkeypatch):
     fake_nvml(monkeypatch, nvmlDeviceGetMemoryInfo=SimpleNamespace(used=5))
-    assert [gauge() for gauge in gpu("1234")] == [{}, {"gpu_memory_bytes": 5}]
+    assert [gauge() for gauge in gpu_gauges("1234")] == [{}, {"gpu_memory_bytes": 5}]
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpu("1234") == []
+    assert gpu_gauges("1234") == []
 
 
 def written(root, files):
@@ -129,27 +137,27 @@ def written(root, files):
         ("nonsense\n0::/\n", {"cpu.max": "nonsense"}, float("inf")),
     ],
 )  # fmt: skip
-def test_a_container_pays_for_some_cores(tmp_path, mine, files, expected):
+def test_quotas_read_cgroup_v1_and_v2(tmp_path, mine, files, expected):
     root = written(tmp_path / "cgroup", files | {"../mine": mine})
-    assert min(quotas(tmp_path / "mine", root)) == expected
+    assert min(cpu_quotas(tmp_path / "mine", root)) == expected
 
 
-def test_usable_cores_are_the_fewest_of_all(monkeypatch):
+def test_usable_cores_are_the_smallest_limit(monkeypatch):
     monkeypatch.setattr(device.sys, "platform", "linux")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
-    monkeypatch.setattr(device, "quotas", lambda: [float("inf"), 2.5])
+    monkeypatch.setattr(device, "cpu_quotas", lambda: [float("inf"), 2.5])
     assert usable_cores() == 2.5
-    monkeypatch.setattr(device, "quotas", lambda: [float("inf")])
+    monkeypatch.setattr(device, "cpu_quotas", lambda: [float("inf")])
     assert usable_cores() == 4.0
 
 
-def test_variables_that_change_speed_are_kept_and_no_others():
+def test_variables_keeps_only_those_that_change_speed():
     said = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_MAX_AUTOTUNE": "1", "CUDA_LAUNCH_BLOCKING": "0"}
-    assert variables(said | {"HOME": "/root", "HF_TOKEN": "secret", "PYTHONFAULTHANDLER": "1"}) == said
+    assert recorded_variables(said | {"HOME": "/root", "HF_TOKEN": "secret", "PYTHONFAULTHANDLER": "1"}) == said
 
 
-def test_surroundings_go_into_a_file():
-    seen = surroundings({"OMP_NUM_THREADS": "3"})
+def test_surroundings_are_json():
+    seen = describe_environment({"OMP_NUM_THREADS": "3"})
     assert json.loads(json.dumps(seen)) == seen
     assert seen["variables"] == {"OMP_NUM_THREADS": "3"}
     assert 0 < seen["cores"] <= seen["machine_cores"] == os.cpu_count()
@@ -174,25 +182,27 @@ ON, OFF = ("CUDA_LAUNCH_BLOCKING", "TORCH_COMPILE_DISABLE", "NCCL_P2P_DISABLE"),
         ("LD_PRELOAD", ["/lib/libasan.so.8", "/a.so:/usr/lib/libtsan.so"], ["/usr/lib/libjemalloc.so.2"]),
     ],
 )
-def test_a_setting_hurts_by_its_value(name, bad, good):
-    device = HABITS[name].device or "cpu"
+def test_hurting_depends_on_the_value_of_a_variable(name, bad, good):
+    device = SLOW_VARIABLES[name].device or "cpu"
     for value in bad:
-        (said,) = hurting({"variables": {name: value}}, 1, device)
-        assert said == f"{name}={value} {HABITS[name].does}; unset it"
+        (said,) = find_slowdowns({"variables": {name: value}}, 1, device)
+        assert said == f"{name}={value} {SLOW_VARIABLES[name].effect}; unset it"
     for value in good:
-        assert hurting({"variables": {name: value}}, 1, device) == []
+        assert find_slowdowns({"variables": {name: value}}, 1, device) == []
 
 
-def test_what_is_of_a_gpu_does_not_matter_elsewhere():
+def test_hurting_ignores_gpu_variables_on_cpu():
     seen = {"variables": {"CUDA_LAUNCH_BLOCKING": "1"}}
-    assert hurting(seen, 1, "cuda") == ["CUDA_LAUNCH_BLOCKING=1 makes the processor wait for each kernel; unset it"]
-    assert hurting(seen, 1, "cpu") == []
+    assert find_slowdowns(seen, 1, "cuda") == [
+        "CUDA_LAUNCH_BLOCKING=1 makes the processor wait for each kernel; unset it"
+    ]
+    assert find_slowdowns(seen, 1, "cpu") == []
 
 
-def test_every_habit_has_a_source_and_can_be_met():
-    for name, habit in HABITS.items():
-        assert habit.source and habit.does, name
-        assert variables({name: "1"}) == {name: "1"}
+def test_habits_have_a_source_and_are_recorded():
+    for name, habit in SLOW_VARIABLES.items():
+        assert habit.source and habit.effect, name
+        assert recorded_variables({name: "1"}) == {name: "1"}
 
 
 ONE = {"OMP_NUM_THREADS": "1"}
@@ -210,9 +220,11 @@ EIGHT = {"cores": 8.0, "physical_cores": 8, "machine_cores": 8, "load": 0.2}
          "end them, or wait"),
     ],
 )  # fmt: skip
-def test_threads_and_load(seen, threads, said):
-    assert hurting(seen, threads) == [said]
-    assert hurting(seen, threads, ranks=4) == [said] * (seen["load"] > 1), "how many share the machine is not known"
+def test_hurting_reports_threads_and_load(seen, threads, said):
+    assert find_slowdowns(seen, threads) == [said]
+    assert find_slowdowns(seen, threads, ranks=4) == [said] * (seen["load"] > 1), (
+        "how many share the machine is not known"
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,36 +243,36 @@ def test_threads_and_load(seen, threads, said):
         ({"variables": None, "tracing": None, "cores": None, "load": None}, 8, "cpu"),
     ],
 )
-def test_a_healthy_machine_has_nothing_that_hurts(seen, threads, device):
-    assert hurting(seen, threads, device) == []
+def test_hurting_is_empty_on_a_healthy_machine(seen, threads, device):
+    assert find_slowdowns(seen, threads, device) == []
 
 
-def test_what_watches_a_process_is_seen(tmp_path):
-    before = tracing()
+def test_tracing_detects_debuggers_and_profilers(tmp_path):
+    before = active_tracers()
     trace, was_on = sys.gettrace(), tracemalloc.is_tracing()
     try:
         sys.settrace(lambda *_: None)
         tracemalloc.start()
         with torch.autograd.set_detect_anomaly(True):
-            found = tracing()
+            found = active_tracers()
     finally:
         sys.settrace(trace)
         if not was_on:
             tracemalloc.stop()
     assert {"sys.settrace", "anomaly mode", "tracemalloc"} <= set(found)
-    assert tracing() == before
-    assert hurting({"tracing": found}, 1) == [TRACING[name] for name in found]
+    assert active_tracers() == before
+    assert find_slowdowns({"tracing": found}, 1) == [TRACERS[name] for name in found]
     (tmp_path / "status").write_text("Name:\tpython\nTracerPid:\t71\n")
     assert is_ptraced(tmp_path / "status")
     assert not is_ptraced(tmp_path / "absent")
 
 
-def test_a_value_cannot_speak_to_a_terminal():
-    (said,) = hurting({"variables": {"LD_PRELOAD": "\x1b[31m\n" + "x" * 200 + "/libasan.so"}}, 1)
+def test_hurting_escapes_terminal_control_characters():
+    (said,) = find_slowdowns({"variables": {"LD_PRELOAD": "\x1b[31m\n" + "x" * 200 + "/libasan.so"}}, 1)
     assert said.isprintable()
     assert len(said) < 120
 
 
 @given(st.dictionaries(st.sampled_from([*EIGHT, "variables", "tracing"]), st.none()), st.integers(1, 512))
-def test_old_runs_lack_whatever_they_lack(seen, threads):
-    assert hurting(EIGHT | seen, threads, "cuda") == []
+def test_hurting_accepts_records_of_older_runs(seen, threads):
+    assert find_slowdowns(EIGHT | seen, threads, "cuda") == []

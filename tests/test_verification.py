@@ -11,13 +11,13 @@ from test_families import FAMILIES, oracle, random_config
 from smolforge import cli, verification
 from smolforge.checkpoint import huggingface, loading
 from smolforge.config import ModelConfig
-from smolforge.errors import SettingError
-from smolforge.models.attention import Causal
-from smolforge.models.decoder import Attention, RMSNorm, build, rotary
+from smolforge.errors import ConfigError
+from smolforge.models.attention import CausalAttention
+from smolforge.models.decoder import Attention, RMSNorm, build, rope_cos_sin
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.verification import reference_model
-from smolforge.verification.releases import Golden, Release, published, sha256
-from smolforge.verification.transformers_reference import compared
+from smolforge.verification.releases import Golden, Release, published_releases, sha256
+from smolforge.verification.transformers_reference import compare_logits
 
 pytestmark = pytest.mark.usefixtures("compiling")
 SHAPE = tiny_config(num_hidden_layers=3, rope_theta=1e5)
@@ -66,7 +66,7 @@ def failing(report) -> set[str]:
     return {check.name for check in report.checks if not check.holds}
 
 
-def test_the_release_itself_holds(release):
+def test_verify_accepts_the_release(release):
     folder, known = release
     report = verification.verify(folder, releases=[known])
     assert report.holds, failing(report)
@@ -84,7 +84,7 @@ def test_the_release_itself_holds(release):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_holds(tmp_path, family):
+def test_verify_accepts_every_family(tmp_path, family):
     theirs = oracle(random_config(family, 5))
     theirs.save_pretrained(tmp_path)
     report = verification.verify(tmp_path, releases=[])
@@ -96,7 +96,7 @@ def test_every_family_holds(tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_definition_is_the_model(family, seed):
+def test_reference_model_equals_the_model_and_transformers(family, seed):
     config = random_config(family, seed)
     theirs = oracle(config)
     ours, ids = build(config, seed), torch.randint(config.vocab_size, (30,))
@@ -110,7 +110,7 @@ def test_the_definition_is_the_model(family, seed):
             assert (reference_model.logits(state, config, ids) - theirs(ids[None]).logits[0]).abs().max() < 2e-5
 
 
-def test_every_mistake_changes_what_is_said():
+def test_reference_model_mistakes_all_change_the_logits():
     """A mistake that changed nothing could be named for any difference."""
     config = tiny_config(num_hidden_layers=2, rope_theta=3e4)
     model, ids = tiny_model(num_hidden_layers=2, rope_theta=3e4), torch.randint(320, (30,))
@@ -121,7 +121,7 @@ def test_every_mistake_changes_what_is_said():
     right = reference_model.logits(model.state_dict(), config, ids)
     for name, reading in reference_model.mistakes(config).items():
         try:
-            wrong = reference_model.logits(model.state_dict(), config, ids, reading)
+            wrong = reference_model.logits(model.state_dict(), config, ids, options=reading)
         except (KeyError, RuntimeError):
             continue
         assert (wrong - right).abs().max() > 1e-5, name
@@ -136,22 +136,22 @@ def with_interleaved_rotation(monkeypatch):
         first, second = x[..., ::2], x[..., 1::2]
         return x * cos + torch.stack([-second, first], -1).flatten(-2) * sin
 
-    monkeypatch.setattr("smolforge.models.decoder.rotate", rotate)
+    monkeypatch.setattr("smolforge.models.decoder.apply_rope", rotate)
 
 
 def with_rotation_along_heads(monkeypatch):
-    from smolforge.models.decoder import rotate
+    from smolforge.models.decoder import apply_rope
 
     def along_heads(x, angles):
-        turned = rotary(SHAPE, torch.arange(x.shape[1])[None], x.dtype)
-        return rotate(x.transpose(1, 2), turned).transpose(1, 2)
+        turned = rope_cos_sin(SHAPE, torch.arange(x.shape[1])[None], x.dtype)
+        return apply_rope(x.transpose(1, 2), turned).transpose(1, 2)
 
-    monkeypatch.setattr("smolforge.models.decoder.rotate", along_heads)
+    monkeypatch.setattr("smolforge.models.decoder.apply_rope", along_heads)
 
 
 def without_causal_mask(monkeypatch):
     monkeypatch.setattr(
-        Causal, "attend", lambda self, layer, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        CausalAttention, "attend", lambda self, layer, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     )
 
 
@@ -178,7 +178,7 @@ def with_wrong_grouping(monkeypatch):
         times = q.shape[1] // k.shape[1]
         return F.scaled_dot_product_attention(q, k.repeat(1, times, 1, 1), v.repeat(1, times, 1, 1), is_causal=True)
 
-    monkeypatch.setattr(Causal, "attend", attend)
+    monkeypatch.setattr(CausalAttention, "attend", attend)
 
 
 def with_scaled_embedding(monkeypatch):
@@ -195,7 +195,7 @@ def with_scaled_embedding(monkeypatch):
 def with_another_theta(monkeypatch):
     wrong = SHAPE.model_copy(update={"rope_theta": 1e4})
     monkeypatch.setattr(
-        "smolforge.models.decoder.rotary", lambda config, positions, dtype: rotary(wrong, positions, dtype)
+        "smolforge.models.decoder.rope_cos_sin", lambda config, positions, dtype: rope_cos_sin(wrong, positions, dtype)
     )
 
 
@@ -212,7 +212,7 @@ CODE_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", CODE_FAULTS, ids=lambda fault: fault.__name__)
-def test_mistakes_in_the_code_are_caught_and_named(release, fault, monkeypatch):
+def test_verify_names_the_cause_of_code_faults(release, fault, monkeypatch):
     folder, known = release
     fault(monkeypatch)
     report = verification.verify(folder, ["transformers"], releases=[known])
@@ -221,29 +221,29 @@ def test_mistakes_in_the_code_are_caught_and_named(release, fault, monkeypatch):
     assert CODE_FAULTS[fault] in report.cause
 
 
-def test_a_cache_that_forgets_is_caught(release, monkeypatch):
-    from smolforge.models.attention import CacheWindow
+def test_verify_detects_a_kv_cache_fault(release, monkeypatch):
+    from smolforge.models.attention import KVCacheView
 
-    right = CacheWindow.__init__
+    right = KVCacheView.__init__
 
     def one_short(self, cache, positions, first=0):
         right(self, cache, positions, first)
         self.begins = self.all_seen = False
         self.added[..., 1:2] = float("-inf")
 
-    monkeypatch.setattr(CacheWindow, "__init__", one_short)
+    monkeypatch.setattr(KVCacheView, "__init__", one_short)
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert "cached" in failing(report)
     assert "logits float32" not in failing(report)
 
 
-def test_rotation_in_bfloat16_is_caught(release, monkeypatch):
+def test_verify_detects_rope_in_bfloat16(release, monkeypatch):
     """As before in fp32, and less exact in bfloat16 than it should be."""
 
     def coarse(config, positions, dtype):
-        return rotary(config, positions * 1.02 if dtype == torch.bfloat16 else positions, dtype)
+        return rope_cos_sin(config, positions * 1.02 if dtype == torch.bfloat16 else positions, dtype)
 
-    monkeypatch.setattr("smolforge.models.decoder.rotary", coarse)
+    monkeypatch.setattr("smolforge.models.decoder.rope_cos_sin", coarse)
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert failing(report) == {"logits bfloat16"}
     assert report.cause is not None
@@ -253,7 +253,7 @@ def test_rotation_in_bfloat16_is_caught(release, monkeypatch):
 # Mistakes in the files of a named release
 
 
-def test_a_changed_theta_is_caught_and_named(release, copy):
+def test_verify_names_a_changed_rope_theta(release, copy):
     """Transformers reads the same wrong file, so only what is published can tell."""
     edit(copy, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     report = verification.verify(copy, releases=[release[1]])
@@ -261,7 +261,7 @@ def test_a_changed_theta_is_caught_and_named(release, copy):
     assert report.cause == "wrong theta: rope_theta is 10000.0, the release has 100000.0"
 
 
-def test_a_missing_tensor_is_caught_and_named(release, copy):
+def test_verify_names_a_missing_tensor(release, copy):
     edit(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
     report = verification.verify(copy, releases=[release[1]])
     assert failing(report) == {"files"}
@@ -285,7 +285,7 @@ def exchange(one: str, other: str):
         ("gate_proj", "up_proj", "gate_proj and up_proj swapped"),
     ],
 )
-def test_exchanged_tensors_are_caught_and_named(release, copy, one, other, said):
+def test_verify_names_swapped_tensors(release, copy, one, other, said):
     edit(copy, exchange(one, other))
     report = verification.verify(copy, releases=[release[1]])
     assert failing(report) == {"identity", "golden"}
@@ -293,13 +293,13 @@ def test_exchanged_tensors_are_caught_and_named(release, copy, one, other, said)
     assert said in report.cause
 
 
-def test_interleaved_weights_are_caught_and_named(release, copy):
+def test_verify_names_interleaved_rope_weights(release, copy):
     """As nanotron's interleaved checkpoints have them, when nobody permuted them on conversion."""
 
     def interleave(tensors):
         for name in tensors:
             if "q_proj" in name or "k_proj" in name:
-                heads = tensors[name].unflatten(0, (-1, 2, SHAPE.head_size // 2))
+                heads = tensors[name].unflatten(0, (-1, 2, SHAPE.resolved_head_dim // 2))
                 tensors[name] = heads.transpose(1, 2).flatten(0, 2).contiguous()
 
     edit(copy, interleave)
@@ -308,7 +308,7 @@ def test_interleaved_weights_are_caught_and_named(release, copy):
     assert "interleaved rotation" in report.cause
 
 
-def test_an_untied_head_is_caught_and_named(release, copy):
+def test_verify_names_an_untied_head(release, copy):
     def untie(tensors):
         tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
 
@@ -319,7 +319,7 @@ def test_an_untied_head_is_caught_and_named(release, copy):
     assert report.cause.startswith("untied head: tie_word_embeddings is False")
 
 
-def test_noise_is_caught_though_it_has_no_name(release, copy):
+def test_verify_detects_noise_without_a_known_cause(release, copy):
     def disturb(tensors):
         tensors["model.norm.weight"] += torch.randn(SHAPE.hidden_size)
 
@@ -330,7 +330,7 @@ def test_noise_is_caught_though_it_has_no_name(release, copy):
     assert "none of the known mistakes explains it" in report.cause
 
 
-def test_renamed_files_are_known_by_their_hash(release, tmp_path):
+def test_verify_knows_a_renamed_release_by_its_hash(release, tmp_path):
     import shutil
 
     folder = shutil.copytree(release[0], tmp_path / "mine")
@@ -340,7 +340,7 @@ def test_renamed_files_are_known_by_their_hash(release, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_do_not_hold(copy, value):
+def test_verify_refuses_non_finite_weights(copy, value):
     edit(copy, lambda tensors: tensors["model.embed_tokens.weight"][300].fill_(value))
     report = verification.verify(copy, releases=[])
     assert failing(report) == {"finite"}
@@ -348,79 +348,80 @@ def test_weights_that_are_no_numbers_do_not_hold(copy, value):
     json.dumps(report.as_json(), allow_nan=False)
 
 
-def test_logits_that_are_no_numbers_do_not_hold(release, monkeypatch):
+def test_verify_refuses_non_finite_logits(release, monkeypatch):
     """In one long row only, where no short one shows it."""
 
     def broken(config, positions, dtype):
-        cos, sin = rotary(config, positions, dtype)
+        cos, sin = rope_cos_sin(config, positions, dtype)
         return (cos * float("nan"), sin) if positions.shape[1] > 100 else (cos, sin)
 
-    monkeypatch.setattr("smolforge.models.decoder.rotary", broken)
+    monkeypatch.setattr("smolforge.models.decoder.rope_cos_sin", broken)
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert "logits float32" in failing(report)
     json.dumps(report.as_json(), allow_nan=False)
 
 
-def test_what_the_file_says_of_sampling_changes_nothing(copy):
+def test_verify_ignores_the_generation_config(copy):
     hostile = {"num_beams": 3, "no_repeat_ngram_size": 2, "guidance_scale": 1.5, "forced_eos_token_id": 0}
     (copy / "generation_config.json").write_text(json.dumps(hostile | {"stop_strings": ["a"], "penalty_alpha": 0.6}))
     assert verification.verify(copy, ["transformers"], releases=[]).holds
 
 
-def test_another_file_of_the_same_release_is_the_release(release, tmp_path):
+def test_verify_accepts_a_release_in_other_files(release, tmp_path):
     """In fp32 and in shards its hash is another, and what it says the same."""
     folder = tmp_path / "Tiny-1M"
     huggingface.save(loading.load(release[0]), folder, max_shard_bytes=20_000)
     report = verification.verify(folder, ["golden"], releases=[release[1]])
     assert report.holds, failing(report)
-    assert "the files are not, byte for byte" in next(each.said for each in report.checks if each.name == "identity")
+    assert "the files are not, byte for byte" in next(each.message for each in report.checks if each.name == "identity")
 
 
-def test_the_telling_cause_comes_before_a_harmless_difference(release, copy):
+def test_verify_names_the_cause_before_harmless_differences(release, copy):
     edit(copy, exchange("layers.0.", "layers.2."), initializer_range=0.02)
     cause = verification.verify(copy, ["golden"], releases=[release[1]]).cause
     assert cause is not None
     assert "layers 0 and 2" in cause
 
 
-def test_golden_alone_proves_nothing_of_an_unknown_model(release):
+def test_verify_golden_alone_refuses_an_unknown_model(release):
     report = verification.verify(release[0], ["golden"], releases=[])
     assert failing(report) == {"golden"}
     assert report.cause is not None
     assert "no published reference" in report.cause
 
 
-def test_a_model_that_says_nothing_is_not_golden(release):
+def test_golden_check_refuses_constant_logits(release):
     model = loading.load(release[0])
     with torch.no_grad():
         model.model.norm.weight.zero_()
-    assert not verification.checks.golden(model, release[1]).holds
+    assert not verification.checks.check_golden(model, release[1]).holds
 
 
-def test_greedy_text_is_held_to_the_oracles_own_logits(release, monkeypatch):
+def test_greedy_check_uses_the_logits_of_transformers(release, monkeypatch):
     """Logits of zero are all near ties to themselves."""
     monkeypatch.setattr(
-        "smolforge.models.decoder.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.head) * 0
+        "smolforge.models.decoder.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.lm_head_weight) * 0
     )
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert {"logits float32", "greedy"} <= failing(report)
 
 
-def test_an_untied_storage_is_seen(release, monkeypatch):
+def test_tied_head_check_detects_separate_storage(release, monkeypatch):
     monkeypatch.setattr(
-        "smolforge.models.decoder.LanguageModel.head", property(lambda self: self.model.embed_tokens.weight.clone())
+        "smolforge.models.decoder.LanguageModel.lm_head_weight",
+        property(lambda self: self.model.embed_tokens.weight.clone()),
     )
     report = verification.verify(release[0], ["transformers"], releases=[])
     assert failing(report) == {"tied head"}
 
 
-def test_a_count_that_is_not_the_files_is_seen(release, monkeypatch):
+def test_parameter_check_detects_a_wrong_count(release, monkeypatch):
     monkeypatch.setattr(verification.checks, "parameter_counts", lambda config: {"embedding": 1})
-    check = verification.checks.parameters(loading.load(release[0]), release[0])
+    check = verification.checks.check_parameters(loading.load(release[0]), release[0])
     assert not check.holds
 
 
-def test_without_transformers_there_is_a_sentence(release, monkeypatch, tmp_path, capsys):
+def test_verify_without_transformers_names_the_extra(release, monkeypatch, tmp_path, capsys):
     import sys
 
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -432,8 +433,8 @@ def test_without_transformers_there_is_a_sentence(release, monkeypatch, tmp_path
 # What is published
 
 
-def test_the_published_releases():
-    known = {each.id: each for each in published()}
+def test_published_releases_have_consistent_numbers():
+    known = {each.id: each for each in published_releases()}
     base = known["HuggingFaceTB/SmolLM2-135M"]
     assert base.config == ModelConfig()
     assert base.parameters == 134_515_008
@@ -447,9 +448,9 @@ def test_the_published_releases():
             assert max([*entry.prompt_ids, *entry.greedy_ids]) < each.config.vocab_size
 
 
-def test_the_golden_texts_are_the_facts(shared):
+def test_golden_texts_equal_the_reference_file(shared):
     facts = json.loads((shared / "reference" / "golden.json").read_text())["entries"]
-    ours = [(each.id, entry) for each in published() for entry in each.golden]
+    ours = [(each.id, entry) for each in published_releases() for entry in each.golden]
     assert len(ours) == len(facts)
     for fact in facts:
         (entry,) = (
@@ -465,21 +466,21 @@ def test_the_golden_texts_are_the_facts(shared):
 # Measuring
 
 
-def test_a_difference_by_hand():
+def test_compared_equals_a_hand_computed_difference():
     theirs, ours = torch.randn(700, 50), torch.randn(700, 50)
-    found = compared(ours, torch.Tensor.float, theirs, torch.Tensor.float)
+    found = compare_logits(ours, torch.Tensor.float, theirs, their_head=torch.Tensor.float)
     assert found.max_abs_diff == pytest.approx((ours - theirs).abs().max().item())
     p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
     assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert found.top1_agreement == pytest.approx((theirs.argmax(-1) == ours.argmax(-1)).float().mean().item())
     assert not found.holds
-    assert compared(theirs, torch.Tensor.float, theirs, torch.Tensor.float).holds
+    assert compare_logits(theirs, torch.Tensor.float, theirs, their_head=torch.Tensor.float).holds
 
 
 # The command
 
 
-def test_the_command(release, tmp_path, monkeypatch, capsys):
+def test_verify_command_writes_a_report(release, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.run(["verify", str(release[0])]) == 0
     said = capsys.readouterr().out
@@ -488,7 +489,7 @@ def test_the_command(release, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "verify.json").read_text())["holds"] is True
 
 
-def test_the_command_exits_1_with_the_cause(release, tmp_path, monkeypatch, capsys):
+def test_verify_command_exits_1_with_the_cause(release, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with_interleaved_rotation(monkeypatch)
     assert cli.run(["verify", str(release[0]), "--json"]) == 1
@@ -497,33 +498,33 @@ def test_the_command_exits_1_with_the_cause(release, tmp_path, monkeypatch, caps
     assert "interleaved rotation" in content["cause"]
 
 
-def test_a_run_is_verified_with_its_checkpoints(tmp_path):
+def test_verify_checks_every_checkpoint_of_a_run(tmp_path):
     from smolforge.checkpoint import training_state
     from smolforge.testing import flip_bit
 
     model = tiny_model()
     for step in (1, 2):
-        training_state.save(
-            training_state.folder_of(tmp_path, step), training_state.snapshot(model, {}, {"step": step})
+        training_state.save_checkpoint(
+            training_state.checkpoint_dir(tmp_path, step), training_state.take_snapshot(model, {}, {"step": step})
         )
     assert verification.verify(tmp_path, ["transformers"], releases=[]).holds
-    flip_bit(training_state.folder_of(tmp_path, 1) / "training" / "random.safetensors", 4000)
+    flip_bit(training_state.checkpoint_dir(tmp_path, 1) / "training" / "random.safetensors", 4000)
     report = verification.verify(tmp_path, ["transformers"], releases=[])
     assert failing(report) == {"step-00000001"}
     assert [check.name for check in verification.verify(tmp_path, ["files"]).checks] == [
         "step-00000001",
         "step-00000002",
     ]
-    assert "step-00000001/training/random.safetensors is damaged" in report.checks[0].said
-    assert report.cause == report.checks[0].said
-    report = verification.verify(training_state.folder_of(tmp_path, 1), ["transformers"], releases=[])
+    assert "step-00000001/training/random.safetensors is damaged" in report.checks[0].message
+    assert report.cause == report.checks[0].message
+    report = verification.verify(training_state.checkpoint_dir(tmp_path, 1), ["transformers"], releases=[])
     assert failing(report) == {"files"}
 
 
-def test_what_cannot_be_verified(tmp_path, capsys):
-    with pytest.raises(SettingError, match="against is 'torch'; it should be files, transformers or golden"):
+def test_verify_refuses_what_is_not_a_model(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="against is 'torch'; it should be files, transformers or golden"):
         verification.verify(tmp_path, ["torch"])
-    with pytest.raises(SettingError, match="there is no folder .*nothing"):
+    with pytest.raises(ConfigError, match="there is no folder .*nothing"):
         verification.verify(tmp_path / "nothing", ["files"])
     assert "nothing says what it should be" in verification.verify(tmp_path, ["files"]).cause
     assert cli.run(["verify", str(tmp_path), "--out", str(tmp_path / "v.json")]) == 1

@@ -1,4 +1,4 @@
-"""What a run left behind, measured: bits a byte of every checkpoint, the same weights or not, rows, a flipped bit."""
+"""What a run left behind, measured: bits per byte of every checkpoint, the same weights or not, rows, a flipped bit."""
 
 import hashlib
 import itertools
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from contestants import CONTESTANTS
-from fire import Run, restarts
-from ground import settings
+from kill_runs import Run, restarts
+from shared_setup import settings
 from watch import FILE, read
 
 PATIENCE = 180
@@ -36,7 +36,7 @@ class Point(NamedTuple):
     sha256: str
 
 
-def points(name: str, ground: Path, out: Path, seen: Run) -> list[Point]:
+def points(name: str, setup: Path, out: Path, seen: Run) -> list[Point]:
     """All checkpoints of a run, in turn; out/points.json keeps them."""
     kept = out / "points.json"
     if not kept.is_file():
@@ -44,7 +44,7 @@ def points(name: str, ground: Path, out: Path, seen: Run) -> list[Point]:
         subprocess.run(CONTESTANTS[name].command("export", str(out), str(exported)), check=True, capture_output=True)
         files = CONTESTANTS[name].module.checkpoints(out)
         found = [
-            Point(step, files[step].stat().st_mtime - seen.began, *measured(ground, exported / f"{step}.safetensors"))
+            Point(step, files[step].stat().st_mtime - seen.began, *measured(setup, exported / f"{step}.safetensors"))
             for step in sorted(files)
             if (exported / f"{step}.safetensors").is_file()
         ]
@@ -53,12 +53,12 @@ def points(name: str, ground: Path, out: Path, seen: Run) -> list[Point]:
     return [Point(*each) for each in json.loads(kept.read_text())]
 
 
-def measured(ground: Path, file: Path) -> tuple[float, str]:
-    """Bits a byte of the held-out text, in rows of the trained length, by Transformers; a hash of the weights."""
+def measured(setup: Path, file: Path) -> tuple[float, str]:
+    """Bits per byte of the validation text, in sequences of the trained length, by Transformers; the weights' hash."""
     import torch
     from safetensors.torch import load_file
 
-    model, state, (rows, labels) = judge(ground), load_file(file), held_out(ground)
+    model, state, (rows, labels) = judge(setup), load_file(file), held_out(setup)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and {*missing} <= {"lm_head.weight"}, (file, missing, unexpected)
     model.tie_weights()
@@ -71,28 +71,28 @@ def measured(ground: Path, file: Path) -> tuple[float, str]:
     for key in sorted(state):
         if key != "lm_head.weight":
             content.update(key.encode() + state[key].contiguous().numpy().tobytes())
-    return nats / math.log(2) / settings(ground)["held_out_bytes"], content.hexdigest()
+    return nats / math.log(2) / settings(setup)["held_out_bytes"], content.hexdigest()
 
 
 @cache
-def judge(ground: Path) -> Any:
+def judge(setup: Path) -> Any:
     """A model of the shape, to be filled."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(ground / "model").eval()
+    return AutoModelForCausalLM.from_pretrained(setup / "model").eval()
 
 
 @cache
-def held_out(ground: Path) -> tuple[Any, Any]:
+def held_out(setup: Path) -> tuple[Any, Any]:
     """Rows of ids and the labels that follow them; the text begins after the end of a document."""
     import torch
     from tokenizers import Tokenizer
 
     tokenizer, length = (
-        Tokenizer.from_file(str(ground / "tokenizer" / "tokenizer.json")),
-        settings(ground)["sequence_length"],
+        Tokenizer.from_file(str(setup / "tokenizer" / "tokenizer.json")),
+        settings(setup)["sequence_length"],
     )
-    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode((ground / "held_out.txt").read_text("utf-8")).ids]
+    ids = [tokenizer.token_to_id("<|endoftext|>"), *tokenizer.encode((setup / "held_out.txt").read_text("utf-8")).ids]
     count = -(-(len(ids) - 1) // length)
     rows = torch.zeros(count * length, dtype=torch.long)
     labels = torch.full((count * length,), -100)
@@ -106,9 +106,9 @@ def at(found: Sequence[Point], seconds: float) -> float | None:
     return max(by_then, key=lambda point: point.seconds).bits_per_byte if by_then else None
 
 
-def same(peace: Sequence[Point], fire: Sequence[Point]) -> bool | None:
-    """Whether the last checkpoint that both have holds the same weights, to the bit."""
-    ours, theirs = ({point.step: point.sha256 for point in each} for each in (peace, fire))
+def same(uninterrupted: Sequence[Point], with_kills: Sequence[Point]) -> bool | None:
+    """Whether the last checkpoint that both have holds bitwise identical weights."""
+    ours, theirs = ({point.step: point.sha256 for point in each} for each in (uninterrupted, with_kills))
     both = ours.keys() & theirs.keys()
     return ours[max(both)] == theirs[max(both)] if both else None
 
@@ -118,9 +118,9 @@ def rows(out: Path) -> dict[int, list[str]]:
     return {line["step"]: line["rows"] for line in read(out)}
 
 
-def repeated_or_skipped(peace: Path, fire: Path) -> tuple[int, int, int]:
-    """Rows that a killed run saw more often than one in peace, those it saw less often, and of how many."""
-    ours, theirs = rows(peace), rows(fire)
+def repeated_or_skipped(uninterrupted: Path, with_kills: Path) -> tuple[int, int, int]:
+    """Count sequences that the killed run saw more often than the uninterrupted one, less often, and all of them."""
+    ours, theirs = rows(uninterrupted), rows(with_kills)
     last = min(max(ours, default=0), max(theirs, default=0))
     calm, killed = (
         Counter(itertools.chain.from_iterable(each.get(step, []) for step in range(1, last + 1)))
@@ -129,9 +129,9 @@ def repeated_or_skipped(peace: Path, fire: Path) -> tuple[int, int, int]:
     return (killed - calm).total(), (calm - killed).total(), calm.total()
 
 
-def tokens_per_second(ground: Path, out: Path, seen: Run) -> float | None:
+def tokens_per_second(setup: Path, out: Path, seen: Run) -> float | None:
     """Median over the steps that follow one another within a life, after its first few; None where none do."""
-    given, times = settings(ground), list[float]()
+    given, times = settings(setup), list[float]()
     for life in lives(out, seen):
         times += [later - earlier for earlier, later in itertools.pairwise(life[SETTLED:])]
     return given["rows"] * given["sequence_length"] / statistics.median(times) if times else None
@@ -144,15 +144,15 @@ def lives(out: Path, seen: Run) -> Iterator[list[float]]:
         yield [each for each in steps if start < each < end]
 
 
-def notices_a_flipped_bit(name: str, ground: Path, out: Path, seed: int) -> bool | None:
+def notices_a_flipped_bit(name: str, setup: Path, out: Path, seed: int) -> bool | None:
     """Whether a start from a checkpoint with one bit flipped does anything but go on from it."""
     kept = out / "flipped.json"
     if not kept.is_file():
-        kept.write_text(json.dumps(_notices(name, ground, out, seed)))
+        kept.write_text(json.dumps(_notices(name, setup, out, seed)))
     return json.loads(kept.read_text())
 
 
-def _notices(name: str, ground: Path, out: Path, seed: int) -> bool | None:
+def _notices(name: str, setup: Path, out: Path, seed: int) -> bool | None:
     module = CONTESTANTS[name].module
     found = module.resumes_from(out)
     newest = max(found, default=0)
@@ -163,7 +163,7 @@ def _notices(name: str, ground: Path, out: Path, seed: int) -> bool | None:
     shutil.copytree(out, copy)
     (copy / FILE).unlink()
     flip(module.resumes_from(copy)[newest])
-    first, ended = first_step(name, ground, copy, seed)
+    first, ended = first_step(name, setup, copy, seed)
     shutil.rmtree(copy)
     return first != newest + 1 if first is not None or ended else None
 
@@ -175,10 +175,10 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def first_step(name: str, ground: Path, out: Path, seed: int) -> tuple[int | None, bool]:
+def first_step(name: str, setup: Path, out: Path, seed: int) -> tuple[int | None, bool]:
     """The first step of a start, if it comes to one in time, and whether it ended without any."""
     with (out / "output.log").open("wb") as log:
-        command = CONTESTANTS[name].command("train", str(ground), str(out), str(seed))
+        command = CONTESTANTS[name].command("train", str(setup), str(out), str(seed))
         child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     until = time.time() + PATIENCE
     while child.poll() is None and time.time() < until and not read(out):
@@ -190,21 +190,24 @@ def first_step(name: str, ground: Path, out: Path, seed: int) -> tuple[int | Non
     return (read(out)[0]["step"] if read(out) else None), ended
 
 
-def summary(name: str, ground: Path, outs: Mapping[str, Path], seen: Mapping[str, Run], marks: Sequence[float]) -> dict:
+def summary(name: str, setup: Path, outs: Mapping[str, Path], seen: Mapping[str, Run], marks: Sequence[float]) -> dict:
     """One contestant, one seed: every column."""
-    found = {kind: points(name, ground, outs[kind], seen[kind]) for kind in outs}
-    first, again = restarts(outs["peace"], seen["peace"]), restarts(outs["fire"], seen["fire"])[1:]
+    found = {kind: points(name, setup, outs[kind], seen[kind]) for kind in outs}
+    first, again = (
+        restarts(outs["uninterrupted"], seen["uninterrupted"]),
+        restarts(outs["with_kills"], seen["with_kills"])[1:],
+    )
     return {
         "bits_per_byte": {kind: {f"{mark:g}": at(found[kind], mark) for mark in marks} for kind in outs},
-        "tokens_per_second": tokens_per_second(ground, outs["peace"], seen["peace"]),
-        "peak_bytes": seen["peace"].peak_bytes,
-        "same_weights": same(found["peace"], found["fire"]),
-        "rows": repeated_or_skipped(outs["peace"], outs["fire"]),
-        "kills": len(seen["fire"].killed),
+        "tokens_per_second": tokens_per_second(setup, outs["uninterrupted"], seen["uninterrupted"]),
+        "peak_bytes": seen["uninterrupted"].peak_bytes,
+        "same_weights": same(found["uninterrupted"], found["with_kills"]),
+        "rows": repeated_or_skipped(outs["uninterrupted"], outs["with_kills"]),
+        "kills": len(seen["with_kills"].killed),
         "restart_seconds": statistics.median(again) if again else None,
         "first_step_seconds": first[0] if first else None,
-        "helped": seen["fire"].helped,
-        "failures": seen["fire"].failures,
+        "helped": seen["with_kills"].helped,
+        "failures": seen["with_kills"].failures,
         "points": {kind: found[kind] for kind in outs},
-        "killed": seen["fire"].killed,
+        "killed": seen["with_kills"].killed,
     }

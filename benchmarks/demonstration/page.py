@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contestants import CONTESTANTS
-from fire import MEAN_SECONDS
+from kill_runs import MEAN_SECONDS
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from smolforge.comparison import style
 
 PAGE = Path(__file__).with_name("page.md").read_text("utf-8")
-LINES = {"peace": style.SOLID, "fire": style.DASHES[-1]}
+LINES = {"uninterrupted": style.SOLID, "with_kills": style.DASHES[-1]}
 
 
 def marks(seconds: float) -> list[float]:
@@ -34,16 +34,16 @@ def machine() -> dict[str, Any]:
     """What it ran on."""
     import torch
 
-    from smolforge.device import name_of
+    from smolforge.device import device_name
 
-    return {"cpu": name_of(torch.device("cpu")), "cores": os.cpu_count()}
+    return {"cpu": device_name(torch.device("cpu")), "cores": os.cpu_count()}
 
 
 def write(out: Path) -> str:
     """OUT/demonstration.md and .svg; returns what a terminal shows."""
     numbers = json.loads((out / "demonstration.json").read_text())
     (out / "demonstration.md").write_text(page(numbers))
-    style.save(lambda: draw(numbers), out / "demonstration")
+    style.draw_and_save(lambda: draw(numbers), out / "demonstration")
     return f"{table(numbers)}\n\n{conditions(numbers)}\n\n{used(numbers)}"
 
 
@@ -65,30 +65,30 @@ def columns(at: Sequence[float]) -> dict[str, Callable[[Sequence[Mapping[str, An
     """What is said of the seeds of one contestant."""
     moments = ", ".join(f"{each:g}" for each in at)
     return {
-        f"bits a byte in peace, at {moments} s": lambda seeds: bits(seeds, "peace", at),
-        f"bits a byte under fire, at {moments} s": lambda seeds: bits(seeds, "fire", at),
+        f"bits per byte uninterrupted, at {moments} s": lambda seeds: bits(seeds, "uninterrupted", at),
+        f"bits per byte with random kills, at {moments} s": lambda seeds: bits(seeds, "with_kills", at),
         "weights as if never killed": lambda seeds: said([one["same_weights"] for one in seeds]),
-        "rows of text repeated; skipped": rows,
+        "sequences seen twice; never seen": rows,
         "a flipped bit in the last checkpoint is noticed": lambda seeds: said(
             [one["notices_a_flipped_bit"] for one in seeds]
         ),
         "checkpoints deleted by hand to go on": lambda seeds: str(sum(one["helped"] for one in seeds)),
         "restart to next step": lambda seeds: spread(known(seeds, "restart_seconds"), "{:.1f} s".format),
         "start to first step": lambda seeds: spread(known(seeds, "first_step_seconds"), "{:.1f} s".format),
-        "tokens a second": lambda seeds: spread(known(seeds, "tokens_per_second"), "{:,.0f}".format),
+        "tokens per second": lambda seeds: spread(known(seeds, "tokens_per_second"), "{:,.0f}".format),
         "peak memory": lambda seeds: spread([one["peak_bytes"] / 2**20 for one in seeds], "{:,.0f} MiB".format),
     }
 
 
 def conditions(numbers: Mapping[str, Any]) -> str:
     """What all had in common."""
-    count, common = max((len(each) for each in numbers["found"].values()), default=0), numbers["ground"]
+    count, common = max((len(each) for each in numbers["found"].values()), default=0), numbers["setup"]
     seeds = "1 seed" if count == 1 else f"{count} seeds, medians (range)"
     return (
         f"{seeds}; {numbers['seconds']:g} s each by the clock from the first start; kills {MEAN_SECONDS} s apart in "
         f"the mean. {common['bytes']:,} bytes of text (sha256 {common['sha256'][:12]}), {common['held_out_bytes']:,} "
         f"held out; shape {common['preset']}; AdamW {common['learning_rate']:g} after {common['warmup_steps']} steps, "
-        f"{common['rows']} x {common['sequence_length']} tokens a step, {common['dtype']}, saved every "
+        f"{common['rows']} x {common['sequence_length']} tokens per step, {common['dtype']}, saved every "
         f"{common['save_every']} steps. {numbers['machine']['cores']} cores, {numbers['machine']['cpu']}."
     )
 
@@ -128,28 +128,28 @@ def said(answers: Sequence[bool | None]) -> str:
 
 
 def draw(numbers: Mapping[str, Any]) -> Figure:
-    """Bits a byte over tokens, where what is exact lies together, and over seconds, where what is fast goes ahead."""
-    figure, key = style.canvas(), list[tuple[str, Artist]]()
-    tokens = numbers["ground"]["rows"] * numbers["ground"]["sequence_length"]
+    """Bits per byte over tokens, where what is exact lies together, and over seconds, where what is fast goes ahead."""
+    figure, key = style.new_figure(), list[tuple[str, Artist]]()
+    tokens = numbers["setup"]["rows"] * numbers["setup"]["sequence_length"]
     left, right = figure.subplots(1, 2, sharey=True)
-    for look, (name, seeds) in zip(style.looks(len(numbers["found"])), numbers["found"].items(), strict=True):
+    for look, (name, seeds) in zip(style.line_styles(len(numbers["found"])), numbers["found"].items(), strict=True):
         for one in seeds.values():
             line = curves(left, one, look.color, lambda point: point[0] * tokens / 1e6)
         curves(right, [*seeds.values()][-1], look.color, lambda point: point[1])
         key.append((CONTESTANTS[name].title, line))
     for at in [*next(iter(numbers["found"].values())).values()][-1]["killed"]:
         right.axvline(at, color=style.RULE, linewidth=0.8, zorder=0)
-    left.set(xlabel="million tokens, all seeds", ylabel="bits a byte, held-out text")
+    left.set(xlabel="million tokens, all seeds", ylabel="bits per byte, validation text")
     right.set(xlabel="seconds since the first start, last seed", xlim=(0, numbers["seconds"]))
     for axes in (left, right):
-        style.ruled(axes)
+        style.style_axes(axes)
     key.append(("killed at the grey lines", Line2D([], [], color=style.INK, linestyle=style.DASHES[-1])))
-    style.legend(figure, key)
+    style.add_legend(figure, key)
     return figure
 
 
 def curves(axes: Axes, one: Mapping[str, Any], color: str, across: Callable[[Sequence[Any]], float]) -> Artist:
-    """What one had at each checkpoint, in peace and under fire; `across` says where a point stands. The first line."""
+    """Plot every checkpoint, uninterrupted and with kills; `across` gives a point's x. Return the first line."""
     for kind, dashes in LINES.items():
         found = one["points"][kind]
         axes.plot([*map(across, found)], [point[2] for point in found], color=color, linestyle=dashes, linewidth=1.1)

@@ -22,7 +22,7 @@ class Contestant:
     packages: tuple[str, ...]
 
     def command(self, verb: str, *given: str) -> list[str]:
-        return [str(self.python), str(HERE / "stand.py"), self.file, verb, *given]
+        return [str(self.python), str(HERE / "run_contestant.py"), self.file, verb, *given]
 
     @property
     def module(self) -> ModuleType:

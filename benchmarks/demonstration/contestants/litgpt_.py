@@ -4,17 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ground import ENDLESS, settings
+from shared_setup import ENDLESS, settings
 from watch import Steps, named
 
 
-def shape(ground: Path, folder: Path) -> Any:
+def shape(setup: Path, folder: Path) -> Any:
     from litgpt_shape import shape_of
 
-    return shape_of(folder, settings(ground)["sequence_length"])
+    return shape_of(folder, settings(setup)["sequence_length"])
 
 
-def prepare(ground: Path) -> None:
+def prepare(setup: Path) -> None:
     """The model folder as `litgpt convert_to_litgpt` leaves it, and its own preparation of the text."""
     import torch
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
@@ -22,37 +22,37 @@ def prepare(ground: Path) -> None:
     from litgpt.utils import save_config
     from safetensors.torch import load_file
 
-    given = settings(ground)
-    folder, renamed = ground / "model", dict[str, Any]()
-    config = shape(ground, folder)
+    given = settings(setup)
+    folder, renamed = setup / "model", dict[str, Any]()
+    config = shape(setup, folder)
     copy_weights_hf_llama(config, {}, renamed, load_file(folder / "model.safetensors"))
     renamed.setdefault("lm_head.weight", renamed["transformer.wte.weight"])
     torch.save(renamed, folder / "lit_model.pth")
     save_config(config, folder)
-    data = texts(ground)
+    data = texts(setup)
     data.connect(Tokenizer(folder), given["rows"], given["sequence_length"])
     data.prepare_data()
 
 
-def texts(ground: Path) -> Any:
+def texts(setup: Path) -> Any:
     """Its TextFiles over one file, since it makes a process for each; what is held out is for its validation."""
     from litgpt.data import TextFiles
 
-    folder = ground / "prepared" / "litgpt"
+    folder = setup / "prepared" / "litgpt"
     if not folder.is_dir():
         folder.mkdir(parents=True)
-        documents = [file.read_text("utf-8") for file in sorted((ground / "text").glob("*.txt"))]
+        documents = [file.read_text("utf-8") for file in sorted((setup / "text").glob("*.txt"))]
         (folder / "1.txt").write_text("<|endoftext|>".join(documents), "utf-8")
         (folder / "held_out").mkdir()
-        (folder / "held_out" / "0.txt").write_text((ground / "held_out.txt").read_text("utf-8"), "utf-8")
+        (folder / "held_out" / "0.txt").write_text((setup / "held_out.txt").read_text("utf-8"), "utf-8")
     return TextFiles(train_data_path=folder, val_data_path=folder / "held_out", num_workers=0)
 
 
-def train(ground: Path, out: Path, seed: int) -> None:
+def train(setup: Path, out: Path, seed: int) -> None:
     from litgpt import pretrain
     from litgpt.args import EvalArgs, TrainArgs
 
-    given, write = settings(ground), Steps(out)
+    given, write = settings(setup), Steps(out)
     tokens = given["rows"] * given["sequence_length"]
     begun = checkpoints(out)
     count = max(begun, default=0)
@@ -73,12 +73,12 @@ def train(ground: Path, out: Path, seed: int) -> None:
     sys.argv = ["pretrain", "demonstration"]  # read again by its saving, which writes down how it was called
     pretrain.setup(
         "demonstration",
-        shape(ground, ground / "model"),
+        shape(setup, setup / "model"),
         out / "run",
         "32-true",
-        initial_checkpoint_dir=None if begun else ground / "model",
+        initial_checkpoint_dir=None if begun else setup / "model",
         resume=bool(begun),
-        data=texts(ground),
+        data=texts(setup),
         train=TrainArgs(
             save_interval=given["save_every"],
             log_interval=1,
@@ -101,7 +101,7 @@ def train(ground: Path, out: Path, seed: int) -> None:
                 "weight_decay": given["weight_decay"],
             },
         },
-        tokenizer_dir=ground / "model",
+        tokenizer_dir=setup / "model",
         devices=1,
         logger_name="csv",
         seed=seed,

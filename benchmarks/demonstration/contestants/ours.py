@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ground import ENDLESS, settings
+from shared_setup import ENDLESS, settings
 from watch import Steps, named
 
 
-def overrides(ground: Path, seed: int) -> dict[str, Any]:
-    given = settings(ground)
+def overrides(setup: Path, seed: int) -> dict[str, Any]:
+    given = settings(setup)
     return {
-        "init_from": str(ground / "model"),
-        "data.sources": [str(ground / "prepared" / "smolforge")],
+        "init_from": str(setup / "model"),
+        "data.sources": [str(setup / "prepared" / "smolforge")],
         "seed": seed,
         "model.preset": given["preset"],
         "optim.name": "adamw",
@@ -36,36 +36,36 @@ def overrides(ground: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def prepare(ground: Path) -> None:
+def prepare(setup: Path) -> None:
     from smolforge.config import Data
     from smolforge.data.prepare import build
     from smolforge.tokenizer import Tokenizer
 
-    data = Data(sources=(str(ground / "text"),), held_out=0)
-    build.prepare(data, ground / "prepared" / "smolforge", Tokenizer.load(ground / "tokenizer"))
+    data = Data(sources=(str(setup / "text"),), held_out=0)
+    build.prepare(data, setup / "prepared" / "smolforge", Tokenizer.load(setup / "tokenizer"))
 
 
-def train(ground: Path, out: Path, seed: int) -> None:
+def train(setup: Path, out: Path, seed: int) -> None:
     from smolforge.data import batches
     from smolforge.runs import resume_or_start
-    from smolforge.runs.callbacks import Silent
+    from smolforge.runs.context import NullListener
 
     rows: dict[int, list[str]] = {}
-    plain = batches.Windows.batch
+    plain = batches.TokenWindows.batch
 
     def batch(self: Any, step: int, *given: Any) -> Any:
         made = plain(self, step, *given)
-        rows[step + 1] = named(made.ids)
+        rows[step + 1] = named(made.input_ids)
         return made
 
-    batches.Windows.batch = batch
+    batches.TokenWindows.batch = batch
     write = Steps(out)
 
-    class Watching(Silent):
-        def stepped(self, metrics: dict[str, Any]) -> None:
+    class Watching(NullListener):
+        def on_step(self, metrics: dict[str, Any]) -> None:
             write(metrics["step"], rows.pop(metrics["step"]))
 
-    resume_or_start("nano", out / "run", overrides(ground, seed), observer=Watching())
+    resume_or_start("nano", out / "run", overrides(setup, seed), listener=Watching())
 
 
 def checkpoints(out: Path) -> dict[int, Path]:

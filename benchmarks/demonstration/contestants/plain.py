@@ -6,32 +6,32 @@ The model is Transformers' Llama, since the shape must be the same. A copy of ea
 import shutil
 from pathlib import Path
 
-from ground import ENDLESS, settings
+from shared_setup import ENDLESS, settings
 from watch import Steps, named
 
 
-def prepare(ground: Path) -> None:
+def prepare(setup: Path) -> None:
     """prepare.py: ids of all documents, each with its end, as one array of uint16."""
     import numpy as np
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(ground / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(setup / "tokenizer" / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
-    texts = [file.read_text("utf-8") for file in sorted((ground / "text").glob("*.txt"))]
+    texts = [file.read_text("utf-8") for file in sorted((setup / "text").glob("*.txt"))]
     ids = [each for text in tokenizer.encode_batch(texts) for each in [*text.ids, end]]
-    (ground / "prepared").mkdir(exist_ok=True)
-    np.array(ids, np.uint16).tofile(ground / "prepared" / "train.bin")
+    (setup / "prepared").mkdir(exist_ok=True)
+    np.array(ids, np.uint16).tofile(setup / "prepared" / "train.bin")
 
 
-def train(ground: Path, out: Path, seed: int) -> None:
+def train(setup: Path, out: Path, seed: int) -> None:
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
 
-    given, write = settings(ground), Steps(out)
+    given, write = settings(setup), Steps(out)
     length, rows = given["sequence_length"], given["rows"]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(ground / "model", dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(setup / "model", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=given["learning_rate"],
@@ -49,7 +49,7 @@ def train(ground: Path, out: Path, seed: int) -> None:
         checkpoint = None
 
     def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        data = np.memmap(ground / "prepared" / "train.bin", np.uint16, "r")
+        data = np.memmap(setup / "prepared" / "train.bin", np.uint16, "r")
         starts = torch.randint(len(data) - length, (rows,))
         x, y = (
             torch.stack([torch.from_numpy(data[i + by : i + by + length].astype(np.int64)) for i in starts])

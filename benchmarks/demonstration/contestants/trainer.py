@@ -4,33 +4,33 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ground import ENDLESS, settings
+from shared_setup import ENDLESS, settings
 from watch import Steps, named
 
 
-def prepare(ground: Path) -> None:
+def prepare(setup: Path) -> None:
     """run_clm.py's group_texts: all ids strung together, cut into blocks, the rest dropped."""
     import torch
     from tokenizers import Tokenizer
 
-    given, tokenizer = settings(ground), Tokenizer.from_file(str(ground / "tokenizer" / "tokenizer.json"))
+    given, tokenizer = settings(setup), Tokenizer.from_file(str(setup / "tokenizer" / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
-    texts = [file.read_text("utf-8") for file in sorted((ground / "text").glob("*.txt"))]
+    texts = [file.read_text("utf-8") for file in sorted((setup / "text").glob("*.txt"))]
     ids = [each for text in tokenizer.encode_batch(texts) for each in [*text.ids, end]]
     length = given["sequence_length"]
     blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    (ground / "prepared").mkdir(exist_ok=True)
-    torch.save(blocks, ground / "prepared" / "trainer.pt")
+    (setup / "prepared").mkdir(exist_ok=True)
+    torch.save(blocks, setup / "prepared" / "trainer.pt")
 
 
-def train(ground: Path, out: Path, seed: int) -> None:
+def train(setup: Path, out: Path, seed: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    given, write = settings(ground), Steps(out)
-    blocks = torch.load(ground / "prepared" / "trainer.pt")
-    model = AutoModelForCausalLM.from_pretrained(ground / "model", dtype=torch.float32)
+    given, write = settings(setup), Steps(out)
+    blocks = torch.load(setup / "prepared" / "trainer.pt")
+    model = AutoModelForCausalLM.from_pretrained(setup / "model", dtype=torch.float32)
     fetched: deque[list[str]] = deque()  # the loader is a batch ahead
 
     def collate(examples: list[Any]) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.errors import InvalidFileError, MissingResourceError
 
 log = logging.getLogger("smolforge.hub")
-BUSY, PAUSES = (408, 429, 500, 502, 503, 504), (0.5, 2.0)
-"""Answers that may be another in a moment, and the seconds between asking again."""
+RETRY_STATUS_CODES, RETRY_DELAYS = (408, 429, 500, 502, 503, 504), (0.5, 2.0)
+"""HTTP status codes worth another try, and the seconds between tries."""
 
 
 @dataclass(frozen=True)
@@ -45,66 +45,66 @@ def list_commit(repo: str, revision: str) -> Listing:
     return Listing(
         repo,
         info.sha,
-        {each.rfilename: each.size or 0 for each in siblings},
-        {each.rfilename: each.lfs.sha256 for each in siblings if each.lfs is not None},
+        {sibling.rfilename: sibling.size or 0 for sibling in siblings},
+        {sibling.rfilename: sibling.lfs.sha256 for sibling in siblings if sibling.lfs is not None},
     )
 
 
-def announce(model_id: str, listing: Listing, missing: Sequence[str]) -> None:
-    """Say what is about to be downloaded, if there is room for it."""
+def announce_download(model_id: str, listing: Listing, missing: Sequence[str]) -> None:
+    """Log what is about to be downloaded. Raises MissingResourceError where the disk has no space for it."""
     from huggingface_hub import constants
 
-    large = [_partial(listing, name) for name in missing if name in listing.sha256]
-    begun = sum(part.stat().st_size for part in large if part.is_file())
-    needed = sum(listing.sizes[name] for name in missing) - begun
+    partial_paths = [_partial_path(listing, name) for name in missing if name in listing.sha256]
+    downloaded = sum(part.stat().st_size for part in partial_paths if part.is_file())
+    needed = sum(listing.sizes[name] for name in missing) - downloaded
     cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
-    if needed > free:
-        raise MissingResource(
-            f"{model_id} needs {needed:,} more bytes and {cache} has {free:,} free; make room, or let HF_HOME name "
-            "a folder on another disk"
+    free_bytes = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    if needed > free_bytes:
+        raise MissingResourceError(
+            f"{model_id} needs {needed:,} more bytes and {cache} has {free_bytes:,} free; make room, or let HF_HOME "
+            "name a folder on another disk"
         )
     size = f"{needed / 1e6:,.0f} MB" if needed >= 1e6 else f"{needed / 1e3:,.0f} kB"
     log.info("%s: downloading %s in %d file%s", model_id, size, len(missing), "" if len(missing) == 1 else "s")
 
 
-def bring(model_id: str, listing: Listing, name: str) -> None:
-    """One file into the cache: a large one first as a blob that is as the Hub says, then the name for it."""
+def download_file(model_id: str, listing: Listing, name: str) -> None:
+    """Download one file into the cache: a large one first as a blob with the Hub's sha256, then the name for it."""
     from huggingface_hub import hf_hub_download
 
     if name in listing.sha256:
-        patiently(partial(_bring_blob, model_id, listing, name))
-    patiently(partial(hf_hub_download, listing.repo, name, revision=listing.commit))
+        with_retries(partial(_download_blob, model_id, listing, name))
+    with_retries(partial(hf_hub_download, listing.repo, name, revision=listing.commit))
 
 
-def _bring_blob(model_id: str, listing: Listing, name: str) -> None:
+def _download_blob(model_id: str, listing: Listing, name: str) -> None:
     """Download a large file under its sha256, going on where an earlier try ended.
 
     huggingface_hub itself forgets what it has of a file when its process ends, and checks only the size.
     """
     from huggingface_hub.utils import WeakFileLock
 
-    partial_file = _partial(listing, name)
+    partial_file = _partial_path(listing, name)
     blob = partial_file.with_suffix("")
-    lock = storage(listing.repo).parent / ".locks" / storage(listing.repo).name / f"{blob.name}.lock"
+    lock = repo_cache_dir(listing.repo).parent / ".locks" / repo_cache_dir(listing.repo).name / f"{blob.name}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if blob.exists():
             return
-        _bring_rest(listing, name, partial_file)
+        _resume_download(listing, name, partial_file)
         with partial_file.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != blob.name:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != blob.name:
             partial_file.unlink()
-            raise InvalidFile(
-                f"{name} of {model_id} came damaged: its sha256 is {found[:12]}... where the Hub says "
+            raise InvalidFileError(
+                f"{name} of {model_id} came damaged: its sha256 is {digest[:12]}... where the Hub says "
                 f"{blob.name[:12]}...; it was removed, and the same command downloads it again"
             )
         partial_file.rename(blob)
 
 
-def _bring_rest(listing: Listing, name: str, partial_file: Path) -> None:
+def _resume_download(listing: Listing, name: str, partial_file: Path) -> None:
     """Append what is still missing, as long as each connection brings some of it."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HTTPError
@@ -115,55 +115,55 @@ def _bring_rest(listing: Listing, name: str, partial_file: Path) -> None:
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     while True:
         with partial_file.open("ab") as file:
-            have = file.tell()
-            if have > size:
-                file.truncate(have := 0)
+            start = file.tell()
+            if start > size:
+                file.truncate(start := 0)
                 file.seek(0)
             try:
-                http_get(url, file, resume_size=have, headers=headers, expected_size=size, displayed_filename=name)
+                http_get(url, file, resume_size=start, headers=headers, expected_size=size, displayed_filename=name)
                 return
             except HTTPError:
-                if file.tell() == have:
+                if file.tell() == start:
                     raise
 
 
-def patiently(action: Callable[[], Any]) -> Any:
-    """Ask again where the Hub says that it is busy, or broken for the moment."""
+def with_retries(action: Callable[[], Any]) -> Any:
+    """Retry where the Hub answers with one of RETRY_STATUS_CODES."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for pause in PAUSES:
+    for pause in RETRY_DELAYS:
         try:
             return action()
         except HfHubHTTPError as error:
-            if error.response.status_code not in BUSY:
+            if error.response.status_code not in RETRY_STATUS_CODES:
                 raise
             time.sleep(pause)
     return action()
 
 
-def storage(repo: str) -> Path:
-    """Where the cache keeps a repository."""
+def repo_cache_dir(repo: str) -> Path:
+    """Return the folder of a repository in the cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE).expanduser().resolve() / f"models--{repo.replace('/', '--')}"
 
 
-def snapshot(repo: str, commit: str) -> Path:
-    return storage(repo) / "snapshots" / commit
+def snapshot_dir(repo: str, commit: str) -> Path:
+    return repo_cache_dir(repo) / "snapshots" / commit
 
 
-def _partial(listing: Listing, name: str) -> Path:
-    """Where a large file grows."""
-    return storage(listing.repo) / "blobs" / f"{listing.sha256[name]}.partial"
+def _partial_path(listing: Listing, name: str) -> Path:
+    """Return the path of a large file while it is downloaded."""
+    return repo_cache_dir(listing.repo) / "blobs" / f"{listing.sha256[name]}.partial"
 
 
-def remember(listing: Listing, revision: str, instead: bool) -> None:
-    """Write down which commit the revision meant, for times without a network; `instead` of an earlier one or not.
+def write_ref(listing: Listing, revision: str, overwrite: bool) -> None:
+    """Write which commit a revision is, for use without a network; `overwrite` says whether an earlier one is replaced.
 
     A commit of which only a part is here must not take the place of one that is here as a whole.
     """
-    ref = storage(listing.repo) / "refs" / revision
-    if revision == listing.commit or (ref.exists() and not instead):
+    ref = repo_cache_dir(listing.repo) / "refs" / revision
+    if revision == listing.commit or (ref.exists() and not overwrite):
         return
     with suppress(OSError):  # a cache that may only be read serves as well
         ref.parent.mkdir(parents=True, exist_ok=True)

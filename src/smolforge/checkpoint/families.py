@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from smolforge.checkpoint import quantization
 from smolforge.config import ModelConfig, custom_classes
 from smolforge.config.model import PARTS
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
-OWN = "smolforge"
-"""model_type of a model with classes of a person's own, which Transformers must not take for one it knows."""
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+CUSTOM_MODEL_TYPE = "smolforge"
+"""model_type of a model with custom classes; Transformers must not take it for one that it knows."""
+REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-INERT = frozenset(
+INERT_KEYS = frozenset(
     """
     _attn_implementation_autoset _name_or_path add_cross_attention architectures begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id finetuning_task
@@ -37,7 +37,7 @@ INERT = frozenset(
 )
 """Keys that say nothing about what the model computes; the second group is of how text is drawn from it."""
 
-LARGEST_JSON = 4 << 20
+MAX_JSON_BYTES = 4 << 20
 """Bytes; the largest config.json and index there are take a tenth of it."""
 
 
@@ -52,9 +52,9 @@ class Family:
     """Settings implemented at one value only."""
 
 
-_COMMON = {"attention_dropout": 0.0}
-_NEVER_WRITTEN = {"is_encoder_decoder": False, "partial_rotary_factor": 1.0}
-_UNLESS_SAID = {
+_COMMON_FIXED = {"attention_dropout": 0.0}
+_FIXED_NOT_WRITTEN = {"is_encoder_decoder": False, "partial_rotary_factor": 1.0}
+_DEFAULTS = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -64,81 +64,88 @@ _UNLESS_SAID = {
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
-        _UNLESS_SAID | {"max_position_embeddings": 2048},
-        _COMMON | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
+        _DEFAULTS | {"max_position_embeddings": 2048},
+        _COMMON_FIXED | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
-        _UNLESS_SAID | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-        _COMMON | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+        _DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+        _COMMON_FIXED | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
-        _UNLESS_SAID
+        _DEFAULTS
         | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072},
-        _COMMON | {"sliding_window": None, "router_jitter_noise": 0.0},
+        _COMMON_FIXED | {"sliding_window": None, "router_jitter_noise": 0.0},
     ),
     "starcoder2": Family(
         "Starcoder2ForCausalLM",
-        {name: value for name, value in _UNLESS_SAID.items() if name != "rms_norm_eps"}
+        {name: value for name, value in _DEFAULTS.items() if name != "rms_norm_eps"}
         | {
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "initializer_range": 0.018042,
             "tie_word_embeddings": True,
         },
-        _COMMON | {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": False},
+        _COMMON_FIXED | {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": False},
     ),
 }
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Raises InvalidFile where config.json is missing, broken, or asks for what is not implemented."""
+    """Return the ModelConfig of a config.json.
+
+    Raises InvalidFileError where it is missing, broken, or asks for what is not implemented.
+    """
     return from_hugging_face(read_json(path), str(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder. Raises InvalidFile where it is missing or none."""
+    """The object in a JSON file of a model folder. Raises InvalidFileError where it is missing or none."""
     try:
         if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-            raise InvalidFile(f"{path} is no regular file")
+            raise InvalidFileError(f"{path} is no regular file")
         size = path.stat().st_size
-        if size > LARGEST_JSON:
-            raise InvalidFile(f"{path} has {size:,} bytes, more than the {LARGEST_JSON:,} of any real one")
+        if size > MAX_JSON_BYTES:
+            raise InvalidFileError(f"{path} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} of any real one")
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise InvalidFile(f"{path.parent} is not a model folder: it has no {path.name}") from None
+        raise InvalidFileError(f"{path.parent} is not a model folder: it has no {path.name}") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
+        raise InvalidFileError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InvalidFile(f"{path} is not a JSON object")
+        raise InvalidFileError(f"{path} is not a JSON object")
     return content
 
 
 def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> ModelConfig:
-    """The shape a config.json describes; `rope_theta` is read in its old and its new place."""
+    """Return the ModelConfig that a config.json describes; `rope_theta` is read from its old and its new place."""
     content = dict(content)
-    quantization.take(content, path)
+    quantization.pop_scheme(content, path)
     if "auto_map" in content:
-        raise InvalidFile(f"{path} asks for code of its own (auto_map), which is never run; only {_known()} load")
-    classes = _take_own_classes(content, path)
+        raise InvalidFileError(
+            f"{path} asks for code of its own (auto_map), which is never run; only {_implemented_families()} load"
+        )
+    classes = _pop_custom_classes(content, path)
     family = FAMILIES.get(str(content.get("model_type", "llama")))
     if family is None:
-        raise InvalidFile(f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_known()} are")
-    _take_rope_theta(content, path)
-    _check_attention_kinds(content, path)
-    lacking = [key for key in NEEDED if key not in content]
-    if lacking:
-        raise InvalidFile(f"{path} does not say {lacking[0]}")
-    settings, fixed = dict(family.defaults), family.fixed | _NEVER_WRITTEN
+        raise InvalidFileError(
+            f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_implemented_families()} are"
+        )
+    _move_rope_theta(content, path)
+    _check_layer_types(content, path)
+    missing = [key for key in REQUIRED_KEYS if key not in content]
+    if missing:
+        raise InvalidFileError(f"{path} does not say {missing[0]}")
+    settings, fixed = dict(family.defaults), family.fixed | _FIXED_NOT_WRITTEN
     for key, value in content.items():
         if key in fixed:
             if value != fixed[key]:
-                raise InvalidFile(f"{path}: {key} is {value!r}, which is not implemented; only {fixed[key]!r} is")
+                raise InvalidFileError(f"{path}: {key} is {value!r}, which is not implemented; only {fixed[key]!r} is")
         elif key in ModelConfig.model_fields and key not in PARTS:
             settings[key] = value
-        elif key not in INERT and value is not None:
-            raise InvalidFile(f"{path} has a setting {key!r} that is not known here, so the model might differ")
+        elif key not in INERT_KEYS and value is not None:
+            raise InvalidFileError(f"{path} has a setting {key!r} that is not known here, so the model might differ")
     if settings["num_key_value_heads"] is None:  # every head has its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     try:
@@ -146,44 +153,50 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise InvalidFile(f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        raise InvalidFileError(
+            f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
-def _take_own_classes(content: dict[str, Any], path: str) -> dict[str, str]:
-    """What stands in the place of which part, where a person has admitted it; the rest is then one of our families."""
-    if content.get("model_type") != OWN:
+def _pop_custom_classes(content: dict[str, Any], path: str) -> dict[str, str]:
+    """Remove and return the custom class of each part, if the user allowed it; what is left is one of our families."""
+    if content.get("model_type") != CUSTOM_MODEL_TYPE:
         return {}
-    said = content.pop(OWN, None)
-    if not isinstance(said, dict) or not {"model_type"} < said.keys() <= {"model_type", *PARTS}:
-        raise InvalidFile(f"{path}: model_type is {OWN}, but its table {OWN} does not say of what classes")
-    content["model_type"] = said.pop("model_type")
-    for part, name in said.items():
-        custom_classes.refuse_unless_admitted(f"model.{part}", str(name), f"{path}: ")
-    return said
+    table = content.pop(CUSTOM_MODEL_TYPE, None)
+    if not isinstance(table, dict) or not {"model_type"} < table.keys() <= {"model_type", *PARTS}:
+        raise InvalidFileError(
+            f"{path}: model_type is {CUSTOM_MODEL_TYPE}, but its table {CUSTOM_MODEL_TYPE} does not say of what classes"
+        )
+    content["model_type"] = table.pop("model_type")
+    for part, name in table.items():
+        custom_classes.check_imported(f"model.{part}", str(name), f"{path}: ")
+    return table
 
 
-def _known() -> str:
+def _implemented_families() -> str:
     return ", ".join(FAMILIES)
 
 
-def _take_rope_theta(content: dict[str, Any], path: str) -> None:
-    """Both places that may ask for another rotation, of which the plain one is taken."""
+def _move_rope_theta(content: dict[str, Any], path: str) -> None:
+    """Move rope_theta out of rope_scaling or rope_parameters. Raises InvalidFileError for any other rotary scaling."""
     for key in ("rope_scaling", "rope_parameters"):
         rope = content.pop(key, None)
         if rope is None:
             continue
-        known = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        plain = isinstance(rope, dict) and all(rope[name] == known.get(name) for name in rope if name != "rope_theta")
-        if not plain:
-            raise InvalidFile(f"{path}: {key} {rope} is a kind of rotary scaling that is not implemented")
+        implemented = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        is_default = isinstance(rope, dict) and all(
+            rope[name] == implemented.get(name) for name in rope if name != "rope_theta"
+        )
+        if not is_default:
+            raise InvalidFileError(f"{path}: {key} {rope} is a kind of rotary scaling that is not implemented")
         content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
-def _check_attention_kinds(content: dict[str, Any], path: str) -> None:
+def _check_layer_types(content: dict[str, Any], path: str) -> None:
     """Qwen3 names the attention of every layer, and a window that counts only where it is switched on."""
     kinds = content.pop("layer_types", None)
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise InvalidFile(f"{path}: layer_types has other than full_attention, which is all that is implemented")
+        raise InvalidFileError(f"{path}: layer_types has other than full_attention, which is all that is implemented")
     if content.get("model_type") == "qwen3" and not content.get("use_sliding_window", False):
         content.pop("sliding_window", None)
 
@@ -192,12 +205,12 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """config.json as Transformers 4 and 5 read it."""
     family = FAMILIES[config.model_type]
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    shape = {name: config.__dict__[name] for name in config.own_fields()}
+    shape = {name: config.__dict__[name] for name in config.family_fields()}
     content = {"architectures": [family.architecture], **shape, **family.fixed, "rope_parameters": rope}
-    if config.own_classes:
-        plain = {key: value for key, value in content.items() if key not in config.own_classes}
-        table = {"model_type": config.model_type, **config.own_classes}
-        return plain | {"architectures": ["LanguageModel"], "model_type": OWN, OWN: table}
+    if config.custom_classes:
+        plain = {key: value for key, value in content.items() if key not in config.custom_classes}
+        table = {"model_type": config.model_type, **config.custom_classes}
+        return plain | {"architectures": ["LanguageModel"], "model_type": CUSTOM_MODEL_TYPE, CUSTOM_MODEL_TYPE: table}
     return content
 
 
@@ -205,8 +218,8 @@ def names_on_disk(name: str, config: ModelConfig) -> list[str]:
     """Where a parameter is in the file: under its own name, or in one tensor for each expert, as Mixtral has them."""
     if config.model_type != "mixtral" or config.feed_forward is not None or ".mlp." not in name:
         return [name]
-    layer, _, rest = name.partition(".mlp.")
-    if rest == "gate.weight":
+    layer, _, suffix = name.partition(".mlp.")
+    if suffix == "gate.weight":
         return [f"{layer}.block_sparse_moe.gate.weight"]
-    matrix = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[rest.removeprefix("experts.")]
+    matrix = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[suffix.removeprefix("experts.")]
     return [f"{layer}.block_sparse_moe.experts.{e}.{matrix}.weight" for e in range(config.num_local_experts)]

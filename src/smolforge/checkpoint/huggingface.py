@@ -20,11 +20,11 @@ from smolforge.checkpoint import quantization
 from smolforge.checkpoint import safetensors_writer as tensor_file
 from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models import quantized
-from smolforge.models.decoder import LanguageModel, allocate, outline
-from smolforge.models.lora import folded
-from smolforge.models.quantized import Scheme
+from smolforge.models.decoder import LanguageModel, empty_model, meta_model
+from smolforge.models.lora import merged_parameters
+from smolforge.models.quantized import QuantizationScheme
 from smolforge.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
@@ -38,103 +38,111 @@ Shape = tuple[int, ...]
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a folder, on the CPU.
 
-    Raises InvalidFile, naming file and key, for anything missing, unknown or of another shape.
+    Raises InvalidFileError, naming file and key, for anything missing, unknown or of another shape.
     """
     config, scheme = read_config(folder / CONFIG), read_scheme(folder)
-    with Tensors(folder) as tensors:
-        check_names(tensors, config, scheme)
-        model = laid(allocate(config, dtype), scheme)
+    with SafetensorsReader(folder) as tensors:
+        check_tensors(tensors, config, scheme)
+        model = with_quantized_layers(empty_model(config, dtype), scheme)
         fill(model, tensors)
-    quantization.check(model, folder)
+    quantization.check_quantized_layers(model, folder)
     return model
 
 
-def read_scheme(folder: Path) -> Scheme | None:
+def read_scheme(folder: Path) -> QuantizationScheme | None:
     """How a folder's matrices are kept as integers; None where they are not."""
-    return quantization.take(read_json(folder / CONFIG), str(folder / CONFIG))
+    return quantization.pop_scheme(read_json(folder / CONFIG), str(folder / CONFIG))
 
 
-def laid(model: LanguageModel, scheme: Scheme | None) -> LanguageModel:
-    """The model with layers of integers where a file's scheme has them. Raises InvalidFile where it cannot be meant."""
+def with_quantized_layers(model: LanguageModel, scheme: QuantizationScheme | None) -> LanguageModel:
+    """Insert quantized layers where a file's scheme has them; return the model.
+
+    Raises InvalidFileError where the scheme does not fit the model.
+    """
     if scheme is not None:
         try:
-            quantized.lay(model, scheme)
-        except SettingError as error:
-            raise InvalidFile(f"{CONFIG} has a {quantization.KEY} that does not fit the model: {error}") from None
+            quantized.insert_quantized_layers(model, scheme)
+        except ConfigError as error:
+            raise InvalidFileError(f"{CONFIG} has a {quantization.KEY} that does not fit the model: {error}") from None
     return model
 
 
-class Tensors:
-    """The tensors of a folder's safetensors files, read one at a time. Raises InvalidFile where they are broken."""
+class SafetensorsReader:
+    """Reader of a folder's safetensors files, one tensor at a time.
+
+    Raises InvalidFileError where they are corrupted.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.stack, self.source = folder, ExitStack(), folder / WEIGHTS
-        self.open: dict[str, Any] = {}
+        self.folder, self.stack, self.path = folder, ExitStack(), folder / WEIGHTS
+        self.files: dict[str, Any] = {}
 
-    def __enter__(self) -> "Tensors":
-        for path in files(self.folder):
+    def __enter__(self) -> "SafetensorsReader":
+        for path in weight_files(self.folder):
             try:
                 path.open("rb").close()  # safetensors says of every file it may not read that there is none
                 file = self.stack.enter_context(safe_open(path, "pt"))
                 names = list(file.keys())
             except (SafetensorError, OSError) as error:
                 self.stack.close()
-                raise InvalidFile(f"{path} cannot be read: {error}") from None
-            repeated = self.open.keys() & set(names)
+                raise InvalidFileError(f"{path} cannot be read: {error}") from None
+            repeated = self.files.keys() & set(names)
             if repeated:
                 self.stack.close()
-                raise InvalidFile(f"{path} holds {min(repeated)}, which another file of {self.folder} holds too")
-            self.open |= dict.fromkeys(names, file)
-            self.source = path
-            self._hold_to_index(path, names)
+                raise InvalidFileError(f"{path} holds {min(repeated)}, which another file of {self.folder} holds too")
+            self.files |= dict.fromkeys(names, file)
+            self.path = path
+            self._check_against_index(path, names)
         return self
 
-    def _hold_to_index(self, path: Path, names: list[str]) -> None:
-        """Where an index says which file holds what, that is what it must hold."""
+    def _check_against_index(self, path: Path, names: list[str]) -> None:
+        """Check that a shard has the tensors that the index lists for it."""
         if path.name == WEIGHTS:
             return
         listed = {name for name, file in read_index(self.folder / INDEX).items() if file == path.name}
         if listed != set(names):
             self.stack.close()
-            raise InvalidFile(f"{path} does not hold what {INDEX} says, such as {min(listed ^ set(names))}")
+            raise InvalidFileError(f"{path} does not hold what {INDEX} says, such as {min(listed ^ set(names))}")
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
     def shapes(self) -> dict[str, Shape]:
         """Name to shape, from the headers alone."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.open.items()}
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.get(name)
+        return self.get_tensor(name)
 
-    def get(self, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
-        """A tensor of one of these dtypes. Raises InvalidFile where it holds another."""
+    def get_tensor(self, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
+        """Return a tensor of one of these dtypes. Raises InvalidFileError where it has another."""
         try:
-            found = self.open[name].get_tensor(name)
+            tensor = self.files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise InvalidFile(f"{self.source} cannot be read: {error}") from None
-        if found.dtype not in dtypes:
-            kind, wanted = (str(each).removeprefix("torch.") for each in (found.dtype, dtypes[0]))
+            raise InvalidFileError(f"{self.path} cannot be read: {error}") from None
+        if tensor.dtype not in dtypes:
+            kind, expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, dtypes[0]))
             rule = (
-                "quantised weights are read only as export has them" if dtypes is DTYPES else f"it should hold {wanted}"
+                "quantised weights are read only as export has them"
+                if dtypes is DTYPES
+                else f"it should hold {expected}"
             )
-            raise InvalidFile(f"{self.source}: {name} holds {kind}; {rule}")
-        return found
+            raise InvalidFileError(f"{self.path}: {name} holds {kind}; {rule}")
+        return tensor
 
 
-def files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, or the .gguf it is. Raises InvalidFile where one is missing."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, or the .gguf it is. Raises InvalidFileError where one is missing."""
     if folder.is_file():
         return [folder]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise InvalidFile(f"{folder} has no {WEIGHTS}")
+        raise InvalidFileError(f"{folder} has no {WEIGHTS}")
     names = shard_names(folder / INDEX)
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
-        raise InvalidFile(f"{folder} lacks {absent[0]}, which its {INDEX} names")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InvalidFileError(f"{folder} lacks {missing[0]}, which its {INDEX} names")
     return [folder / name for name in names]
 
 
@@ -144,83 +152,95 @@ def shard_names(index: Path) -> list[str]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor to file, as an index has it. Raises InvalidFile for a file that is no safetensors file beside it."""
+    """Tensor to file, as an index has it. Raises InvalidFileError for a file that is no safetensors file beside it."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
-        raise InvalidFile(f"{index} has no weight_map of tensor names to files")
+        raise InvalidFileError(f"{index} has no weight_map of tensor names to files")
     for name in listed.values():
         plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) and ".." not in name
         if not plain:
-            raise InvalidFile(f"{index} names {name!r}, which is no .safetensors file beside it; it is not followed")
+            raise InvalidFileError(
+                f"{index} names {name!r}, which is no .safetensors file beside it; it is not followed"
+            )
     return listed
 
 
-def check_names(tensors: Tensors, config: ModelConfig, scheme: Scheme | None = None) -> None:
-    """Hold the tensors of the files to those of the model, before anything is allocated."""
-    found, where = tensors.shapes(), tensors.source
+def check_tensors(tensors: SafetensorsReader, config: ModelConfig, scheme: QuantizationScheme | None = None) -> None:
+    """Check names and shapes of the files' tensors against the model, before anything is allocated."""
+    shapes, source = tensors.shapes(), tensors.path
     count = tensor_count(config)
-    if count > 2 * len(found) + 64:  # before so many names are made
-        raise InvalidFile(f"{where} has {len(found):,} tensors where config.json makes it {count:,}")
-    wanted = dict(wanted_shapes(config, scheme))
-    optional = {HEAD} if config.tie_word_embeddings and EMBEDDING in wanted else set()
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys() - optional)
+    if count > 2 * len(shapes) + 64:  # before so many names are made
+        raise InvalidFileError(f"{source} has {len(shapes):,} tensors where config.json makes it {count:,}")
+    expected = dict(expected_shapes(config, scheme))
+    optional = {HEAD} if config.tie_word_embeddings and EMBEDDING in expected else set()
+    missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys() - optional)
     if missing:
-        raise InvalidFile(f"{where} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}")
+        raise InvalidFileError(f"{source} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}")
     if unknown:
-        raise InvalidFile(f"{where} has {len(unknown)} tensors this model has no place for, the first {unknown[0]}")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise InvalidFile(f"{where}: {name} has shape {found[name]} where config.json makes it {shape}")
-    if optional & found.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise InvalidFile(
-            f"{where} has an lm_head.weight that differs from the embedding, but config.json ties them; "
+        raise InvalidFileError(
+            f"{source} has {len(unknown)} tensors this model has no place for, the first {unknown[0]}"
+        )
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise InvalidFileError(f"{source}: {name} has shape {shapes[name]} where config.json makes it {shape}")
+    if optional & shapes.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise InvalidFileError(
+            f"{source} has an lm_head.weight that differs from the embedding, but config.json ties them; "
             "set tie_word_embeddings to false there if the head is its own"
         )
 
 
 def tensor_count(config: ModelConfig) -> int:
-    """How many tensors the files of a model hold, without naming them."""
+    """Count the tensors of a model's files without listing their names."""
     count = 0
-    for name, _ in outline(config.model_copy(update={"num_hidden_layers": 1})).named_parameters():
+    for name, _ in meta_model(config.model_copy(update={"num_hidden_layers": 1})).named_parameters():
         one = config.num_local_experts if ".experts." in name else 1
         count += one * (config.num_hidden_layers if ".layers." in name else 1)
     return count
 
 
-def wanted_shapes(config: ModelConfig, scheme: Scheme | None = None) -> Iterator[tuple[str, Shape]]:
-    """(name on disk, shape) of every tensor of a model."""
-    for name, weight in laid(outline(config), scheme).named_parameters():
-        yield from ((each, tuple(place.shape)) for each, place in parts(name, weight, config))
+def expected_shapes(config: ModelConfig, scheme: QuantizationScheme | None = None) -> Iterator[tuple[str, Shape]]:
+    """Yield (name on disk, shape) of every tensor of a model."""
+    for name, weight in with_quantized_layers(meta_model(config), scheme).named_parameters():
+        yield from ((disk_name, tuple(part.shape)) for disk_name, part in split_parameter(name, weight, config))
 
 
 @torch.no_grad()
-def fill(model: LanguageModel, tensors: Tensors) -> None:
+def fill(model: LanguageModel, tensors: SafetensorsReader) -> None:
     """Copy the files' values into the model's parameters: integers and their scales as they are, others as they fit."""
-    kept = quantization.dtypes(model)
+    quantized_dtypes = quantization.quantized_dtypes(model)
     for name, weight in model.named_parameters():
-        for each, place in parts(name, weight, model.config):
-            place.copy_(tensors.get(each, (kept[each],) if each in kept else DTYPES))
+        for disk_name, part in split_parameter(name, weight, model.config):
+            part.copy_(
+                tensors.get_tensor(
+                    disk_name, (quantized_dtypes[disk_name],) if disk_name in quantized_dtypes else DTYPES
+                )
+            )
 
 
-def parts(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
-    """A parameter as the tensors it is on disk: the experts' stacked matrices one by one, any other whole."""
+def split_parameter(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
+    """Split a parameter into its tensors on disk: the experts' stacked matrices one by one, any other as it is."""
     disk = names_on_disk(name, config)
     if disk == [name]:
         return [(name, weight)]
     return list(zip(disk, weight if weight.ndim == 3 else [weight], strict=True))
 
 
-def named_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """Every tensor of a model by its name on disk: the live ones where they are, low-rank updates added."""
-    return {each: place.detach() for name, weight in folded(model) for each, place in parts(name, weight, model.config)}
+def tensors_by_disk_name(model: LanguageModel) -> dict[str, Tensor]:
+    """Return every tensor of a model by its name on disk: the live ones without a copy, LoRA merged."""
+    return {
+        disk_name: part.detach()
+        for name, weight in merged_parameters(model)
+        for disk_name, part in split_parameter(name, weight, model.config)
+    }
 
 
 def disk_tensors(model: LanguageModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every tensor of a model file, by its name on disk, as it is written."""
-    kept = quantization.dtypes(model)
+    """Return every tensor of a model by its name on disk, in the dtype that is written."""
+    quantized_dtypes = quantization.quantized_dtypes(model)
     return {
-        name: each.to(kept.get(name, dtype) or each.dtype).cpu().contiguous()
-        for name, each in named_tensors(model).items()
+        name: tensor.to(quantized_dtypes.get(name, dtype) or tensor.dtype).cpu().contiguous()
+        for name, tensor in tensors_by_disk_name(model).items()
     }
 
 
@@ -228,6 +248,7 @@ def save(
     model: LanguageModel,
     folder: Path,
     tokenizer: Tokenizer | None = None,
+    *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int | None = None,
     special: dict[str, Any] | None = None,
@@ -240,8 +261,16 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = disk_tensors(model, dtype)
-    save_settings(folder, model.config, tokenizer, dtype or model.head.dtype, special, generation, model.scheme)
-    shards = cut(tensors, max_shard_bytes)
+    save_settings(
+        folder,
+        model.config,
+        tokenizer,
+        dtype=dtype or model.lm_head_weight.dtype,
+        special=special,
+        generation=generation,
+        scheme=model.quantization,
+    )
+    shards = split_into_shards(tensors, max_shard_bytes)
     names = [WEIGHTS] if len(shards) == 1 else _shard_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         tensor_file.write(folder / name, shard, METADATA)
@@ -255,10 +284,11 @@ def save_settings(
     folder: Path,
     config: ModelConfig,
     tokenizer: Tokenizer | None,
+    *,
     dtype: torch.dtype,
     special: dict[str, Any] | None = None,
     generation: dict[str, Any] | None = None,
-    scheme: Scheme | None = None,
+    scheme: QuantizationScheme | None = None,
 ) -> None:
     """Write everything of a model folder but its weights."""
     special = {
@@ -267,16 +297,16 @@ def save_settings(
         **({"pad_token_id": tokenizer.pad_id} if tokenizer and tokenizer.pad_id is not None else {}),
         **(special or {}),
     }
-    said: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    said |= {} if scheme is None else {quantization.KEY: quantization.said(scheme)}
-    _write_json(folder / CONFIG, to_hugging_face(config) | special | said)
+    extra: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    extra |= {} if scheme is None else {quantization.KEY: quantization.quantization_config(scheme)}
+    _write_json(folder / CONFIG, to_hugging_face(config) | special | extra)
     _write_json(folder / GENERATION, special | (generation or {}))
     if tokenizer:
         tokenizer.save(folder)
 
 
-def cut(tensors: dict[str, Tensor], max_shard_bytes: int | None) -> list[dict[str, Tensor]]:
-    """The tensors in order, in parts of at most so many bytes where a single tensor allows it."""
+def split_into_shards(tensors: dict[str, Tensor], max_shard_bytes: int | None) -> list[dict[str, Tensor]]:
+    """Split the tensors, in order, into shards of at most `max_shard_bytes`; a larger tensor gets its own shard."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

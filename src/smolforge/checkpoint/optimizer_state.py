@@ -1,4 +1,4 @@
-"""What the AdamW that made a model remembered, for a run that goes on with it: of our checkpoints, and nanotron's."""
+"""Read AdamW's optimizer state from a checkpoint of ours or of nanotron, for a run that starts from its model."""
 
 from pathlib import Path
 
@@ -10,48 +10,51 @@ from torch import Tensor
 from smolforge import atomic
 from smolforge.checkpoint import nanotron, training_state
 from smolforge.checkpoint.nanotron.optimizer import MOMENTS, STEP
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
-FILE = f"{training_state.TRAINING}/{training_state.OPTIMIZER}"
+OPTIMIZER_FILE = f"{training_state.TRAINING}/{training_state.OPTIMIZER}"
 
 
-def check_there(folder: Path) -> None:
-    """Raises InvalidFile where a model's folder has no moments of AdamW; they are not read."""
+def check_moments_exist(folder: Path) -> None:
+    """Raise InvalidFileError where a model's folder has no Adam moments; they are not read."""
     if nanotron.is_checkpoint(folder):
-        nanotron.optimizer.files(folder)
-    elif not (folder / FILE).is_file():
-        raise InvalidFile(f"{folder} has no moments to go on with ({FILE}); leave init_moments out")
+        nanotron.optimizer.optimizer_files(folder)
+    elif not (folder / OPTIMIZER_FILE).is_file():
+        raise InvalidFileError(f"{folder} has no moments to go on with ({OPTIMIZER_FILE}); leave init_moments out")
     else:
-        check_names(folder)
+        check_optimizer_file(folder)
 
 
-def read(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Moments in this dtype and step counts, as `optim.state_tensors` names them.
+def read_moments(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return Adam moments in this dtype and step counts, named as by `optim.state_tensors`.
 
-    Raises InvalidFile where there are none, or others: those of an averaged model belong to other weights than its own.
+    Raises InvalidFileError where there are none, or others: those of an EMA model belong to weights that it does not
+    have.
     """
-    check_there(folder)
-    found = nanotron.optimizer.moments(folder) if nanotron.is_checkpoint(folder) else of_checkpoint(folder)
-    return {name: value if name.startswith(f"{STEP}.") else value.to(dtype) for name, value in found.items()}
+    check_moments_exist(folder)
+    tensors = (
+        nanotron.optimizer.read_moments(folder) if nanotron.is_checkpoint(folder) else read_checkpoint_moments(folder)
+    )
+    return {name: value if name.startswith(f"{STEP}.") else value.to(dtype) for name, value in tensors.items()}
 
 
-def of_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Those of a checkpoint of ours, held to its manifest."""
-    atomic.check(folder, [FILE])
-    return load_file(folder / FILE)
+def read_checkpoint_moments(folder: Path) -> dict[str, Tensor]:
+    """Read the optimizer state of a checkpoint of ours, checked against its manifest."""
+    atomic.check_manifest(folder, [OPTIMIZER_FILE])
+    return load_file(folder / OPTIMIZER_FILE)
 
 
-def check_names(folder: Path) -> None:
-    """Raises InvalidFile where a checkpoint's file is broken, empty, or has more than what AdamW remembers."""
+def check_optimizer_file(folder: Path) -> None:
+    """Raise InvalidFileError where a checkpoint's file is corrupted, empty, or has more than AdamW's state."""
     try:
-        with safe_open(folder / FILE, "pt") as file:
+        with safe_open(folder / OPTIMIZER_FILE, "pt") as file:
             kinds = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{folder / FILE} cannot be read: {error}") from None
+        raise InvalidFileError(f"{folder / OPTIMIZER_FILE} cannot be read: {error}") from None
     if not kinds:
-        raise InvalidFile(f"{folder} was saved before its first step and has no moments; leave init_moments out")
-    if other := kinds - {*MOMENTS, STEP}:
-        raise InvalidFile(
-            f"{folder / FILE} has {min(other)} beside AdamW's moments; what another optimizer or an average made "
-            "can be begun from, but not gone on with: leave init_moments out"
+        raise InvalidFileError(f"{folder} was saved before its first step and has no moments; leave init_moments out")
+    if unexpected := kinds - {*MOMENTS, STEP}:
+        raise InvalidFileError(
+            f"{folder / OPTIMIZER_FILE} has {min(unexpected)} beside AdamW's moments; what another optimizer "
+            "or an average made can be begun from, but not gone on with: leave init_moments out"
         )

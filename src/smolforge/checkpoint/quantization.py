@@ -1,4 +1,4 @@
-"""quantization_config of a config.json <-> Scheme, in the words of compressed-tensors; what such a file must hold.
+"""quantization_config of a config.json <-> QuantizationScheme, in the format of compressed-tensors.
 
 Read strictly: what we write is understood, with any group size; whatever else a file asks for is refused by name.
 """
@@ -8,28 +8,30 @@ from typing import Any
 
 import torch
 
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 from smolforge.models import quantized
 from smolforge.models.decoder import LanguageModel
-from smolforge.models.quantized import Scheme
+from smolforge.models.quantized import QuantizationScheme
 
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
 DTYPES = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}
-"""Of the tensors that a quantised matrix is on disk, by the ends of their names."""
-READ = f"{METHOD} of 8 bits a channel or 4 bits a group, symmetric and of weights alone, is what is read here"
-LARGEST_GROUP = 2**20
+"""Dtypes of the tensors of a quantized matrix on disk, by the ends of their names."""
+SUPPORTED_SCHEMES = (
+    f"{METHOD} of 8 bits a channel or 4 bits a group, symmetric and of weights alone, is what is read here"
+)
+MAX_GROUP_SIZE = 2**20
 
 
-def dtypes(model: LanguageModel) -> dict[str, torch.dtype]:
-    """Of every tensor that is part of a model's quantised matrices, by its name on disk."""
-    return {f"{name}.{part}": dtype for name in quantized.layers(model) for part, dtype in DTYPES.items()}
+def quantized_dtypes(model: LanguageModel) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor of a model's quantized matrices, by its name on disk."""
+    return {f"{name}.{part}": dtype for name in quantized.quantized_layers(model) for part, dtype in DTYPES.items()}
 
 
-def said(scheme: Scheme) -> dict[str, Any]:
-    """quantization_config, as Transformers and vLLM read it; embeddings of integers are ours alone to read."""
-    groups = [{"targets": ["Linear"], "weights": _weights(scheme.bits, scheme.group_size)}]
+def quantization_config(scheme: QuantizationScheme) -> dict[str, Any]:
+    """Return quantization_config as Transformers and vLLM read it; only we read quantized embeddings."""
+    groups = [{"targets": ["Linear"], "weights": _weights_entry(scheme.bits, scheme.group_size)}]
     if scheme.embedding:
-        groups.append({"targets": [quantized.EMBEDDING, quantized.HEAD], "weights": _weights(8, None)})
+        groups.append({"targets": [quantized.EMBEDDING, quantized.HEAD], "weights": _weights_entry(8, None)})
     return {
         "quant_method": METHOD,
         "format": FORMAT,
@@ -39,71 +41,77 @@ def said(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _weights(bits: int, group_size: int | None) -> dict[str, Any]:
-    how = {"strategy": "channel"} if group_size is None else {"strategy": "group", "group_size": group_size}
-    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **how}
+def _weights_entry(bits: int, group_size: int | None) -> dict[str, Any]:
+    granularity = {"strategy": "channel"} if group_size is None else {"strategy": "group", "group_size": group_size}
+    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **granularity}
 
 
-def take(content: dict[str, Any], path: str) -> Scheme | None:
-    """The scheme that a config.json names, which is taken out of it; None for weights that are numbers.
+def pop_scheme(content: dict[str, Any], path: str) -> QuantizationScheme | None:
+    """Remove the scheme from a config.json and return it; None for weights that are not quantized.
 
-    Raises InvalidFile for a scheme that is not implemented.
+    Raises InvalidFileError for a scheme that is not implemented.
     """
     config = content.pop(KEY, None)
     if config is None:
         return None
     if not isinstance(config, dict) or config.get("quant_method") != METHOD:
         method = config.get("quant_method") if isinstance(config, dict) else config
-        raise InvalidFile(f"{path}: {KEY} has quant_method {str(method)[:60]!r}, which is not implemented; {READ}")
-    scheme = _scheme(config)
+        raise InvalidFileError(
+            f"{path}: {KEY} has quant_method {str(method)[:60]!r}, which is not implemented; {SUPPORTED_SCHEMES}"
+        )
+    scheme = _parse_scheme(config)
     if scheme is None:
-        raise InvalidFile(f"{path}: {KEY} has no num_bits and group_size that are implemented; {READ}")
-    if unlike := _unlike(_plain(config), _plain(said(scheme))):
-        raise InvalidFile(f"{path}: {KEY} has {unlike}, which is not implemented; {READ}")
+        raise InvalidFileError(
+            f"{path}: {KEY} has no num_bits and group_size that are implemented; {SUPPORTED_SCHEMES}"
+        )
+    if difference := _first_difference(_without_inert_keys(config), _without_inert_keys(quantization_config(scheme))):
+        raise InvalidFileError(f"{path}: {KEY} has {difference}, which is not implemented; {SUPPORTED_SCHEMES}")
     return scheme
 
 
-def _scheme(config: dict[str, Any]) -> Scheme | None:
-    """What it says where a scheme would say it; None where nothing is there, or no such numbers."""
+def _parse_scheme(config: dict[str, Any]) -> QuantizationScheme | None:
+    """Parse bits and group size; None where they are missing or not implemented."""
     try:
         groups = config["config_groups"]
         weights = groups["group_0"]["weights"]
         bits, size = weights["num_bits"], weights.get("group_size")
     except (KeyError, TypeError, AttributeError):
         return None
-    sound = size is None or (type(size) is int and 0 < size <= LARGEST_GROUP)
-    known = type(bits) is int and bits in (4, 8)
-    return Scheme(bits, size, len(groups) > 1) if known and sound else None
+    valid_size = size is None or (type(size) is int and 0 < size <= MAX_GROUP_SIZE)
+    valid_bits = type(bits) is int and bits in (4, 8)
+    return QuantizationScheme(bits, size, len(groups) > 1) if valid_bits and valid_size else None
 
 
-def _plain(value: Any) -> Any:
-    """Without the keys that are there to say that something is off, or who wrote it."""
+def _without_inert_keys(value: Any) -> Any:
+    """Return a value without the keys that only say that something is off, or who wrote it."""
     if not isinstance(value, dict):
         return value
     inert = ("version", "observer", "observer_kwargs", "global_compression_ratio")
-    kept = {key: _plain(each) for key, each in value.items() if key not in inert}
+    cleaned = {key: _without_inert_keys(item) for key, item in value.items() if key not in inert}
     off = (None, False, {})
-    return {key: each for key, each in kept.items() if each not in off and (key, each) != ("format", FORMAT)}
+    return {key: item for key, item in cleaned.items() if item not in off and (key, item) != ("format", FORMAT)}
 
 
-def _unlike(found: dict[str, Any], wanted: dict[str, Any], below: str = "") -> str:
-    """The first key that says something else, and what; nothing where all say the same."""
-    for key in sorted(found.keys() | wanted.keys()):
-        here, there = found.get(key), wanted.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            if deeper := _unlike(here, there, f"{below}{key}."):
-                return deeper
-        elif here != there:
-            return f"{below}{key} {str(here)[:60]!r}"
+def _first_difference(content: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:
+    """Return the first key whose value is another than expected, with that value; empty where all agree."""
+    for key in sorted(content.keys() | expected.keys()):
+        value, expected_value = content.get(key), expected.get(key)
+        if isinstance(value, dict) and isinstance(expected_value, dict):
+            if difference := _first_difference(value, expected_value, f"{prefix}{key}."):
+                return difference
+        elif value != expected_value:
+            return f"{prefix}{key} {str(value)[:60]!r}"
     return ""
 
 
-def check(model: LanguageModel, folder: Path) -> None:
-    """Hold a quantised model to what its layers must be. Raises InvalidFile, naming the tensor."""
-    for name, layer in quantized.layers(model).items():
+def check_quantized_layers(model: LanguageModel, folder: Path) -> None:
+    """Check scales and shapes of a quantized model. Raises InvalidFileError with the tensor's name."""
+    for name, layer in quantized.quantized_layers(model).items():
         scale = layer.weight_scale
         if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise InvalidFile(f"{folder}: {name}.weight_scale holds what is no scale: NaN, infinity, 0 or less")
+            raise InvalidFileError(f"{folder}: {name}.weight_scale holds what is no scale: NaN, infinity, 0 or less")
         shape = (layer.out_features, layer.in_features)
         if tuple(layer.weight_shape.tolist()) != shape:
-            raise InvalidFile(f"{folder}: {name}.weight_shape is {layer.weight_shape.tolist()}, of a matrix of {shape}")
+            raise InvalidFileError(
+                f"{folder}: {name}.weight_shape is {layer.weight_shape.tolist()}, of a matrix of {shape}"
+            )

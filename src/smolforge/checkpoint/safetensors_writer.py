@@ -1,6 +1,6 @@
 """Tensors -> a safetensors file, straight from the memory they are in.
 
-    8 bytes: length of the header | header: JSON, name -> dtype, shape, place | the tensors' bytes, one after another
+    8 bytes: length of the header | header: JSON, name -> dtype, shape, offsets | the tensors' bytes, one after another
 
 The format, and byte for byte the order, of https://github.com/huggingface/safetensors. That library copies every
 tensor before it writes and keeps Python's lock meanwhile; this writes while another thread trains.
@@ -23,27 +23,28 @@ DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-"""In the order in which a file has them last to first: the widest first, so that each is aligned."""
+"""Dtypes, narrowest first. A file has the widest first, so that each tensor is aligned."""
 
 
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
     metadata: dict[str, str] | None = None,
-    going_on: Callable[[], None] = lambda: None,
+    *,
+    check_cancelled: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write contiguous tensors of the CPU. `going_on` is called before each, and may raise."""
+    """Write contiguous CPU tensors. `check_cancelled` is called before each, and may raise."""
     kinds = list(DTYPES)
     order = sorted(tensors, key=lambda name: (-kinds.index(tensors[name].dtype), name))
     with path.open("wb", buffering=0) as file:
         _write_all(file.write, header(order, tensors, metadata))
         for name in order:
-            going_on()
-            _write_all(file.write, memory(tensors[name]))
+            check_cancelled()
+            _write_all(file.write, tensor_bytes(tensors[name]))
 
 
 def header(order: list[str], tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> memoryview:
-    """The length and the JSON that a file of these tensors begins with."""
+    """Return the start of a file of these tensors: the length of the JSON, and the JSON."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name in order:
@@ -55,8 +56,8 @@ def header(order: list[str], tensors: Mapping[str, Tensor], metadata: dict[str, 
     return memoryview(len(content).to_bytes(8, "little") + content)
 
 
-def memory(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, where they are."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, without a copy."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

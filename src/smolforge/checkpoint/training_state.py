@@ -28,29 +28,29 @@ from smolforge import atomic
 from smolforge.checkpoint import huggingface, peft_adapter, safetensors_writer
 from smolforge.config import ModelConfig
 from smolforge.device import synchronize
-from smolforge.errors import InvalidFile, LaterFormat
+from smolforge.errors import InvalidFileError, NewerFormatError
 from smolforge.models import lora
 from smolforge.models.decoder import LanguageModel
 from smolforge.tokenizer import Tokenizer
 
 TRAINING, OPTIMIZER, RANDOM, STATE = "training", "optimizer.safetensors", "random.safetensors", "state.json"
 FORMAT_VERSION = 2
-SOUND_KEPT = 2
-"""Sound checkpoints that are never deleted."""
+MIN_VALID_KEPT = 2
+"""The number of valid checkpoints that are never deleted."""
 
 
-def folder_of(run: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step."""
+def checkpoint_dir(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def all_of(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first, sound or not."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((path for path in found if re.fullmatch(r"step-[0-9]{1,18}", path.name)), key=step_of)
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first, valid or not."""
+    paths = (run / "checkpoints").glob("step-*")
+    return sorted((path for path in paths if re.fullmatch(r"step-[0-9]{1,18}", path.name)), key=step_from_dir)
 
 
-def step_of(checkpoint: Path) -> int:
+def step_from_dir(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -68,7 +68,7 @@ class Snapshot:
     """What learns, where low-rank updates do."""
     adapter_settings: dict[str, Any]
     """What peft is told of it."""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """For state.json; `step` among them."""
 
     @property
@@ -80,41 +80,42 @@ class Snapshot:
         )
 
 
-class Staging:
+class StagingBuffer:
     """Memory for copies of tensors, kept from one snapshot to the next: fresh memory costs five times the copying."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
 
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as they are now, on the CPU, whatever becomes of them."""
         for name, tensor in tensors.items():
-            if name not in self.kept:
-                self.kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self.kept[name].copy_(tensor.detach(), non_blocking=True)
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[name].copy_(tensor.detach(), non_blocking=True)
         for device in {tensor.device for tensor in tensors.values()}:
             synchronize(device)
-        return {name: self.kept[name] for name in tensors}
+        return {name: self.buffers[name] for name in tensors}
 
 
-def snapshot(
+def take_snapshot(
     model: LanguageModel,
     optimizer: dict[str, Tensor],
-    facts: dict[str, Any],
-    staging: Staging | None = None,
+    metadata: dict[str, Any],
+    *,
+    staging: StagingBuffer | None = None,
     adapter_settings: dict[str, Any] | None = None,
 ) -> Snapshot:
-    """This moment, copied into `staging`; without one it holds only until the next step."""
+    """Copy the state of training into `staging`; without it the snapshot is right only until the next step."""
     copy = staging.copy if staging else _contiguous
     return Snapshot(
         config=model.config,
         tokenizer=model.tokenizer,
-        weights=copy(huggingface.named_tensors(model)),
+        weights=copy(huggingface.tensors_by_disk_name(model)),
         optimizer=copy(optimizer) if optimizer else {},
-        random=random_tensors(),
-        adapter=copy(adapters) if (adapters := lora.adapters(model)) else {},
+        random=rng_state_tensors(),
+        adapter=copy(adapters) if (adapters := lora.lora_parameters(model)) else {},
         adapter_settings=adapter_settings or {},
-        facts=facts,
+        metadata=metadata,
     )
 
 
@@ -122,77 +123,85 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def save(folder: Path, moment: Snapshot, going_on: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Write one checkpoint, whole or not at all; returns its manifest. `going_on` is called often, and may raise."""
+def save_checkpoint(
+    folder: Path, snapshot: Snapshot, check_cancelled: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Write one checkpoint atomically and return its manifest. `check_cancelled` is called often, and may raise."""
 
     def fill(temporary: Path) -> None:
-        dtype = next(iter(moment.weights.values())).dtype
-        huggingface.save_settings(temporary, moment.config, moment.tokenizer, dtype)
-        safetensors_writer.write(temporary / huggingface.WEIGHTS, moment.weights, huggingface.METADATA, going_on)
+        dtype = next(iter(snapshot.weights.values())).dtype
+        huggingface.save_settings(temporary, snapshot.config, snapshot.tokenizer, dtype=dtype)
+        safetensors_writer.write(
+            temporary / huggingface.WEIGHTS, snapshot.weights, huggingface.METADATA, check_cancelled=check_cancelled
+        )
         (temporary / TRAINING).mkdir()
-        safetensors_writer.write(temporary / TRAINING / OPTIMIZER, moment.optimizer, going_on=going_on)
-        safetensors_writer.write(temporary / TRAINING / RANDOM, moment.random, going_on=going_on)
-        if moment.adapter:
-            peft_adapter.write(temporary / peft_adapter.FOLDER, moment.adapter_settings, moment.adapter)
-        content = json.dumps({"format_version": FORMAT_VERSION, **moment.facts}, indent=2)
+        safetensors_writer.write(temporary / TRAINING / OPTIMIZER, snapshot.optimizer, check_cancelled=check_cancelled)
+        safetensors_writer.write(temporary / TRAINING / RANDOM, snapshot.random, check_cancelled=check_cancelled)
+        if snapshot.adapter:
+            peft_adapter.write_adapter(temporary / peft_adapter.FOLDER, snapshot.adapter_settings, snapshot.adapter)
+        content = json.dumps({"format_version": FORMAT_VERSION, **snapshot.metadata}, indent=2)
         (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
 
-    return atomic.write_whole(folder, fill, {"step": moment.facts["step"]}, moment.nbytes)
+    return atomic.write_dir_atomic(folder, fill, {"step": snapshot.metadata["step"]}, needed_bytes=snapshot.nbytes)
 
 
-def load(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fill the model's weights and set all random states; returns optimizer tensors and facts.
+def load_checkpoint(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Fill the model's weights and set all random states; returns optimizer tensors and metadata.
 
-    The folder must have passed `commit.check`.
+    The folder must have passed `check_checkpoint`.
     """
-    facts = read_facts(folder)
-    if lora.adapters(model):  # the rest is in the model that it began from
-        peft_adapter.fill(model, peft_adapter.read(folder / peft_adapter.FOLDER), folder / peft_adapter.FOLDER)
+    metadata = read_metadata(folder)
+    if lora.lora_parameters(model):  # the rest is in the model that it began from
+        peft_adapter.fill_adapter(
+            model, peft_adapter.read_adapter(folder / peft_adapter.FOLDER), folder / peft_adapter.FOLDER
+        )
     else:
-        with huggingface.Tensors(folder) as found:
-            huggingface.check_names(found, model.config)
-            huggingface.fill(model, found)
-    set_random_tensors(load_file(folder / TRAINING / RANDOM))
-    return load_file(folder / TRAINING / OPTIMIZER), facts
+        with huggingface.SafetensorsReader(folder) as tensors:
+            huggingface.check_tensors(tensors, model.config)
+            huggingface.fill(model, tensors)
+    restore_rng_state(load_file(folder / TRAINING / RANDOM))
+    return load_file(folder / TRAINING / OPTIMIZER), metadata
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What state.json says. Raises InvalidFile where it is missing, broken or from a later version."""
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Read state.json. Raises InvalidFileError where it is missing or corrupted, NewerFormatError if it is newer."""
     path = folder / TRAINING / STATE
     try:
-        facts = {**json.loads(path.read_text("utf-8"))}
-        later = facts["format_version"] > FORMAT_VERSION
+        metadata = {**json.loads(path.read_text("utf-8"))}
+        newer = metadata["format_version"] > FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
-    if later:
-        raise LaterFormat(f"{path} has format {facts['format_version']}; this version reads {FORMAT_VERSION}")
-    return facts
+        raise InvalidFileError(f"{path} cannot be read: {error}") from None
+    if newer:
+        raise NewerFormatError(f"{path} has format {metadata['format_version']}; this version reads {FORMAT_VERSION}")
+    return metadata
 
 
-def check(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files, or `only` some, are as it says. Raises InvalidFile."""
-    manifest = atomic.check(checkpoint, only)
-    if manifest.get("step") != step_of(checkpoint):
-        raise InvalidFile(f"{checkpoint} is damaged: it holds another step than its name says")
+def check_checkpoint(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after a check of its files, or `only` some. Raises InvalidFileError."""
+    manifest = atomic.check_manifest(checkpoint, only)
+    if manifest.get("step") != step_from_dir(checkpoint):
+        raise InvalidFileError(f"{checkpoint} is damaged: it holds another step than its name says")
     return manifest
 
 
-def newest_sound(
+def latest_valid(
     run: Path,
     warn: Callable[[str], None],
     only: Iterable[str] | None = None,
-    wanted: Callable[[int], bool] = lambda step: True,
+    *,
+    step_filter: Callable[[int], bool] = lambda step: True,
 ) -> Path | None:
-    """The newest checkpoint of a `wanted` step whose files (or `only` some) are as its manifest says.
+    """Return the newest checkpoint whose step passes `step_filter` and whose files (or `only` some) match its manifest.
 
-    `warn` hears why others are not. Raises LaterFormat rather than pass over what a later version wrote.
+    `warn` is called with the reason for each one that is skipped. Raises NewerFormatError for a checkpoint in a newer
+    format, which is never skipped.
     """
-    for folder in reversed([folder for folder in all_of(run) if wanted(step_of(folder))]):
+    for folder in reversed([folder for folder in list_checkpoints(run) if step_filter(step_from_dir(folder))]):
         try:
-            check(folder, only)
-        except LaterFormat:
+            check_checkpoint(folder, only)
+        except NewerFormatError:
             raise
-        except InvalidFile as error:
+        except InvalidFileError as error:
             if folder.exists():  # and was not just deleted by the run itself
                 warn(f"{folder.name} is skipped: {error}")
         else:
@@ -200,42 +209,41 @@ def newest_sound(
     return None
 
 
-def retain(run: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest checkpoints and, if wanted, the sound one with the lowest validation loss.
+def prune_checkpoints(run: Path, keep_last: int, keep_best: bool) -> None:
+    """Delete all but the newest checkpoints and, with `keep_best`, the valid one with the lowest validation loss.
 
-    The last two sound ones stay whatever their place: what is about to protect a run is read back first. What a
-    later version wrote stays too.
+    The last two valid ones always stay, and are read back first. Checkpoints in a newer format stay too.
     """
-    folders = all_of(run)
-    kept: set[Path] = set(folders[-keep_last:])
-    if kept.issuperset(folders):
+    folders = list_checkpoints(run)
+    keep: set[Path] = set(folders[-keep_last:])
+    if keep.issuperset(folders):
         return
-    sound = functools.cache(is_sound)
+    cached_is_valid = functools.cache(is_valid)
     scored = sorted((loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None)
     if keep_best:
-        kept.update(itertools.islice((folder for _, folder in scored if sound(folder)), 1))
-    kept.update(itertools.islice(filter(sound, reversed(folders)), SOUND_KEPT))
+        keep.update(itertools.islice((folder for _, folder in scored if cached_is_valid(folder)), 1))
+    keep.update(itertools.islice(filter(cached_is_valid, reversed(folders)), MIN_VALID_KEPT))
     for folder in folders:
-        if folder not in kept and not is_later(folder):
-            atomic.remove(folder)
+        if folder not in keep and not is_newer_format(folder):
+            atomic.remove_dir_atomic(folder)
 
 
-def is_sound(checkpoint: Path) -> bool:
+def is_valid(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are as its manifest says."""
     try:
-        check(checkpoint)
-    except InvalidFile:
+        check_checkpoint(checkpoint)
+    except InvalidFileError:
         return False
     return True
 
 
-def is_later(checkpoint: Path) -> bool:
-    """Whether a later version wrote it."""
+def is_newer_format(checkpoint: Path) -> bool:
+    """Whether a newer version wrote it."""
     try:
         atomic.read_manifest(checkpoint)
-    except LaterFormat:
+    except NewerFormatError:
         return True
-    except InvalidFile:
+    except InvalidFileError:
         pass
     return False
 
@@ -243,35 +251,35 @@ def is_later(checkpoint: Path) -> bool:
 def validation_loss(folder: Path) -> float | None:
     """What a checkpoint's model lost on held-out text, where that was measured, is a number and can be read."""
     try:
-        loss = read_facts(folder).get("validation_loss")
-    except InvalidFile:
+        loss = read_metadata(folder).get("validation_loss")
+    except InvalidFileError:
         return None
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
-def clear(run: Path) -> None:
-    """Delete what killed processes left half-written."""
-    for left in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def remove_partial(run: Path) -> None:
+    """Delete the unfinished checkpoints of killed processes."""
+    for partial in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def set_aside(run: Path, after: int) -> None:
-    """Take checkpoints of later steps, damaged or taken back, out of the way: their steps come again.
+def quarantine_later(run: Path, after: int) -> None:
+    """Rename the checkpoints of steps after `after`, corrupted or rolled back: their steps come again.
 
-    They are called .aside-step-N until others are.
+    They are called .aside-step-N until the next ones are.
     """
-    later = [folder for folder in all_of(run) if step_of(folder) > after]
+    later = [folder for folder in list_checkpoints(run) if step_from_dir(folder) > after]
     if later:
-        for old in (run / "checkpoints").glob(".aside-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        for quarantined in (run / "checkpoints").glob(".aside-*"):
+            shutil.rmtree(quarantined, ignore_errors=True)
     for folder in reversed(later):
         folder.rename(folder.with_name(f".aside-{folder.name}"))
     if later:
-        atomic.sync(run / "checkpoints")
+        atomic.fsync_path(run / "checkpoints")
 
 
-def random_tensors() -> dict[str, Tensor]:
-    """The random states of torch, NumPy and Python, as tensors (float64 holds their 32-bit words exactly)."""
+def rng_state_tensors() -> dict[str, Tensor]:
+    """Return the random states of torch, NumPy and Python, as tensors (float64 holds their 32-bit words exactly)."""
     numpy_state: Any = np.random.get_state(legacy=False)
     twister = numpy_state["state"]
     _, python_words, python_gauss = random.getstate()
@@ -289,19 +297,19 @@ def random_tensors() -> dict[str, Tensor]:
 
 
 def seed_all(seed: int) -> None:
-    """Where a run's random states begin."""
+    """Seed the random generators of torch, NumPy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
-def set_random_tensors(tensors: dict[str, Tensor]) -> None:
-    """Undo `random_tensors`; devices that are not here are passed over."""
+def restore_rng_state(tensors: dict[str, Tensor]) -> None:
+    """Restore what `rng_state_tensors` returned; devices that do not exist here are skipped."""
     torch.set_rng_state(tensors["torch"])
-    *words, place, has_gauss, gauss = tensors["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(words, np.uint32), int(place), int(has_gauss), gauss))
-    *words, gauss = tensors["python"].tolist()
-    random.setstate((3, tuple(map(int, words)), None if math.isnan(gauss) else gauss))
+    *key, position, has_gauss, gauss = tensors["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(key, np.uint32), int(position), int(has_gauss), gauss))
+    *key, gauss = tensors["python"].tolist()
+    random.setstate((3, tuple(map(int, key)), None if math.isnan(gauss) else gauss))
     for index in range(torch.cuda.device_count()):
         state = tensors.get(f"cuda.{index}")
         if state is not None:

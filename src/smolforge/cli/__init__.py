@@ -17,15 +17,21 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from smolforge import __version__
-from smolforge.config.custom_classes import admit, blamed
-from smolforge.errors import Diverged, Elsewhere, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.errors import (
+    ConfigError,
+    FailedOnRankZeroError,
+    InvalidFileError,
+    MissingResourceError,
+    Stopped,
+    TrainingDivergedError,
+)
 
 if TYPE_CHECKING:
     from cyclopts import App
 
-UNEXPECTED, USAGE, INTERRUPTED = 1, 2, 130
-LONGEST_LINE = 1200
-ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+EXIT_UNEXPECTED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+MAX_LINE_LENGTH = 1200
+DEFAULT_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
 HELP = """SmolLM2-135M and its kin, through their whole life.
 
@@ -51,65 +57,68 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for name, value in ENVIRONMENT.items():
+    for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run a command line; returns its exit code."""
-    words = [word for word in argv if word != "--debug"]
-    debug = len(words) < len(argv)
-    with _telling(), _terminated_as_interrupted():
+    """Run a command line and return its exit code."""
+    args = [arg for arg in argv if arg != "--debug"]
+    debug = len(args) < len(argv)
+    with _log_to_stderr_filtered(), _sigterm_as_interrupt():
         try:
-            return _run(words, debug)
+            return _run(args, debug)
         except KeyboardInterrupt:  # also amid imports
-            return _say(KeyboardInterrupt("interrupted"), INTERRUPTED, debug)
+            return _print_error(KeyboardInterrupt("interrupted"), EXIT_INTERRUPTED, debug)
 
 
-def program(verb: str | None = None) -> "App":
-    """All commands, each imported when it is called; of `verb`, which is about to be, everything its help says."""
+def build_cli(command: str | None = None) -> "App":
+    """Return the app with all commands, each imported when called; `command`, the one to be run, has its full help."""
     from cyclopts import App, Parameter
 
     app = App(
         name="smolforge",
         help=HELP,
         version=__version__,
-        help_format="markdown" if verb else "plaintext",  # which joins lines, and takes longer to import
+        help_format="markdown" if command else "plaintext",  # which joins lines, and takes longer to import
         default_parameter=Parameter(negative=()),
         result_action="return_value",
         suppress_keyboard_interrupt=False,  # it would leave without a word
     )
     for name, short in COMMANDS.items():
-        app.command(f"smolforge.cli.{name}:{name}", name=name, help=None if name == verb else short)
+        app.command(f"smolforge.cli.{name}:{name}", name=name, help=None if name == command else short)
     return app
 
 
-def _run(words: Sequence[str], debug: bool) -> int:
+def _run(args: Sequence[str], debug: bool) -> int:
     from cyclopts import CycloptsError
 
-    words, own = _own_classes(words)
-    app = program(next((word for word in words if word in COMMANDS), None))
+    args, custom_classes = _split_custom_classes(args)
+    app = build_cli(next((arg for arg in args if arg in COMMANDS), None))
     try:
-        admit(own)
-        code = app(words, exit_on_error=False, print_error=False) or 0
-        _flush()
+        if custom_classes:
+            from smolforge.config.custom_classes import import_classes
+
+            import_classes(custom_classes)
+        code = app(args, exit_on_error=False, print_error=False) or 0
+        _flush_output()
         return code
     except CycloptsError as error:
-        return _say(SettingError(_usage(error, words)), USAGE, debug)
-    except Elsewhere as error:
+        return _print_error(ConfigError(_explain_usage_error(error, args)), EXIT_USAGE, debug)
+    except FailedOnRankZeroError as error:
         return error.exit_code
-    except (SettingError, InvalidFile, MissingResource, Diverged, Stopped) as error:
-        return _say(error, error.exit_code, debug)
+    except (ConfigError, InvalidFileError, MissingResourceError, TrainingDivergedError, Stopped) as error:
+        return _print_error(error, error.exit_code, debug)
     except BrokenPipeError:
         _drop_output()
         return 0
     except Exception as error:
-        return _say(*_known(error), debug)
+        return _print_error(*_explain_error(error), debug)
 
 
-def _flush() -> None:
-    """Hear now of a full disk or a closed pipe: when it ends, Python has words and an exit code of its own for them."""
+def _flush_output() -> None:
+    """Flush now: a full disk or a closed pipe is reported by us, not by Python at its exit."""
     try:
         print(end="", flush=True)
     except OSError as error:
@@ -119,74 +128,79 @@ def _flush() -> None:
 
 
 def _drop_output() -> None:
-    """What could not be written goes nowhere, or Python would try once more when it ends."""
+    """Send standard output nowhere; else Python would try once more to write at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _own_classes(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command line without --own, and what each says."""
-    rest, own, left = [], [], list(words)
-    while left:
-        flag, equals, value = left.pop(0).partition("=")
+def _split_custom_classes(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the command line without --own, and the values of --own."""
+    remaining, custom_classes, pending = [], [], list(args)
+    while pending:
+        flag, equals, value = pending.pop(0).partition("=")
         if flag != "--own":
-            rest.append(f"{flag}{equals}{value}")
-        elif equals or left:
-            own.append(value if equals else left.pop(0))
+            remaining.append(f"{flag}{equals}{value}")
+        elif equals or pending:
+            custom_classes.append(value if equals else pending.pop(0))
         else:
-            rest.append(flag)
-    return rest, own
+            remaining.append(flag)
+    return remaining, custom_classes
 
 
-def _usage(error: Exception, words: Sequence[str]) -> str:
-    """What is wrong with a command line, where cyclopts would speak of tokens and types."""
+def _explain_usage_error(error: Exception, args: Sequence[str]) -> str:
+    """Return what is wrong with a command line, without cyclopts' words for tokens and types."""
     from cyclopts import CoercionError, MissingArgumentError, RepeatArgumentError, UnusedCliTokensError
 
     match error:
-        case MissingArgumentError(argument=argument, command_chain=[*_, verb]) if argument is not None:
-            known = {name for each in program()[verb].assemble_argument_collection() for name in each.names}
-            given = [word.partition("=")[0] for word in words]
-            near = [] if argument.name in given else get_close_matches(argument.name, {*given} - known, n=1)
+        case MissingArgumentError(argument=argument, command_chain=[*_, command]) if argument is not None:
+            flags = {name for option in build_cli()[command].assemble_argument_collection() for name in option.names}
+            typed = [arg.partition("=")[0] for arg in args]
+            suggestions = [] if argument.name in typed else get_close_matches(argument.name, {*typed} - flags, n=1)
             name = argument.name if argument.index is None else argument.name.removeprefix("--").upper()
-            hint = f", not {near[0]}" if near else f"; smolforge {verb} --help explains it"
-            return f"{verb} needs {name}{hint}"
+            hint = f", not {suggestions[0]}" if suggestions else f"; smolforge {command} --help explains it"
+            return f"{command} needs {name}{hint}"
         case CoercionError(argument=argument, token=token, target_type=kind) if token is not None and kind is not None:
             from pydantic import TypeAdapter
 
-            from smolforge.config.base import in_words, shown
+            from smolforge.config.base import describe_schema, format_value
 
             name = token.keyword or (argument.name if argument is not None else "it")
-            return f"{name} is {shown(token.value)}; it should be {in_words(TypeAdapter(kind).json_schema())}"
+            expected = describe_schema(TypeAdapter(kind).json_schema())
+            return f"{name} is {format_value(token.value)}; it should be {expected}"
         case RepeatArgumentError(token=token):
             return f"{token.keyword} is given twice"
-        case UnusedCliTokensError(unused_tokens=[word, *_]):
-            return f"{word!r} is one word too many"
+        case UnusedCliTokensError(unused_tokens=[arg, *_]):
+            return f"{arg!r} is one word too many"
     return str(error)
 
 
-def _known(error: Exception) -> tuple[Exception, int]:
-    """What a person should know of an error that none of ours announces, and its exit code."""
-    said = str(error)
-    if place := blamed(error):
-        return SettingError(f"{place}: {type(error).__name__}: {said}"), USAGE
+def _explain_error(error: Exception) -> tuple[Exception, int]:
+    """Return an error the user can act on for one that is not ours, and its exit code."""
+    from smolforge.config.custom_classes import error_location
+
+    message = str(error)
+    if location := error_location(error):
+        return ConfigError(f"{location}: {type(error).__name__}: {message}"), EXIT_USAGE
     match error:
         case OSError(errno=errno.ENAMETOOLONG):
-            return SettingError("that name is longer than any file's"), USAGE
+            return ConfigError("that name is longer than any file's"), EXIT_USAGE
         case OSError():
-            return OSError(f"{error.filename}: {error.strerror}" if error.filename else said), MissingResource.exit_code
-        case ValueError() if "embedded null" in said:
-            return SettingError("a name has a zero byte in it, which no file's has"), USAGE
+            return OSError(
+                f"{error.filename}: {error.strerror}" if error.filename else message
+            ), MissingResourceError.exit_code
+        case ValueError() if "embedded null" in message:
+            return ConfigError("a name has a zero byte in it, which no file's has"), EXIT_USAGE
         case OverflowError():
-            return SettingError("a number that was given is too large to count with"), USAGE
-        case _ if "allocate memory" in said or "out of memory" in said.lower():
-            short = "there is not enough memory; a smaller --train.micro-batch-size or model needs less"
-            return MissingResource(short), MissingResource.exit_code
-    unknown = f"this should not have happened: {type(error).__name__}: {said} (--debug shows where)"
-    return RuntimeError(unknown), UNEXPECTED
+            return ConfigError("a number that was given is too large to count with"), EXIT_USAGE
+        case _ if "allocate memory" in message or "out of memory" in message.lower():
+            advice = "there is not enough memory; a smaller --train.micro-batch-size or model needs less"
+            return MissingResourceError(advice), MissingResourceError.exit_code
+    unexpected = f"this should not have happened: {type(error).__name__}: {message} (--debug shows where)"
+    return RuntimeError(unexpected), EXIT_UNEXPECTED
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends what is under way as Ctrl-C does, so that nothing half-written is left. (train has its own way.)"""
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, so that nothing half-written is left. (train has its own handler.)"""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -202,18 +216,18 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _telling() -> Iterator[None]:
-    """Let people hear of downloads, and of warnings where no live display says them."""
+def _log_to_stderr_filtered() -> Iterator[None]:
+    """Log downloads to standard error, and warnings where no live display shows them."""
     log, downloads = logging.getLogger("smolforge"), logging.getLogger("smolforge.hub")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("smolforge: %(message)s"))
 
-    def wanted(record: logging.LogRecord) -> bool:
+    def should_print(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return record.name == downloads.name
-        return all(other is handler or isinstance(other, logging.FileHandler) for other in log.handlers)
+        return all(attached is handler or isinstance(attached, logging.FileHandler) for attached in log.handlers)
 
-    handler.addFilter(wanted)
+    handler.addFilter(should_print)
     level = downloads.level
     log.addHandler(handler)
     downloads.setLevel(logging.INFO)
@@ -225,7 +239,7 @@ def _telling() -> Iterator[None]:
         downloads.setLevel(level)
 
 
-def _say(error: BaseException, code: int, debug: bool) -> int:
+def _print_error(error: BaseException, code: int, debug: bool) -> int:
     if debug:
         import traceback
 
@@ -235,6 +249,6 @@ def _say(error: BaseException, code: int, debug: bool) -> int:
 
 
 def one_line(text: str) -> str:
-    """What a terminal may be shown of a text that may come from a file: one line, no control characters, an end."""
-    plain = "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))
-    return plain if len(plain) <= LONGEST_LINE else f"{plain[:LONGEST_LINE]} ..."
+    """Make text from a file safe for a terminal: one line, no control characters, cut to a maximum length."""
+    plain = "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    return plain if len(plain) <= MAX_LINE_LENGTH else f"{plain[:MAX_LINE_LENGTH]} ..."

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from smolforge.cli.progress import ProgressBar, quiet_library
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 
 if TYPE_CHECKING:
-    from smolforge.evaluation.multiple_choice import Score
+    from smolforge.evaluation.multiple_choice import ItemScore
     from smolforge.evaluation.tasks import Task
     from smolforge.models.decoder import LanguageModel
 
-WINDOW = 2048
+MAX_WINDOW = 2048
 """Longest window over a text unless another is asked for."""
 
 
@@ -73,178 +73,185 @@ def evaluate(
         tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's own figures are.
         Of the harness's tasks: all it measured, and n.
     """
-    words, asked_there = _words(tasks), _words(harness)
-    _check(words, asked_there, text or [], limit, few_shot, log)
-    found = _found(asked_there)
+    task_names, harness_names = _split_names(tasks), _split_names(harness)
+    _check_arguments(task_names, harness_names, text or [], limit=limit, few_shot=few_shot, log=log)
+    harness_tasks = _find_harness_tasks(harness_names)
     from smolforge.checkpoint.loading import fingerprint, load
     from smolforge.device import pick_device
-    from smolforge.evaluation.tasks import find, published
+    from smolforge.evaluation.tasks import load_task, published_scores
     from smolforge.training.environment import version, versions
 
-    asked = [find(word, limit, few_shot or 0) for word in words]
-    loaded = load(model, dtype, str(pick_device(device)), random)
+    loaded_tasks = [load_task(task_name, limit, few_shot or 0) for task_name in task_names]
+    loaded = load(model, dtype, str(pick_device(device)), random=random)
     weights = fingerprint(model) if json_ and not random else None  # a run goes on, and its name means others
-    window, step = _window(loaded, sequence_length, stride)
-    results = {path.stem: _text(loaded, path, window, step) for path in text or []}
-    scores = {task.name: _scored(loaded, task) for task in asked}
-    results |= {task.name: _summary(scores[task.name], task, few_shot or 0) for task in asked}
-    measured, samples = _harness(loaded, found, limit, few_shot)
+    window, step = _window_and_stride(loaded, sequence_length, stride)
+    results = {path.stem: _evaluate_text(loaded, path, window, stride=step) for path in text or []}
+    scores = {task.name: _score_task(loaded, task) for task in loaded_tasks}
+    results |= {task.name: _summarize_scores(scores[task.name], task, few_shot or 0) for task in loaded_tasks}
+    harness_results, samples = _run_harness(loaded, harness_tasks, limit, few_shot=few_shot)
     if log is not None:
-        _write(log, scores, samples)
-    chars = {name: found["acc_chars"] for name, found in results.items() if "acc_chars" in found and not few_shot}
-    beside = published(model, chars)
+        _write_samples(log, scores, samples)
+    char_accuracies = {
+        name: values["acc_chars"] for name, values in results.items() if "acc_chars" in values and not few_shot
+    }
+    comparisons = published_scores(model, char_accuracies)
     if json_:
-        theirs = {name: score for name, (_, score) in beside.items()}
-        made_by = versions() | ({"lm_eval": version("lm_eval")} if asked_there else {})
-        said = {"model": model, "weights": weights, "dtype": dtype, "tasks": {**results, **measured}}
-        print(json.dumps({**said, "published": theirs, "versions": made_by}))
+        published = {name: score for name, (_, score) in comparisons.items()}
+        package_versions = versions() | ({"lm_eval": version("lm_eval")} if harness_names else {})
+        summary = {"model": model, "weights": weights, "dtype": dtype, "tasks": {**results, **harness_results}}
+        print(json.dumps({**summary, "published": published, "versions": package_versions}))
         return
-    for line in [*_lines(results), *_harness_lines(measured)]:
+    for line in [*_result_lines(results), *_harness_lines(harness_results)]:
         print(line)
-    for name, (ours, theirs) in beside.items():
-        print(f"{name}: acc_chars {ours:.1%}, published {theirs:.1%}{' over all items' if limit else ''}")
+    for name, (measured, published_score) in comparisons.items():
+        print(f"{name}: acc_chars {measured:.1%}, published {published_score:.1%}{' over all items' if limit else ''}")
 
 
-def _words(names: str | None) -> list[str]:
-    return [word.strip() for word in (names or "").split(",") if word.strip()]
+def _split_names(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
-def _check(
-    words: Sequence[str],
-    asked_there: Sequence[str],
+def _check_arguments(
+    task_names: Sequence[str],
+    harness_names: Sequence[str],
     texts: Sequence[Path],
+    *,
     limit: int | None,
     few_shot: int | None,
     log: Path | None,
 ) -> None:
-    """Raises SettingError for what cannot be meant, before anything is loaded."""
-    if not words and not texts and not asked_there:
-        raise SettingError(
+    """Raise ConfigError for wrong arguments before anything is loaded."""
+    if not task_names and not texts and not harness_names:
+        raise ConfigError(
             "there is nothing to measure; name --tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
         )
     if limit is not None and limit < 1:
-        raise SettingError(f"limit is {limit}; it should be at least 1")
+        raise ConfigError(f"limit is {limit}; it should be at least 1")
     if few_shot is not None and few_shot < 0:
-        raise SettingError(f"few-shot is {few_shot}; it should be at least 0")
+        raise ConfigError(f"few-shot is {few_shot}; it should be at least 0")
     if log is not None and not log.parent.is_dir():
-        raise SettingError(f"there is no folder {log.parent} for the log")
-    names = [Path(word).stem for word in (*words, *asked_there)] + [path.stem for path in texts]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise SettingError(f"two of what is measured are called {twice[0]}; name each once, or rename a file")
+        raise ConfigError(f"there is no folder {log.parent} for the log")
+    names = [Path(task_name).stem for task_name in (*task_names, *harness_names)] + [path.stem for path in texts]
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise ConfigError(f"two of what is measured are called {duplicates[0]}; name each once, or rename a file")
 
 
-def _window(model: "LanguageModel", length: int | None, stride: int | None) -> tuple[int, int]:
+def _window_and_stride(model: "LanguageModel", length: int | None, stride: int | None) -> tuple[int, int]:
     limit = model.config.max_position_embeddings
-    length = min(WINDOW, limit) if length is None else length
+    length = min(MAX_WINDOW, limit) if length is None else length
     if not 1 <= length <= limit:
-        raise SettingError(f"sequence-length is {length}; it should be 1 to {limit}, this model's context")
+        raise ConfigError(f"sequence-length is {length}; it should be 1 to {limit}, this model's context")
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
-        raise SettingError(f"stride is {stride}; it should be 1 to {length}, the length of a window")
+        raise ConfigError(f"stride is {stride}; it should be 1 to {length}, the length of a window")
     return length, stride
 
 
-def _text(model: "LanguageModel", path: Path, length: int, stride: int) -> dict[str, Any]:
-    """A text, or the held-out part of a corpus."""
+def _evaluate_text(model: "LanguageModel", path: Path, length: int, *, stride: int) -> dict[str, Any]:
+    """Measure a text, or the validation split of a corpus."""
     from smolforge.data.corpus import Corpus
     from smolforge.data.prepare.documents import read_text
     from smolforge.evaluation import measure_corpus, measure_text
-    from smolforge.generation.stream import own
+    from smolforge.generation.stream import require_tokenizer
 
     if path.is_dir():
         corpus = Corpus.open(path)
-        if corpus.facts["tokenizer"] != own(model).fingerprint:
-            raise InvalidFile(f"the tokens of {path} were made with another tokenizer than this model's")
+        if corpus.metadata["tokenizer"] != require_tokenizer(model).fingerprint:
+            raise InvalidFileError(f"the tokens of {path} were made with another tokenizer than this model's")
         return measure_corpus(model, corpus, length, stride=stride)
     if not path.is_file():
-        raise InvalidFile(f"there is no text or corpus at {path}")
+        raise InvalidFileError(f"there is no text or corpus at {path}")
     content = read_text(path)
     if not content:
-        raise InvalidFile(f"{path} is empty")
-    total = len(own(model).encode(content))
-    with ProgressBar(path.stem, total) as done:
-        return measure_text(model, content, length, stride, done)
+        raise InvalidFileError(f"{path} is empty")
+    total = len(require_tokenizer(model).encode(content))
+    with ProgressBar(path.stem, total) as advance:
+        return measure_text(model, content, length, stride=stride, on_progress=advance)
 
 
-def _scored(model: "LanguageModel", task: "Task") -> list["Score"]:
+def _score_task(model: "LanguageModel", task: "Task") -> list["ItemScore"]:
     from smolforge.evaluation.multiple_choice import score
 
-    with ProgressBar(task.name, sum(len(set(item.queries)) for item in task.items)) as done:
-        return score(model, task.items, scored=done)
+    with ProgressBar(task.name, sum(len(set(item.queries)) for item in task.items)) as advance:
+        return score(model, task.items, on_progress=advance)
 
 
-def _summary(scores: Sequence["Score"], task: "Task", few_shot: int) -> dict[str, Any]:
+def _summarize_scores(scores: Sequence["ItemScore"], task: "Task", few_shot: int) -> dict[str, Any]:
     from smolforge.evaluation.multiple_choice import summary
 
     return summary(scores) | {"few_shot": few_shot, "source": task.source}
 
 
-def _found(names: Sequence[str]) -> dict[str, Any]:
-    """Tasks of lm-evaluation-harness, for `_harness`."""
+def _find_harness_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Return tasks of lm-evaluation-harness, for `_run_harness`."""
     if not names:
         return {}
     with quiet_library("lm_eval"):
         from smolforge.evaluation import harness
 
-        return harness.find(names)
+        return harness.load_tasks(names)
 
 
-def _harness(
-    model: "LanguageModel", found: dict[str, Any], limit: int | None, few_shot: int | None
+def _run_harness(
+    model: "LanguageModel", tasks: dict[str, Any], limit: int | None, *, few_shot: int | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Values and samples by task."""
-    if not found:
+    """Return values and samples by task."""
+    if not tasks:
         return {}, {}
     with quiet_library("lm_eval"):
         from smolforge.evaluation import harness
 
-        return harness.run(model, found, limit, few_shot)
+        return harness.run_tasks(model, tasks, limit, few_shot=few_shot)
 
 
-def _write(log: Path, scores: dict[str, list["Score"]], samples: dict[str, list[dict[str, Any]]]) -> None:
-    lines = [json.dumps({"task": name, **score.as_json()}) for name, found in scores.items() for score in found]
+def _write_samples(log: Path, scores: dict[str, list["ItemScore"]], samples: dict[str, list[dict[str, Any]]]) -> None:
+    lines = [
+        json.dumps({"task": name, **score.as_json()}) for name, task_scores in scores.items() for score in task_scores
+    ]
     lines += [
         json.dumps({"task": name, "id": str(sample["doc_id"]), **sample}, default=str)
-        for name, found in samples.items()
-        for sample in found
+        for name, task_samples in samples.items()
+        for sample in task_samples
     ]
     log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
-def _lines(results: dict[str, dict[str, Any]]) -> list[str]:
-    """One line a task, one a text."""
+def _result_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return one line per task and per text."""
     width, lines = max(map(len, results), default=0) + 2, []
-    for name, found in results.items():
-        if "acc" not in found:
-            said = f"loss {found['loss']:.4f}  perplexity {found['perplexity']:.2f}  "
-            said += (
-                f"bits/byte {found['bits_per_byte']:.4f}  accuracy {found['accuracy']:.1%}  {found['tokens']:,} tokens"
-            )
+    for name, values in results.items():
+        if "acc" not in values:
+            text = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}  "
+            text += f"bits/byte {values['bits_per_byte']:.4f}  accuracy {values['accuracy']:.1%}  "
+            text += f"{values['tokens']:,} tokens"
         else:
-            said = "  ".join(_share(each, found) for each in ("acc", "acc_norm", "acc_chars")) + f"  n {found['n']:,}"
-        lines.append(f"{name:<{width}}{said}")
+            text = "  ".join(_format_accuracy(metric, values) for metric in ("acc", "acc_norm", "acc_chars"))
+            text += f"  n {values['n']:,}"
+        lines.append(f"{name:<{width}}{text}")
     return lines
 
 
 def _harness_lines(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """One line a task, its numbers as the harness has them."""
+    """Return one line per task with the harness's own metrics."""
     width, lines = max(map(len, measured), default=0) + 2, []
-    for name, found in measured.items():
+    for name, values in measured.items():
         parts = [
-            _number(key, found) for key in found if key not in ("n", "few_shot", "source") and "_stderr" not in key
+            _format_metric(key, values)
+            for key in values
+            if key not in ("n", "few_shot", "source") and "_stderr" not in key
         ]
-        lines.append(f"{name:<{width}}{'  '.join(parts)}  n {found['n']:,}  ({found['source']})")
+        lines.append(f"{name:<{width}}{'  '.join(parts)}  n {values['n']:,}  ({values['source']})")
     return lines
 
 
-def _number(key: str, found: dict[str, Any]) -> str:
-    metric, comma, how = key.partition(",")
-    value, error = found[key], found.get(f"{metric}_stderr{comma}{how}")
-    said = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return f"{key} {said}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+def _format_metric(key: str, values: dict[str, Any]) -> str:
+    metric, comma, filter_name = key.partition(",")
+    value, error = values[key], values.get(f"{metric}_stderr{comma}{filter_name}")
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{key} {text}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
 
 
-def _share(name: str, found: dict[str, Any]) -> str:
-    error = found[f"{name}_stderr"]
-    return f"{name} {found[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")
+def _format_accuracy(name: str, values: dict[str, Any]) -> str:
+    error = values[f"{name}_stderr"]
+    return f"{name} {values[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")

@@ -10,83 +10,85 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from smolforge.config import Recipe
-from smolforge.config.base import NONE, entered, fields, shown
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.config.base import NONE, fields, find_nested_group, format_value
+from smolforge.errors import ConfigError, did_you_mean
 
-VARIABLES = (
+ENV_VARIABLES = (
     ("WANDB_WATCH", "report.watch", ("gradients", "parameters", "all")),
     ("WANDB_LOG_MODEL", "report.log_model", ("end", "checkpoint")),
 )
 
 
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """Dotted name to value, for what is left of a command line. Raises SettingError for what is no flag."""
-    known = dict(fields(Recipe))
-    known |= {"model": None, "model.preset": None}
-    given: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            raise SettingError(f"{shown(word)} is one word too many; settings are flags such as --train.steps 500")
-        flag, equals, value = word[2:].partition("=")
+def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
+    """Return dotted name to value for the rest of a command line. Raises ConfigError for an unknown flag."""
+    known_fields = dict(fields(Recipe))
+    known_fields |= {"model": None, "model.preset": None}
+    overrides: dict[str, Any] = {}
+    remaining = list(args)
+    while remaining:
+        arg = remaining.pop(0)
+        if not arg.startswith("--"):
+            raise ConfigError(f"{format_value(arg)} is one word too many; settings are flags such as --train.steps 500")
+        flag, equals, value = arg[2:].partition("=")
         name = flag.replace("-", "_")
-        if name not in known and (field := in_a_table(name)) is not None:
-            known[name] = field
-        if name not in known:
-            near = did_you_mean(name.lower(), known).replace("_", "-").replace("mean ", "mean --")
-            raise SettingError(f"there is no setting --{flag:.60}.{near or ' smolforge inspect RECIPE lists all.'}")
+        if name not in known_fields and (field := table_entry_field(name)) is not None:
+            known_fields[name] = field
+        if name not in known_fields:
+            suggestion = did_you_mean(name.lower(), known_fields).replace("_", "-").replace("mean ", "mean --")
+            raise ConfigError(
+                f"there is no setting --{flag:.60}.{suggestion or ' smolforge inspect RECIPE lists all.'}"
+            )
         if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise SettingError(f"--{flag} needs a value")
-            value = rest.pop(0)
-        field = known[name]
+            if not remaining or remaining[0].startswith("--"):
+                raise ConfigError(f"--{flag} needs a value")
+            value = remaining.pop(0)
+        field = known_fields[name]
         name = "model.preset" if name == "model" else name
         if field is not None and _is_list(field.annotation) and not (value == NONE and _is_list_or_none(field)):
-            given[name] = [*given.get(name, []), *items(f"--{flag}", value)]
-        elif name in given:
-            raise SettingError(f"--{flag} is given twice")
+            overrides[name] = [*overrides.get(name, []), *split_list(f"--{flag}", value)]
+        elif name in overrides:
+            raise ConfigError(f"--{flag} is given twice")
         else:
-            given[name] = value
-    return given
+            overrides[name] = value
+    return overrides
 
 
-def in_a_table(name: str) -> Any:
-    """The field of a setting such as data.mixture.NAME.weight, if it is one."""
+def table_entry_field(name: str) -> Any:
+    """Return the field of a setting such as data.mixture.NAME.weight, None where it is not one."""
     parts = name.split(".")
-    way, group = entered(Recipe, parts)
-    table = dict(fields(Recipe)).get(".".join(parts[: way - 1])) if way else None
-    is_table = table is not None and any(get_origin(each) is dict for each in get_args(table.annotation))
-    return dict(fields(group)).get(".".join(parts[way:])) if is_table else None
+    depth, group = find_nested_group(Recipe, parts)
+    table = dict(fields(Recipe)).get(".".join(parts[: depth - 1])) if depth else None
+    is_table = table is not None and any(get_origin(member) is dict for member in get_args(table.annotation))
+    return dict(fields(group)).get(".".join(parts[depth:])) if is_table else None
 
 
-def from_variables(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Dotted name to value, of what W&B's users say in variables, as Transformers' trainer reads them."""
-    given = {}
-    for variable, name, allowed in VARIABLES:
+def overrides_from_env(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return dotted name to value of W&B's environment variables, read as by Transformers' Trainer."""
+    overrides = {}
+    for variable, name, allowed in ENV_VARIABLES:
         value = environment.get(variable, "").lower()
         if value in allowed:
-            given[name] = value
+            overrides[name] = value
         elif value in ("false", "none"):
-            given[name] = NONE
+            overrides[name] = NONE
         elif value:
-            raise SettingError(f"{variable} is {shown(value)}; it should be {', '.join(allowed)} or false")
-    return given
+            raise ConfigError(f"{variable} is {format_value(value)}; it should be {', '.join(allowed)} or false")
+    return overrides
 
 
 def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple or any(get_origin(each) is tuple for each in get_args(annotation))
+    return get_origin(annotation) is tuple or any(get_origin(member) is tuple for member in get_args(annotation))
 
 
 def _is_list_or_none(field: Any) -> bool:
     return NoneType in get_args(field.annotation)
 
 
-def items(name: str, value: str) -> list[Any]:
-    """`a,b`, or a TOML list where an item has a comma in it."""
+def split_list(name: str, value: str) -> list[Any]:
+    """Split `a,b`; an item with a comma in it needs a TOML list."""
     if not value.startswith("["):
         return value.split(",")
     try:
         return tomllib.loads(f"items = {value}")["items"]
     except (ValueError, RecursionError):
-        raise SettingError(f'{name} is {shown(value)}; it should be a list such as a,b or ["a", "b"]') from None
+        raise ConfigError(f'{name} is {format_value(value)}; it should be a list such as a,b or ["a", "b"]') from None

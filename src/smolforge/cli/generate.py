@@ -1,7 +1,4 @@
-"""`smolforge generate`.
-
-What generate and chat share: how text is drawn, the model that draws it, and what a terminal may be shown of it.
-"""
+"""`smolforge generate`, and what `chat` shares with it: sampling flags, loading a model, printing text safely."""
 
 import json
 import os
@@ -14,87 +11,45 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from smolforge.config import Generation
-from smolforge.config.base import validated
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.config.base import validate_settings
+from smolforge.errors import ConfigError, InvalidFileError
 
 if TYPE_CHECKING:
     from smolforge.models.decoder import LanguageModel
 
-DEFAULTS = Generation()
-TURNS_TEXT = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Characters that change the direction of those around them, and so what a line seems to say."""
+GENERATION_DEFAULTS = Generation()
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that change the text direction around them, and so what a line seems to say."""
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Draw:
+class GenerationFlags:
     """Flags for the settings of `Generation`."""
 
-    max_new_tokens: int = DEFAULTS.max_new_tokens
+    max_new_tokens: int = GENERATION_DEFAULTS.max_new_tokens
     """Longest answer, in tokens."""
-    temperature: float = DEFAULTS.temperature
+    temperature: float = GENERATION_DEFAULTS.temperature
     """0 takes the likeliest token; 1 samples as the model believes."""
-    top_k: int | None = DEFAULTS.top_k
+    top_k: int | None = GENERATION_DEFAULTS.top_k
     """Sample among this many likeliest tokens."""
-    top_p: float | None = DEFAULTS.top_p
+    top_p: float | None = GENERATION_DEFAULTS.top_p
     """Sample among the likeliest tokens that together hold this much probability."""
-    min_p: float | None = DEFAULTS.min_p
+    min_p: float | None = GENERATION_DEFAULTS.min_p
     """Sample among tokens at least this many times as likely as the likeliest."""
-    repetition_penalty: float = DEFAULTS.repetition_penalty
+    repetition_penalty: float = GENERATION_DEFAULTS.repetition_penalty
     """Above 1, tokens already seen become less likely."""
     stop: Annotated[list[str] | None, Parameter(negative="")] = None
     """A string that ends the text and is no part of it; may be given several times."""
-    seed: int | None = DEFAULTS.seed
+    seed: int | None = GENERATION_DEFAULTS.seed
     """Makes the text repeatable."""
-
-
-def drawn(flags: Draw | None) -> Generation:
-    """The settings that flags ask for. Raises SettingError."""
-    given = asdict(flags or Draw())
-    return validated(Generation, given | {"stop": tuple(given["stop"] or ())})
-
-
-def loaded(model: str, dtype: str, device: str, random: bool) -> "LanguageModel":
-    """A model that can talk: one with a tokenizer."""
-    from smolforge.checkpoint.loading import load
-    from smolforge.device import pick_device
-    from smolforge.generation.stream import own
-
-    found = load(model, dtype, str(pick_device(device)), random)
-    own(found)
-    return found
-
-
-def visible(text: str) -> str:
-    """Text as a terminal may be given it: of control characters, which would move or colour things, their names."""
-    return "".join(each if _harmless(each) else each.encode("unicode_escape").decode() for each in text)
-
-
-def _harmless(character: str) -> bool:
-    return character in "\n\t" or (unicodedata.category(character) != "Cc" and character not in TURNS_TEXT)
-
-
-def note(text: str) -> None:
-    """A word beside the conversation, dim where that can be seen."""
-    colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(f"\x1b[2m{text}\x1b[0m" if colours else text, file=sys.stderr, flush=True)
-
-
-def note_lost(lost: bytes) -> None:
-    """Say which bytes a tokenizer cannot read, if any."""
-    if lost:
-        note(f"(bytes without a symbol in this tokenizer are left out: {lost.hex(' ')})")
-
-
-if TYPE_CHECKING:
-    from smolforge.models.decoder import LanguageModel
 
 
 def generate(
     model: str,
     *,
     prompt: str | None = None,
-    draw: Draw | None = None,
+    draw: GenerationFlags | None = None,
     dtype: str = "float32",
     device: str = "auto",
     random: bool = False,
@@ -122,44 +77,84 @@ def generate(
     json_
         Print text, token_ids, finish_reason and tokens_per_second as one JSON object.
     """
-    options = drawn(draw)
+    options = generation_from_flags(draw)
     if prompt is None and sys.stdin.isatty():
         from smolforge.cli.chat import converse
 
         if json_:
-            raise SettingError("--json prints one answer, not a chat; give it a --prompt")
-        converse(loaded(model, dtype, device, random), options)
+            raise ConfigError("--json prints one answer, not a chat; give it a --prompt")
+        converse(load_for_generation(model, dtype, device, random=random), options)
     else:
-        ready = loaded(model, dtype, device, random)
-        _continue(ready, _piped() if prompt is None else prompt, options, json_)
+        language_model = load_for_generation(model, dtype, device, random=random)
+        _print_continuation(language_model, _read_stdin() if prompt is None else prompt, options, json_=json_)
 
 
-def _continue(model: "LanguageModel", text: str, options: Generation, json_: bool) -> None:
-    """Print a text and its continuation as it comes, or all that there is to say of it as JSON."""
-    from smolforge.generation.stream import join, own, stream
+def _print_continuation(model: "LanguageModel", text: str, options: Generation, *, json_: bool) -> None:
+    """Print a text and its continuation as it comes, or the result as JSON."""
+    from smolforge.generation.stream import join_chunks, require_tokenizer, stream
 
-    note_lost(own(model).lost_bytes(text))
-    show = visible if sys.stdout.isatty() else str
-    begun, pieces = time.perf_counter(), []
+    note_lost_bytes(require_tokenizer(model).lost_bytes(text))
+    show = escape_controls if sys.stdout.isatty() else str
+    start, chunks = time.perf_counter(), []
     if not json_:
         print(show(text), end="", flush=True)
-    for piece in stream(model, text, **options.model_dump()):
-        pieces.append(piece)
+    for chunk in stream(model, text, **options.model_dump()):
+        chunks.append(chunk)
         if not json_:
-            print(show(piece.text), end="", flush=True)
-    whole = join(pieces)
+            print(show(chunk.text), end="", flush=True)
+    completion = join_chunks(chunks)
     if json_:
-        rate = len(whole.token_ids) / (time.perf_counter() - begun)
-        print(json.dumps({**whole.__dict__, "tokens_per_second": rate}))
+        rate = len(completion.token_ids) / (time.perf_counter() - start)
+        print(json.dumps({**completion.__dict__, "tokens_per_second": rate}))
     else:
         print()
-    if whole.finish_reason == "length" and len(whole.token_ids) < options.max_new_tokens:
-        note(f"(stopped at the end of the model's context, {model.config.max_position_embeddings:,} tokens)")
+    if completion.finish_reason == "length" and len(completion.token_ids) < options.max_new_tokens:
+        print_note(f"(stopped at the end of the model's context, {model.config.max_position_embeddings:,} tokens)")
 
 
-def _piped() -> str:
-    """All of standard input."""
+def _read_stdin() -> str:
+    """Return all of standard input."""
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidFile(f"standard input is not UTF-8 text: {error}") from None
+        raise InvalidFileError(f"standard input is not UTF-8 text: {error}") from None
+
+
+def generation_from_flags(flags: GenerationFlags | None) -> Generation:
+    """Return the generation settings of the flags. Raises ConfigError."""
+    values = asdict(flags or GenerationFlags())
+    return validate_settings(Generation, values | {"stop": tuple(values["stop"] or ())})
+
+
+def load_for_generation(model: str, dtype: str, device: str, *, random: bool) -> "LanguageModel":
+    """Load a model that has a tokenizer."""
+    from smolforge.checkpoint.loading import load
+    from smolforge.device import pick_device
+    from smolforge.generation.stream import require_tokenizer
+
+    language_model = load(model, dtype, str(pick_device(device)), random=random)
+    require_tokenizer(language_model)
+    return language_model
+
+
+def escape_controls(text: str) -> str:
+    """Escape control characters, which would move or color the terminal's text."""
+    return "".join(
+        character if _is_printable(character) else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _is_printable(character: str) -> bool:
+    return character in "\n\t" or (unicodedata.category(character) != "Cc" and character not in BIDI_CONTROLS)
+
+
+def print_note(text: str) -> None:
+    """Print a note to standard error, dim on a terminal."""
+    use_color = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(f"\x1b[2m{text}\x1b[0m" if use_color else text, file=sys.stderr, flush=True)
+
+
+def note_lost_bytes(lost_bytes: bytes) -> None:
+    """Print which bytes the tokenizer cannot encode, if any."""
+    if lost_bytes:
+        print_note(f"(bytes without a symbol in this tokenizer are left out: {lost_bytes.hex(' ')})")

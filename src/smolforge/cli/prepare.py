@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from smolforge.config import Data
-from smolforge.config.base import validated
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.config.base import validate_settings
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 
-EXPLAINED = {
+DROP_REASONS = {
     "filtered": "by data.filters",
     "missing": "not in the store",
     "near_duplicates": "nearly the same as one before",
@@ -23,23 +23,25 @@ EXPLAINED = {
     "too_short": "too short",
     "unanswered": "without an answer to learn",
 }
-"""Why documents are left out, as a person reads it."""
-OTHERWISE = {"--filters": "--filter", "--sources": "SOURCE"}
+"""Why documents are dropped, for the user."""
+RENAMED_FLAGS = {"--filters": "--filter", "--sources": "SOURCE"}
 
 
 @contextmanager
-def in_flags() -> Iterator[None]:
-    """Sentences that speak of a recipe's settings speak of this command's flags."""
+def name_flags_in_errors() -> Iterator[None]:
+    """Replace the names of recipe settings in errors by this command's flags."""
     names = "|".join(Data.model_fields).replace("_", "[_-]")
     try:
         yield
-    except (SettingError, InvalidFile, MissingResource) as error:
-        flag = lambda found: f"--{found[1]}".replace("_", "-")  # noqa: E731
-        said = re.sub(rf"(?:--)?\bdata\.({names})\b", lambda found: OTHERWISE.get(flag(found), flag(found)), str(error))
-        raise type(error)(said) from error
+    except (ConfigError, InvalidFileError, MissingResourceError) as error:
+        flag = lambda match: f"--{match[1]}".replace("_", "-")  # noqa: E731
+        message = re.sub(
+            rf"(?:--)?\bdata\.({names})\b", lambda match: RENAMED_FLAGS.get(flag(match), flag(match)), str(error)
+        )
+        raise type(error)(message) from error
 
 
-@in_flags()
+@name_flags_in_errors()
 def prepare(
     *sources: str,
     out: Path,
@@ -123,7 +125,7 @@ def prepare(
     from smolforge.device import usable_cores
     from smolforge.runs.estimate import parse_count
 
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "format": format_,
         "text_key": text_key,
         "deduplication": deduplication,
@@ -137,92 +139,107 @@ def prepare(
         "min_characters": min_characters,
         "max_characters": max_characters,
     }
-    data = validated(Data, ({"sources": sources} if sources else {}) | given)
+    data = validate_settings(Data, ({"sources": sources} if sources else {}) | settings)
     if workers is not None and workers < 1:
-        raise SettingError(f"--workers is {workers}; it should be at least 1, or left out for one for each core")
+        raise ConfigError(f"--workers is {workers}; it should be at least 1, or left out for one for each core")
     if hours < 1:
-        raise SettingError(f"--hours is {hours}; it should be at least 1")
+        raise ConfigError(f"--hours is {hours}; it should be at least 1")
     if partition is not None and executor != "slurm":
-        raise SettingError(f"--partition is one of Slurm's, and --executor is {executor}; --executor slurm takes it")
-    named = loading.tokenizer(tokenizer) if tokenizer else None
-    limit = None if tokens is None else parse_count(tokens, "--tokens")
+        raise ConfigError(f"--partition is one of Slurm's, and --executor is {executor}; --executor slurm takes it")
+    loaded_tokenizer = loading.load_tokenizer(tokenizer) if tokenizer else None
+    max_tokens = None if tokens is None else parse_count(tokens, "--tokens")
     if executor != "local":
-        from smolforge.data.prepare.cluster import Cluster, submit
+        from smolforge.data.prepare.cluster import Cluster, submit_jobs
 
-        count = submit(data, out, named, vocab_size, limit, Cluster(executor, workers or -1, partition, hours))
-        print(f"{count:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on")
+        num_tasks = submit_jobs(
+            data,
+            out,
+            loaded_tokenizer,
+            vocab_size=vocab_size,
+            limit=max_tokens,
+            cluster=Cluster(executor, workers or -1, partition, hours),
+        )
+        print(
+            f"{num_tasks:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on"
+        )
         return
     if not json_:
-        tell_sizes(data)
-    begun = time.perf_counter()
+        print_source_sizes(data)
+    start = time.perf_counter()
     progress = PreparationProgress()
-    made = build.prepare(
-        *(data, out, named, vocab_size, limit),
-        report=lambda counts: None if json_ else progress.tell(counts),
+    corpus = build.prepare(
+        data,
+        out,
+        loaded_tokenizer,
+        vocab_size=vocab_size,
+        max_tokens=max_tokens,
+        report=lambda counts: None if json_ else progress.report(counts),
         workers=workers or max(1, round(usable_cores())),
     )
-    tell_result(made, out, time.perf_counter() - begun, json_)
+    print_result(corpus, out, time.perf_counter() - start, as_json=json_)
 
 
-def tell_sizes(data: Data) -> None:
-    """What each streamed source holds, before it is read."""
+def print_source_sizes(data: Data) -> None:
+    """Print the size of each streamed source before it is read."""
     from smolforge.data import sources
 
     for source in data.sources:
-        if sources.on_hub(source):
+        if sources.is_on_hub(source):
             print(f"{source}: {sources.size(source, data)}", flush=True)
 
 
 class PreparationProgress:
-    """A line now and then: how much, how fast, and how long still."""
+    """Print a line now and then: how much, how fast, and the time left."""
 
-    SECONDS = 2.0
+    INTERVAL_SECONDS = 2.0
 
     def __init__(self) -> None:
-        self.begun = self.told = time.perf_counter()
-        self.first: dict[str, int] | None = None
+        self.start = self.last_report = time.perf_counter()
+        self.first_counts: dict[str, int] | None = None
 
-    def tell(self, counts: dict[str, int]) -> None:
+    def report(self, counts: dict[str, int]) -> None:
         from smolforge.cli.run_display import corpus_line
 
         now = time.perf_counter()
-        if self.first is None:
-            self.first, self.begun = counts, now
+        if self.first_counts is None:
+            self.first_counts, self.start = counts, now
             print(corpus_line(counts), flush=True)
-        elif now - self.told >= self.SECONDS:
-            self.told = now
-            print(f"{corpus_line(counts)}{self.rate(counts, now - self.begun)}", flush=True)
+        elif now - self.last_report >= self.INTERVAL_SECONDS:
+            self.last_report = now
+            print(f"{corpus_line(counts)}{self.rate(counts, now - self.start)}", flush=True)
 
     def rate(self, counts: dict[str, int], seconds: float) -> str:
         from smolforge.cli.run_display import duration
 
-        first = self.first or counts
-        done = {key: counts[key] - first[key] for key in ("tokens", "bytes")}
-        left = [
-            seconds * max(0, counts[f"of_{key}"] - counts[key]) / done[key]
+        first = self.first_counts or counts
+        processed = {key: counts[key] - first[key] for key in ("tokens", "bytes")}
+        seconds_left = [
+            seconds * max(0, counts[f"of_{key}"] - counts[key]) / processed[key]
             for key in ("tokens", "bytes")
-            if f"of_{key}" in counts and done[key]
+            if f"of_{key}" in counts and processed[key]
         ]
-        eta = f", about {duration(min(left))} left" if left else ""
-        return f", {done['bytes'] / seconds / 1e6:.1f} MB/s{eta}"
+        eta = f", about {duration(min(seconds_left))} left" if seconds_left else ""
+        return f", {processed['bytes'] / seconds / 1e6:.1f} MB/s{eta}"
 
 
-def tell_result(made: Any, out: Path, seconds: float, as_json: bool) -> None:
-    """What came of it."""
+def print_result(prepared: Any, out: Path, seconds: float, *, as_json: bool) -> None:
+    """Print the sizes of the prepared corpus and what was dropped."""
     from smolforge.data import corpus
 
-    sizes = [made.size(split) for split in corpus.SPLITS]
+    sizes = [prepared.size(split) for split in corpus.SPLITS]
     total = {key: sum(size[key] for size in sizes) for key in ("documents", "tokens", "bytes")}
-    dropped = {why: count for why, count in made.facts["dropped"].items() if count}
+    dropped = {reason: count for reason, count in prepared.metadata["dropped"].items() if count}
     if as_json:
         print(json.dumps(total | {"tokens_per_second": total["tokens"] / seconds, "dropped": dropped}))
         return
-    train, held = sizes
-    print(f"{out}: {train['tokens']:,} tokens to train on, {held['tokens']:,} held out")
-    if made.format != "text":
+    train, held_out = sizes
+    print(f"{out}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out")
+    if prepared.format != "text":
         learned = train.get("learned_tokens", 0)
-        found = f"{train['documents']:,} conversations"
-        found = found if made.format == "chat" else f"{train['documents'] // 2:,} pairs"
-        print(f"{found}, of whose tokens {learned / max(1, train['tokens']):.0%} are learned")
+        rows = f"{train['documents']:,} conversations"
+        rows = rows if prepared.format == "chat" else f"{train['documents'] // 2:,} pairs"
+        print(f"{rows}, of whose tokens {learned / max(1, train['tokens']):.0%} are learned")
     if dropped:
-        print("left out: " + ", ".join(f"{count:,} {EXPLAINED[why]}" for why, count in sorted(dropped.items())))
+        print(
+            "left out: " + ", ".join(f"{count:,} {DROP_REASONS[reason]}" for reason, count in sorted(dropped.items()))
+        )

@@ -26,7 +26,7 @@ class ProgressBar:
 
     def __enter__(self) -> Callable[[int], None]:
         self.bar.start()
-        return lambda more: self.bar.advance(self.task, more)
+        return lambda count: self.bar.advance(self.task, count)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()

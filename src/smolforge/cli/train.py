@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.errors import SettingError
+from smolforge.errors import ConfigError
 from smolforge.training.signals import stop_signals
 
 
@@ -45,28 +45,32 @@ def train(
         Print the final metrics as one JSON object.
     """
     with stop_signals():  # also while the imports take their seconds
-        from smolforge.cli.flags import from_variables, parse
+        from smolforge.cli.flags import overrides_from_env, parse_overrides
 
-        overrides = from_variables(os.environ) | parse(settings)
+        overrides = overrides_from_env(os.environ) | parse_overrides(settings)
         if profile is not None:
             if profile < 1:
-                raise SettingError(f"--profile is {profile}; it should be a number of steps above 0")
+                raise ConfigError(f"--profile is {profile}; it should be a number of steps above 0")
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks of its own affairs
 
         from smolforge.cli.run_display import Display
-        from smolforge.device.environment import surroundings
+        from smolforge.device.environment import describe_environment
         from smolforge.runs import resume_or_start
-        from smolforge.training.distributed import world_of
-    world = world_of(os.environ)
+        from smolforge.training.distributed import world_from_env
+    world = world_from_env(os.environ)
     if world.rank > 0:  # rank 0 speaks for all
         logging.getLogger("smolforge").setLevel(logging.ERROR)
     with Display(quiet=json_ or world.rank > 0, plain=world.size > 1) as display:
-        result = resume_or_start(recipe, run, overrides, fresh, display, world, profile, surroundings(os.environ))
+        result = resume_or_start(
+            recipe, run, overrides,
+            fresh=fresh, listener=display, world=world,
+            profile_steps=profile, environment=describe_environment(os.environ),
+        )  # fmt: skip
     if world.rank > 0:
         return
     if json_:
         print(json.dumps(result.metrics))
     else:
-        display.say(f"finished: {result.folder} is at step {result.metrics['step']:,}")
+        display.print_line(f"finished: {result.folder} is at step {result.metrics['step']:,}")
         prompt = "" if result.recipe.data.format != "text" else ' --prompt "Once upon a time"'
-        display.say(f"talk to it: smolforge generate {result.folder}{prompt}")
+        display.print_line(f"talk to it: smolforge generate {result.folder}{prompt}")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from smolforge.errors import MissingResource, SettingError
+from smolforge.errors import ConfigError, MissingResourceError
 
 if TYPE_CHECKING:
-    from smolforge.verification.report import Check, Report
+    from smolforge.verification.report import Check, VerificationReport
 
-    Tell = Callable[[Check], None]
+    OnCheck = Callable[[Check], None]
 
 
 def verify(
@@ -51,17 +51,21 @@ def verify(
     from smolforge.config.load import PARSERS
     from smolforge.verification.report import Check
 
-    def line(check: Check) -> None:
+    def print_check(check: Check) -> None:
         if not json_:
-            print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{one_line(check.said)}", flush=True)
+            print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{one_line(check.message)}", flush=True)
 
     is_recipe = Path(model).suffix in PARSERS and Path(model).is_file()
-    report = _of_recipe(model, against, line) if is_recipe else _of_model(model, against, max_length, line)
+    report = (
+        _verify_recipe(model, against, print_check)
+        if is_recipe
+        else _verify_model(model, against, max_length, on_check=print_check)
+    )
     content = report.as_json()
     try:
         out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     except OSError as error:
-        raise MissingResource(f"{out} could not be written: {error.strerror}") from None
+        raise MissingResourceError(f"{out} could not be written: {error.strerror}") from None
     if json_:
         print(json.dumps(content))
     elif report.holds:
@@ -71,17 +75,19 @@ def verify(
     return 0 if report.holds else 1
 
 
-def _of_model(model: str, against: list[str] | None, max_length: int | None, tell: "Tell") -> "Report":
+def _verify_model(
+    model: str, against: list[str] | None, max_length: int | None, *, on_check: "OnCheck"
+) -> "VerificationReport":
     from smolforge.verification import verify
 
-    return verify(model, tuple(against or ()), max_length, tell=tell)
+    return verify(model, tuple(against or ()), max_length, on_check=on_check)
 
 
-def _of_recipe(recipe: str, against: list[str] | None, tell: "Tell") -> "Report":
-    from smolforge.config.load import admitted, read_recipe
+def _verify_recipe(recipe: str, against: list[str] | None, on_check: "OnCheck") -> "VerificationReport":
+    from smolforge.config.load import import_recipe_classes, read_recipe
     from smolforge.verification.custom_classes import AGAINST, verify_classes
 
     if against and against != [AGAINST]:
-        raise SettingError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")
-    config = admitted(read_recipe(recipe), recipe).model
-    return verify_classes(recipe, config, bool(against), tell)
+        raise ConfigError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")
+    config = import_recipe_classes(read_recipe(recipe), recipe).model
+    return verify_classes(recipe, config, bool(against), on_check=on_check)

@@ -15,7 +15,7 @@ from smolforge import atomic
 from smolforge.comparison import history, style, table
 from smolforge.comparison.figures import draw_all
 from smolforge.comparison.select import Selection
-from smolforge.comparison.summaries import environments, samples, settings, timeline
+from smolforge.comparison.summaries import compare_settings, environments, samples_by_prompt, timeline
 
 PAGE = "index.html"
 TABS = {"loss-tokens": "tokens", "loss-steps": "steps", "loss-seconds": "time"}
@@ -51,66 +51,71 @@ class Swatch(NamedTuple):
     dashes: str
 
 
-def write(selection: Selection, out: Path) -> list[Path]:
+def write_page(selection: Selection, out: Path) -> list[Path]:
     """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
-    atomic.make_folder(out)
-    drawn = draw_all(selection.runs, out)
-    figures = {name: inlined(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in drawn.items()}
+    atomic.make_dir_durable(out)
+    files_by_figure = draw_all(selection.runs, out)
+    figures = {
+        name: inline_svg(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in files_by_figure.items()
+    }
     page = out / PAGE
-    page.write_text(render(selection, figures), "utf-8", errors="replace")
-    return [page, *(file for files in drawn.values() for file in files)]
+    page.write_text(render_page(selection, figures), "utf-8", errors="replace")
+    return [page, *(file for files in files_by_figure.values() for file in files)]
 
 
-def render(selection: Selection, figures: dict[str, Markup]) -> str:
+def render_page(selection: Selection, figures: dict[str, Markup]) -> str:
     """The page, around figures made ready by `inlined`."""
     runs = selection.runs
-    shelf = Environment(
+    jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shelf.filters["number"] = table.number
-    return shelf.get_template("page.html").render(
+    jinja.filters["number"] = table.format_number
+    return jinja.get_template("page.html").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        rows=table.rows(selection),
-        columns={name: say for name, say in table.COLUMNS.items() if name != "last change"},
-        words=table.WORDS,
+        rows=table.table_rows(selection),
+        columns={name: format_cell for name, format_cell in table.COLUMNS.items() if name != "last change"},
+        text_columns=table.TEXT_COLUMNS,
         swatches=swatches(len(runs)),
-        best=_best(table.rows(selection)),
+        best=_best_run(table.table_rows(selection)),
         colors=COLORS,
-        tabs={name: word for name, word in TABS.items() if name in figures},
-        captions={name: said for name, said in CAPTIONS.items() if name in figures},
+        tabs={name: label for name, label in TABS.items() if name in figures},
+        captions={name: caption for name, caption in CAPTIONS.items() if name in figures},
         figures=figures,
         runs=runs,
-        mixtures=history.by_name(runs),
-        samples=samples(runs),
-        settings=settings(runs),
+        mixtures=history.source_totals_by_run(runs),
+        samples=samples_by_prompt(runs),
+        settings=compare_settings(runs),
         timelines={run.name: list(timeline(run)) for run in runs},
         environments={run.name: list(environments(run)) for run in runs},
     )
 
 
-def _best(rows: Sequence[table.Row]) -> str | None:
+def _best_run(rows: Sequence[table.RunRow]) -> str | None:
     """The run with the lowest held-out loss, where there are several to choose from."""
-    known = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
-    return min(known)[1] if len(known) > 1 else None
+    losses = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
+    return min(losses)[1] if len(losses) > 1 else None
 
 
 def swatches(count: int) -> list[Swatch]:
     """How each run's line looks, in the page's colours; one run alone needs none."""
     if count == 1:
         return []
-    return [Swatch(_variable(look.color), _dashes(look.dashes[1])) for look in style.looks(count)]
+    return [
+        Swatch(_css_color(line_style.color), _svg_dashes(line_style.dashes[1]))
+        for line_style in style.line_styles(count)
+    ]
 
 
-def _dashes(lengths: tuple[float, ...]) -> str:
+def _svg_dashes(lengths: tuple[float, ...]) -> str:
     """Of a line 2.4 wide, whose width matplotlib's lengths are times of, as SVG says them."""
-    return " ".join(f"{2.4 * each:g}" for each in lengths)
+    return " ".join(f"{2.4 * length:g}" for length in lengths)
 
 
-def inlined(svg: str, label: str) -> Markup:
+def inline_svg(svg: str, label: str) -> Markup:
     """An SVG file as a part of the page: in its colours and size, without addresses and repeated ids."""
     body = svg[svg.index("<svg") :]
 
@@ -118,11 +123,11 @@ def inlined(svg: str, label: str) -> Markup:
         text = re.sub(r' (?:id="[\w.]+_\d+"|xmlns(?::\w+)?="[^"]*")', "", tag[0])
         if text.startswith("<svg"):
             text = re.sub(r' (?:width|height)="[^"]*"', "", text)
-        return re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found[0]), text)
+        return re.sub(r"#[0-9a-f]{6}\b", lambda match: _css_color(match[0]), text)
 
     body = re.sub(r"<[^>]*>", in_page, body)
     return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1))
 
 
-def _variable(color: str) -> str:
+def _css_color(color: str) -> str:
     return f"var(--{COLORS[color][0]})" if color in COLORS else color

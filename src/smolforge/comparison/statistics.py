@@ -20,9 +20,9 @@ from scipy import optimize, special
 Test = Literal["paired-t", "welch-t"]
 POWER = 0.8
 """How likely the smallest visible difference would have been called."""
-FEWEST = 3
+MIN_PAIRS = 3
 """Of fewer pairs a spread is a guess, so nothing is called."""
-SPREADS = 2000
+NUM_SPREADS = 2000
 """That a power is the mean over."""
 
 
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Difference:
+class MeanDifference:
     """A variant minus the baseline; what so few runs cannot tell is None."""
 
     n: int
@@ -56,22 +56,22 @@ class Difference:
     """Whether adjusted_p is below alpha, and n is large enough."""
 
 
-def paired(variant: Sequence[float], baseline: Sequence[float]) -> Estimate:
+def paired_t(variant: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """Of the differences of each pair; two pairs or more."""
-    differences = [ours - theirs for ours, theirs in zip(variant, baseline, strict=True)]
+    differences = [variant_loss - baseline_loss for variant_loss, baseline_loss in zip(variant, baseline, strict=True)]
     n = len(differences)
     return Estimate(statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n), float(n - 1))
 
 
-def welch(variant: Sequence[float], baseline: Sequence[float]) -> Estimate:
+def welch_t(variant: Sequence[float], baseline: Sequence[float]) -> Estimate:
     """Of two samples whose spreads may differ; two of each or more."""
-    parts = [statistics.variance(each) / len(each) for each in (variant, baseline)]
-    below = sum(part**2 for part in parts) / (len(variant) - 1)
-    freedom = sum(parts) ** 2 / below if below else 2.0 * (len(variant) - 1)
-    return Estimate(statistics.fmean(variant) - statistics.fmean(baseline), math.sqrt(sum(parts)), freedom)
+    parts = [statistics.variance(losses) / len(losses) for losses in (variant, baseline)]
+    denominator = sum(part**2 for part in parts) / (len(variant) - 1)
+    df = sum(parts) ** 2 / denominator if denominator else 2.0 * (len(variant) - 1)
+    return Estimate(statistics.fmean(variant) - statistics.fmean(baseline), math.sqrt(sum(parts)), df)
 
 
-TESTS: dict[Test, Callable[[Sequence[float], Sequence[float]], Estimate]] = {"paired-t": paired, "welch-t": welch}
+TESTS: dict[Test, Callable[[Sequence[float], Sequence[float]], Estimate]] = {"paired-t": paired_t, "welch-t": welch_t}
 
 
 def p_value(estimate: Estimate) -> float:
@@ -81,32 +81,32 @@ def p_value(estimate: Estimate) -> float:
     return 2 * float(special.stdtr(estimate.freedom, -abs(estimate.mean) / estimate.error))
 
 
-def interval(estimate: Estimate, alpha: float) -> tuple[float, float]:
+def confidence_interval(estimate: Estimate, alpha: float) -> tuple[float, float]:
     """Where the true difference lies with confidence 1 - alpha."""
     half = float(special.stdtrit(estimate.freedom, 1 - alpha / 2)) * estimate.error
     return estimate.mean - half, estimate.mean + half
 
 
-def smallest_visible(error: float, freedom: float, alpha: float, power: float = POWER) -> float:
+def smallest_visible(error: float, df: float, alpha: float, *, power: float = POWER) -> float:
     """The true difference that a two-sided test at `alpha` calls with probability `power`.
 
     The spread is taken for what was measured, so of a few runs this is as rough as their spread is.
     """
-    return error * visible_errors(freedom, alpha, power)
+    return error * visible_errors(df, alpha, power)
 
 
 @cache
-def visible_errors(freedom: float, alpha: float, power: float) -> float:
+def visible_errors(df: float, alpha: float, power: float) -> float:
     """The same in standard errors. scipy's noncentral t, which would say it directly, gives up on large shifts."""
-    border = float(special.stdtrit(freedom, 1 - alpha / 2))
-    places = (np.arange(SPREADS) + 0.5) / SPREADS
-    spreads = np.sqrt(2 * special.gammaincinv(freedom / 2, places) / freedom)  # that runs may show, all equally likely
+    critical_t = float(special.stdtrit(df, 1 - alpha / 2))
+    quantiles = (np.arange(NUM_SPREADS) + 0.5) / NUM_SPREADS
+    spreads = np.sqrt(2 * special.gammaincinv(df / 2, quantiles) / df)  # that runs may show, all equally likely
 
-    def beyond(shift: float) -> float:
-        called = special.ndtr(shift - border * spreads) + special.ndtr(-shift - border * spreads)
+    def power_excess(shift: float) -> float:
+        called = special.ndtr(shift - critical_t * spreads) + special.ndtr(-shift - critical_t * spreads)
         return float(called.mean()) - power
 
-    return float(optimize.root_scalar(beyond, bracket=(1e-9, 4 * border + 10)).root)
+    return float(optimize.root_scalar(power_excess, bracket=(1e-9, 4 * critical_t + 10)).root)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -115,36 +115,39 @@ def holm(values: Sequence[float]) -> list[float]:
     The smallest times their number, the next times one less, each at least the one before (Holm 1979).
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
-    adjusted, least = [0.0] * len(values), 0.0
-    for place, index in enumerate(order):
-        least = max(least, min(1.0, (len(values) - place) * values[index]))
-        adjusted[index] = least
+    adjusted, running_max = [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        running_max = max(running_max, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = running_max
     return adjusted
 
 
 def differences(
-    variants: dict[str, dict[int, float]], baseline: dict[int, float], test: Test = "paired-t", alpha: float = 0.05
-) -> dict[str, Difference]:
+    variants: dict[str, dict[int, float]], baseline: dict[int, float], test: Test = "paired-t", *, alpha: float = 0.05
+) -> dict[str, MeanDifference]:
     """Each variant's losses by seed held against the baseline's, on the seeds both have.
 
     The smallest visible difference is at alpha over the number of variants: what Holm asks of the first.
     """
     estimates: dict[str, Estimate | None] = {}
-    common = {name: sorted(losses.keys() & baseline.keys()) for name, losses in variants.items()}
+    seeds_in_both = {name: sorted(losses.keys() & baseline.keys()) for name, losses in variants.items()}
     for name, losses in variants.items():
-        ours, theirs = [losses[seed] for seed in common[name]], [baseline[seed] for seed in common[name]]
-        estimates[name] = TESTS[test](ours, theirs) if len(ours) > 1 else None
-    known = {name: p_value(each) for name, each in estimates.items() if each is not None}
-    adjusted = dict(zip(known, holm(list(known.values())), strict=True))
-    found = {}
+        variant_losses, baseline_losses = (
+            [losses[seed] for seed in seeds_in_both[name]],
+            [baseline[seed] for seed in seeds_in_both[name]],
+        )
+        estimates[name] = TESTS[test](variant_losses, baseline_losses) if len(variant_losses) > 1 else None
+    p_values = {name: p_value(estimate) for name, estimate in estimates.items() if estimate is not None}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    results = {}
     for name, estimate in estimates.items():
-        n = len(common[name])
+        n = len(seeds_in_both[name])
         if estimate is None:
-            mean = variants[name][common[name][0]] - baseline[common[name][0]] if n else None
-            found[name] = Difference(n, mean, None, None, None, None, None, False)
+            mean = variants[name][seeds_in_both[name][0]] - baseline[seeds_in_both[name][0]] if n else None
+            results[name] = MeanDifference(n, mean, None, None, None, None, None, False)
             continue
-        visible = smallest_visible(estimate.error, estimate.freedom, alpha / len(known)) if n >= FEWEST else None
-        called = n >= FEWEST and adjusted[name] < alpha
-        low, high = interval(estimate, alpha)
-        found[name] = Difference(n, estimate.mean, low, high, known[name], adjusted[name], visible, called)
-    return found
+        visible = smallest_visible(estimate.error, estimate.freedom, alpha / len(p_values)) if n >= MIN_PAIRS else None
+        called = n >= MIN_PAIRS and adjusted[name] < alpha
+        low, high = confidence_interval(estimate, alpha)
+        results[name] = MeanDifference(n, estimate.mean, low, high, p_values[name], adjusted[name], visible, called)
+    return results

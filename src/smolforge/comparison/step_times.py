@@ -1,13 +1,14 @@
-"""Where the time of a run's last start went, from the lines of metrics.jsonl that are its own.
+"""Compute where the time of a run's last start went, from its own lines of metrics.jsonl.
 
-Lines of other starts were written on other machines perhaps, and lines of old runs lack keys: what is not there is not
-counted, and nothing here raises for it.
+Lines of other starts may come from other machines, so they do not count. Old runs lack keys: a missing key is skipped,
+and nothing here raises for it.
 
-What happens between the steps of a run, and how long each kind of it takes.
+Pauses between steps are split by kind: measuring, sampling, saving and so on. Kinds with different intervals may be due
+after the same step, so they are told apart step by step:
 
-What comes every so many steps may come together, so costs are told apart step by step: the usual pause is that after
-steps with nothing due; a kind that comes alone costs what its pauses are longer; of kinds that come together, those
-not known yet share the rest, and where two always come together they are one.
+    base pause                  median pause after steps with nothing due
+    a kind that comes alone     its mean pause minus the base pause
+    kinds that come together    those not known yet share the remainder; two that always come together count as one
 """
 
 import math
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from smolforge.config import Recipe
-from smolforge.training.step_timer import Part
+from smolforge.training.step_timer import Phase
 
-PARTS = get_args(Part)
+PHASES = get_args(Phase)
 BETWEEN = "between"
 
 Record = Mapping[str, Any]
@@ -31,7 +32,7 @@ class Step(NamedTuple):
 
     record: Record
     before: Record | None
-    parts: dict[str, float]
+    phase_seconds: dict[str, float]
     """Seconds by part, those there are."""
     between: float
     """Seconds since the step before ended; 0 where old runs do not say."""
@@ -39,56 +40,58 @@ class Step(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of the step itself."""
-        return sum(self.parts.values())
+        return sum(self.phase_seconds.values())
 
 
-def number(record: Record, key: str) -> float | None:
+def finite_number(record: Record, key: str) -> float | None:
     """A finite number, if there is one."""
     value = record.get(key)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
 
 
-def of_start(records: Sequence[Record], start: Record) -> list[Record]:
+def records_of_start(records: Sequence[Record], start: Record) -> list[Record]:
     """The lines written since a start; all where it has none."""
-    begun = number(start, "step") or 0
-    return [record for record in records if (number(record, "step") or 0) > begun] or list(records)
+    start_step = finite_number(start, "step") or 0
+    return [record for record in records if (finite_number(record, "step") or 0) > start_step] or list(records)
 
 
 def timed_steps(records: Sequence[Record]) -> list[Step]:
     """Those that say how long they took."""
     steps = []
     for before, record in zip([None, *records], records, strict=False):
-        found = {part: number(record, f"seconds_{part}") for part in PARTS}
-        parts = {part: seconds for part, seconds in found.items() if seconds is not None and seconds >= 0}
-        between = max(0.0, number(record, "seconds_between") or 0.0)
-        if sum(parts.values()) > 0:
-            steps.append(Step(record, before, parts, between))
+        seconds_by_phase = {phase: finite_number(record, f"seconds_{phase}") for phase in PHASES}
+        phase_seconds = {
+            phase: seconds for phase, seconds in seconds_by_phase.items() if seconds is not None and seconds >= 0
+        }
+        between = max(0.0, finite_number(record, "seconds_between") or 0.0)
+        if sum(phase_seconds.values()) > 0:
+            steps.append(Step(record, before, phase_seconds, between))
     return steps
 
 
-def shares(steps: Sequence[Step]) -> dict[str, float]:
+def phase_shares(steps: Sequence[Step]) -> dict[str, float]:
     """What each part takes of all their time, and what passes between them; empty without steps."""
     total = sum(step.seconds + step.between for step in steps)
     if not total:
         return {}
-    found = {part: sum(step.parts.get(part, 0.0) for step in steps) / total for part in PARTS}
-    return found | {BETWEEN: sum(step.between for step in steps) / total}
+    shares = {phase: sum(step.phase_seconds.get(phase, 0.0) for step in steps) / total for phase in PHASES}
+    return shares | {BETWEEN: sum(step.between for step in steps) / total}
 
 
 def time_shares(records: Sequence[Record], start: Record) -> dict[str, float]:
     """`shares` of a run's last start, its first step aside, which compiles and allocates."""
-    return shares(timed_steps(of_start(records, start))[1:])
+    return phase_shares(timed_steps(records_of_start(records, start))[1:])
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RunTimings:
     """What a diagnosis is made from."""
 
     recipe: Recipe
     start: Record
     records: Sequence[Record]
-    first: Step
+    first_step: Step
     steps: Sequence[Step]
     """After the first."""
     shares: Mapping[str, float]
@@ -100,84 +103,87 @@ class Evidence:
 
     @property
     def ranks(self) -> int:
-        return int(number(self.start, "ranks") or 1)
+        return int(finite_number(self.start, "ranks") or 1)
 
     @property
-    def seconds(self) -> list[float]:
+    def step_seconds(self) -> list[float]:
         """Of each step."""
         return [step.seconds for step in self.steps]
 
     @property
-    def total(self) -> float:
+    def total_seconds(self) -> float:
         return sum(step.seconds + step.between for step in self.steps)
 
     @property
-    def planned(self) -> float:
+    def planned_seconds(self) -> float:
         """Seconds this start takes to the last step of its recipe, its first step aside."""
-        left = self.recipe.train.steps - int(number(self.start, "step") or 0) - 1
-        return self.total / len(self.steps) * max(left, len(self.steps))
+        remaining = self.recipe.train.steps - int(finite_number(self.start, "step") or 0) - 1
+        return self.total_seconds / len(self.steps) * max(remaining, len(self.steps))
 
     def median(self, key: str) -> float | None:
         """Of the lines that have such a figure."""
-        found = [value for record in self.records if (value := number(record, key)) is not None]
-        return statistics.median(found) if found else None
+        values = [value for record in self.records if (value := finite_number(record, key)) is not None]
+        return statistics.median(values) if values else None
 
 
-class Kind(NamedTuple):
+class PauseKind(NamedTuple):
     """What may be due after a step."""
 
-    says: str
+    description: str
     setting: str
     """How often it comes."""
 
 
-KINDS = {
-    "measured": Kind("measuring on held-out text", "train.evaluate_every"),
-    "sampled": Kind("sampling text", "train.sample_every"),
-    "saved": Kind("saving checkpoints", "train.checkpoint_every"),
-    "normed": Kind("the norms of the weights", "report.norms_every"),
-    "watched": Kind("watching gradients and weights", "report.watch_every"),
+PAUSE_KINDS = {
+    "measured": PauseKind("measuring on held-out text", "train.evaluate_every"),
+    "sampled": PauseKind("sampling text", "train.sample_every"),
+    "saved": PauseKind("saving checkpoints", "train.checkpoint_every"),
+    "normed": PauseKind("the norms of the weights", "report.norms_every"),
+    "watched": PauseKind("watching gradients and weights", "report.watch_every"),
 }
 
 
-class Cost(NamedTuple):
+class PauseCost(NamedTuple):
     """Of kinds that come together: how often, and how long each time."""
 
     kinds: frozenset[str]
-    times: int
+    count: int
     seconds: float
 
 
-def due(record: Record, recipe: Recipe) -> frozenset[str]:
+def kinds_due(record: Record, recipe: Recipe) -> frozenset[str]:
     """What was done after the step of a line."""
-    step = int(number(record, "step") or 0)
+    step = int(finite_number(record, "step") or 0)
 
-    def in_turn(every: int | None) -> bool:
-        return every is not None and step > 0 and step % every == 0
+    def in_turn(interval: int | None) -> bool:
+        return interval is not None and step > 0 and step % interval == 0
 
-    found = {
+    is_due = {
         "measured": any(key.startswith("validation_") for key in record),
         "sampled": in_turn(recipe.train.sample_every),
         "saved": in_turn(recipe.train.checkpoint_every),
         "normed": "weight_norm" in record,
         "watched": recipe.report.watch is not None and in_turn(recipe.report.watch_every),
     }
-    return frozenset(kind for kind, was_done in found.items() if was_done)
+    return frozenset(kind for kind, due in is_due.items() if due)
 
 
-def costs(steps: Sequence[Step], recipe: Recipe) -> list[Cost]:
+def pause_costs(steps: Sequence[Step], recipe: Recipe) -> list[PauseCost]:
     """What each kind took; that of no kind is what every step has."""
     pauses: dict[frozenset[str], list[float]] = defaultdict(list)
     for step in steps:
-        pauses[due(step.before or {}, recipe)].append(step.between)
-    idle = frozenset[str]()
-    usual = statistics.median(pauses.get(idle, [0.0]))
-    found = {idle: usual}
+        pauses[kinds_due(step.before or {}, recipe)].append(step.between)
+    no_kinds = frozenset[str]()
+    base_pause = statistics.median(pauses.get(no_kinds, [0.0]))
+    mean_seconds = {no_kinds: base_pause}
     for kinds in sorted(pauses, key=lambda kinds: (len(kinds), sorted(kinds))):
-        known = [each for each in found if each <= kinds]
-        new = kinds.difference(*known)
-        if new:
-            found[new] = max(0.0, statistics.fmean(pauses[kinds]) - sum(found[each] for each in known))
+        subsets = [subset for subset in mean_seconds if subset <= kinds]
+        new_kinds = kinds.difference(*subsets)
+        if new_kinds:
+            mean_seconds[new_kinds] = max(
+                0.0, statistics.fmean(pauses[kinds]) - sum(mean_seconds[subset] for subset in subsets)
+            )
     return [
-        Cost(kinds, sum(len(all_) for each, all_ in pauses.items() if kinds <= each), s) for kinds, s in found.items()
+        PauseCost(kinds, sum(len(seconds) for subset, seconds in pauses.items() if kinds <= subset), cost_seconds)
+        for kinds, cost_seconds in mean_seconds.items()
     ]

@@ -1,9 +1,7 @@
-"""How figures look: what tells runs apart, type, lines, legends, files.
+"""Style all figures: colors, fonts, lines, legends, files. Draw step times as stacked bars, one for each run.
 
-Colours are Okabe and Ito's, which colour-blind people tell apart (https://jfly.uni-koeln.de/color/); lines and markers
-differ as well, for print without colour. A page may put its own in their place: each is one word of an SVG.
-
-Where a step's time goes: stacked parts, one bar a run.
+Colors are Okabe and Ito's, which colorblind people tell apart (https://jfly.uni-koeln.de/color/). Lines and markers
+differ as well, for print without color. A page may replace the colors: each is one word of an SVG.
 """
 
 import math
@@ -23,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 
-from smolforge.comparison.history import History
+from smolforge.comparison.history import RunHistory
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, QUIET, RULE, PAPER = "#1c1c1c", "#6f6f6f", "#dcdcdc", "#ffffff"
@@ -36,10 +34,10 @@ MARKERS = "os^Dv"
 WIDTH = 7.0
 """Inches: a text's width."""
 DPI = 300
-LONGEST_NAME = 30
+MAX_NAME_CHARS = 30
 LINE, SAMPLE, LINE_HEIGHT = 88, 7, 0.18
 """Letters in a line of a legend, those a sample takes, and its inches."""
-NOTHING = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 """What an SVG says of itself, so that the same runs make the same file."""
 STYLE = {
     "axes.axisbelow": True,
@@ -71,11 +69,23 @@ STYLE = {
 }
 
 
-Key = list[tuple[str, Artist]]
+LegendEntries = list[tuple[str, Artist]]
 """What a legend says: name and sample."""
+PHASE_STYLES = {
+    "data": ("waiting for data", "#8c8c8c", DARK),
+    "forward": ("forward", SKY, DARK),
+    "backward": ("backward", BLUE, LIGHT),
+    "optimizer": ("optimizer", ORANGE, DARK),
+    "other": ("other", GREEN, LIGHT),
+    "between": ("between steps", PURPLE, DARK),
+}
+"""Of each part: its name, its colour, the colour of a word on it."""
+MIN_LABEL_SHARE = 0.08
+"""Of the whole width, for a number to stand inside."""
+_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds"}
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """What tells one run from the others."""
 
     color: str
@@ -83,27 +93,27 @@ class Look(NamedTuple):
     marker: str
 
 
-def looks(count: int) -> list[Look]:
+def line_styles(count: int) -> list[LineStyle]:
     """One for each run, in order: no two of the first 140 alike."""
-    every = zip(cycle(COLORS), cycle(DASHES), cycle(MARKERS), strict=False)
-    return [Look(*each) for each in islice(every, count)]
+    combinations = zip(cycle(COLORS), cycle(DASHES), cycle(MARKERS), strict=False)
+    return [LineStyle(*values) for values in islice(combinations, count)]
 
 
-def canvas(height: float = 3.6) -> Figure:
+def new_figure(height: float = 3.6) -> Figure:
     """An empty figure, `height` inches high without its legend."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def legend(figure: Figure, key: Key) -> None:
+def add_legend(figure: Figure, entries: LegendEntries) -> None:
     """Above the axes, where no data is, in as many columns as have room; the figure grows by what it takes."""
-    if not key:
+    if not entries:
         return
-    names, lines = [drawable(name) for name, _ in key], [line for _, line in key]
-    columns = next(count for count in range(len(names), 0, -1) if count == 1 or _letters_wide(names, count) <= LINE)
-    by_row = [index for column in range(columns) for index in range(column, len(key), columns)]
-    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * math.ceil(len(key) / columns))
+    names, lines = [printable_name(name) for name, _ in entries], [line for _, line in entries]
+    columns = next(count for count in range(len(names), 0, -1) if count == 1 or _legend_width(names, count) <= LINE)
+    by_row = [index for column in range(columns) for index in range(column, len(entries), columns)]
+    figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * math.ceil(len(entries) / columns))
     figure.legend(
         [lines[index] for index in by_row],
         [names[index] for index in by_row],
@@ -113,123 +123,123 @@ def legend(figure: Figure, key: Key) -> None:
     )
 
 
-def headed(figure: Figure, title: str) -> None:
+def add_title(figure: Figure, title: str) -> None:
     """A title over the legend, which has the top of the figure; it grows by that."""
-    for each in figure.legends:
-        each.set_title(title, prop=FontProperties(size=10))
-        each.set_alignment("left")
+    for legend in figure.legends:
+        legend.set_title(title, prop=FontProperties(size=10))
+        legend.set_alignment("left")
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT)
 
 
-def _letters_wide(names: list[str], columns: int) -> int:
+def _legend_width(names: list[str], columns: int) -> int:
     """How wide a legend of so many columns is, with a sample before each name."""
     return sum(max(map(len, names[column::columns])) + SAMPLE for column in range(columns))
 
 
-def drawable(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name as a figure can show it: not too long, nothing that its letters lack."""
-    plain = "".join(each if each.isprintable() and ord(each) in _letters() else "?" for each in name)
-    half = LONGEST_NAME // 2
-    return plain if len(plain) <= LONGEST_NAME else f"{plain[: half - 1]}\N{HORIZONTAL ELLIPSIS}{plain[-half:]}"
+    plain = "".join(letter if letter.isprintable() and ord(letter) in _font_characters() else "?" for letter in name)
+    half = MAX_NAME_CHARS // 2
+    return plain if len(plain) <= MAX_NAME_CHARS else f"{plain[: half - 1]}\N{HORIZONTAL ELLIPSIS}{plain[-half:]}"
 
 
 @cache
-def _letters() -> frozenset[int]:
+def _font_characters() -> frozenset[int]:
     from matplotlib.font_manager import findfont, get_font
 
     return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
 
 
 @contextmanager
-def styled(salt: str) -> Iterator[None]:
+def style_context(salt: str) -> Iterator[None]:
     """Everything is drawn and written in here; the salt keeps the ids of two figures on one page apart."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         yield
 
 
-def save(draw: Callable[[], Figure | None], stem: Path) -> list[Path]:
+def draw_and_save(draw: Callable[[], Figure | None], stem: Path) -> list[Path]:
     """Draw, and write it as `stem`.svg and .png; no files where there is nothing to draw."""
-    with styled(stem.name):
+    with style_context(stem.name):
         figure = draw()
         if figure is None:
             return []
         files = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
         for file in files:
-            write(figure, file)
+            write_figure(figure, file)
     return files
 
 
-def write(figure: Figure, file: Path) -> None:
+def write_figure(figure: Figure, file: Path) -> None:
     """A PNG, or an SVG that says neither when nor by what it was made."""
-    figure.savefig(file, dpi=DPI, metadata=NOTHING if file.suffix == ".svg" else {"Software": None})
+    figure.savefig(file, dpi=DPI, metadata=SVG_METADATA if file.suffix == ".svg" else {"Software": None})
 
 
-def ruled(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Short ticks, a little room at the sides."""
     axes.tick_params(length=3, width=0.6)
     axes.margins(x=0.015)
 
 
-KINDS = {
-    "data": ("waiting for data", "#8c8c8c", DARK),
-    "forward": ("forward", SKY, DARK),
-    "backward": ("backward", BLUE, LIGHT),
-    "optimizer": ("optimizer", ORANGE, DARK),
-    "other": ("other", GREEN, LIGHT),
-    "between": ("between steps", PURPLE, DARK),
-}
-"""Of each part: its name, its colour, the colour of a word on it."""
-WIDE_ENOUGH = 0.08
-"""Of the whole width, for a number to stand inside."""
-
-
-def mean_parts(run: History) -> dict[str, float]:
+def mean_phase_seconds(run: RunHistory) -> dict[str, float]:
     """Seconds a step, for each part the run knows; the first step of each start, which compiles, is left out."""
-    first = [0, *run.resumes]
-    usual = ~np.isin(run.at - 1, first)
-    kept = usual if usual.any() else np.ones_like(usual)
-    return {part: float(np.nanmean(values[kept])) for part, values in run.parts.items() if _any(values[kept])}
+    first_steps = [0, *run.resumes]
+    after_first = ~np.isin(run.record_steps - 1, first_steps)
+    included = after_first if after_first.any() else np.ones_like(after_first)
+    return {
+        phase: float(np.nanmean(values[included]))
+        for phase, values in run.phase_seconds.items()
+        if _has_values(values[included])
+    }
 
 
-def _any(values: np.ndarray) -> bool:
+def _has_values(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).any())
 
 
-def step_time(runs: Sequence[History]) -> Figure | None:
+def step_time_figure(runs: Sequence[RunHistory]) -> Figure | None:
     """One bar for each run that knows its parts, the first on top."""
-    known = [(run, mean_parts(run)) for run in runs if run.parts]
-    if not known:
+    runs_with_phases = [(run, mean_phase_seconds(run)) for run in runs if run.phase_seconds]
+    if not runs_with_phases:
         return None
-    longest = max(sum(parts.values()) for _, parts in known)
-    scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms")
-    figure = canvas(0.7 + 0.42 * len(known))
+    max_seconds = max(sum(phase_seconds.values()) for _, phase_seconds in runs_with_phases)
+    scale, unit = (1.0, "s") if max_seconds >= 1 else (1e3, "ms")
+    figure = new_figure(0.7 + 0.42 * len(runs_with_phases))
     axes = figure.subplots()
-    for row, (_, parts) in enumerate(known):
-        _bar(axes, row, {part: seconds * scale for part, seconds in parts.items()}, longest * scale, unit)
-    axes.set_yticks(range(len(known)), [drawable(run.name) for run, _ in known])
-    axes.set(xlabel=f"{_A[unit]} per step", xlim=(0, 1.1 * longest * scale), ylim=(len(known) - 0.45, -0.55))
+    for row, (_, phase_seconds) in enumerate(runs_with_phases):
+        _draw_bar(
+            axes,
+            row,
+            {phase: seconds * scale for phase, seconds in phase_seconds.items()},
+            max_value=max_seconds * scale,
+            unit=unit,
+        )
+    axes.set_yticks(range(len(runs_with_phases)), [printable_name(run.name) for run, _ in runs_with_phases])
+    axes.set(
+        xlabel=f"{_UNIT_NAMES[unit]} per step",
+        xlim=(0, 1.1 * max_seconds * scale),
+        ylim=(len(runs_with_phases) - 0.45, -0.55),
+    )
     axes.grid(False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    seen = [part for part in KINDS if any(part in parts for _, parts in known)]
-    legend(figure, [(KINDS[part][0], Patch(color=KINDS[part][1])) for part in seen])
+    phases = [phase for phase in PHASE_STYLES if any(phase in phase_seconds for _, phase_seconds in runs_with_phases)]
+    add_legend(figure, [(PHASE_STYLES[phase][0], Patch(color=PHASE_STYLES[phase][1])) for phase in phases])
     return figure
 
 
-_A = {"s": "seconds", "ms": "milliseconds"}
-
-
-def _bar(axes: Axes, row: int, parts: dict[str, float], longest: float, unit: str) -> None:
+def _draw_bar(axes: Axes, row: int, phase_values: dict[str, float], *, max_value: float, unit: str) -> None:
     """Parts one after the other, the whole at the end."""
     left = 0.0
-    for part, (_, color, word) in KINDS.items():
-        width = parts.get(part, 0.0)
+    for phase, (_, color, text_color) in PHASE_STYLES.items():
+        width = phase_values.get(phase, 0.0)
         axes.barh(row, width, left=left, height=0.62, color=color, edgecolor=PAPER, linewidth=0.8)
-        if width > WIDE_ENOUGH * longest:
-            axes.text(left + width / 2, row, _number(width), ha="center", va="center", fontsize=8.5, color=word)
+        if width > MIN_LABEL_SHARE * max_value:
+            axes.text(
+                left + width / 2, row, _format_seconds(width), ha="center", va="center", fontsize=8.5, color=text_color
+            )
         left += width
-    axes.text(left + 0.008 * longest, row, f"{_number(left)} {unit}", ha="left", va="center", fontsize=9)
+    axes.text(left + 0.008 * max_value, row, f"{_format_seconds(left)} {unit}", ha="left", va="center", fontsize=9)
 
 
-def _number(value: float) -> str:
+def _format_seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

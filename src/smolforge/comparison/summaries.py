@@ -1,18 +1,18 @@
-"""What runs say in words, put side by side: samples, settings, what happened when, the machines."""
+"""Put what runs wrote side by side: samples, settings, a timeline of events, the machine of each start."""
 
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from smolforge.comparison.history import History, Record
+from smolforge.comparison.history import Record, RunHistory
 from smolforge.config.base import leaves
 
-MOST_SAMPLES = 8
+MAX_SAMPLES = 8
 """Rows of samples of one prompt; the rest is in the runs."""
-LONGEST_SAMPLE = 900
+MAX_SAMPLE_CHARS = 900
 """Characters."""
-NOT_THE_MACHINE = ("step", "time", "ended")
+NON_MACHINE_KEYS = ("step", "time", "ended")
 """Of a start in environment.json."""
 
 
@@ -23,12 +23,12 @@ class Sample(NamedTuple):
     text: str
 
 
-class Samples(NamedTuple):
+class PromptSamples(NamedTuple):
     """Texts after one prompt: of each row, one for each run or None, from about the same step."""
 
     prompt: str
     rows: list[list[Sample | None]]
-    left_out: int
+    num_omitted: int
 
 
 class Event(NamedTuple):
@@ -36,8 +36,8 @@ class Event(NamedTuple):
 
     time: str
     step: int | None
-    what: str
-    said: str
+    label: str
+    detail: str
 
 
 class Machine(NamedTuple):
@@ -46,102 +46,113 @@ class Machine(NamedTuple):
     number: int
     step: int
     time: str
-    facts: dict[str, str]
+    metadata: dict[str, str]
 
 
-def samples(runs: Sequence[History]) -> list[Samples]:
+def samples_by_prompt(runs: Sequence[RunHistory]) -> list[PromptSamples]:
     """For each prompt that any run was given."""
     prompts = dict.fromkeys(sample["prompt"] for run in runs for sample in run.samples)
-    return [_of_prompt(prompt, runs) for prompt in prompts]
+    return [_samples_of_prompt(prompt, runs) for prompt in prompts]
 
 
-def _of_prompt(prompt: str, runs: Sequence[History]) -> Samples:
+def _samples_of_prompt(prompt: str, runs: Sequence[RunHistory]) -> PromptSamples:
     """Steps spread evenly over those of the run that has most samples; one that ended before them shows its last."""
-    by_run = [{each["step"]: each["text"] for each in run.samples if each["prompt"] == prompt} for run in runs]
+    by_run = [{sample["step"]: sample["text"] for sample in run.samples if sample["prompt"] == prompt} for run in runs]
     steps = sorted(max(by_run, key=len))
-    count = min(MOST_SAMPLES, len(steps))
-    chosen = [steps[(len(steps) - 1) * index // max(1, count - 1)] for index in range(count)] if count > 1 else steps
-    rows = [[_nearest(texts, step, steps) for texts in by_run] for step in chosen]
-    for place, texts in enumerate(by_run):
-        if texts and all(row[place] is None for row in rows):
-            rows[0][place] = _sample(texts, max(texts))
-    return Samples(prompt, rows, len(steps) - len(chosen))
+    count = min(MAX_SAMPLES, len(steps))
+    selected = [steps[(len(steps) - 1) * index // max(1, count - 1)] for index in range(count)] if count > 1 else steps
+    rows = [[_nearest_sample(texts, step, steps) for texts in by_run] for step in selected]
+    for index, texts in enumerate(by_run):
+        if texts and all(row[index] is None for row in rows):
+            rows[0][index] = _shorten_sample(texts, max(texts))
+    return PromptSamples(prompt, rows, len(steps) - len(selected))
 
 
-def _nearest(texts: dict[int, str], step: int, steps: list[int]) -> Sample | None:
+def _nearest_sample(texts: dict[int, str], step: int, steps: list[int]) -> Sample | None:
     """A run's text from a step nearer to this one than to the next that another run has a text from."""
-    apart = min((after - before for before, after in pairwise(steps)), default=step)
-    near = min(texts, key=lambda each: abs(each - step), default=None)
-    if near is None or 2 * abs(near - step) > apart:
+    min_distance = min((after - before for before, after in pairwise(steps)), default=step)
+    nearest = min(texts, key=lambda candidate: abs(candidate - step), default=None)
+    if nearest is None or 2 * abs(nearest - step) > min_distance:
         return None
-    return _sample(texts, near)
+    return _shorten_sample(texts, nearest)
 
 
-def _sample(texts: dict[int, str], step: int) -> Sample:
+def _shorten_sample(texts: dict[int, str], step: int) -> Sample:
     text = re.sub(r"\n\s*\n", "\n\n", texts[step].strip())  # what early models write most is empty lines
-    return Sample(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} ...")
+    return Sample(step, text if len(text) <= MAX_SAMPLE_CHARS else f"{text[:MAX_SAMPLE_CHARS]} ...")
 
 
-def settings(runs: Sequence[History]) -> dict[str, list[str]]:
+def compare_settings(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
     """Of every setting, what each run has; one value where all have the same."""
     trees = [leaves(run.recipe) for run in runs]
-    values = {name: [written(tree[name]) for tree in trees] for name in trees[0]}
-    return {name: each[:1] if len(set(each)) == 1 else each for name, each in values.items()}
+    values = {name: [format_setting(tree[name]) for tree in trees] for name in trees[0]}
+    return {name: run_values[:1] if len(set(run_values)) == 1 else run_values for name, run_values in values.items()}
 
 
-def written(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A value as a recipe says it."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, dict):
-        return ", ".join(f"{key} {written(inner)}" for key, inner in value.items() if inner is not None) or "nothing"
+        return (
+            ", ".join(f"{key} {format_setting(item)}" for key, item in value.items() if item is not None) or "nothing"
+        )
     if isinstance(value, list | tuple):
-        return ", ".join(map(written, value)) or "nothing"
+        return ", ".join(map(format_setting, value)) or "nothing"
     return str(value) or '""'
 
 
-def timeline(run: History) -> Iterator[Event]:
+def timeline(run: RunHistory) -> Iterator[Event]:
     """Starts, ends and incidents, oldest first. An incident has no time: it follows the last start it can belong to."""
-    begins = [start["step"] for start in run.starts]
-    owners = [max((i for i, step in enumerate(begins) if step < each["step"]), default=-1) for each in run.incidents]
-    yield from (_incident(each) for each, owner in zip(run.incidents, owners, strict=True) if owner < 0)
+    start_steps = [start["step"] for start in run.starts]
+    owners = [
+        max((i for i, step in enumerate(start_steps) if step < incident["step"]), default=-1)
+        for incident in run.incidents
+    ]
+    yield from (_incident_event(incident) for incident, owner in zip(run.incidents, owners, strict=True) if owner < 0)
     for number, start in enumerate(run.starts):
-        what = "resumed" if start["step"] else "started again" if number else "began"
-        yield Event(clock(start.get("time")), start["step"], what, str(start.get("name") or start.get("device") or ""))
-        yield from (_incident(each) for each, owner in zip(run.incidents, owners, strict=True) if owner == number)
-        yield _end(run, start, last=number == len(begins) - 1)
+        label = "resumed" if start["step"] else "started again" if number else "began"
+        yield Event(
+            format_time(start.get("time")), start["step"], label, str(start.get("name") or start.get("device") or "")
+        )
+        yield from (
+            _incident_event(incident) for incident, owner in zip(run.incidents, owners, strict=True) if owner == number
+        )
+        yield _end_event(run, start, last=number == len(start_steps) - 1)
 
 
-def _end(run: History, start: Record, last: bool) -> Event:
+def _end_event(run: RunHistory, start: Record, last: bool) -> Event:
     match start.get("ended"):
-        case {"state": str(state), **rest}:
-            return Event(clock(rest.get("time")), None, state, str(rest.get("reason") or ""))
-    return Event("", None, run.state, run.why) if last else Event("", None, "ended", "without a word: killed, perhaps")
+        case {"state": str(state), **ending}:
+            return Event(format_time(ending.get("time")), None, state, str(ending.get("reason") or ""))
+    return (
+        Event("", None, run.state, run.reason) if last else Event("", None, "ended", "without a word: killed, perhaps")
+    )
 
 
-def _incident(record: Record) -> Event:
-    words = {"skip": "update left out", "rewind": f"taken back to step {record.get('to')}", "stop": "given up"}
-    return Event("", record["step"], words.get(record["kind"], record["kind"]), str(record.get("reason") or ""))
+def _incident_event(record: Record) -> Event:
+    labels = {"skip": "update left out", "rewind": f"taken back to step {record.get('to')}", "stop": "given up"}
+    return Event("", record["step"], labels.get(record["kind"], record["kind"]), str(record.get("reason") or ""))
 
 
-def environments(run: History) -> Iterator[Machine]:
+def environments(run: RunHistory) -> Iterator[Machine]:
     """The machine of each start."""
     before: dict[str, str] = {}
     for number, start in enumerate(run.starts, 1):
-        facts = dict(_flat({key: value for key, value in start.items() if key not in NOT_THE_MACHINE}))
-        changed = {key: value for key, value in facts.items() if before.get(key) != value}
-        yield Machine(number, start["step"], clock(start.get("time")), changed)
-        before = facts
+        metadata = dict(_flatten_metadata({key: value for key, value in start.items() if key not in NON_MACHINE_KEYS}))
+        changed = {key: value for key, value in metadata.items() if before.get(key) != value}
+        yield Machine(number, start["step"], format_time(start.get("time")), changed)
+        before = metadata
 
 
-def _flat(facts: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in facts.items():
+def _flatten_metadata(metadata: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in metadata.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten_metadata(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", written(value)
+            yield f"{prefix}{key}", format_setting(value)
 
 
-def clock(said: Any) -> str:
+def format_time(timestamp: Any) -> str:
     """Day and minute of a time as runs write it."""
-    return str(said or "")[:16].replace("T", " ")
+    return str(timestamp or "")[:16].replace("T", " ")

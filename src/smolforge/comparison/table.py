@@ -7,16 +7,16 @@ from datetime import timedelta
 from typing import Any, Literal
 
 from smolforge.comparison import history
-from smolforge.comparison.history import History, State
+from smolforge.comparison.history import RunHistory, State
 from smolforge.comparison.select import Selection
 from smolforge.training.environment import ENVIRONMENT
 from smolforge.training.run_folder import METRICS
 
-NOTHING = "-"
+MISSING = "-"
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run; what it does not know is None. Rates and losses are its newest."""
 
     run: str
@@ -44,18 +44,18 @@ class Row:
         return asdict(self)
 
 
-def rows(selection: Selection) -> list[Row]:
+def table_rows(selection: Selection) -> list[RunRow]:
     """The runs in their order, and after them those that cannot be read."""
     broken = [
-        Row(name, None, "broken", None, None, None, None, None, None, None, None, [], None, why)
-        for name, why in selection.broken.items()
+        RunRow(name, None, "broken", None, None, None, None, None, None, None, None, [], None, reason)
+        for name, reason in selection.broken.items()
     ]
-    return [*map(row, selection.runs), *broken]
+    return [*map(run_row, selection.runs), *broken]
 
 
-def row(run: History) -> Row:
+def run_row(run: RunHistory) -> RunRow:
     """One run's line."""
-    return Row(
+    return RunRow(
         run=run.name,
         path=str(run.path),
         state=run.state,
@@ -68,44 +68,44 @@ def row(run: History) -> Row:
         tokens_per_second=run.tokens_per_second,
         seconds=float(run.seconds[-1]) if run.metrics else 0.0,
         resumed=run.resumes,
-        changed=_changed(run),
-        why=run.why,
-        sources={each.source: each.tokens for each in history.read_source_totals(run)},
+        changed=_last_change(run),
+        why=run.reason,
+        sources={totals.source: totals.tokens for totals in history.read_source_totals(run)},
     )
 
 
-def _changed(run: History) -> str | None:
+def _last_change(run: RunHistory) -> str | None:
     times = [file.stat().st_mtime for name in (METRICS, ENVIRONMENT) if (file := run.path / name).is_file()]
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(max(times))) if times else None
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: dict[str, Callable[[RunRow], str]] = {
     "run": lambda row: row.run,
     "state": lambda row: row.state,
-    "step": lambda row: NOTHING if row.step is None else f"{row.step:,} of {row.steps:,}",
-    "loss": lambda row: number(row.loss, ".3f"),
-    "held out": lambda row: number(row.validation_loss, ".3f"),
-    "bits/byte": lambda row: number(row.validation_bits_per_byte, ".3f"),
-    "tokens/s": lambda row: number(row.tokens_per_second, ",.0f"),
-    "time": lambda row: NOTHING if row.seconds is None else str(timedelta(seconds=round(row.seconds))),
-    "last change": lambda row: (row.changed or NOTHING)[:16].replace("T", " "),
+    "step": lambda row: MISSING if row.step is None else f"{row.step:,} of {row.steps:,}",
+    "loss": lambda row: format_number(row.loss, ".3f"),
+    "held out": lambda row: format_number(row.validation_loss, ".3f"),
+    "bits/byte": lambda row: format_number(row.validation_bits_per_byte, ".3f"),
+    "tokens/s": lambda row: format_number(row.tokens_per_second, ",.0f"),
+    "time": lambda row: MISSING if row.seconds is None else str(timedelta(seconds=round(row.seconds))),
+    "last change": lambda row: (row.changed or MISSING)[:16].replace("T", " "),
     "why": lambda row: row.why,
 }
 """What people see, by its heading."""
-WORDS = ("run", "state", "why")
+TEXT_COLUMNS = ("run", "state", "why")
 """Columns of words, which begin at the left."""
 
 
-def number(value: float | None, form: str) -> str:
+def format_number(value: float | None, spec: str) -> str:
     """As people read it; a dash where there is none."""
-    return NOTHING if value is None else format(value, form)
+    return MISSING if value is None else format(value, spec)
 
 
-def lines(table: Sequence[Row], clean: Callable[[str], str] = str) -> list[str]:
+def format_table(table: Sequence[RunRow], clean: Callable[[str], str] = str) -> list[str]:
     """The table as text, a heading first, each cell cleaned of what does not belong on a terminal."""
     cells = [list(COLUMNS), *([clean(say(row)) for say in COLUMNS.values()] for row in table)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = ["<" if name in WORDS else ">" for name in COLUMNS]
+    sides = ["<" if name in TEXT_COLUMNS else ">" for name in COLUMNS]
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
         for line in cells

@@ -1,7 +1,7 @@
 """Every setting of every stage, as one frozen tree.
 
-A recipe file, dotted flags and Python arguments all end as a `Recipe`. Each field is said once: its name is its key and
-its flag, the text below it is its help. Fields marked FREE may change when a run is resumed, no others.
+A recipe file, dotted flags and Python arguments all become a `Recipe`. Each field is defined once: its name is its key
+and its flag, the text below it is its help. Only fields marked FREE may change when a run is resumed.
 """
 
 from typing import Annotated, Literal
@@ -83,28 +83,28 @@ class Train(Settings):
     """One sample is drawn for each; empty starts a new document."""
 
     @property
-    def rows(self) -> int:
+    def sequences_per_step(self) -> int:
         """Sequences per optimizer step."""
         return self.batch_tokens // self.sequence_length
 
     @property
-    def micro_rows(self) -> int:
+    def sequences_per_micro_batch(self) -> int:
         """Sequences per forward pass; all of a step's where that is not decided yet."""
         size = self.micro_batch_size
-        return min(size, self.rows) if isinstance(size, int) else self.rows
+        return min(size, self.sequences_per_step) if isinstance(size, int) else self.sequences_per_step
 
     @property
-    def recomputed(self) -> Literal["selective", "full"] | None:
+    def recompute_mode(self) -> Literal["selective", "full"] | None:
         """What layers compute again, if decided."""
         return None if self.activation_checkpointing == "auto" else self.activation_checkpointing
 
     @model_validator(mode="after")
     def _rows_are_whole(self) -> "Train":
         if self.batch_tokens % self.sequence_length:
-            nearest = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
+            suggestion = max(1, round(self.batch_tokens / self.sequence_length)) * self.sequence_length
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length "
-                f"({self.sequence_length}); {nearest} is the nearest"
+                f"({self.sequence_length}); {suggestion} is the nearest"
             )
         return self
 
@@ -195,32 +195,32 @@ class Recipe(Settings):
     """How text samples are drawn while training; without a seed of its own, from the run's."""
 
     @property
-    def own_classes(self) -> list[str]:
-        """Names of the classes of a person's own that it is made of."""
+    def custom_classes(self) -> list[str]:
+        """Names of the custom classes that it uses."""
         optimizer = [self.optim.name] if ":" in self.optim.name else []
-        return [*self.model.own_classes.values(), *optimizer]
+        return [*self.model.custom_classes.values(), *optimizer]
 
     @property
-    def keeps_its_beginning(self) -> bool:
-        """Whether the model of init_from stays a part of the run: under low-rank updates, or as what pairs refer to."""
+    def needs_base_model(self) -> bool:
+        """Whether the run needs the model of init_from throughout: for LoRA, or as the reference model of DPO."""
         return self.lora.rank is not None or self.data.format == "pairs"
 
     @model_validator(mode="after")
     def _stages_agree(self) -> "Recipe":
-        schedule = self.optim.schedule.over(self.train.steps)
-        longest, name = self.train.sequence_length, "train.sequence_length"
+        schedule = self.optim.schedule.resolved(self.train.steps)
+        length, name = self.train.sequence_length, "train.sequence_length"
         if self.data.format == "pairs":
-            longest, name = self.dpo.lengths(longest)[0], "dpo.max_length"
-        if longest > self.model.max_position_embeddings:
+            length, name = self.dpo.lengths(length)[0], "dpo.max_length"
+        if length > self.model.max_position_embeddings:
             raise ValueError(
-                f"{name} ({longest}) is beyond model.max_position_embeddings ({self.model.max_position_embeddings})"
+                f"{name} ({length}) is beyond model.max_position_embeddings ({self.model.max_position_embeddings})"
             )
         if schedule.warmup_steps + (schedule.decay_steps or 0) > (schedule.steps or 0):
             raise ValueError(
                 f"optim.schedule.warmup_steps ({schedule.warmup_steps}) and decay_steps "
                 f"({schedule.decay_steps or 0}) together are more than the {schedule.steps} steps of the schedule"
             )
-        self.data.ends(self.train.batch_tokens, schedule)
+        self.data.stage_ends(self.train.batch_tokens, schedule)
         if self.data.mixture is not None and self.train.epochs is not None:
             raise ValueError(
                 "train.epochs is of one text, and each source of data.mixture has its own; say train.steps, for which "
@@ -242,28 +242,28 @@ class Recipe(Settings):
         return self
 
     def _check_moments_fit(self) -> None:
-        """Raises ValueError where the moments of init_from would have nothing to belong to."""
-        others = {
+        """Raise ValueError if the moments of init_from would not fit the run's parameters."""
+        conflicts = {
             "init_from is none": self.init_from is None,
             f"optim.name is {self.optim.name}": self.optim.name != "adamw",
             "lora.rank is given": self.lora.rank is not None,
             "special_tokens are added": bool(self.special_tokens),
         }
-        for said, other in others.items():
-            if other:
-                raise ValueError(f"init_moments goes on with the AdamW and all the weights of init_from, but {said}")
+        for reason, applies in conflicts.items():
+            if applies:
+                raise ValueError(f"init_moments goes on with the AdamW and all the weights of init_from, but {reason}")
 
     def _pairs_fit(self) -> None:
-        """Raises ValueError where pairs could not be learned from."""
-        together, prompt = self.dpo.lengths(self.train.sequence_length)
+        """Raise ValueError if the run could not train on pairs."""
+        max_length, max_prompt_length = self.dpo.lengths(self.train.sequence_length)
         if self.init_from is None:
             raise ValueError("data.format is pairs, but there is no model that is to prefer: name one with init_from")
-        if 2 * together > self.train.sequence_length:
+        if 2 * max_length > self.train.sequence_length:
             raise ValueError(
-                f"dpo.max_length ({together}) is more than half a row of train.sequence_length "
+                f"dpo.max_length ({max_length}) is more than half a row of train.sequence_length "
                 f"({self.train.sequence_length}), in which both answers of a pair have to stand"
             )
-        if prompt >= together:
-            raise ValueError(f"dpo.max_prompt_length ({prompt}) must be below dpo.max_length ({together})")
+        if max_prompt_length >= max_length:
+            raise ValueError(f"dpo.max_prompt_length ({max_prompt_length}) must be below dpo.max_length ({max_length})")
         if self.train.z_loss:
             raise ValueError("train.z_loss is a part of the loss of text; it has no meaning for pairs")

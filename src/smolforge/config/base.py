@@ -1,4 +1,4 @@
-"""What settings are made of: frozen typed groups, addressed by dotted names, refused in one sentence."""
+"""The base of all settings: frozen typed groups, addressed by dotted names, with errors of one sentence."""
 
 import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,20 +6,20 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.errors import ConfigError, did_you_mean
 
 FREE = "may change on resume"
 NONE = "none"
-"""How recipes and flags say off."""
-LONGEST_SHOWN = 60
-KINDS = {
+"""The spelling of off in recipes and flags."""
+MAX_SHOWN_CHARACTERS = 60
+TYPE_NAMES = {
     "integer": "a whole number",
     "number": "a finite number",
     "boolean": "true or false",
     "string": "text",
     "null": "none",
 }
-BOUNDS = {
+BOUND_TEMPLATES = {
     "exclusiveMinimum": "above {}",
     "minimum": "of at least {}",
     "exclusiveMaximum": "below {}",
@@ -40,14 +40,14 @@ class Settings(BaseModel):
     def _as_it_looks(cls, value: Any, validate: Callable[[Any], Any], info: Any) -> Any:
         """Refuse what pydantic would take, but nobody means or no file holds: true for 1, 2**99, half a character."""
         annotation = cls.model_fields[info.field_name].annotation
-        looked_at = value.values() if isinstance(value, dict) and inside(annotation) is None else [value]
-        if bool not in (annotation, *get_args(annotation)) and any(isinstance(each, bool) for each in looked_at):
-            raise ValueError(f"it should be {rule(cls, info.field_name)}")
+        items = value.values() if isinstance(value, dict) and nested_group(annotation) is None else [value]
+        if bool not in (annotation, *get_args(annotation)) and any(isinstance(item, bool) for item in items):
+            raise ValueError(f"it should be {allowed_values(cls, info.field_name)}")
         value = validate(value)
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, int) and each >= 2**63:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and item >= 2**63:
                 raise ValueError("it should be a whole number below 2**63")
-            if isinstance(each, str) and each.encode(errors="ignore").decode() != each:
+            if isinstance(item, str) and item.encode(errors="ignore").decode() != item:
                 raise ValueError("it should be text that can be written as UTF-8")
         return value
 
@@ -78,130 +78,142 @@ def _plain_values(value: Any) -> Any:
         case Settings():
             return value.model_dump()
         case dict():
-            return {key: _plain_values(each) for key, each in value.items()}
+            return {key: _plain_values(item) for key, item in value.items()}
         case tuple():
-            return tuple(_plain_values(each) for each in value)
+            return tuple(_plain_values(item) for item in value)
     return value
 
 
-def inside(annotation: Any) -> type[Settings] | None:
-    """The group of which a setting holds several, in a table or a list; None for any other setting."""
+def nested_group(annotation: Any) -> type[Settings] | None:
+    """Return the group of which a setting holds several, in a table or a list; None for any other setting."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return annotation
-    found = (inside(each) for each in get_args(annotation))
-    return next((each for each in found if each is not None), None)
+    groups = (nested_group(argument) for argument in get_args(annotation))
+    return next((group for group in groups if group is not None), None)
 
 
-def entered(group: type[Settings], parts: Sequence[str]) -> tuple[int, type[Settings]]:
-    """How many parts of a dotted name lead to one of the groups that a setting holds, and that group; 0 to none."""
+def find_nested_group(group: type[Settings], parts: Sequence[str]) -> tuple[int, type[Settings]]:
+    """Return how many parts of a dotted name lead to a group that a setting holds, and that group; 0 if to none."""
     for name, field in fields(group):
-        way, inner = name.split("."), inside(field.annotation)
-        if inner is not None and list(parts[: len(way)]) == way and len(parts) > len(way):
-            return len(way) + 1, inner
+        path, inner = name.split("."), nested_group(field.annotation)
+        if inner is not None and list(parts[: len(path)]) == path and len(parts) > len(path):
+            return len(path) + 1, inner
     return 0, group
 
 
-def replaced(settings: S, changes: dict[str, Any]) -> S:
-    """A copy with some settings changed, given by dotted name, and validated again."""
+def replace_settings(settings: S, changes: dict[str, Any]) -> S:
+    """Return a copy with some settings changed, given by dotted name, and validate it."""
     tree = settings.model_dump()
     for dotted, value in changes.items():
-        place(tree, dotted, value)
-    return validated(type(settings), tree)
+        set_dotted(tree, dotted, value)
+    return validate_settings(type(settings), tree)
 
 
-def place(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Put a value into nested dictionaries under its dotted name."""
+def set_dotted(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a value in nested dictionaries by its dotted name."""
     *path, last = dotted.split(".")
     for part in path:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
-            raise SettingError(f"{dotted} cannot be set: {part} is a single value here, not a table")
+            raise ConfigError(f"{dotted} cannot be set: {part} is a single value here, not a table")
     tree[last] = value
 
 
-def validated(group: type[S], tree: Mapping[str, Any], where: str = "", together: str | None = None) -> S:
-    """A tree of plain values as settings.
+def validate_settings(
+    group: type[S], tree: Mapping[str, Any], prefix: str = "", *, conflict_prefix: str | None = None
+) -> S:
+    """Return a tree of plain values as settings.
 
-    Raises SettingError with one sentence that names the key, the value and the rule. It begins with `where`, or,
-    where settings that are right by themselves contradict each other, with `together`.
+    Raises ConfigError with one sentence that names the key, the value and the rule. It starts with `prefix`, or,
+    if settings that are right by themselves contradict each other, with `conflict_prefix`.
     """
     try:
         return group.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    raise SettingError(_sentence(group, first, where, together))
+    raise ConfigError(_error_message(group, first, prefix, conflict_prefix=conflict_prefix))
 
 
-def _sentence(group: type[Settings], error: Mapping[str, Any], where: str, together: str | None) -> str:
-    """What pydantic found, said in our words."""
-    kind, value = error["type"], shown(error["input"])
+def _error_message(group: type[Settings], error: Mapping[str, Any], prefix: str, *, conflict_prefix: str | None) -> str:
+    """Return the sentence for an error of pydantic."""
+    kind, value = error["type"], format_value(error["input"])
     parts, in_list = [str(part) for part in error["loc"]], False
-    way, inner = entered(group, parts)
-    if way:  # a list's places are counted from 1
-        before = [str(part + 1) if isinstance(part, int) else part for part in error["loc"][:way]]
-        where, together, group, parts = f"{where}{'.'.join(before)}: ", None, inner, parts[way:]
+    consumed, inner = find_nested_group(group, parts)
+    if consumed:  # positions in a list are counted from 1
+        container = [str(part + 1) if isinstance(part, int) else part for part in error["loc"][:consumed]]
+        prefix, conflict_prefix, group, parts = f"{prefix}{'.'.join(container)}: ", None, inner, parts[consumed:]
     names = [name for name, _ in fields(group)]
-    known = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
+    known_names = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
     if kind == "extra_forbidden":
         dotted = ".".join(parts)
-        return f"{where}there is no setting {shown(dotted)}.{did_you_mean(dotted, known)}"
-    while parts and ".".join(parts) not in known:
-        in_list = parts.pop().isdigit()  # the place in a list; pydantic also adds the branch of a union
+        return f"{prefix}there is no setting {format_value(dotted)}.{did_you_mean(dotted, known_names)}"
+    while parts and ".".join(parts) not in known_names:
+        in_list = parts.pop().isdigit()  # the position in a list; pydantic also adds the branch of a union
     dotted = ".".join(parts)
-    told = str(error["ctx"]["error"]) if kind == "value_error" else None
-    if told is not None and dotted not in names:
-        return f"{where if together is None else together}{dotted}{dotted and ': '}{told}"
+    reason = str(error["ctx"]["error"]) if kind == "value_error" else None
+    if reason is not None and dotted not in names:
+        return f"{prefix if conflict_prefix is None else conflict_prefix}{dotted}{dotted and ': '}{reason}"
     if not dotted:
         return (
-            f"{where}it is {value} and should be a table of settings" if way else f"{where}there is no setting {value}."
+            f"{prefix}it is {value} and should be a table of settings"
+            if consumed
+            else f"{prefix}there is no setting {value}."
         )
-    said = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
-    said = "is not given" if kind == "missing" and not in_list else said
-    return f"{where}{dotted} {said}; {told or f'it should be {rule(group, dotted)}'}"
+    problem = f"has {value} in it" if in_list and kind != "missing" else f"is {value}"
+    problem = "is not given" if kind == "missing" and not in_list else problem
+    return f"{prefix}{dotted} {problem}; {reason or f'it should be {allowed_values(group, dotted)}'}"
 
 
-def rule(group: type[Settings], dotted: str) -> str:
-    """What a setting may be, in words: `a whole number above 0, or none`."""
+def allowed_values(group: type[Settings], dotted: str) -> str:
+    """Return what a setting may be, in words: `a whole number above 0, or none`."""
     *path, last = dotted.split(".")
     inner: Any = group
     for part in path:
         inner = inner.model_fields[part].annotation
-    return in_words(inner.model_json_schema()["properties"][last])
+    return describe_schema(inner.model_json_schema()["properties"][last])
 
 
-def in_words(schema: Mapping[str, Any]) -> str:
-    """A JSON schema of one value as a person says it."""
+def describe_schema(schema: Mapping[str, Any]) -> str:
+    """Return the JSON schema of one value in words."""
     match schema:
         case {"anyOf": parts}:
-            return ", or ".join(in_words(part) for part in parts)
-        case {"enum": [*words, last]}:
-            return f"{', '.join(words)} or {last}" if words else str(last)
-        case {"const": word}:
-            return str(word)
-        case {"type": "string", "title": str(said), "pattern": _}:
-            return said
-        case {"type": "array", "prefixItems": [each, *_] as places}:
-            return f"a list of {len(places)}, each {in_words(each)}"
-        case {"type": "array", "items": each}:
-            return "a list of tables" if "$ref" in each else f"a list of {in_words(each)}"
-        case {"type": "object", "additionalProperties": each}:
-            return "a table of tables by name" if "$ref" in each else f"a table of names, each with {in_words(each)}"
-        case {"type": kind} if kind in KINDS:
-            bounds = [words.format(_plain(schema[bound])) for bound, words in BOUNDS.items() if bound in schema]
-            return " ".join([KINDS[kind], " and ".join(bounds)]).rstrip()
+            return ", or ".join(describe_schema(part) for part in parts)
+        case {"enum": [*values, last]}:
+            return f"{', '.join(values)} or {last}" if values else str(last)
+        case {"const": value}:
+            return str(value)
+        case {"type": "string", "title": str(title), "pattern": _}:
+            return title
+        case {"type": "array", "prefixItems": [item, *_] as items}:
+            return f"a list of {len(items)}, each {describe_schema(item)}"
+        case {"type": "array", "items": item}:
+            return "a list of tables" if "$ref" in item else f"a list of {describe_schema(item)}"
+        case {"type": "object", "additionalProperties": item}:
+            return (
+                "a table of tables by name"
+                if "$ref" in item
+                else f"a table of names, each with {describe_schema(item)}"
+            )
+        case {"type": kind} if kind in TYPE_NAMES:
+            bounds = [
+                template.format(_format_bound(schema[bound]))
+                for bound, template in BOUND_TEMPLATES.items()
+                if bound in schema
+            ]
+            return " ".join([TYPE_NAMES[kind], " and ".join(bounds)]).rstrip()
     return "a table of settings"
 
 
-def _plain(bound: int | float) -> str:
+def _format_bound(bound: int | float) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
-def shown(value: Any) -> str:
-    """A value as a sentence shows it: as a recipe writes it, and not all of a long one."""
+def format_value(value: Any) -> str:
+    """Return a value as error messages show it: as a recipe writes it, a long one cut."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     try:
         text = value.isoformat() if isinstance(value, datetime.date | datetime.time) else repr(value)
     except (ValueError, RecursionError):  # Python writes no more than 4,300 digits, or 1,000 lists in each other
         text = "a value too long to show"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

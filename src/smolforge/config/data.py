@@ -1,8 +1,6 @@
-"""The text of a run, and how it is read: plain sources, or named ones in a mixture whose weights change by stage.
+"""The text of a run: plain sources, or a mixture of named sources whose weights change by stage.
 
-Named sources of text with weights, and the stages of a run in which these change.
-
-[data.mixture.web]   source, weight, and how it is read where that differs from [data]
+[data.mixture.web]   source, weight, and how it is read if that differs from [data]
 [[data.stages]]      until_step, until_tokens or until; weights by name. The last has no end
 """
 
@@ -14,12 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from smolforge.config.base import FREE, Settings, shown
+from smolforge.config.base import FREE, Settings, format_value
 from smolforge.config.optim import Schedule, Share, Text
 from smolforge.errors import did_you_mean
 
-LONGEST_PERIOD = 100_000
-"""Windows after which the order of sources repeats, at most: what shares of up to five digits come to."""
+MAX_PERIOD = 100_000
+"""Windows after which the order of sources repeats, at most: enough for shares of up to five digits."""
 HeldOut = Annotated[float, Field(ge=0, le=0.5)]
 CONDITION = r"^([\w.-]+) *(>=|<=|==|!=|>|<) *([^\s<>=].*)$"
 Condition = Annotated[str, Field(pattern=CONDITION, title="a condition such as int_score >= 3")]
@@ -59,8 +57,8 @@ class Source(Settings):
     """Share of it kept back to measure on; by default data.held_out."""
 
 
-READING = tuple(name for name in Source.model_fields if name not in ("source", "weight", "tokens"))
-"""What a source says of how it is read."""
+READ_SETTINGS = tuple(name for name in Source.model_fields if name not in ("source", "weight", "tokens"))
+"""Settings of a source that say how it is read."""
 
 
 class Stage(Settings):
@@ -83,92 +81,96 @@ class Stage(Settings):
         return [name for name in ("until_step", "until_tokens", "until") if self.__dict__[name] is not None]
 
 
-def check_reading(said: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError where what is said of how a text is read contradicts itself."""
-    least, most = said["min_characters"], said["max_characters"]
-    if said["text_template"] is not None and said["text_url"] is not None:
-        raise ValueError(f"{where}text_template and text_url both say what the text is; give one of them")
-    if said["encoding_key"] is not None and said["text_url"] is None:
-        raise ValueError(f"{where}encoding_key is of what text_url fetches, which is not given")
-    if most is not None and most < least:
-        raise ValueError(f"{where}max_characters ({most}) is below min_characters ({least})")
+def check_read_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError if the settings that say how a text is read contradict each other."""
+    min_characters, max_characters = settings["min_characters"], settings["max_characters"]
+    if settings["text_template"] is not None and settings["text_url"] is not None:
+        raise ValueError(f"{prefix}text_template and text_url both say what the text is; give one of them")
+    if settings["encoding_key"] is not None and settings["text_url"] is None:
+        raise ValueError(f"{prefix}encoding_key is of what text_url fetches, which is not given")
+    if max_characters is not None and max_characters < min_characters:
+        raise ValueError(f"{prefix}max_characters ({max_characters}) is below min_characters ({min_characters})")
 
 
-def check_names(mixture: Mapping[str, Source]) -> None:
-    """Raises ValueError for no names, or those that no flag, folder or metric could have."""
+def check_source_names(mixture: Mapping[str, Source]) -> None:
+    """Raise ValueError for no names, or names that no flag, folder or metric could have."""
     if not mixture:
         raise ValueError("mixture names no source; [data.mixture.NAME] with a source in it does")
     for name in mixture:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
             raise ValueError(
-                f"mixture has a source called {shown(name)}; a name is up to 40 small letters, digits and _, "
+                f"mixture has a source called {format_value(name)}; a name is up to 40 small letters, digits and _, "
                 "and begins with a letter"
             )
 
 
 def check_stages(stages: tuple[Stage, ...] | None, mixture: Mapping[str, Source]) -> None:
-    """Raises ValueError for stages of which nobody could say where they end, or what they are made of."""
+    """Raise ValueError for stages with an unclear end, or with weights of unknown sources."""
     for number, stage in enumerate(stages or (), 1):
         for name in stage.weights or {}:
             if name not in mixture:
-                known = f"data.mixture has {', '.join(mixture)}.{did_you_mean(name, mixture)}"
-                raise ValueError(f"{called(number, stage)} weighs {shown(name)}, which is no source; {known}")
-        last = number == len(stages or ())
-        if last and stage.ends:
+                known_names = f"data.mixture has {', '.join(mixture)}.{did_you_mean(name, mixture)}"
+                raise ValueError(
+                    f"{stage_label(number, stage)} weighs {format_value(name)}, which is no source; {known_names}"
+                )
+        is_last = number == len(stages or ())
+        if is_last and stage.ends:
             raise ValueError(
-                f"{called(number, stage)} is the last and has {stage.ends[0]}; the last goes on to the end"
+                f"{stage_label(number, stage)} is the last and has {stage.ends[0]}; the last goes on to the end"
             )
-        if not last and len(stage.ends) != 1:
-            said = " and ".join(stage.ends) or "no end"
-            raise ValueError(f"{called(number, stage)} has {said}; give it one of until_step, until_tokens and until")
+        if not is_last and len(stage.ends) != 1:
+            ends = " and ".join(stage.ends) or "no end"
+            raise ValueError(
+                f"{stage_label(number, stage)} has {ends}; give it one of until_step, until_tokens and until"
+            )
     if stages == ():
         raise ValueError("stages is an empty list; none is one stage")
 
 
 def check_weights(weights: Mapping[str, float], stage: str) -> None:
-    """Raises ValueError for weights that come to nothing, or to an order that repeats too late."""
+    """Raise ValueError for weights that sum to zero, or give an order that repeats too late."""
     if not any(weights.values()):
         raise ValueError(f"the weights of {stage} sum to zero; give at least one source a weight above 0")
-    period = sum(whole_shares(weights).values())
-    if period > LONGEST_PERIOD:
-        said = f"{period:,}" if period < 10**12 else "more than 10^12"
+    period = sum(integer_weights(weights).values())
+    if period > MAX_PERIOD:
+        total = f"{period:,}" if period < 10**12 else "more than 10^12"
         raise ValueError(
-            f"the weights of {stage}, as whole numbers, sum to {said}, and the most is {LONGEST_PERIOD:,}; "
+            f"the weights of {stage}, as whole numbers, sum to {total}, and the most is {MAX_PERIOD:,}; "
             "give them to fewer digits (they need not sum to 1)"
         )
 
 
-def whole_shares(weights: Mapping[str, int | float]) -> dict[str, int]:
-    """Weights as the smallest whole numbers in the same proportion; 0.1 is a tenth, as it is written."""
+def integer_weights(weights: Mapping[str, int | float]) -> dict[str, int]:
+    """Return weights as the smallest whole numbers in the same proportion; 0.1 is exactly a tenth."""
     exact = {name: Fraction(repr(float(weight))) for name, weight in weights.items()}
-    denominator = lcm(*(each.denominator for each in exact.values()))
-    whole = {name: int(each * denominator) for name, each in exact.items()}
-    common = gcd(*whole.values()) or 1
-    return {name: each // common for name, each in whole.items()}
+    denominator = lcm(*(value.denominator for value in exact.values()))
+    integers = {name: int(value * denominator) for name, value in exact.items()}
+    divisor = gcd(*integers.values()) or 1
+    return {name: value // divisor for name, value in integers.items()}
 
 
-def called(number: int, stage: Stage) -> str:
-    """What to call a stage in a sentence."""
+def stage_label(number: int, stage: Stage) -> str:
+    """Return the name of a stage in error messages."""
     return f"stage {number}" if stage.name is None else f"stage {number} ({stage.name:.40})"
 
 
-def end_of(stage: Stage, name: str, batch_tokens: int, schedule: Schedule) -> int:
-    """The step after which a stage ends."""
+def stage_end(stage: Stage, name: str, batch_tokens: int, *, schedule: Schedule) -> int:
+    """Return the step after which a stage ends."""
     assert schedule.steps is not None
     if stage.until_tokens is not None:
-        step, inside = divmod(stage.until_tokens, batch_tokens)
-        if inside:
-            near = " or ".join(f"{each * batch_tokens}" for each in (step, step + 1) if each)
+        step, remainder = divmod(stage.until_tokens, batch_tokens)
+        if remainder:
+            near = " or ".join(f"{count * batch_tokens}" for count in (step, step + 1) if count)
             raise ValueError(
                 f"data.stages: {name} ends inside a step, after {stage.until_tokens} tokens, where "
                 f"train.batch_tokens is {batch_tokens}; make it {near}"
             )
         return step
     if stage.until == "decay":
-        begins = schedule.decay_begins
-        if begins is None:
+        decay_start = schedule.decay_begins
+        if decay_start is None:
             raise ValueError(f"data.stages: {name} ends with the decay, and optim.schedule.decay is none")
-        return begins
+        return decay_start
     until = stage.until_step
     return int(until * schedule.steps) if isinstance(until, float) else until or 0
 
@@ -221,8 +223,8 @@ class Data(Settings):
     """Batches read ahead, each by a thread of its own; 0 reads in the training thread."""
 
     @model_validator(mode="after")
-    def _is_said_once(self) -> "Data":
-        check_reading(self.__dict__)
+    def _check_read_settings(self) -> "Data":
+        check_read_settings(self.__dict__)
         return self
 
     @model_validator(mode="after")
@@ -236,9 +238,9 @@ class Data(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _mixtures_have_no_others(cls, said: Any) -> Any:
-        named = isinstance(said, dict) and said.get("mixture") is not None
-        return {"sources": (), **said} if named else said
+    def _mixtures_have_no_others(cls, values: Any) -> Any:
+        has_mixture = isinstance(values, dict) and values.get("mixture") is not None
+        return {"sources": (), **values} if has_mixture else values
 
     @model_validator(mode="after")
     def _is_one_text(self) -> "Data":
@@ -252,9 +254,9 @@ class Data(Settings):
             raise ValueError("sources and mixture both say where the text comes from; keep one of them")
         if self.format != "text":
             raise ValueError(f"a mixture is of text, and format is {self.format}; name one source with data.sources")
-        check_names(self.mixture)
+        check_source_names(self.mixture)
         for name in self.mixture:
-            check_reading(self.reading(name), f"mixture.{name}: ")
+            check_read_settings(self.read_settings(name), f"mixture.{name}: ")
         check_stages(self.stages, self.mixture)
         for stage, weights in zip(self.stage_names, self.weights, strict=True):
             check_weights(weights, stage)
@@ -262,49 +264,49 @@ class Data(Settings):
 
     @property
     def stage_names(self) -> list[str]:
-        """What to call each stage; of a mixture without any, the one it is."""
-        return ["the mixture"] if self.stages is None else [called(*each) for each in enumerate(self.stages, 1)]
+        """Names of the stages in error messages; a mixture without stages is one."""
+        return ["the mixture"] if self.stages is None else [stage_label(*pair) for pair in enumerate(self.stages, 1)]
 
     @property
     def weights(self) -> list[dict[str, float]]:
-        """Of each stage, what every source weighs; those that never weigh anything are left out."""
-        own = {name: source.weight for name, source in (self.mixture or {}).items()}
-        given = [None] if self.stages is None else [stage.weights for stage in self.stages]
-        found = [own if each is None else each for each in given]
-        used = [name for name in own if any(each.get(name) for each in found)]
-        return [{name: each.get(name, 0.0) for name in used} for each in found]
+        """Weights of the sources by stage, without sources whose weight is always 0."""
+        default = {name: source.weight for name, source in (self.mixture or {}).items()}
+        by_stage = [None] if self.stages is None else [stage.weights for stage in self.stages]
+        resolved = [default if weights is None else weights for weights in by_stage]
+        used = [name for name in default if any(weights.get(name) for weights in resolved)]
+        return [{name: weights.get(name, 0.0) for name in used} for weights in resolved]
 
-    def reading(self, name: str) -> dict[str, Any]:
-        """How one source of the mixture is read: what it says itself, over what all share."""
+    def read_settings(self, name: str) -> dict[str, Any]:
+        """Return how one source of the mixture is read: its own settings over the shared ones."""
         assert self.mixture is not None
-        return self.model_dump() | self.mixture[name].model_dump(include=set(READING), exclude_none=True)
+        return self.model_dump() | self.mixture[name].model_dump(include=set(READ_SETTINGS), exclude_none=True)
 
-    def alone(self, name: str) -> "Data":
-        """One source of the mixture, to be prepared."""
+    def single_source(self, name: str) -> "Data":
+        """Return the settings that prepare one source of the mixture by itself."""
         assert self.mixture is not None
         text = {"sources": (self.mixture[name].source,), "mixture": None, "stages": None}
-        return Data.model_validate(self.reading(name) | text)
+        return Data.model_validate(self.read_settings(name) | text)
 
-    def ends(self, batch_tokens: int, schedule: Schedule) -> list[int]:
-        """The step after which each stage but the last ends, under a schedule whose lengths are said in steps.
+    def stage_ends(self, batch_tokens: int, schedule: Schedule) -> list[int]:
+        """Return the step after which each stage but the last ends, under a schedule with lengths in steps.
 
         Raises ValueError for a stage that would end before it starts, or inside a step.
         """
-        found = [0]
+        steps = [0]
         for number, stage in enumerate((self.stages or ())[:-1], 1):
-            end = end_of(stage, called(number, stage), batch_tokens, schedule)
+            end = stage_end(stage, stage_label(number, stage), batch_tokens, schedule=schedule)
             if isinstance(stage.until_step, float):
-                end += end == found[-1]  # of a run too short for its shares
-            if end <= found[-1]:
-                said = f"begins after step {found[-1]:,} and ends after step {end:,}"
-                raise ValueError(f"data.stages: {called(number, stage)} {said}; stages stand in their order")
-            found.append(end)
-        return found[1:]
+                end += end == steps[-1]  # of a run too short for its shares
+            if end <= steps[-1]:
+                message = f"begins after step {steps[-1]:,} and ends after step {end:,}"
+                raise ValueError(f"data.stages: {stage_label(number, stage)} {message}; stages stand in their order")
+            steps.append(end)
+        return steps[1:]
 
-    def settled(self, ends: list[int]) -> "Data":
-        """The same with the ends of its stages said in steps."""
+    def with_stage_ends(self, ends: list[int]) -> "Data":
+        """Return the same settings with the ends of the stages in steps."""
         if self.stages is None:
             return self
-        said = [{"until_step": end, "until_tokens": None, "until": None} for end in ends]
-        stages = [stage.model_copy(update=end) for stage, end in zip(self.stages, [*said, {}], strict=True)]
+        updates = [{"until_step": end, "until_tokens": None, "until": None} for end in ends]
+        stages = [stage.model_copy(update=end) for stage, end in zip(self.stages, [*updates, {}], strict=True)]
         return self.model_copy(update={"stages": tuple(stages)})

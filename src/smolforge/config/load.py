@@ -1,11 +1,9 @@
-"""Recipe files and overrides to one validated `Recipe`: default < recipe < flag.
+"""Load recipe files and overrides into one validated `Recipe`: default < recipe < flag.
 
-"none" stands for off everywhere, and `model` may be the name of a preset, or a table whose `preset` the other
-keys change.
+    file (TOML, YAML or JSON) -> tree of plain values -> overrides -> Recipe
 
-A recipe's file -> a tree of plain values: TOML, YAML and JSON read as the same, and nothing else is read.
-
-Whatever is in the file, this ends soon, with the tree or with one sentence that names the file and the place.
+"none" means off everywhere. `model` may be the name of a preset, or a table whose `preset` the other keys change.
+Reading any file ends soon, with the tree or with one sentence that names the file and the line.
 """
 
 import json
@@ -20,46 +18,46 @@ import tomli_w
 import yaml
 
 from smolforge.config import ModelConfig, Recipe, custom_classes, presets
-from smolforge.config.base import LONGEST_SHOWN, NONE, place, shown, validated
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.config.base import MAX_SHOWN_CHARACTERS, NONE, format_value, set_dotted, validate_settings
+from smolforge.errors import ConfigError, did_you_mean
 
-LARGEST = 128 << 10
+MAX_BYTES = 128 << 10
 """Bytes of a file: hundreds of times any recipe, and read in a second however it is made."""
-DEEPEST = 16
-MOST_DOTS = 1000
+MAX_DEPTH = 16
+MAX_DOTS = 1000
 """In one line of TOML, whose reader takes the square of that many steps."""
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The tree of a file. Raises SettingError for one that cannot be read, or is made to be hard to read."""
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read the tree of a file. Raises ConfigError for one that cannot be read, or that is too large or too deep."""
     parse = PARSERS.get(path.suffix)
     if parse is None:
-        raise SettingError(f"{path} is not a recipe: its name should end in .toml, .yaml or .json")
+        raise ConfigError(f"{path} is not a recipe: its name should end in .toml, .yaml or .json")
     text = ""
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"it has more than {LARGEST:,} bytes")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         text = content.decode("utf-8-sig")
         tree = parse(text)
         _check_depth(tree)
     except (ValueError, ArithmeticError, RecursionError, yaml.YAMLError, OSError) as error:
-        raise SettingError(f"{path} cannot be read: {_reason(error, text)}") from None
+        raise ConfigError(f"{path} cannot be read: {_error_reason(error, text)}") from None
     if not isinstance(tree, dict):
-        raise SettingError(f"{path} is not a table of settings")
+        raise ConfigError(f"{path} is not a table of settings")
     return tree
 
 
 def _toml(text: str) -> Any:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.count(".") > MOST_DOTS:
-            raise ValueError(f"there are more than {MOST_DOTS:,} dots (at line {number})")
+        if line.count(".") > MAX_DOTS:
+            raise ValueError(f"there are more than {MAX_DOTS:,} dots (at line {number})")
     return tomllib.loads(text)
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=_unique_keys)
 
 
 def _yaml(text: str) -> Any:
@@ -84,61 +82,63 @@ class _PlainLoader(yaml.SafeLoader):
         for name, _ in node.value:
             if name.tag != "tag:yaml.org,2002:str":
                 raise yaml.MarkedYAMLError(problem="a setting's name is text", problem_mark=name.start_mark)
-        _once((name.value, None) for name, _ in node.value)
+        _unique_keys((name.value, None) for name, _ in node.value)
         return super().construct_mapping(node, deep)
 
 
-def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Pairs as a dictionary. Raises ValueError for a key that is there twice, or is no text."""
-    found: dict[str, Any] = {}
+def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return pairs as a dictionary. Raises ValueError for a key that occurs twice, or is not valid text."""
+    result: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{shown(key)} is set twice")
-        found[key.encode().decode()] = value
-    return found
+        if key in result:
+            raise ValueError(f"{format_value(key)} is set twice")
+        result[key.encode().decode()] = value
+    return result
 
 
 def _check_depth(tree: Any) -> None:
     level = [tree]
-    for _ in range(DEEPEST):
-        within = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [value for values in within for value in values]
+    for _ in range(MAX_DEPTH):
+        children = [
+            node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)
+        ]
+        level = [value for values in children for value in values]
     if level:
         raise RecursionError
 
 
-def _reason(error: Exception, text: str) -> str:
-    """Why a file cannot be read, with the line at fault where one is known."""
+def _error_reason(error: Exception, text: str) -> str:
+    """Return why a file cannot be read, with the line at fault if it is known."""
     match error:
         case UnicodeDecodeError():
-            said = f"byte {error.start} is not UTF-8 text"
+            message = f"byte {error.start} is not UTF-8 text"
         case UnicodeEncodeError():
-            said = f"{shown(error.object)} is not UTF-8 text"
+            message = f"{format_value(error.object)} is not UTF-8 text"
         case RecursionError():
-            said = "it is nested too deeply for a recipe"
+            message = "it is nested too deeply for a recipe"
         case OSError():
-            said = error.strerror or str(error)
+            message = error.strerror or str(error)
         case json.JSONDecodeError():
-            what = error.msg.removesuffix(" at").removesuffix(" starting")
-            said = f"{what} (at line {error.lineno}, column {error.colno})"
+            problem = error.msg.removesuffix(" at").removesuffix(" starting")
+            message = f"{problem} (at line {error.lineno}, column {error.colno})"
         case yaml.MarkedYAMLError() if error.problem and error.problem_mark:
-            said = f"{error.problem} (at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
+            message = f"{error.problem} (at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1})"
         case ValueError() if "digits" in str(error):
-            said = "a number in it has thousands of digits"
+            message = "a number in it has thousands of digits"
         case _:
-            said = " ".join(str(error).split())
-    return f"{said}{_quoted(said, text)}"
+            message = " ".join(str(error).split())
+    return f"{message}{_quoted_line(message, text)}"
 
 
-def _quoted(said: str, text: str) -> str:
-    """The line that a sentence speaks of, from a little before the column where it is long."""
-    place = re.search(r"at line (\d+)(?:, column (\d+))?", said)
+def _quoted_line(message: str, text: str) -> str:
+    """Return the line that a message names, from shortly before the column if it is long."""
+    match = re.search(r"at line (\d+)(?:, column (\d+))?", message)
     lines = re.split(r"\r?\n", text)
-    if place is None or int(place[1]) > len(lines):
+    if match is None or int(match[1]) > len(lines):
         return ""
-    line = lines[int(place[1]) - 1]
-    start = max(0, int(place[2] or 1) - LONGEST_SHOWN // 2) if len(line) > LONGEST_SHOWN else 0
-    return f": {shown(line[start:].strip())}" if line.strip() else ""
+    line = lines[int(match[1]) - 1]
+    start = max(0, int(match[2] or 1) - MAX_SHOWN_CHARACTERS // 2) if len(line) > MAX_SHOWN_CHARACTERS else 0
+    return f": {format_value(line[start:].strip())}" if line.strip() else ""
 
 
 FOLDERS = {"recipe": "", "study": "studies"}
@@ -146,67 +146,67 @@ FOLDERS = {"recipe": "", "study": "studies"}
 
 
 def read_recipe(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of a file, or of a shipped recipe's name, changed by dotted overrides.
+    """Return the recipe of a file, or of a shipped recipe's name, changed by dotted overrides.
 
-    Raises SettingError with file, key and suggestion for whatever is wrong in it. A file must be right by itself, so
+    Raises ConfigError with file, key and suggestion for whatever is wrong in it. A file must be right by itself, so
     that what is wrong after that is an override's fault, and a sentence about it needs no file.
     """
-    path = find(source)
-    tree = _load(path)
+    path = find_recipe(source)
+    tree = _load_tree(path)
     recipe = to_recipe(tree, f"{path}: ")
     if not overrides:
         return recipe
-    lay_over(tree, overrides)
+    apply_overrides(tree, overrides)
     return to_recipe(tree, "", f"{path} with {', '.join(overrides)} changed: ")
 
 
-def lay_over(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Put dotted overrides into a recipe's tree. Sources take the place of a mixture, and a mixture that of sources."""
-    plain, named = "data.sources" in overrides, covers(overrides, "data.mixture")
-    gone = () if plain == named else ("mixture", "stages") if plain else ("sources",)
+def apply_overrides(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Apply dotted overrides to a recipe's tree. Sources replace a mixture, and a mixture replaces sources."""
+    has_sources, has_mixture = "data.sources" in overrides, covers(overrides, "data.mixture")
+    dropped = () if has_sources == has_mixture else ("mixture", "stages") if has_sources else ("sources",)
     if isinstance(tree.get("data"), dict):
-        tree["data"] = {name: inner for name, inner in tree["data"].items() if name not in gone}
+        tree["data"] = {name: inner for name, inner in tree["data"].items() if name not in dropped}
     check_sources(tree, overrides)
     for dotted, value in overrides.items():
-        place(tree, dotted, value)
+        set_dotted(tree, dotted, value)
 
 
 def check_sources(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Refuse overrides of a source that the mixture does not have and that they do not bring: a slip of the pen."""
+    """Refuse overrides of a source that the mixture does not have and that they do not add: a typing error."""
     data = tree.get("data")
-    there = (data.get("mixture") if isinstance(data, dict) else None) or {}
-    said = [dotted.split(".")[2:] for dotted in overrides if dotted.startswith("data.mixture.")]
-    known = {*there, *(name for name, *setting in said if setting in ([], ["source"]))}
-    for name, *setting in said:
-        if isinstance(there, dict) and name not in known and "data.mixture" not in overrides:
-            raise SettingError(
-                f"data.mixture.{'.'.join([name, *setting])}: the mixture has no source {shown(name)}."
-                f"{did_you_mean(name, there)} With data.mixture.{name}.source it gets one"
+    mixture = (data.get("mixture") if isinstance(data, dict) else None) or {}
+    changes = [dotted.split(".")[2:] for dotted in overrides if dotted.startswith("data.mixture.")]
+    known_names = {*mixture, *(name for name, *setting in changes if setting in ([], ["source"]))}
+    for name, *setting in changes:
+        if isinstance(mixture, dict) and name not in known_names and "data.mixture" not in overrides:
+            raise ConfigError(
+                f"data.mixture.{'.'.join([name, *setting])}: the mixture has no source {format_value(name)}."
+                f"{did_you_mean(name, mixture)} With data.mixture.{name}.source it gets one"
             )
 
 
 def covers(overrides: Iterable[str], name: str) -> bool:
-    """Whether overrides say a setting, or a part of it."""
-    return any(given == name or given.startswith(f"{name}.") for given in overrides)
+    """Return whether overrides set a setting, or a part of it."""
+    return any(dotted == name or dotted.startswith(f"{name}.") for dotted in overrides)
 
 
-def admitted(recipe: Recipe, source: str | Path) -> Recipe:
-    """The same, once the classes it names are imported, from beside the file that names them or where Python looks.
+def import_recipe_classes(recipe: Recipe, source: str | Path) -> Recipe:
+    """Import the custom classes of a recipe, from next to its file or from sys.path, and return the recipe.
 
-    Only for what a person wrote, and never for a recipe that was found in a run.
+    Only for a file that the user wrote, never for the recipe in a run's folder.
     """
-    custom_classes.admit(recipe.own_classes, [find(source).parent])
+    custom_classes.import_classes(recipe.custom_classes, [find_recipe(source).parent])
     return recipe
 
 
 def model_settings(source: str | Path) -> set[str]:
-    """Dotted names of the model's settings that a recipe file says itself, rather than by a preset's name."""
-    model = _load(find(source)).get("model", {})
+    """Return the dotted names of the model's settings that a recipe file sets itself, not through a preset."""
+    model = _load_tree(find_recipe(source)).get("model", {})
     return {f"model.{name}" for name in model if name in ModelConfig.model_fields} if isinstance(model, dict) else set()
 
 
-def to_recipe(tree: dict[str, Any], where: str = "", together: str | None = None) -> Recipe:
-    """Plain nested values as a Recipe, presets filled in and "none" understood; refused as `validated` does."""
+def to_recipe(tree: dict[str, Any], prefix: str = "", conflict_prefix: str | None = None) -> Recipe:
+    """Return plain nested values as a Recipe, with presets and "none" resolved. Raises as `validate_settings` does."""
     tree = _without_none(tree)
     model = tree.get("model", {})
     if isinstance(model, str):
@@ -214,57 +214,57 @@ def to_recipe(tree: dict[str, Any], where: str = "", together: str | None = None
     if isinstance(model, dict):
         model = dict(model)
         name = model.pop("preset", None)
-        tree["model"] = {**_shape(name, where), **model}
-    return validated(Recipe, tree, where, together)
+        tree["model"] = {**_shape(name, prefix), **model}
+    return validate_settings(Recipe, tree, prefix, conflict_prefix=conflict_prefix)
 
 
-def _shape(preset: Any, where: str) -> dict[str, Any]:
-    """The settings of a preset; of no preset, none."""
+def _shape(preset: Any, prefix: str) -> dict[str, Any]:
+    """Return the settings of a preset; none if there is no preset."""
     try:
-        return {} if preset is None else presets.shape(preset if isinstance(preset, str) else shown(preset))
-    except SettingError as error:
-        raise SettingError(f"{where}model.preset: {error}") from None
+        return {} if preset is None else presets.shape(preset if isinstance(preset, str) else format_value(preset))
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}model.preset: {error}") from None
 
 
 def write_recipe(recipe: Recipe) -> str:
-    """TOML that `read_recipe` reads back as the same recipe."""
+    """Return TOML that `read_recipe` reads back as the same recipe."""
     text = tomli_w.dumps(_with_none(recipe.model_dump()))
-    if len(text.encode()) > LARGEST:
-        raise SettingError(
-            f"this recipe has more than the {LARGEST:,} bytes that can be read again; "
+    if len(text.encode()) > MAX_BYTES:
+        raise ConfigError(
+            f"this recipe has more than the {MAX_BYTES:,} bytes that can be read again; "
             "folders and globs make data.sources shorter"
         )
     return text
 
 
-def find(source: str | Path, kind: Literal["recipe", "study"] = "recipe") -> Path:
-    """A recipe file, or a study's, or one of those that come with the package."""
+def find_recipe(source: str | Path, kind: Literal["recipe", "study"] = "recipe") -> Path:
+    """Return the path of a recipe file or a study file, or of one that comes with the package."""
     path = Path(source)
     if path.is_file():
         return path
-    shipped = {file.stem: file for folder in _shipped() for file in (folder / FOLDERS[kind]).glob("*.toml")}
+    shipped = {file.stem: file for folder in _recipe_folders() for file in (folder / FOLDERS[kind]).glob("*.toml")}
     if path.stem in shipped and path.parent.name in ("", "recipes", FOLDERS[kind]):
         return shipped[path.stem]
     if os.path.lexists(path):
-        raise SettingError(f"{path} is no file, but a folder, a device or a link to nothing; a {kind} is a file")
-    if kind == "recipe" and any((folder / FOLDERS["study"] / f"{path}.toml").is_file() for folder in _shipped()):
-        raise SettingError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
-    raise SettingError(
-        f"there is no {kind} {shown(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
+        raise ConfigError(f"{path} is no file, but a folder, a device or a link to nothing; a {kind} is a file")
+    if kind == "recipe" and any((folder / FOLDERS["study"] / f"{path}.toml").is_file() for folder in _recipe_folders()):
+        raise ConfigError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
+    raise ConfigError(
+        f"there is no {kind} {format_value(str(source))}; a file is expected, or one of {', '.join(sorted(shipped))}."
         + did_you_mean(path.stem, shipped)
     )
 
 
-def _shipped() -> list[Path]:
+def _recipe_folders() -> list[Path]:
     package = Path(__file__).parents[1]
     return [folder for folder in (package / "recipes", package.parents[1] / "recipes") if folder.is_dir()]
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The tree of a file, where a preset's name alone is a table as well, so that overrides find their place in it."""
-    tree = read(path)
+def _load_tree(path: Path) -> dict[str, Any]:
+    """Read the tree of a file, with a preset's name as a table, so that overrides can be set in it."""
+    tree = read_tree(path)
     if "study" in tree and "variants" in tree:
-        raise SettingError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
+        raise ConfigError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
     model = tree.get("model")
     return tree | {"model": {"preset": model}} if isinstance(model, str) else tree
 

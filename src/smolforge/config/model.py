@@ -10,19 +10,19 @@ Width = Annotated[int, Field(gt=0, le=2**20)]
 Count = Annotated[int, Field(gt=0, le=2**12)]
 # The limits on shapes are far beyond any model; a file that asks for more is refused before anything is built.
 
-OWN_CLASS = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
-OwnClass = Annotated[str, Field(pattern=f"^{OWN_CLASS}$", title="a class as module:Class")]
+CLASS_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+CustomClass = Annotated[str, Field(pattern=f"^{CLASS_PATTERN}$", title="a class as module:Class")]
 PARTS = ("attention", "feed_forward", "normalization")
-"""What a class of one's own may take the place of."""
+"""Parts of the model that a custom class may replace."""
 
-OF_ONE_FAMILY = {
+FIELD_FAMILIES = {
     "rms_norm_eps": ("llama", "qwen3", "mixtral"),
     "norm_epsilon": ("starcoder2",),
     "num_local_experts": ("mixtral",),
     "num_experts_per_tok": ("mixtral",),
     "router_aux_loss_coef": ("mixtral",),
 }
-"""Settings of a shape that not every family has."""
+"""Settings that not every family has, with the families that have them."""
 
 
 class ModelConfig(Settings):
@@ -62,11 +62,11 @@ class ModelConfig(Settings):
     """mixtral only: experts that each token goes to."""
     router_aux_loss_coef: NonNegativeFloat = 0.001
     """mixtral only: weight of the loss that keeps the experts equally busy."""
-    attention: OwnClass | None = None
+    attention: CustomClass | None = None
     """A class of your own for attention, as mylab:SlidingAttention; by default the family's."""
-    feed_forward: OwnClass | None = None
+    feed_forward: CustomClass | None = None
     """A class of your own for the feed-forward; by default the family's."""
-    normalization: OwnClass | None = None
+    normalization: CustomClass | None = None
     """A class of your own for the norms over the residual stream; by default the family's."""
     initializer_range: PositiveFloat = 1 / 24
     """Standard deviation of the initial weights (residual outputs: divided by sqrt(2 layers))."""
@@ -85,7 +85,7 @@ class ModelConfig(Settings):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_size % 2:
+        if self.resolved_head_dim % 2:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotation pairs its two halves")
         return self
 
@@ -95,9 +95,9 @@ class ModelConfig(Settings):
         if self.hidden_act not in (None, activation):
             raise ValueError(f"hidden_act of a {self.model_type} model is {activation}, not {self.hidden_act}")
         object.__setattr__(self, "hidden_act", activation)
-        for name in OF_ONE_FAMILY:
-            given, default = self.__dict__[name], type(self).model_fields[name].default
-            if given != default and name not in self.own_fields():
+        for name in FIELD_FAMILIES:
+            value, default = self.__dict__[name], type(self).model_fields[name].default
+            if value != default and name not in self.family_fields():
                 raise ValueError(f"{name} means nothing to a {self.model_type} model")
         if self.num_experts_per_tok > self.num_local_experts:
             raise ValueError(
@@ -106,18 +106,18 @@ class ModelConfig(Settings):
             )
         return self
 
-    def own_fields(self) -> list[str]:
+    def family_fields(self) -> list[str]:
         """Names of the settings that mean something to this model's family."""
-        names = (name for name in type(self).model_fields if name not in PARTS or name in self.own_classes)
-        return [name for name in names if self.model_type in OF_ONE_FAMILY.get(name, self.model_type)]
+        names = (name for name in type(self).model_fields if name not in PARTS or name in self.custom_classes)
+        return [name for name in names if self.model_type in FIELD_FAMILIES.get(name, self.model_type)]
 
     @property
-    def own_classes(self) -> dict[str, str]:
-        """The classes of a person's own that it names, by what they take the place of."""
+    def custom_classes(self) -> dict[str, str]:
+        """The custom classes that it names, by the part that they replace."""
         return {part: self.__dict__[part] for part in PARTS if self.__dict__[part] is not None}
 
     @property
-    def head_size(self) -> int:
+    def resolved_head_dim(self) -> int:
         """`head_dim`, resolved."""
         assert self.head_dim is not None
         return self.head_dim

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from smolforge.config.base import Settings
-from smolforge.config.model import OwnClass
+from smolforge.config.model import CustomClass
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
@@ -37,8 +37,8 @@ class Dpo(Settings):
 
     def lengths(self, sequence_length: int) -> tuple[int, int]:
         """Of both together, and of a prompt that was cut, in rows of so many tokens."""
-        together = self.max_length or sequence_length // 2
-        return together, self.max_prompt_length or together // 2
+        max_length = self.max_length or sequence_length // 2
+        return max_length, self.max_prompt_length or max_length // 2
 
 
 class Schedule(Settings):
@@ -55,7 +55,7 @@ class Schedule(Settings):
     steps: PositiveInt | None = None
     """The horizon the fall ends at; by default train.steps of the first start."""
 
-    def over(self, steps: int) -> "Schedule":
+    def resolved(self, steps: int) -> "Schedule":
         """The same with a horizon of its own or else this one, and shares turned into steps."""
         horizon = self.steps or steps
         warmup, decay = self.warmup_steps, self.decay_steps
@@ -77,7 +77,7 @@ class Schedule(Settings):
 class Optim(Settings):
     """The optimizer and its learning rates."""
 
-    name: Literal["adamw", "muon"] | OwnClass = "adamw"
+    name: Literal["adamw", "muon"] | CustomClass = "adamw"
     """adamw is the published recipes'; muon orthogonalises the layers' matrices, AdamW has the rest; or a class of your
     own, as mylab:Lion."""
     learning_rate: PositiveFloat = 3e-3

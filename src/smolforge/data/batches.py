@@ -23,17 +23,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smolforge.data.corpus import Tokens
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a position that does not count in the loss, as torch and Transformers spell it."""
 _MASK = (1 << 64) - 1
 
 
 class Batch(NamedTuple):
-    """Rows of one optimizer step: token ids, and the id that follows each, or IGNORED where it is not learned."""
+    """Rows of one optimizer step: token ids, and the id that follows each, or IGNORE_INDEX where it is not learned."""
 
-    ids: Int[Tensor, "b t"]
+    input_ids: Int[Tensor, "b t"]
     labels: Int[Tensor, "b t"]
     positions: Int[Tensor, "b t"] | None = None
     """0 where something begins that sees nothing of what stands before it; None for plain rows."""
@@ -41,35 +41,35 @@ class Batch(NamedTuple):
     """Of pairs, the log-probability that a sequence has by the reference, where it begins; elsewhere 0."""
 
     @property
-    def learned(self) -> int:
+    def num_labels(self) -> int:
         """Labels to learn from."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
     @property
-    def counted(self) -> int:
+    def num_targets(self) -> int:
         """What its loss is a mean over: labels, or pairs."""
         if self.reference is None or self.positions is None:
-            return self.learned
-        return int(pairs_of(self.positions).sum())
+            return self.num_labels
+        return int(count_pairs(self.positions).sum())
 
     def split(self, rows: int) -> Iterator["Batch"]:
         """Micro-batches of at most so many rows."""
-        for start in range(0, len(self.ids), rows):
-            yield self.each(lambda side, start=start: side[start : start + rows])
+        for start in range(0, len(self.input_ids), rows):
+            yield self.map(lambda side, start=start: side[start : start + rows])
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with every side changed."""
         positions, reference = (None if side is None else change(side) for side in self[2:])
-        return Batch(change(self.ids), change(self.labels), positions, reference)
+        return Batch(change(self.input_ids), change(self.labels), positions, reference)
 
 
-def pairs_of(positions: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
-    """How many pairs there are in each row."""
+def count_pairs(positions: Int[Tensor, "b t"]) -> Int[Tensor, " b"]:
+    """Count the pairs in each row."""
     return (positions == 0).sum(1) // 2
 
 
 @runtime_checkable
-class Rows(Protocol):
+class RowSource(Protocol):
     """What batches are made of: so many rows an epoch, in an endless order."""
 
     count: int
@@ -77,13 +77,13 @@ class Rows(Protocol):
     def batch(self, step: int, rows: int, share: range | None = None) -> Batch: ...
 
 
-class Windows:
+class TokenWindows:
     """All windows of a corpus in the order of a seed."""
 
     def __init__(self, tokens: Tokens, sequence_length: int, seed: int) -> None:
         self.tokens, self.sequence_length, self.seed = tokens, sequence_length, seed
         if len(tokens) <= sequence_length:
-            raise InvalidFile(
+            raise InvalidFileError(
                 f"the corpus has {len(tokens):,} training tokens, which is less than one window of "
                 f"train.sequence_length ({sequence_length:,}) and the token after it; add text, or shorten it"
             )
@@ -97,68 +97,72 @@ class Windows:
 
     def window(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """ids and labels of the window at a position of the endless order."""
-        epoch, place = divmod(position, self.count)
-        start = permuted(place, self.count, self.seed, epoch) * self.sequence_length
-        found = self.tokens[start : start + self.sequence_length + 1]
+        epoch, index = divmod(position, self.count)
+        start = shuffled_index(index, self.count, self.seed, epoch=epoch) * self.sequence_length
+        tokens = self.tokens[start : start + self.sequence_length + 1]
         ids = np.zeros(self.sequence_length, np.int64)
-        labels = np.full(self.sequence_length, IGNORED, np.int64)
-        ids[: len(found) - 1], labels[: len(found) - 1] = found[:-1], found[1:]
+        labels = np.full(self.sequence_length, IGNORE_INDEX, np.int64)
+        ids[: len(tokens) - 1], labels[: len(tokens) - 1] = tokens[:-1], tokens[1:]
         return ids, labels
 
     def labels(self, number: int) -> int:
         """Labels in the first `number` windows of the order; in each epoch one window, the last, has fewer."""
-        epochs, rest = divmod(number, self.count)
+        epochs, remainder = divmod(number, self.count)
         missing = self.count * self.sequence_length - (len(self.tokens) - 1)
-        short = missing > 0 and rest > 0 and placed(self.count - 1, self.count, self.seed, epochs) < rest
-        return epochs * (len(self.tokens) - 1) + rest * self.sequence_length - short * missing
+        short = (
+            missing > 0
+            and remainder > 0
+            and unshuffled_index(self.count - 1, self.count, self.seed, epoch=epochs) < remainder
+        )
+        return epochs * (len(self.tokens) - 1) + remainder * self.sequence_length - short * missing
 
 
-def permuted(place: int, count: int, seed: int, epoch: int) -> int:
-    """Where `place` goes in a shuffle of range(count) that is computed and never stored.
+def shuffled_index(index: int, count: int, seed: int, *, epoch: int) -> int:
+    """Return where `index` goes in a shuffle of range(count) that is computed and never stored.
 
     A four-round Feistel network over the next even number of bits, walked until it lands inside
     (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half, keys = _rounds(count, seed, epoch)
+    half, keys = _feistel_rounds(count, seed, epoch)
     low = (1 << half) - 1
     while True:
-        left, right = place >> half, place & low
+        left, right = index >> half, index & low
         for key in keys:
-            left, right = right, left ^ (_mixed(right + key) & low)
-        place = left << half | right
-        if place < count:
-            return place
+            left, right = right, left ^ (_splitmix64(right + key) & low)
+        index = left << half | right
+        if index < count:
+            return index
 
 
-def placed(window: int, count: int, seed: int, epoch: int) -> int:
-    """From where `permuted` goes to this window: the same rounds backwards."""
-    half, keys = _rounds(count, seed, epoch)
+def unshuffled_index(window: int, count: int, seed: int, *, epoch: int) -> int:
+    """Return the index that `shuffled_index` maps to this window: the same rounds backwards."""
+    half, keys = _feistel_rounds(count, seed, epoch)
     low = (1 << half) - 1
     while True:
         left, right = window >> half, window & low
         for key in reversed(keys):
-            left, right = right ^ (_mixed(left + key) & low), left
+            left, right = right ^ (_splitmix64(left + key) & low), left
         window = left << half | right
         if window < count:
             return window
 
 
-def _rounds(count: int, seed: int, epoch: int) -> tuple[int, list[int]]:
-    """Bits of each half of the network, and the key of each round."""
+def _feistel_rounds(count: int, seed: int, epoch: int) -> tuple[int, list[int]]:
+    """Return the bits of each half of the Feistel network, and the key of each round."""
     half = max(1, ((count - 1).bit_length() + 1) // 2)
-    return half, [_mixed(_mixed(_mixed(seed) + epoch) + number) for number in range(4)]
+    return half, [_splitmix64(_splitmix64(_splitmix64(seed) + epoch) + number) for number in range(4)]
 
 
-def _mixed(x: int) -> int:
-    """splitmix64's finaliser: Steele, Lea and Flood 2014."""
+def _splitmix64(x: int) -> int:
+    """Return splitmix64's finalizer of x: Steele, Lea and Flood 2014."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
     return x ^ x >> 31
 
 
-def stream(
-    source: Rows, numbers: Iterable[int], rows: int, num_workers: int, share: range | None = None
+def iterate_batches(
+    source: RowSource, numbers: Iterable[int], rows: int, *, num_workers: int, share: range | None = None
 ) -> Iterator[Batch]:
     """The batches of these numbers in turn, or a share of each, read ahead by `num_workers` threads."""
     if num_workers == 0:

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from smolforge.config import Data
-from smolforge.config.data import whole_shares
-from smolforge.data.batches import Batch, Windows
+from smolforge.config.data import integer_weights
+from smolforge.data.batches import Batch, TokenWindows
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 from smolforge.tokenizer import Tokenizer
 
-FILE = "mixture.json"
+MIXTURE_FILE = "mixture.json"
 FORMAT_VERSION = 1
 
 
@@ -39,8 +39,8 @@ class Interleaving:
 
     def __init__(self, shares: tuple[int, ...]) -> None:
         self.shares, self.period = shares, sum(shares)
-        self.order = due_first(shares)
-        self.places = [np.flatnonzero(self.order == number) for number in range(len(shares))]
+        self.order = earliest_deadline_first(shares)
+        self.positions = [np.flatnonzero(self.order == number) for number in range(len(shares))]
 
     def source(self, position: int) -> int:
         """Whose window stands at a position."""
@@ -48,51 +48,51 @@ class Interleaving:
 
     def count(self, source: int, length: int) -> int:
         """How many of the first `length` windows are of a source."""
-        periods, rest = divmod(length, self.period)
-        return periods * self.shares[source] + int(np.searchsorted(self.places[source], rest))
+        periods, remainder = divmod(length, self.period)
+        return periods * self.shares[source] + int(np.searchsorted(self.positions[source], remainder))
 
 
-interleaving = lru_cache(maxsize=64)(Interleaving)
+cached_interleaving = lru_cache(maxsize=64)(Interleaving)
 
 
-def due_first(shares: Sequence[int]) -> np.ndarray:
+def earliest_deadline_first(shares: Sequence[int]) -> np.ndarray:
     """One period of sources (sum of shares,), in which source i stands shares[i] times."""
-    period, given = sum(shares), [0] * len(shares)
+    period, counts = sum(shares), [0] * len(shares)
     order = np.empty(period, np.int64)
-    for place in range(period):
-        behind = (n for n, share in enumerate(shares) if given[n] * period < (place + 1) * share)
-        next_one = min(behind, key=lambda n: -(-(given[n] + 1) * period // shares[n]))
-        order[place] = next_one
-        given[next_one] += 1
+    for position in range(period):
+        behind = (n for n, share in enumerate(shares) if counts[n] * period < (position + 1) * share)
+        chosen = min(behind, key=lambda n: -(-(counts[n] + 1) * period // shares[n]))
+        order[position] = chosen
+        counts[chosen] += 1
     return order
 
 
-class Order:
+class MixtureSchedule:
     """The sources of all windows of a run: stages strung together, of which the last does not end."""
 
     def __init__(self, weights: Sequence[Mapping[str, int | float]], ends: Sequence[int]) -> None:
         """`weights` of each stage by source, and the windows after which each but the last ends."""
         self.names = list(weights[0])
-        self.stages = [interleaving(tuple(whole_shares(each).values())) for each in weights]
-        self.begins = [0, *ends]
+        self.stages = [cached_interleaving(tuple(integer_weights(stage_weights).values())) for stage_weights in weights]
+        self.starts = [0, *ends]
         self.before = [[0] * len(self.names)]
-        for stage, (begin, end) in zip(self.stages, itertools.pairwise(self.begins), strict=False):
-            counts = [stage.count(number, end - begin) for number in range(len(self.names))]
-            self.before.append([had + more for had, more in zip(self.before[-1], counts, strict=True)])
+        for stage, (start, end) in zip(self.stages, itertools.pairwise(self.starts), strict=False):
+            counts = [stage.count(number, end - start) for number in range(len(self.names))]
+            self.before.append([before + count for before, count in zip(self.before[-1], counts, strict=True)])
 
     @classmethod
-    def of(cls, data: Data, ends: Iterable[int], rows: int) -> "Order":
+    def from_data(cls, data: Data, ends: Iterable[int], rows: int) -> "MixtureSchedule":
         """What a text's settings say, where stages end after these steps of so many rows."""
         return cls(data.weights, [end * rows for end in ends])
 
     def stage(self, position: int) -> int:
         """In which stage, from 0, a position lies."""
-        return bisect_right(self.begins, position) - 1
+        return bisect_right(self.starts, position) - 1
 
-    def at(self, position: int) -> tuple[int, int]:
+    def source_at(self, position: int) -> tuple[int, int]:
         """Whose window stands at a position, and how many of that source stand before it."""
         stage = self.stage(position)
-        source = self.stages[stage].source(position - self.begins[stage])
+        source = self.stages[stage].source(position - self.starts[stage])
         return source, self._count(stage, source, position)
 
     def counts(self, position: int) -> list[int]:
@@ -101,17 +101,17 @@ class Order:
         return [self._count(stage, source, position) for source in range(len(self.names))]
 
     def _count(self, stage: int, source: int, position: int) -> int:
-        return self.before[stage][source] + self.stages[stage].count(source, position - self.begins[stage])
+        return self.before[stage][source] + self.stages[stage].count(source, position - self.starts[stage])
 
-    def of_stages(self, end: int) -> list[dict[str, int]]:
+    def counts_by_stage(self, end: int) -> list[dict[str, int]]:
         """Windows of each source in each stage that begins before `end`, up to there."""
-        borders = [*(begin for begin in self.begins if begin < end), end]
+        borders = [*(start for start in self.starts if start < end), end]
         return [
             {
-                name: self._count(stage, source, upto) - self.before[stage][source]
+                name: self._count(stage, source, stop) - self.before[stage][source]
                 for source, name in enumerate(self.names)
             }
-            for stage, upto in enumerate(borders[1:])
+            for stage, stop in enumerate(borders[1:])
         ]
 
 
@@ -122,40 +122,43 @@ class Mixture:
 
     def __init__(self, folder: Path, sources: Mapping[str, Corpus]) -> None:
         self.folder, self.sources = folder, dict(sources)
-        facts = {name: corpus.fingerprint for name, corpus in sorted(self.sources.items())}
-        self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        fingerprints = {name: corpus.fingerprint for name, corpus in sorted(self.sources.items())}
+        self.fingerprint = hashlib.sha256(json.dumps(fingerprints).encode()).hexdigest()
 
     @classmethod
     def open(cls, folder: Path) -> "Mixture":
-        """What `record` wrote. Raises InvalidFile where a source is gone, or is another than it was."""
-        path = folder / FILE
+        """What `record` wrote. Raises InvalidFileError where a source is gone, or is another than it was."""
+        path = folder / MIXTURE_FILE
         try:
-            said = json.loads(path.read_text("utf-8"))
-            version, recorded = said["format_version"], {**said["sources"]}
-            places = {
-                name: ((folder / each["folder"]).resolve(), each["fingerprint"]) for name, each in recorded.items()
+            content = json.loads(path.read_text("utf-8"))
+            version, recorded = content["format_version"], {**content["sources"]}
+            expected = {
+                name: ((folder / entry["folder"]).resolve(), entry["fingerprint"]) for name, entry in recorded.items()
             }
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidFile(f"{path} is broken: {error!r}; delete it, and the sources are looked up again") from None
+            raise InvalidFileError(
+                f"{path} is broken: {error!r}; delete it, and the sources are looked up again"
+            ) from None
         if version != FORMAT_VERSION:
-            raise InvalidFile(f"{path} has format {version}; this version reads {FORMAT_VERSION}")
-        found = {}
-        for name, (place, fingerprint) in places.items():
-            if not (place / "corpus.json").is_file():
-                raise InvalidFile(
-                    f"the prepared source {name} is gone from {place}; bring it back, or delete {path} to have it "
-                    "prepared again"
+            raise InvalidFileError(f"{path} has format {version}; this version reads {FORMAT_VERSION}")
+        corpora = {}
+        for name, (source_folder, fingerprint) in expected.items():
+            if not (source_folder / "corpus.json").is_file():
+                raise InvalidFileError(
+                    f"the prepared source {name} is gone from {source_folder}; bring it back, or delete {path} to have "
+                    "it prepared again"
                 )
-            found[name] = Corpus.open(place)
-            if found[name].fingerprint != fingerprint:
-                raise InvalidFile(
-                    f"the source {name} in {place} is another than this run's; bring that one back, or start anew"
+            corpora[name] = Corpus.open(source_folder)
+            if corpora[name].fingerprint != fingerprint:
+                raise InvalidFileError(
+                    f"the source {name} in {source_folder} is another than this run's; bring that one back, "
+                    "or start anew"
                 )
-        return cls(folder, found)
+        return cls(folder, corpora)
 
     def record(self) -> dict[str, Any]:
         """What `open` needs: where each corpus is, as seen from the run's folder, and which."""
-        facts = {
+        sources = {
             name: {
                 "folder": os.path.relpath(corpus.folder.resolve(), self.folder.resolve()),
                 "fingerprint": corpus.fingerprint,
@@ -163,7 +166,7 @@ class Mixture:
             }
             for name, corpus in self.sources.items()
         }
-        return {"format_version": FORMAT_VERSION, "sources": facts}
+        return {"format_version": FORMAT_VERSION, "sources": sources}
 
     def size(self, split: str) -> dict[str, int]:
         """documents, tokens and bytes of a split of all sources together."""
@@ -175,57 +178,59 @@ class Mixture:
         return next(iter(self.sources.values())).tokenizer()
 
     def check(self) -> None:
-        """Hold every token of every source to its fingerprint. Raises InvalidFile."""
+        """Hold every token of every source to its fingerprint. Raises InvalidFileError."""
         for corpus in self.sources.values():
             corpus.check()
 
 
-Prepared = Corpus | Mixture
+PreparedData = Corpus | Mixture
 
 
-def reopened(folder: Path) -> Prepared:
-    """What is prepared in a folder, one text or a mixture. Raises InvalidFile for neither."""
-    return Mixture.open(folder) if (folder / FILE).is_file() else Corpus.open(folder)
+def open_prepared(folder: Path) -> PreparedData:
+    """Open what is prepared in a folder, a corpus or a mixture. Raises InvalidFileError for neither."""
+    return Mixture.open(folder) if (folder / MIXTURE_FILE).is_file() else Corpus.open(folder)
 
 
-class MixtureRows:
+class MixtureWindows:
     """The windows of all sources, each source's in its own order, in the order of a mixture."""
 
-    def __init__(self, texts: Mapping[str, Tokens], order: Order, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self, texts: Mapping[str, Tokens], schedule: MixtureSchedule, sequence_length: int, *, seed: int
+    ) -> None:
         """`texts` are the training tokens of each source."""
-        self.order, self.sequence_length = order, sequence_length
+        self.schedule, self.sequence_length = schedule, sequence_length
         self.windows = []
-        for name in order.names:
+        for name in schedule.names:
             tokens = texts[name]
             if len(tokens) <= sequence_length:
-                raise InvalidFile(
+                raise InvalidFileError(
                     f"the source {name} has {len(tokens):,} training tokens, which is less than one window of "
                     f"train.sequence_length ({sequence_length:,}) and the token after it; add text, or leave it out"
                 )
-            self.windows.append(Windows(tokens, sequence_length, seed_of(seed, name)))
-        self.count = sum(each.count for each in self.windows)
+            self.windows.append(TokenWindows(tokens, sequence_length, source_seed(seed, name)))
+        self.count = sum(windows.count for windows in self.windows)
 
     def batch(self, step: int, rows: int, share: range | None = None) -> Batch:
         """The rows of a step, counted from 0, or a share of them: `range(2)` are the first two."""
-        places = [self.order.at(step * rows + row) for row in (range(rows) if share is None else share)]
-        pairs = [self.windows[source].window(number) for source, number in places]
+        window_ids = [self.schedule.source_at(step * rows + row) for row in (range(rows) if share is None else share)]
+        pairs = [self.windows[source].window(number) for source, number in window_ids]
         ids, labels = (torch.from_numpy(np.stack(side)) for side in zip(*pairs, strict=True))
         return Batch(ids, labels)
 
     def labels(self, position: int) -> dict[str, int]:
         """Tokens learned from each source in all rows before a position."""
-        counts = self.order.counts(position)
+        counts = self.schedule.counts(position)
         return {
             name: windows.labels(count)
-            for name, windows, count in zip(self.order.names, self.windows, counts, strict=True)
+            for name, windows, count in zip(self.schedule.names, self.windows, counts, strict=True)
         }
 
     def epochs(self, learned: Mapping[str, int]) -> dict[str, float]:
         """How often each source is gone through with so many tokens of it."""
-        sizes = zip(self.order.names, self.windows, strict=True)
+        sizes = zip(self.schedule.names, self.windows, strict=True)
         return {name: learned[name] / (len(windows.tokens) - 1) for name, windows in sizes}
 
 
-def seed_of(seed: int, name: str) -> int:
-    """Of a source's own order: what else is in the mixture does not change it."""
+def source_seed(seed: int, name: str) -> int:
+    """Return the seed of a source's own order: what else is in the mixture does not change it."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest())

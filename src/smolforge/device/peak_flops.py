@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from smolforge.device import matrix_flops_per_second, name_of
+from smolforge.device import device_name, matmul_flops_per_second
 
 
-class Published(NamedTuple):
+class PublishedPeak(NamedTuple):
     """Rates in TFLOP/s, accumulated in fp32; None where the device has no such units. Bandwidth in GB/s."""
 
     bfloat16: float | None
@@ -43,38 +43,38 @@ MI300X = "AMD Instinct MI300X data sheet"
 M1 = "apple.com/newsroom, 2020-11 and 2021-10; fp16 runs as fp32 does: github.com/philipturner/metal-benchmarks"
 M2 = "apple.com/newsroom, 2022-06; fp16 runs as fp32 does: github.com/philipturner/metal-benchmarks"
 
-DEVICES = {
+PUBLISHED_PEAKS = {
     # name                      bf16     fp16    tf32    fp32    GB/s
-    "B200": Published(2250.0, 2250.0, 1100.0, 75.0, 7700.0, B200),
-    "GB200": Published(2500.0, 2500.0, 1250.0, 80.0, 8000.0, B200),
-    "GH200 144G HBM3e": Published(989.5, 989.5, 494.5, 67.0, 4900.0, GH200),
-    "GH200 480GB": Published(989.5, 989.5, 494.5, 67.0, 4000.0, GH200),
-    "H200": Published(989.5, 989.5, 494.5, 67.0, 4800.0, H200),
-    "H200 NVL": Published(835.5, 835.5, 417.5, 60.0, 4800.0, H200),
-    "H100 80GB HBM3": Published(989.5, 989.5, 494.5, 67.0, 3350.0, H100),
-    "H100 NVL": Published(835.5, 835.5, 417.5, 60.0, 3900.0, H100),
-    "H100 PCIe": Published(756.5, 756.5, 378.0, 51.0, 2000.0, H100),
-    "A100 80GB PCIe": Published(312.0, 312.0, 156.0, 19.5, 1935.0, A100),
-    "A100-SXM*-80GB": Published(312.0, 312.0, 156.0, 19.5, 2039.0, A100),
-    "A100-*-40GB": Published(312.0, 312.0, 156.0, 19.5, 1555.0, A100),
-    "A40": Published(149.7, 149.7, 74.8, 37.4, 696.0, A40),
-    "A10": Published(125.0, 125.0, 62.5, 31.2, 600.0, A10),
-    "A10G": Published(70.0, 70.0, 35.0, 35.0, 600.0, A10G),
-    "L40S": Published(362.05, 362.05, 183.0, 91.6, 864.0, L40),
-    "L40": Published(181.05, 181.05, 90.5, 90.5, 864.0, L40),
-    "L4": Published(121.0, 121.0, 60.0, 30.3, 300.0, L4),
-    "V100-SXM[23]-*GB": Published(None, 125.0, None, 15.7, 900.0, V100),
-    "V100-PCIE-*GB": Published(None, 112.0, None, 14.0, 900.0, V100),
-    "T4": Published(None, 65.0, None, 8.1, 320.0, T4),
-    "RTX 5090": Published(209.5, 209.5, 104.8, 104.8, 1792.0, BLACKWELL),
-    "RTX 4090": Published(165.2, 165.2, 82.6, 82.6, 1008.0, ADA),
-    "RTX 4080": Published(97.5, 97.5, 48.7, 48.7, 716.8, ADA),
-    "RTX 3090": Published(71.0, 71.0, 35.6, 35.6, 936.0, AMPERE),
-    "MI300X": Published(1307.4, 1307.4, 653.7, 163.4, 5300.0, MI300X),
-    "M1 8-core": Published(None, 2.6, None, 2.6, 68.25, M1),
-    "M1 Pro 16-core": Published(None, 5.2, None, 5.2, 200.0, M1),
-    "M1 Max 32-core": Published(None, 10.4, None, 10.4, 400.0, M1),
-    "M2 10-core": Published(None, 3.6, None, 3.6, 100.0, M2),
+    "B200": PublishedPeak(2250.0, 2250.0, 1100.0, 75.0, 7700.0, B200),
+    "GB200": PublishedPeak(2500.0, 2500.0, 1250.0, 80.0, 8000.0, B200),
+    "GH200 144G HBM3e": PublishedPeak(989.5, 989.5, 494.5, 67.0, 4900.0, GH200),
+    "GH200 480GB": PublishedPeak(989.5, 989.5, 494.5, 67.0, 4000.0, GH200),
+    "H200": PublishedPeak(989.5, 989.5, 494.5, 67.0, 4800.0, H200),
+    "H200 NVL": PublishedPeak(835.5, 835.5, 417.5, 60.0, 4800.0, H200),
+    "H100 80GB HBM3": PublishedPeak(989.5, 989.5, 494.5, 67.0, 3350.0, H100),
+    "H100 NVL": PublishedPeak(835.5, 835.5, 417.5, 60.0, 3900.0, H100),
+    "H100 PCIe": PublishedPeak(756.5, 756.5, 378.0, 51.0, 2000.0, H100),
+    "A100 80GB PCIe": PublishedPeak(312.0, 312.0, 156.0, 19.5, 1935.0, A100),
+    "A100-SXM*-80GB": PublishedPeak(312.0, 312.0, 156.0, 19.5, 2039.0, A100),
+    "A100-*-40GB": PublishedPeak(312.0, 312.0, 156.0, 19.5, 1555.0, A100),
+    "A40": PublishedPeak(149.7, 149.7, 74.8, 37.4, 696.0, A40),
+    "A10": PublishedPeak(125.0, 125.0, 62.5, 31.2, 600.0, A10),
+    "A10G": PublishedPeak(70.0, 70.0, 35.0, 35.0, 600.0, A10G),
+    "L40S": PublishedPeak(362.05, 362.05, 183.0, 91.6, 864.0, L40),
+    "L40": PublishedPeak(181.05, 181.05, 90.5, 90.5, 864.0, L40),
+    "L4": PublishedPeak(121.0, 121.0, 60.0, 30.3, 300.0, L4),
+    "V100-SXM[23]-*GB": PublishedPeak(None, 125.0, None, 15.7, 900.0, V100),
+    "V100-PCIE-*GB": PublishedPeak(None, 112.0, None, 14.0, 900.0, V100),
+    "T4": PublishedPeak(None, 65.0, None, 8.1, 320.0, T4),
+    "RTX 5090": PublishedPeak(209.5, 209.5, 104.8, 104.8, 1792.0, BLACKWELL),
+    "RTX 4090": PublishedPeak(165.2, 165.2, 82.6, 82.6, 1008.0, ADA),
+    "RTX 4080": PublishedPeak(97.5, 97.5, 48.7, 48.7, 716.8, ADA),
+    "RTX 3090": PublishedPeak(71.0, 71.0, 35.6, 35.6, 936.0, AMPERE),
+    "MI300X": PublishedPeak(1307.4, 1307.4, 653.7, 163.4, 5300.0, MI300X),
+    "M1 8-core": PublishedPeak(None, 2.6, None, 2.6, 68.25, M1),
+    "M1 Pro 16-core": PublishedPeak(None, 5.2, None, 5.2, 200.0, M1),
+    "M1 Max 32-core": PublishedPeak(None, 10.4, None, 10.4, 400.0, M1),
+    "M2 10-core": PublishedPeak(None, 3.6, None, 3.6, 100.0, M2),
 }
 
 
@@ -85,21 +85,23 @@ class Peak(NamedTuple):
     source: str
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """What an MFU on this device is a share of: the published peak, else the best of a few matrix products."""
+def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """Return the peak that MFU is a fraction of: the published one, else the best of a few matrix products."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    known = flops_per_second(name_of(device), "tf32" if tf32 else str(dtype).removeprefix("torch."))
-    return Peak(known, "published") if known else Peak(matrix_flops_per_second(device, dtype), "measured")
+    rate = published_flops_per_second(device_name(device), "tf32" if tf32 else str(dtype).removeprefix("torch."))
+    return Peak(rate, "published") if rate else Peak(matmul_flops_per_second(device, dtype), "measured")
 
 
-def flops_per_second(name: str, kind: str) -> float | None:
-    """The published peak of a device for bfloat16, float16, tf32 or float32 matrices; None where none is known."""
-    found = published(name)
-    rate = found._asdict().get(kind) if found else None
+def published_flops_per_second(name: str, kind: str) -> float | None:
+    """Return the published peak of a device for bfloat16, float16, tf32 or float32 matrices;
+    None where none is known.
+    """
+    device = find_published_peak(name)
+    rate = device._asdict().get(kind) if device else None
     return rate * 1e12 if rate else None
 
 
-def published(name: str) -> Published | None:
-    """The row of a device by its whole name as torch tells it, maker and line aside; None where there is none."""
-    plain = re.sub(r"\b(nvidia|amd|apple|tesla|geforce|instinct)\b\s*", "", name.casefold()).strip()
-    return next((row for pattern, row in DEVICES.items() if fnmatchcase(plain, pattern.casefold())), None)
+def find_published_peak(name: str) -> PublishedPeak | None:
+    """Return the row of a device by its full name in torch, without maker and line; None where there is none."""
+    model_name = re.sub(r"\b(nvidia|amd|apple|tesla|geforce|instinct)\b\s*", "", name.casefold()).strip()
+    return next((row for pattern, row in PUBLISHED_PEAKS.items() if fnmatchcase(model_name, pattern.casefold())), None)

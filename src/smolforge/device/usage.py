@@ -1,10 +1,9 @@
-"""What a run uses of its machine: processors, memory, GPU. Asked once a second, and no more than a clock in between.
+"""Resource usage of a run: CPU, memory and GPU once a second, and the energy that it draws.
 
-NVIDIA's management library, where the driver and nvidia-ml-py have it: who asks a GPU about itself asks here.
+    gauges     psutil for the process and its machine, NVML (nvidia-ml-py) for a GPU   -> ResourceUsage
+    counters   NVML's joules of a GPU, RAPL's of the CPU's packages and memory         -> EnergyMeter -> EnergyPerToken
 
-The joules a run draws, from the counters that machines keep: NVML's for a GPU, RAPL's for a processor.
-
-A GPU counts itself alone. A processor counts its packages and memory, and whatever else runs on them.
+A GPU counts itself alone. RAPL counts whatever else runs on the CPU too.
 """
 
 import time
@@ -17,8 +16,13 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
+USAGE_INTERVAL_SECONDS, ENERGY_INTERVAL_SECONDS = 1, 10
+POWERCAP = Path("/sys/class/powercap")
+Gauge = Callable[[], dict[str, float | int]]
+"""Returns values of now, or since the last call. Never raises: what cannot be read is left out."""
 
-class Asked(NamedTuple):
+
+class NVMLDevice(NamedTuple):
     """A GPU to ask: `library.nvmlDevice...(handle)`, which raises `library.NVMLError`."""
 
     library: Any
@@ -26,14 +30,14 @@ class Asked(NamedTuple):
 
 
 def uuid_of(device: torch.device) -> str:
-    """What the driver calls it."""
+    """Return the driver's uuid of a GPU."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def find(uuid: str) -> Asked | None:
-    """None without nvidia-ml-py, or where the driver does not know the GPU.
+def find_nvml_device(uuid: str) -> NVMLDevice | None:
+    """Find a GPU in NVML; None without nvidia-ml-py, or where the driver does not know it.
 
-    By its uuid, since CUDA_VISIBLE_DEVICES renumbers what torch sees and not what NVML sees.
+    The key is its uuid, since CUDA_VISIBLE_DEVICES renumbers what torch sees and not what NVML sees.
     """
     try:
         library = import_module("pynvml")
@@ -41,46 +45,40 @@ def find(uuid: str) -> Asked | None:
         return None
     try:
         library.nvmlInit()
-        return Asked(library, library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        return NVMLDevice(library, library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
     except library.NVMLError:
         return None
 
 
-EVERY_SECONDS = 1
-
-Gauge = Callable[[], dict[str, float | int]]
-"""Figures of now, or since it was asked before. Never raises: what cannot be asked gives nothing."""
-
-
-class Usage:
-    """What is used from its making on."""
+class ResourceUsage:
+    """Usage of the machine since this object was made."""
 
     def __init__(
         self,
         device: torch.device,
         gauges: Sequence[Gauge] | None = None,
-        now: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gauges = gauges_of(device) if gauges is None else list(gauges)
-        self._now, self._asked_at = now, now()
+        self._clock, self._sampled_at = clock, clock()
         for gauge in self._gauges:  # rates are since now
             gauge()
 
-    def after_a_step(self) -> dict[str, float | int]:
-        """The gauges' figures, at most once in EVERY_SECONDS."""
-        if self._now() - self._asked_at < EVERY_SECONDS:
+    def sample(self) -> dict[str, float | int]:
+        """Return the values of the gauges, at most once in USAGE_INTERVAL_SECONDS."""
+        if self._clock() - self._sampled_at < USAGE_INTERVAL_SECONDS:
             return {}
-        self._asked_at = self._now()
+        self._sampled_at = self._clock()
         return {name: value for gauge in self._gauges for name, value in gauge().items()}
 
 
 def gauges_of(device: torch.device) -> list[Gauge]:
-    """Those of the machine, and of its GPU where a run is on one."""
-    return [processors(), *(gpu(uuid_of(device)) if device.type == "cuda" else [])]
+    """Return the gauges of the machine, and of its GPU where a run is on one."""
+    return [cpu_gauge(), *(gpu_gauges(uuid_of(device)) if device.type == "cuda" else [])]
 
 
-def processors() -> Gauge:
-    """`cpu_percent` of this process, 100 is one core; `machine_cpu_percent` of all cores; `memory_bytes` it holds."""
+def cpu_gauge() -> Gauge:
+    """Return a gauge of `cpu_percent` and `memory_bytes` of this process and `machine_cpu_percent`; 100 is one core."""
     process = psutil.Process()
 
     def read() -> dict[str, float | int]:
@@ -96,94 +94,92 @@ def processors() -> Gauge:
     return read
 
 
-def gpu(uuid: str) -> list[Gauge]:
-    """`gpu_percent` of the time some kernel ran, `gpu_memory_bytes` all programs hold; a slice of a GPU has no rate."""
-    found = find(uuid)
-    if found is None:
+def gpu_gauges(uuid: str) -> list[Gauge]:
+    """Return gauges of `gpu_percent` (time with a kernel) and `gpu_memory_bytes` (all programs);
+    a MIG slice has no rate.
+    """
+    nvml_device = find_nvml_device(uuid)
+    if nvml_device is None:
         return []
-    library, handle = found
+    library, handle = nvml_device
 
-    def busy() -> dict[str, float | int]:
+    def utilization() -> dict[str, float | int]:
         try:
             return {"gpu_percent": float(library.nvmlDeviceGetUtilizationRates(handle).gpu)}
         except library.NVMLError:
             return {}
 
-    def held() -> dict[str, float | int]:
+    def memory() -> dict[str, float | int]:
         try:
             return {"gpu_memory_bytes": library.nvmlDeviceGetMemoryInfo(handle).used}
         except library.NVMLError:
             return {}
 
-    return [busy, held]
-
-
-READ_SECONDS = 10
-POWERCAP = Path("/sys/class/powercap")
+    return [utilization, memory]
 
 
 @dataclass(frozen=True)
-class Counter:
-    """Joules since some moment in the past, beginning again at zero once `range` is reached."""
+class JouleCounter:
+    """A counter of joules, which starts again at zero once `range` is reached."""
 
     read: Callable[[], float]
     range: float = float("inf")
 
 
-class Energy:
-    """Joules since it was made."""
+class EnergyMeter:
+    """Joules since this object was made."""
 
-    def __init__(self, counters: Sequence[Counter]) -> None:
+    def __init__(self, counters: Sequence[JouleCounter]) -> None:
         self._counters = list(counters)
         self._last = [counter.read() for counter in self._counters]
         self._joules = 0.0
 
     def joules(self) -> float | None:
-        """None where nothing counts. Ask every few minutes: a processor's counter may go round in ten."""
-        for place, counter in enumerate(self._counters):
-            now, before = counter.read(), self._last[place]
-            self._joules += now - before if now >= before else now - before + counter.range
-            self._last[place] = now
+        """Return the joules; None without a counter. Call it every few minutes: RAPL's counter may wrap in ten."""
+        for index, counter in enumerate(self._counters):
+            current, before = counter.read(), self._last[index]
+            self._joules += current - before if current >= before else current - before + counter.range
+            self._last[index] = current
         return self._joules if self._counters else None
 
 
-class PerToken:
-    """Joules a token of the steps since it was made, of so many tokens each."""
+class EnergyPerToken:
+    """Joules per token since this object was made; each step has this many tokens."""
 
-    def __init__(self, energy: Energy, tokens: int, now: Callable[[], float] = time.monotonic) -> None:
-        self._energy, self._tokens, self._now = energy, tokens, now
-        self._steps, self._read_at = 0, now()
+    def __init__(self, energy: EnergyMeter, tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._energy, self._tokens, self._clock = energy, tokens, clock
+        self._steps, self._read_at = 0, clock()
 
-    def after_a_step(self) -> dict[str, float]:
-        """`joules_per_token` every READ_SECONDS, where joules are counted."""
+    def sample(self) -> dict[str, float]:
+        """Return `joules_per_token` every ENERGY_INTERVAL_SECONDS, where joules are counted."""
         self._steps += 1
-        if self._now() - self._read_at < READ_SECONDS:
+        if self._clock() - self._read_at < ENERGY_INTERVAL_SECONDS:
             return {}
-        self._read_at, joules = self._now(), self._energy.joules()
+        self._read_at, joules = self._clock(), self._energy.joules()
         return {} if joules is None else {"joules_per_token": joules / (self._steps * self._tokens)}
 
 
-def energy(device: torch.device) -> Energy:
-    """What the device draws from now on."""
+def open_energy_meter(device: torch.device) -> EnergyMeter:
+    """Return a meter of what the device draws from now on."""
     if device.type == "cuda":
-        return Energy(nvml(uuid_of(device)))
-    return Energy(rapl() if device.type == "cpu" else [])
+        return EnergyMeter(nvml_counters(uuid_of(device)))
+    return EnergyMeter(rapl_counters() if device.type == "cpu" else [])
 
 
-def nvml(uuid: str) -> list[Counter]:
-    """The counter of one GPU, in millijoules since its driver was loaded; none before Volta, or without NVML."""
-    gpu = find(uuid)
+def nvml_counters(uuid: str) -> list[JouleCounter]:
+    """Return the counter of one GPU, in millijoules since its driver was loaded; none before Volta, or without NVML."""
+    gpu = find_nvml_device(uuid)
     if gpu is None:
         return []
     try:
         gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)
     except gpu.library.NVMLError:
         return []
-    return [Counter(lambda: gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1e3)]
+    return [JouleCounter(lambda: gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1e3)]
 
 
-def rapl(folder: Path = POWERCAP) -> list[Counter]:
-    """The counters of a processor's packages and memory, where Linux has them and lets us read them.
+def rapl_counters(folder: Path = POWERCAP) -> list[JouleCounter]:
+    """Return the counters of the CPU's packages and memory, where Linux has them and lets us read them.
 
     https://docs.kernel.org/power/powercap/powercap.html; most systems let only root do so.
     """
@@ -192,7 +188,9 @@ def rapl(folder: Path = POWERCAP) -> list[Counter]:
         try:
             kind, _ = (zone / "name").read_text().strip(), (zone / "energy_uj").read_text()
             if kind.startswith("package") or kind == "dram":  # cores are in their package, psys holds all
-                counters.append(Counter(_microjoules(zone / "energy_uj"), _microjoules(zone / "max_energy_range_uj")()))
+                counters.append(
+                    JouleCounter(_microjoules(zone / "energy_uj"), _microjoules(zone / "max_energy_range_uj")())
+                )
         except OSError:
             continue
     return counters

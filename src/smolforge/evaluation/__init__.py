@@ -1,8 +1,8 @@
-"""How good a model is: at predicting a text, and at choosing an answer.
+"""Evaluation of a model: how well it predicts a text, and how well it chooses an answer.
 
-text             loss, perplexity, bits per byte, token accuracy     tasks       where items come from, by name
-multiple_choice  accuracy on items, with its standard error          published   what SmolLM2's authors measured
-harness          lm-evaluation-harness asks our model                overlap     items that stand in a corpus
+perplexity       loss, perplexity, bits per byte, token accuracy     tasks          items by task name, published scores
+multiple_choice  accuracy on items, with its standard error          contamination  items that occur in a corpus
+harness          the adapter for lm-evaluation-harness
 """
 
 from smolforge.evaluation.perplexity import loss_by_position as loss_by_position

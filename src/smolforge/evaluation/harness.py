@@ -1,12 +1,12 @@
-"""lm-evaluation-harness asks, our model answers: every task of the harness, with our scoring and our generation.
+"""The adapter for lm-evaluation-harness: every task of the harness, with our scoring and our generation.
 
     loglikelihood             rows of `multiple_choice`, in which requests with one context share it
     loglikelihood_rolling     the windows that the harness cuts, scored so
     generate_until            `generation.stream`, prompts of like length together
 
-Importing this registers the model: `lm_eval.simple_evaluate(model="smolforge", model_args="pretrained=MODEL")`. What
-is asked is what the harness's own HF model is asked, special tokens of a text and cut beginnings included. `run` is
-that call for a model at hand, of what `find` found, with mistakes as sentences.
+Importing this registers the model: `lm_eval.simple_evaluate(model="smolforge", model_args="pretrained=MODEL")`.
+Requests are encoded and truncated as for the harness's own HF model, special tokens in a text included. `run_tasks` is
+that call for a loaded model and the tasks of `load_tasks`, with errors as sentences.
 """
 
 import json
@@ -23,11 +23,11 @@ import torch
 
 from smolforge.checkpoint import loading
 from smolforge.config import Generation
-from smolforge.config.base import validated
+from smolforge.config.base import validate_settings
 from smolforge.device import pick_device
-from smolforge.errors import InvalidFile, MissingResource, SettingError, did_you_mean
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean
 from smolforge.evaluation.multiple_choice import Row, log_probabilities, tokens_at_once
-from smolforge.generation.stream import own, pieces_behind
+from smolforge.generation.stream import require_tokenizer, stream_batch_ids
 from smolforge.models.decoder import LanguageModel
 
 try:
@@ -37,24 +37,24 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError:
-    raise MissingResource(
+    raise MissingResourceError(
         "the tasks of lm-evaluation-harness need the package lm_eval: pip install 'smolforge[harness]'"
     ) from None
 
 log = logging.getLogger("smolforge")
 MAX_NEW_TOKENS = 256
-"""What the harness's models take where a task does not say."""
-PROMPTS = 8
+"""The default of the harness's models."""
+DEFAULT_BATCH_SIZE = 8
 """Prompts generated for at a time."""
-OURS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-NEUTRAL = {"num_beams": 1}
-"""What a task may ask for that is so anyway."""
+SUPPORTED_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+IGNORED_OPTIONS = {"num_beams": 1}
+"""Options of a task that change nothing at these values."""
 SEED = 1234
 """The harness's."""
 
-Answer = tuple[float, bool]
-Encoded = tuple[Any, list[int], list[int]]
-"""What a cache knows a request by, the ids of its context, and of what follows."""
+LogLikelihood = tuple[float, bool]
+EncodedRequest = tuple[Any, list[int], list[int]]
+"""Key of a request in the harness's cache, ids of its context, ids of its continuation."""
 
 
 @register_model("smolforge")
@@ -73,80 +73,82 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if isinstance(pretrained, str):
             pretrained = loading.load(pretrained, dtype, str(pick_device(device)))
-        self.model, self.words = pretrained, own(pretrained)
-        self._device = self.model.head.device
-        self.batch_size = int(batch_size) if batch_size not in (None, "auto") else PROMPTS
+        self.model, self._tokenizer = pretrained, require_tokenizer(pretrained)
+        self._device = self.model.lm_head_weight.device
+        self.batch_size = int(batch_size) if batch_size not in (None, "auto") else DEFAULT_BATCH_SIZE
         limit = self.model.config.max_position_embeddings
         self.max_length = limit if max_length is None else int(max_length)
         if not 1 < self.max_length <= limit:
-            raise SettingError(f"max_length is {max_length}; it should be 2 to {limit}, this model's context")
+            raise ConfigError(f"max_length is {max_length}; it should be 2 to {limit}, this model's context")
 
     @property
     def eot_token_id(self) -> int:
-        return self.words.eos_id
+        return self._tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
         """What a text of its own is predicted behind."""
-        return self.words.eos_id if self.words.bos_id is None else self.words.bos_id
+        return self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
 
     @property
     def tokenizer_name(self) -> str:
-        return self.words.fingerprint
+        return self._tokenizer.fingerprint
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Its source, for the harness to write down."""
-        return self.words.settings.get("chat_template") if chat_template else None
+        return self._tokenizer.settings.get("chat_template") if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without a generation prompt its last message is left open."""
-        text = self.words.render_chat(chat_history, add_generation_prompt)
+        text = self._tokenizer.render_chat(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
-        said = chat_history[-1]["content"].strip()
-        return text[: text.rindex(said) + len(said)]
+        content = chat_history[-1]["content"].strip()
+        return text[: text.rindex(content) + len(content)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text and of the special tokens spelled in it, as chat templates spell them. None is added."""
-        return self.words.encode_with_special_tokens(string)
+        return self._tokenizer.encode_with_special_tokens(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The harness's border; a context of nothing but spaces, and what a merge left nothing of, have ids too."""
         before, behind = super()._encode_pair(context, continuation)
         return before or [self.prefix_token_id], behind or self.tok_encode(continuation)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[LogLikelihood]:
         """Of what follows each context; one bar, while rows are scored."""
         return super().loglikelihood(list(requests), disable_tqdm=True)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[Answer]:
-        rows = rows_of(self._fitting(requests), tokens_at_once(self.model))
+    def _loglikelihood_tokens(self, requests: Sequence[EncodedRequest], **_: Any) -> list[LogLikelihood]:
+        rows = token_rows(self._truncate(requests), tokens_at_once(self.model))
         with tqdm(total=len(rows), desc="rows scored", disable=None) as bar:
 
-            def advance(more: int) -> None:
-                bar.update(more)
+            def advance(num_rows: int) -> None:
+                bar.update(num_rows)
 
-            found = log_probabilities(self.model, rows, scored=advance)
-        answers = [found[0, number] for number in range(len(requests))]
+            scores = log_probabilities(self.model, rows, on_progress=advance)
+        answers = [scores[0, number] for number in range(len(requests))]
         for request, answer in zip(requests, answers, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
-    def _fitting(self, requests: Sequence[Encoded]) -> Iterator[tuple[list[int], list[int]]]:
+    def _truncate(self, requests: Sequence[EncodedRequest]) -> Iterator[tuple[list[int], list[int]]]:
         """Context and what follows of each request, with the beginning cut off where they are beyond `max_length`."""
-        cut = 0
+        num_truncated = 0
         for _, context, continuation in requests:
-            room = self.max_length + 1 - len(continuation)
-            if not continuation or room < 1:
-                raise InvalidFile(
+            max_context = self.max_length + 1 - len(continuation)
+            if not continuation or max_context < 1:
+                raise InvalidFileError(
                     f"a task asks to score {len(continuation):,} tokens, and this model scores 1 to "
                     f"{self.max_length:,}, its context"
                 )
-            cut += len(context) > room
-            yield context[-room:], continuation
-        if cut:
-            log.warning("%d of %d requests are longer than the context, and lose their beginning", cut, len(requests))
+            num_truncated += len(context) > max_context
+            yield context[-max_context:], continuation
+        if num_truncated:
+            log.warning(
+                "%d of %d requests are longer than the context, and lose their beginning", num_truncated, len(requests)
+            )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, every token once, in the windows that the harness cuts."""
@@ -168,144 +170,152 @@ class HarnessModel(TemplateLM):
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="texts written", disable=None) as bar:
             for numbers in self._batches([request.args for request in requests]):
-                asked = requests[numbers[0]].args[1]
-                written = self._written([requests[number].args[0] for number in numbers], asked)
+                gen_kwargs = requests[numbers[0]].args[1]
+                written = self._generate([requests[number].args[0] for number in numbers], gen_kwargs)
                 for number, text in zip(numbers, written, strict=True):
                     answers[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update(len(numbers))
         return answers
 
-    def _batches(self, asked: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[int]]:
+    def _batches(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[list[int]]:
         """Numbers of requests that ask for the same, the longest contexts first.
 
         Rows of a batch draw alike, so a context that is asked for several times is in as many batches.
         """
         groups: dict[tuple[str, int], list[int]] = {}
-        seen: Counter[tuple[str, str]] = Counter()
-        for number, (context, options) in enumerate(asked):
+        counts: Counter[tuple[str, str]] = Counter()
+        for number, (context, options) in enumerate(requests):
             same = json.dumps(options, sort_keys=True)
-            groups.setdefault((same, seen[same, context]), []).append(number)
-            seen[same, context] += 1
+            groups.setdefault((same, counts[same, context]), []).append(number)
+            counts[same, context] += 1
         for numbers in groups.values():
-            numbers.sort(key=lambda number: len(asked[number][0]), reverse=True)
-            yield from (numbers[at : at + self.batch_size] for at in range(0, len(numbers), self.batch_size))
+            numbers.sort(key=lambda number: len(requests[number][0]), reverse=True)
+            yield from (numbers[start : start + self.batch_size] for start in range(0, len(numbers), self.batch_size))
 
-    def _written(self, contexts: Sequence[str], asked: dict[str, Any]) -> list[str]:
+    def _generate(self, contexts: Sequence[str], gen_kwargs: dict[str, Any]) -> list[str]:
         """Texts of one batch, whose ids are drawn behind as much of each context as leaves room for them."""
-        options = generation(asked)
-        room = self.max_length - options.max_new_tokens
-        if room < 1:
-            raise SettingError(
+        options = generation_options(gen_kwargs)
+        max_prompt_tokens = self.max_length - options.max_new_tokens
+        if max_prompt_tokens < 1:
+            raise ConfigError(
                 f"a task asks for {options.max_new_tokens} tokens, and this model's context is {self.max_length}"
             )
-        prompts = [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts]
+        prompts = [(self.tok_encode(context) or [self.prefix_token_id])[-max_prompt_tokens:] for context in contexts]
         ids: list[list[int]] = [[] for _ in prompts]
-        for row, piece in pieces_behind(self.model, prompts, options):
+        for row, piece in stream_batch_ids(self.model, prompts, options):
             ids[row] += piece.token_ids
-        texts = [self.words.backend.decode(each, skip_special_tokens=True) for each in ids]
+        texts = [self._tokenizer.backend.decode(sequence, skip_special_tokens=True) for sequence in ids]
         return [postprocess_generated_text(text, list(options.stop), None) for text in texts]
 
 
-def rows_of(requests: Iterable[tuple[list[int], list[int]]], tokens: int) -> list[Row]:
-    """Requests as the numbered continuations of item 0; those with one context stand in rows of about `tokens`."""
+def token_rows(requests: Iterable[tuple[list[int], list[int]]], tokens: int) -> list[Row]:
+    """Return requests as the numbered continuations of item 0; those with one context share rows of about `tokens`."""
     rows: list[Row] = []
-    begun: dict[tuple[int, ...], Row] = {}
+    open_rows: dict[tuple[int, ...], Row] = {}
     for number, (context, continuation) in enumerate(requests):
-        row = begun.get(tuple(context))
+        row = open_rows.get(tuple(context))
         if row is None or row.length + len(continuation) - 1 > max(tokens, len(context)):
-            row = begun[tuple(context)] = Row(0, context, {})
+            row = open_rows[tuple(context)] = Row(0, context, {})
             rows.append(row)
         row.continuations[number] = continuation
     return rows
 
 
-def generation(asked: dict[str, Any]) -> Generation:
-    """What a task asks for in our words; seeded from torch, which the harness seeds.
+def generation_options(gen_kwargs: dict[str, Any]) -> Generation:
+    """Return a task's generation options as ours; seeded from torch, which the harness seeds.
 
-    Raises SettingError for what we do not have.
+    Raises ConfigError for an option that we do not have.
     """
-    given: dict[str, Any] = {**normalize_gen_kwargs(asked, MAX_NEW_TOKENS)}
-    stop = [word for word in given.pop("until") if word]
-    most, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
-    for name, value in given.items():
-        if name not in OURS and NEUTRAL.get(name) != value:
-            raise SettingError(
-                f"a task asks for {name} {value!r}, which our generation lacks; it has {', '.join(OURS)}"
+    kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, MAX_NEW_TOKENS)}
+    stop = [text for text in kwargs.pop("until") if text]
+    max_new_tokens, sampled = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+    for name, value in kwargs.items():
+        if name not in SUPPORTED_OPTIONS and IGNORED_OPTIONS.get(name) != value:
+            raise ConfigError(
+                f"a task asks for {name} {value!r}, which our generation lacks; it has {', '.join(SUPPORTED_OPTIONS)}"
             )
-    options = {name: value for name, value in given.items() if name in OURS} if sampled else {"temperature": 0.0}
+    options = (
+        {name: value for name, value in kwargs.items() if name in SUPPORTED_OPTIONS}
+        if sampled
+        else {"temperature": 0.0}
+    )
     seed = int(torch.randint(2**62, ()))
-    return validated(Generation, {"top_p": None, **options, "max_new_tokens": most, "stop": stop, "seed": seed})
+    return validate_settings(
+        Generation, {"top_p": None, **options, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    )
 
 
-def find(names: Sequence[str]) -> dict[str, Any]:
-    """The harness's tasks and groups of these names, or of .yaml files of them, their data read.
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Return the harness's tasks and groups of these names, or of .yaml files, with their data.
 
-    Raises SettingError for a name that is none, InvalidFile for a file that is broken, MissingResource where data
-    cannot be read.
+    Raises ConfigError for an unknown name, InvalidFileError for a broken file, MissingResourceError if data cannot
+    be read.
     """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=not all(map(_is_file, names)))
     for name in names:
         if not _is_file(name) and name not in manager.task_index:
-            raise SettingError(
+            raise ConfigError(
                 f"lm-evaluation-harness has no task {name!r}.{did_you_mean(name, manager.all_tasks)} "
                 "`lm_eval ls tasks` lists all; a .yaml file of a task is one too"
             )
     try:
         return dict(manager.load(list(names)))
     except Exception as error:  # data sets raise their own, OSError and ValueError
-        kind = InvalidFile if any(map(_is_file, names)) else MissingResource
-        raise kind(f"lm-evaluation-harness cannot read {', '.join(names)}: {_said(error)}") from error
+        kind = InvalidFileError if any(map(_is_file, names)) else MissingResourceError
+        raise kind(f"lm-evaluation-harness cannot read {', '.join(names)}: {_error_text(error)}") from error
 
 
-def run(
-    model: LanguageModel, found: dict[str, Any], limit: int | None = None, few_shot: int | None = None
+def run_tasks(
+    model: LanguageModel, task_dict: dict[str, Any], limit: int | None = None, *, few_shot: int | None = None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Values by task and group, and samples by task, of what `find` found: the harness's own, by its names.
+    """Return the metrics by task and group, and the samples by task, of the `task_dict` that `load_tasks` returns.
 
-    Seeds and few-shot examples are those of its `simple_evaluate`: as many as a task says unless given, none where
-    it says so. Raises InvalidFile for a task that breaks.
+    Metrics have the harness's names. Seeds and few-shot examples are those of its `simple_evaluate`: `few_shot`, by
+    default the task's own number, and 0 if the task says so. Raises InvalidFileError for a task that fails.
     """
     from lm_eval import evaluate
 
     random.seed(0)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
-    for task in found["tasks"].values():
-        said = task.get_config("num_fewshot")
-        task.set_config("num_fewshot", said if few_shot is None or said == 0 else few_shot)
+    for task in task_dict["tasks"].values():
+        num_fewshot = task.get_config("num_fewshot")
+        task.set_config("num_fewshot", num_fewshot if few_shot is None or num_fewshot == 0 else few_shot)
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
         task.set_fewshot_seed(SEED)
     try:
-        result: Any = evaluate(HarnessModel(model), found, limit=limit)
-    except (SettingError, InvalidFile, MissingResource):
+        result: Any = evaluate(HarnessModel(model), task_dict, limit=limit)
+    except (ConfigError, InvalidFileError, MissingResourceError):
         raise
     except Exception as error:  # whatever tasks, which are programs, raise
-        raise InvalidFile(f"lm-evaluation-harness cannot run {', '.join(found['tasks'])}: {_said(error)}") from error
-    return {name: _values(result, name) for name in result["results"]}, result["samples"]
+        raise InvalidFileError(
+            f"lm-evaluation-harness cannot run {', '.join(task_dict['tasks'])}: {_error_text(error)}"
+        ) from error
+    return {name: _task_metrics(result, name) for name in result["results"]}, result["samples"]
 
 
 def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _values(found: dict[str, Any], name: str) -> dict[str, Any]:
-    """Its numbers, where a metric goes by its own name unless answers were filtered, and what they are of."""
+def _task_metrics(results: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the metrics of a task, under their own names unless answers were filtered, with n and the source."""
     measured = {
         key.removesuffix(",none"): None if value == "N/A" else value
-        for key, value in found["results"][name].items()
+        for key, value in results["results"][name].items()
         if "," in key
     }
-    size = found["n-samples"].get(name)
+    size = results["n-samples"].get(name)
     return {
         **measured,
-        "n": size["effective"] if size else found["results"][name].get("sample_len"),
-        "few_shot": found["n-shot"].get(name),
-        "source": f"lm_eval {version('lm_eval')}, {name} version {found['versions'].get(name)}",
+        "n": size["effective"] if size else results["results"][name].get("sample_len"),
+        "few_shot": results["n-shot"].get(name),
+        "source": f"lm_eval {version('lm_eval')}, {name} version {results['versions'].get(name)}",
     }

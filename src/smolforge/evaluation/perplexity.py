@@ -1,4 +1,4 @@
-"""How well a model predicts a text: loss, perplexity, bits per byte, token accuracy.
+"""Measure how well a model predicts a text: loss, perplexity, bits per byte, token accuracy.
 
 Every token is predicted once, the first after an end-of-text token. Windows overlap, so that all but the
 first tokens have at least `sequence_length - stride` tokens before them.
@@ -6,13 +6,10 @@ first tokens have at least `sequence_length - stride` tokens before them.
     window 1   [. . . . . . . .]            all 8 count
     window 2           [. . . . . . . .]    the last 4 count (stride 4)
 
-How a model that learns from pairs takes those it has not seen: loss, rewards, how often it prefers the chosen.
-
-How well a model predicts what was held out of each source of a mixture, and of all together.
-
-All together is a mean over sources, each with the share of the run's training tokens that it has over the whole
-schedule: a figure of the same thing at every step, in every stage. What is held out may have other proportions, and
-counts in none. Sources of which nothing was held out are left out, and the others' shares are of the rest.
+The metrics of a mixture are a mean over the validation splits of its sources, weighted by each source's share of the
+run's training tokens over the whole schedule, so they mean the same at every step, in every stage. The sizes of the
+validation splits do not matter. Sources without one are skipped, and the other shares are renormalized.
+DPO pairs of the validation split have other metrics: loss, rewards, how often the model prefers the chosen answer.
 """
 
 import math
@@ -24,15 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from smolforge.data.batches import IGNORED, Batch
+from smolforge.data.batches import IGNORE_INDEX, Batch
 from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.data.mixture import Mixture
 from smolforge.data.packing import PackedRows
 from smolforge.data.preference_pairs import PairRows
-from smolforge.device import moved
-from smolforge.errors import InvalidFile
-from smolforge.generation.stream import own
-from smolforge.models.attention import packing
+from smolforge.device import to_device
+from smolforge.errors import InvalidFileError
+from smolforge.generation.stream import require_tokenizer
+from smolforge.models.attention import packed_attention
 from smolforge.models.decoder import LanguageModel
 from smolforge.training.objective import Objective
 
@@ -44,29 +41,40 @@ def measure_corpus(
     model: LanguageModel,
     corpus: Corpus,
     sequence_length: int,
+    *,
     max_tokens: int | None = None,
     stride: int | None = None,
     precision: AbstractContextManager | None = None,
     intra_document_masking: bool = False,
 ) -> dict[str, Any]:
-    """loss, perplexity, bits_per_byte, accuracy, tokens over the held-out part, or its first `max_tokens`.
+    """Return loss, perplexity, bits_per_byte, accuracy, tokens over the validation split, or its first `max_tokens`.
 
-    Of conversations it is over what the assistant says, each seen by itself, in rows as they are trained on.
-    Raises InvalidFile where nothing was held out.
+    Of conversations only the assistant's tokens count, each conversation seen by itself, packed as in training.
+    Raises InvalidFileError if nothing was held out.
     """
     size = corpus.size(HELD_OUT)
     if not size["tokens"]:
-        raise InvalidFile(f"{corpus.folder} has no held-out text to measure on")
+        raise InvalidFileError(f"{corpus.folder} has no held-out text to measure on")
     if corpus.format == "pairs":
-        raise InvalidFile(f"{corpus.folder} holds pairs, which only train measures: against the model it starts from")
+        raise InvalidFileError(
+            f"{corpus.folder} holds pairs, which only train measures: against the model it starts from"
+        )
     if corpus.format == "chat":
         rows = PackedRows(corpus, HELD_OUT, sequence_length, seed=0)
         count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // sequence_length))
-        result = count_up(model, (rows.batch(number, 1) for number in range(count)), precision)
+        result = evaluate_batches(model, (rows.batch(number, 1) for number in range(count)), precision)
         text_bytes = size["learned_bytes"] * result["tokens"] / size["learned_tokens"]
         return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
     ids = corpus.tokens(HELD_OUT)[:max_tokens]
-    result = measure(model, ids, corpus.facts["eos_id"], sequence_length, stride, precision, intra_document_masking)
+    result = measure(
+        model,
+        ids,
+        corpus.metadata["eos_id"],
+        sequence_length=sequence_length,
+        stride=stride,
+        precision=precision,
+        intra_document_masking=intra_document_masking,
+    )
     # Exact over the whole split; over a part, its bytes are taken in proportion to its tokens.
     text_bytes = size["bytes"] * result["tokens"] / size["tokens"]
     return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
@@ -76,13 +84,16 @@ def measure_text(
     model: LanguageModel,
     text: str,
     sequence_length: int,
+    *,
     stride: int | None = None,
-    done: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """loss, perplexity, bits_per_byte (of UTF-8), accuracy, tokens of a text as one document."""
-    tokenizer = own(model)
+    """Return loss, perplexity, bits_per_byte (of UTF-8), accuracy, tokens of a text as one document."""
+    tokenizer = require_tokenizer(model)
     ids = np.array(tokenizer.encode(text))
-    result = measure(model, ids, tokenizer.eos_id, sequence_length, stride, done=done)
+    result = measure(
+        model, ids, tokenizer.eos_id, sequence_length=sequence_length, stride=stride, on_progress=on_progress
+    )
     return result | {"bits_per_byte": result["loss"] * len(ids) / math.log(2) / len(text.encode())}
 
 
@@ -90,91 +101,100 @@ def measure(
     model: LanguageModel,
     ids: np.ndarray,
     eos_id: int,
+    *,
     sequence_length: int,
     stride: int | None = None,
     precision: AbstractContextManager | None = None,
     intra_document_masking: bool = False,
-    done: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """loss (nats a token), perplexity, accuracy and tokens of a text given by its ids.
+    """Return loss (nats per token), perplexity, accuracy and tokens of a text given by its ids.
 
-    With `intra_document_masking` nothing is seen of documents before, as a model that trained so knows them.
-    `done` hears how many more tokens are counted.
+    With `intra_document_masking` attention stays inside each document, as in a model that trained so.
+    `on_progress` is called with the number of tokens just counted.
     """
-    whole = Batch(*windows(ids, eos_id, sequence_length, stride or sequence_length))
-    batches = whole.split(max(1, TOKENS // sequence_length))
-    return count_up(model, batches, precision, eos_id if intra_document_masking else None, done)
+    batch = Batch(*windows(ids, eos_id, sequence_length, stride=stride or sequence_length))
+    batches = batch.split(max(1, TOKENS // sequence_length))
+    return evaluate_batches(
+        model, batches, precision, separator=eos_id if intra_document_masking else None, on_progress=on_progress
+    )
 
 
 @torch.inference_mode()
-def count_up(
+def evaluate_batches(
     model: LanguageModel,
     batches: Iterable[Batch],
     precision: AbstractContextManager | None = None,
+    *,
     separator: int | None = None,
-    done: Callable[[int], None] = lambda tokens: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """The same over the labels of batches; documents that end with a `separator` are kept apart."""
-    device, training = model.head.device, model.training
+    """Return the same over the labels of batches; documents that end with a `separator` do not see each other."""
+    device, training = model.lm_head_weight.device, model.training
     model.eval()
-    loss, right, counted = 0.0, 0, 0
+    loss, num_correct, num_tokens = 0.0, 0, 0
     for batch in batches:
-        rows, targets, positions, _ = batch.each(lambda side: side.to(device))
+        rows, targets, positions, _ = batch.map(lambda side: side.to(device))
         with precision or nullcontext():
-            hidden = model.hidden(rows, *packing(rows, separator, positions))
-            logits = model.logits(hidden[targets != IGNORED])
+            hidden = model.hidden_states(rows, *packed_attention(rows, separator, positions))
+            logits = model.logits(hidden[targets != IGNORE_INDEX])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        flat = targets[targets != IGNORED]
+        flat = targets[targets != IGNORE_INDEX]
         loss += F.cross_entropy(logits, flat, reduction="sum").item()
-        right += int((logits.argmax(-1) == flat).sum())
-        here = len(flat)
-        counted += here
-        done(here)
+        num_correct += int((logits.argmax(-1) == flat).sum())
+        batch_tokens = len(flat)
+        num_tokens += batch_tokens
+        on_progress(batch_tokens)
     model.train(training)
-    mean = loss / counted
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "accuracy": right / counted, "tokens": counted}
+    mean = loss / num_tokens
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700)),
+        "accuracy": num_correct / num_tokens,
+        "tokens": num_tokens,
+    }
 
 
 @torch.inference_mode()
-def loss_by_position(model: LanguageModel, ids: np.ndarray, eos_id: int, length: int) -> np.ndarray:
-    """Loss in nats (n, length) of every whole window of a text, token by token.
+def loss_by_position(model: LanguageModel, ids: np.ndarray, eos_id: int, *, length: int) -> np.ndarray:
+    """Return the loss in nats (n, length) of every complete window of a text, token by token.
 
-    Its mean over windows says how well the model predicts with so many tokens before it, also beyond
+    Its mean over windows says how well the model predicts at each position, also beyond
     the length it was trained on.
     """
-    device, losses = model.head.device, []
-    inputs, labels = windows(ids, eos_id, length, length)
-    whole = len(ids) // length
-    for row, targets in zip(inputs[:whole], labels[:whole], strict=True):
+    device, losses = model.lm_head_weight.device, []
+    inputs, labels = windows(ids, eos_id, length, stride=length)
+    num_windows = len(ids) // length
+    for row, targets in zip(inputs[:num_windows], labels[:num_windows], strict=True):
         logits = model(row[None].to(device))[0].float()
         losses.append(F.cross_entropy(logits, targets.to(device), reduction="none").cpu())
     if not losses:
-        raise InvalidFile(f"the text has {len(ids):,} tokens, less than one window of {length:,}")
+        raise InvalidFileError(f"the text has {len(ids):,} tokens, less than one window of {length:,}")
     return torch.stack(losses).numpy()
 
 
-def windows(ids: np.ndarray, eos_id: int, sequence_length: int, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels (n, t) in which each id is the label that counts exactly once."""
+def windows(ids: np.ndarray, eos_id: int, sequence_length: int, *, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and labels (n, t) in which each id is a label that counts exactly once."""
     text = torch.from_numpy(np.concatenate([[eos_id], ids]).astype(np.int64))
-    inputs, labels, done = [], [], 0
-    while done < len(ids):
-        start = max(0, done + stride - sequence_length) if done else 0
+    inputs, labels, position = [], [], 0
+    while position < len(ids):
+        start = max(0, position + stride - sequence_length) if position else 0
         part = text[start : start + sequence_length + 1]
         end = start + len(part) - 1
-        row, target = torch.zeros(sequence_length, dtype=torch.int64), torch.full((sequence_length,), IGNORED)
+        row, target = torch.zeros(sequence_length, dtype=torch.int64), torch.full((sequence_length,), IGNORE_INDEX)
         row[: len(part) - 1] = part[:-1]
-        target[done - start : len(part) - 1] = part[1 + done - start :]
+        target[position - start : len(part) - 1] = part[1 + position - start :]
         inputs.append(row)
         labels.append(target)
-        done = end
+        position = end
     return torch.stack(inputs), torch.stack(labels)
 
 
 @torch.no_grad()
 def measure_pairs(objective: Objective, rows: PairRows, max_tokens: int | None = None) -> dict[str, float]:
-    """loss, reward_chosen, reward_rejected, reward_margin and reward_accuracy, each the mean over pairs.
+    """Return loss, reward_chosen, reward_rejected, reward_margin and reward_accuracy, each the mean over pairs.
 
-    Of all rows, or of the first that hold `max_tokens`, one at least.
+    Over all rows, or the first that hold `max_tokens`, one at least.
     """
     model, training = objective.model, objective.model.training
     count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // rows.sequence_length))
@@ -183,10 +203,10 @@ def measure_pairs(objective: Objective, rows: PairRows, max_tokens: int | None =
     model.eval()
     for number in range(count):
         batch = rows.batch(number, 1)
-        pairs += batch.counted
-        found = objective(*batch.each(lambda side: moved(side, model.head.device)))
-        found.pop("objective")
-        for name, value in found.items():
+        pairs += batch.num_targets
+        metrics = objective(*batch.map(lambda side: to_device(side, model.lm_head_weight.device)))
+        metrics.pop("objective")
+        for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     model.train(training)
     return {name: value / pairs for name, value in sums.items()}
@@ -196,32 +216,41 @@ def measure_mixture(
     model: LanguageModel,
     mixture: Mixture,
     shares: Mapping[str, float],
+    *,
     sequence_length: int,
     max_tokens: int | None = None,
     precision: AbstractContextManager | None = None,
     intra_document_masking: bool = False,
 ) -> dict[str, float]:
-    """loss, perplexity, bits_per_byte, accuracy, and loss_NAME and bits_per_byte_NAME of each source.
+    """Return loss, perplexity, bits_per_byte, accuracy, and loss_NAME and bits_per_byte_NAME of each source.
 
     `max_tokens` are divided evenly among the sources.
     """
     measured = {name: corpus for name, corpus in mixture.sources.items() if corpus.size(HELD_OUT)["tokens"]}
-    each = None if max_tokens is None else max(1, max_tokens // len(measured))
-    found = {
-        name: measure_corpus(model, corpus, sequence_length, each, None, precision, intra_document_masking)
+    tokens_per_source = None if max_tokens is None else max(1, max_tokens // len(measured))
+    results = {
+        name: measure_corpus(
+            model,
+            corpus,
+            sequence_length,
+            max_tokens=tokens_per_source,
+            stride=None,
+            precision=precision,
+            intra_document_masking=intra_document_masking,
+        )
         for name, corpus in measured.items()
     }
-    whole = sum(shares[name] for name in found)
-    parts = {name: shares[name] / whole if whole else 1 / len(found) for name in found}
-    loss, accuracy = (sum(parts[name] * found[name][key] for name in found) for key in ("loss", "accuracy"))
-    bytes_a_token = sum(parts[name] * found[name]["loss"] / found[name]["bits_per_byte"] for name in found) / math.log(
-        2
-    )
-    told = {f"{key}_{name}": values[key] for name, values in found.items() for key in ("loss", "bits_per_byte")}
+    total_share = sum(shares[name] for name in results)
+    weights = {name: shares[name] / total_share if total_share else 1 / len(results) for name in results}
+    loss, accuracy = (sum(weights[name] * results[name][key] for name in results) for key in ("loss", "accuracy"))
+    bytes_per_token = sum(
+        weights[name] * results[name]["loss"] / results[name]["bits_per_byte"] for name in results
+    ) / math.log(2)
+    by_source = {f"{key}_{name}": values[key] for name, values in results.items() for key in ("loss", "bits_per_byte")}
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": loss / math.log(2) / bytes_a_token,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
         "accuracy": accuracy,
-        **told,
+        **by_source,
     }

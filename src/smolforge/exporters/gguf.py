@@ -15,19 +15,19 @@ from smolforge import atomic
 from smolforge.checkpoint import gguf, loading
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import ModelConfig
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation.perplexity import measure_text
 from smolforge.models.decoder import LanguageModel
 from smolforge.models.stats import parameter_counts
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.gguf_tokenizer import to_values
-from smolforge.verification import PROMPTS, rows
+from smolforge.verification import PROMPTS, sample_rows
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
 """What a whole file is called, by llama.cpp's numbers (enum llama_ftype)."""
 QUANTIZATION_VERSION = 2
 CHECKED_TOKENS = 512
-MEASURED_TOKENS = 1024
+LOSS_WINDOW = 1024
 """Length of the windows that a text is measured in, where the model's context allows it."""
 HARD_TEXTS = (
     *PROMPTS,
@@ -40,7 +40,7 @@ HARD_TEXTS = (
 
 
 @dataclass(frozen=True)
-class Exported:
+class GGUFExport:
     """What was written, and what became of the model."""
 
     files: dict[str, int]
@@ -56,44 +56,45 @@ class Exported:
     """On a text, before and after."""
 
 
-def to_gguf(model: str | Path, out: Path, kind: str = "f16", text: str | None = None) -> Exported:
+def to_gguf(model: str | Path, out: Path, kind: str = "f16", *, text: str | None = None) -> GGUFExport:
     """Write `out` in one of ggml's types, and say by how much that changed the model, on a `text` too.
 
-    The file appears only if every tensor reads back as its type holds it, and the tokenizer gives the same ids. Raises
-    SettingError for what llama.cpp does not have, an `out` that is there or a text that is empty, InvalidFile where the
-    check does not hold, MissingResource where the disk is full.
+    The file appears only if every tensor reads back as its type holds it, and the tokenizer gives the same ids.
+
+    Raises ConfigError for what llama.cpp does not have, an `out` that exists or a text that is empty, InvalidFileError
+    where the check does not hold, MissingResourceError where the disk is full.
     """
     if kind not in FILE_TYPES:
-        raise SettingError(f"type is {kind!r}; it should be one of {', '.join(FILE_TYPES)}")
+        raise ConfigError(f"type is {kind!r}; it should be one of {', '.join(FILE_TYPES)}")
     out = out.resolve()
     if out.suffix != llama.SUFFIX:
-        raise SettingError(f"{out} should end in {llama.SUFFIX}")
+        raise ConfigError(f"{out} should end in {llama.SUFFIX}")
     if out.exists():
-        raise SettingError(f"{out} is there already; name a new file, or delete it first")
+        raise ConfigError(f"{out} is there already; name a new file, or delete it first")
     loaded = loading.load(model)
-    if loaded.scheme is not None:
-        raise SettingError(f"{model} is of integers; export the model it was made from")
+    if loaded.quantization is not None:
+        raise ConfigError(f"{model} is of integers; export the model it was made from")
     if loaded.tokenizer is None:
-        raise SettingError(f"{model} has no tokenizer, which a .gguf holds beside the weights")
+        raise ConfigError(f"{model} has no tokenizer, which a .gguf holds beside the weights")
     if text is not None and not loaded.tokenizer.encode(text):
-        raise SettingError("the text to measure on is empty; name another, or none")
-    values, tensors = values_of(loaded, str(model), kind), llama.tensors_of(loaded)
-    types = {name: type_of(name, tensor.shape, kind, loaded.config) for name, tensor in tensors.items()}
-    needed = sum(types[name].bytes_of(tensor.numel()) for name, tensor in tensors.items())
+        raise ConfigError("the text to measure on is empty; name another, or none")
+    values, tensors = metadata_values(loaded, str(model), kind), llama.gguf_tensors(loaded)
+    types = {name: choose_type(name, tensor.shape, kind, config=loaded.config) for name, tensor in tensors.items()}
+    num_bytes = sum(types[name].nbytes(tensor.numel()) for name, tensor in tensors.items())
     checked: list[Any] = []
 
     def fill(path: Path) -> None:
-        gguf.write(path, values, tensors, types)
-        checked.append(check(loaded, path, types, text))
+        gguf.write(path, values, tensors, types=types)
+        checked.append(check_readback(loaded, path, types, text=text))
 
-    atomic.write_whole_file(out, fill, needed)
-    used = Counter(each.name for each in types.values())
-    return Exported({out.name: out.stat().st_size}, kind, dict(used), *checked[0])
+    atomic.write_file_atomic(out, fill, num_bytes)
+    type_counts = Counter(tensor_type.name for tensor_type in types.values())
+    return GGUFExport({out.name: out.stat().st_size}, kind, dict(type_counts), *checked[0])
 
 
-def values_of(model: LanguageModel, name: str, kind: str) -> dict[str, gguf.Value]:
+def metadata_values(model: LanguageModel, name: str, kind: str) -> dict[str, gguf.MetadataValue]:
     """Everything a file says beside its tensors, in the order of llama.cpp's converter."""
-    shape = llama.settings_of(model.config)
+    shape = llama.gguf_metadata(model.config)
     architecture = next(iter(shape)).partition(".")[0]
     return {
         "general.architecture": architecture,
@@ -115,13 +116,13 @@ def size_label(config: ModelConfig) -> str:
     if experts > 1:
         stacked = experts * 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
         total -= stacked - stacked // experts
-    scale = next((place for place in (9, 6) if total > 10**place), 3)
+    scale = next((exponent for exponent in (9, 6) if total > 10**exponent), 3)
     digits = max(2 - len(str(round(total / 10**scale)).lstrip("0")), 0)
     label = f"{total / 10**scale:.{digits}f}{ {9: 'B', 6: 'M', 3: 'K'}[scale] }"
     return f"{experts}x{label}" if experts > 1 else label
 
 
-def type_of(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -> gguf.Type:
+def choose_type(name: str, shape: tuple[int, ...], kind: str, *, config: ModelConfig) -> gguf.BlockType:
     """The type of a tensor in a file of some kind, as llama-quantize chooses it (llama-quant.cpp).
 
     Norms and routers stay fp32. Of 4 bits, the head (the embedding, where it is tied) has 8, and so have keys and
@@ -129,54 +130,56 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: ModelConfig) -
     that 256 divides) it is q8_0 here, which is nearer.
     """
     if len(shape) == 1 or "_norm." in name or "ffn_gate_inp" in name:
-        return gguf.TYPES["f32"]
-    head = "token_embd." if config.tie_word_embeddings else "output."
-    eight = config.model_type == "mixtral" and config.num_local_experts == 8
-    if kind == "q4_0" and (name.startswith(head) or (eight and ("attn_k." in name or "attn_v." in name))):
+        return gguf.BLOCK_TYPES["f32"]
+    head_prefix = "token_embd." if config.tie_word_embeddings else "output."
+    has_8_experts = config.model_type == "mixtral" and config.num_local_experts == 8
+    if kind == "q4_0" and (
+        name.startswith(head_prefix) or (has_8_experts and ("attn_k." in name or "attn_v." in name))
+    ):
         kind = "q8_0"
-    fits = shape[-1] % gguf.TYPES[kind].size == 0
-    return gguf.TYPES[kind if fits else "f16"]
+    fits = shape[-1] % gguf.BLOCK_TYPES[kind].block_size == 0
+    return gguf.BLOCK_TYPES[kind if fits else "f16"]
 
 
-def check(
-    before: LanguageModel, path: Path, types: dict[str, gguf.Type], text: str | None
+def check_readback(
+    before: LanguageModel, path: Path, types: dict[str, gguf.BlockType], *, text: str | None
 ) -> tuple[float, float, tuple[float, float] | None]:
-    """Hold what was written to what was meant. Raises InvalidFile where it is not that."""
+    """Hold what was written to what was meant. Raises InvalidFileError where it is not that."""
     after = loading.load(path)
     written = dict(after.named_parameters())
     for name, weight in before.named_parameters():
-        kind = types[llama.name_of(name)]
+        kind = types[llama.gguf_tensor_name(name)]
         if not bool(weight.isfinite().all()):
-            raise InvalidFile(f"{name} holds NaN or infinity; this model is nothing to hand on")
-        wanted = kind.rounded(weight)
-        if not bool(wanted.isfinite().all()):
-            raise InvalidFile(f"{name} has values that {kind.name} cannot hold; --type f32 or bf16 can")
-        assert torch.equal(wanted, written[name]), f"{name} was not written as it is"
-    check_tokenizer(before.tokenizer, after.tokenizer)
-    row = rows(before, min(CHECKED_TOKENS, before.config.max_position_embeddings))[-1]
+            raise InvalidFileError(f"{name} holds NaN or infinity; this model is nothing to hand on")
+        expected = kind.round_trip(weight)
+        if not bool(expected.isfinite().all()):
+            raise InvalidFileError(f"{name} has values that {kind.name} cannot hold; --type f32 or bf16 can")
+        assert torch.equal(expected, written[name]), f"{name} was not written as it is"
+    check_gguf_tokenizer(before.tokenizer, after.tokenizer)
+    row = sample_rows(before, min(CHECKED_TOKENS, before.config.max_position_embeddings))[-1]
     with torch.inference_mode():
         ids = torch.tensor([row])
-        old, new = before(ids), after(ids)
-    agreement = (old.argmax(-1) == new.argmax(-1)).float().mean().item()
-    losses = None if text is None else (loss(before, text), loss(after, text))
-    return (old - new).abs().max().item(), agreement, losses
+        logits_before, logits_after = before(ids), after(ids)
+    agreement = (logits_before.argmax(-1) == logits_after.argmax(-1)).float().mean().item()
+    losses = None if text is None else (text_loss(before, text), text_loss(after, text))
+    return (logits_before - logits_after).abs().max().item(), agreement, losses
 
 
-def check_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
-    """Raises InvalidFile where what was read back gives other ids than what was there."""
+def check_gguf_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
+    """Raises InvalidFileError where what was read back gives other ids than what was there."""
     assert after is not None
     added = [token.content for token in before.backend.get_added_tokens_decoder().values()]
     texts = [*HARD_TEXTS, *(f"a {token} b" for token in added), *(f"a{token}b" for token in added)]
     for text in texts:
-        if before.encode(text) != after.encode(text) or trusted(before, text) != trusted(after, text):
-            raise InvalidFile(f"a .gguf cannot say what this tokenizer does with {text[:40]!r}; nothing was kept")
+        if before.encode(text) != after.encode(text) or encode_trusted(before, text) != encode_trusted(after, text):
+            raise InvalidFileError(f"a .gguf cannot say what this tokenizer does with {text[:40]!r}; nothing was kept")
 
 
-def trusted(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_trusted(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_with_special_tokens(text)
 
 
-def loss(model: LanguageModel, text: str) -> float:
-    length = min(MEASURED_TOKENS, model.config.max_position_embeddings)
-    found = measure_text(model, text, length)["loss"]
-    return found if math.isfinite(found) else math.inf
+def text_loss(model: LanguageModel, text: str) -> float:
+    length = min(LOSS_WINDOW, model.config.max_position_embeddings)
+    loss = measure_text(model, text, length)["loss"]
+    return loss if math.isfinite(loss) else math.inf

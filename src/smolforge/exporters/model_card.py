@@ -1,10 +1,9 @@
-"""A model card from what a model's folder and its run say of themselves: README.md, and its loss curve beside it.
+"""Write a model card from what a model's folder and its run record: README.md, with the loss curve beside it.
 
-MODEL  ->  origin (run, base)  ->  scores  ->  head (YAML, as the Hub reads it) and sections (Markdown)
+MODEL  ->  origin (run, base)  ->  scores  ->  card_metadata (YAML for the Hub) and sections (Markdown)
 
-Nothing is in it that the files do not say; the same model makes the same card.
-
-The parts of a model card, each as Markdown from what is known; a part of which nothing is known says so.
+The card holds nothing that the files do not say, and a section with nothing known says so. The same model makes the
+same card.
 """
 
 import tomllib
@@ -16,13 +15,21 @@ import tomli_w
 
 from smolforge.checkpoint import loading
 from smolforge.config import Source
-from smolforge.data.sources.hub import name_of
-from smolforge.exporters.provenance import HELD_OUT, ONLY, Origin, Run, Score, origin, scores
+from smolforge.data.sources.hub import parse_name
+from smolforge.exporters.provenance import (
+    SINGLE_CORPUS,
+    VALIDATION_TASK,
+    Origin,
+    RecordedScore,
+    RunProvenance,
+    read_origin,
+    read_scores,
+)
 from smolforge.models.stats import active_parameters, parameter_counts
 from smolforge.training.run_folder import RECIPE
 
 FIGURE = "loss.png"
-PLACES = ("tokenizer", "init_from", "sources", "source", "cache", "evaluate_tasks")
+PATH_SETTINGS = ("tokenizer", "init_from", "sources", "source", "cache", "evaluate_tasks")
 """Settings that may name a file or folder."""
 PAPER = "https://arxiv.org/abs/2502.02737"
 CITATION = """```bibtex
@@ -33,47 +40,51 @@ CITATION = """```bibtex
   year = {2025}
 }
 ```"""
+README = "README.md"
+DrawLoss = Callable[[Path, Path, str], None]
+"""Draws the loss curve of a run's folder into a file, under a title."""
+LICENSE = "apache-2.0"
 
 
-def what(known: Origin, chats: bool) -> str:
+def describe_model(origin: Origin, chats: bool) -> str:
     """One paragraph: what it is, and where it began."""
-    total = sum(parameter_counts(known.config).values())
+    total = sum(parameter_counts(origin.config).values())
     kind = "chat model" if chats else "language model"
-    said = f"A {known.config.model_type}-shaped {kind} with {total:,} parameters"
-    if known.run is None:
-        whole = f", as in {_linked(known)}" if known.base else ""
-        return f"{said}{whole}. How it was trained is not known where this card was written."
-    began = f"from the weights of {_linked(known)}" if known.base else "from random weights"
-    return f"{said}, trained {began} on {known.run.tokens:,} tokens in {known.run.step:,} steps."
+    text = f"A {origin.config.model_type}-shaped {kind} with {total:,} parameters"
+    if origin.run is None:
+        base_note = f", as in {_base_link(origin)}" if origin.base else ""
+        return f"{text}{base_note}. How it was trained is not known where this card was written."
+    start = f"from the weights of {_base_link(origin)}" if origin.base else "from random weights"
+    return f"{text}, trained {start} on {origin.run.tokens:,} tokens in {origin.run.step:,} steps."
 
 
-def _linked(known: Origin) -> str:
-    repo = known.base_repo
-    return f"[{repo}](https://huggingface.co/{repo}) (`{known.base}`)" if repo else f"`{known.base}`"
+def _base_link(origin: Origin) -> str:
+    repo = origin.base_repo
+    return f"[{repo}](https://huggingface.co/{repo}) (`{origin.base}`)" if repo else f"`{origin.base}`"
 
 
-def use(name: str, chats: bool) -> str:
+def usage_section(name: str, chats: bool) -> str:
     """How to run it."""
     if chats:
-        asks = 'messages = [{"role": "user", "content": "Hello!"}]\n'
-        asks += "ids = tokenizer.apply_chat_template(\n"
-        asks += '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
+        prompt_code = 'messages = [{"role": "user", "content": "Hello!"}]\n'
+        prompt_code += "ids = tokenizer.apply_chat_template(\n"
+        prompt_code += '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
     else:
-        asks = 'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
+        prompt_code = 'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
     verb = f"generate {name}" + ("" if chats else ' --prompt "Once upon a time"')
     return (
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n{asks}'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n{prompt_code}'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0], skip_special_tokens=True))\n```\n\n"
         f"With smolforge: `smolforge {verb}`{' is a chat on a terminal' if chats else ''}, `smolforge serve {name}` "
         "answers OpenAI's clients."
     )
 
 
-def shape(known: Origin) -> str:
+def shape_section(origin: Origin) -> str:
     """The numbers of config.json that make it what it is."""
-    config = known.config
+    config = origin.config
     counts = parameter_counts(config)
     rows = {
         "architecture": config.model_type,
@@ -89,61 +100,67 @@ def shape(known: Origin) -> str:
     }
     if "experts" in counts:
         rows["met by a token"] = f"{active_parameters(config):,}"
-    return "## Shape\n\n" + table(("", ""), list(rows.items()))
+    return "## Shape\n\n" + markdown_table(("", ""), list(rows.items()))
 
 
-def data(run: Run) -> str:
+def data_section(run: RunProvenance) -> str:
     """What it read, source by source where the corpus counted them."""
-    asked = run.recipe.data
-    if asked.mixture is not None:
-        return mixed(run, asked.mixture)
-    facts = run.corpora.get(ONLY, {})
-    sources = facts.get("request", {}).get("data", {}).get("sources", asked.sources)
-    counted = facts.get("train_tokens_of_sources", {})
-    total = facts.get("splits", {}).get("train", {}).get("tokens")
-    if not counted and total is not None and len(sources) == 1:
-        counted = {sources[0]: total}
-    numbers = {source: f"{tokens:,}" for source, tokens in counted.items()}
-    rows = [(f"`{run.short(source)}`", numbers.get(source, "not counted alone")) for source in sources]
-    said = f"## Data\n\n{table(('source', 'tokens to train on'), rows)}"
+    settings = run.recipe.data
+    if settings.mixture is not None:
+        return mixture_section(run, settings.mixture)
+    metadata = run.corpora.get(SINGLE_CORPUS, {})
+    sources = metadata.get("request", {}).get("data", {}).get("sources", settings.sources)
+    tokens_by_source = metadata.get("train_tokens_of_sources", {})
+    total = metadata.get("splits", {}).get("train", {}).get("tokens")
+    if not tokens_by_source and total is not None and len(sources) == 1:
+        tokens_by_source = {sources[0]: total}
+    numbers = {source: f"{tokens:,}" for source, tokens in tokens_by_source.items()}
+    rows = [(f"`{run.portable_name(source)}`", numbers.get(source, "not counted alone")) for source in sources]
+    text = f"## Data\n\n{markdown_table(('source', 'tokens to train on'), rows)}"
     if total is not None:
-        held = facts["splits"].get("held_out", {}).get("tokens", 0)
-        times = f", {run.tokens / total:.2f} times the corpus" if total and asked.format == "text" else ""
-        said += f"\n\n{total:,} tokens to train on and {held:,} held out; {run.tokens:,} were learned from{times}."
+        validation_tokens = metadata["splits"].get("held_out", {}).get("tokens", 0)
+        epochs_note = f", {run.tokens / total:.2f} times the corpus" if total and settings.format == "text" else ""
+        text += f"\n\n{total:,} tokens to train on and {validation_tokens:,} held out; "
+        text += f"{run.tokens:,} were learned from{epochs_note}."
     kinds = {
         "chat": "Conversations: what the assistant says is learned.",
         "pairs": "Pairs of answers, for DPO.",
     }
-    return said + (f"\n\n{kinds[asked.format]}" if asked.format in kinds else "")
+    return text + (f"\n\n{kinds[settings.format]}" if settings.format in kinds else "")
 
 
-def mixed(run: Run, mixture: Mapping[str, Source]) -> str:
+def mixture_section(run: RunProvenance, mixture: Mapping[str, Source]) -> str:
     """What was learned from each source of a mixture."""
     last = run.metrics[-1] if run.metrics else {}
-    read = {name: int(last.get(f"tokens_from_{name}", 0)) for name in mixture}
+    tokens_by_source = {name: int(last.get(f"tokens_from_{name}", 0)) for name in mixture}
     rows = [
-        (name, f"`{run.short(source.source)}`", f"{read[name]:,}", f"{read[name] / max(1, run.tokens):.1%}")
+        (
+            name,
+            f"`{run.portable_name(source.source)}`",
+            f"{tokens_by_source[name]:,}",
+            f"{tokens_by_source[name] / max(1, run.tokens):.1%}",
+        )
         for name, source in mixture.items()
     ]
     stages = len(run.recipe.data.stages or ())
-    said = f"\n\nThe shares changed in {stages} stages; the recipe below has them." if stages else ""
-    return f"## Data\n\n{table(('', 'source', 'tokens learned from', 'share'), rows)}{said}"
+    stages_note = f"\n\nThe shares changed in {stages} stages; the recipe below has them." if stages else ""
+    return f"## Data\n\n{markdown_table(('', 'source', 'tokens learned from', 'share'), rows)}{stages_note}"
 
 
-def training(run: Run, figure: bool) -> str:
+def training_section(run: RunProvenance, figure: bool) -> str:
     """Machine, time, versions, curve, recipe."""
-    said = "## Training\n\n" + table(("", ""), list(_machine(run).items()))
+    text = "## Training\n\n" + markdown_table(("", ""), list(_training_rows(run).items()))
     if figure:
-        said += f"\n\n![The loss over tokens]({FIGURE})"
-    recipe = _without_places(tomllib.loads((run.path / RECIPE).read_text("utf-8")), run)
-    return said + (
+        text += f"\n\n![The loss over tokens]({FIGURE})"
+    recipe = _without_paths(tomllib.loads((run.path / RECIPE).read_text("utf-8")), run)
+    return text + (
         "\n\nThe whole recipe, which `smolforge train` repeats:\n\n<details><summary>recipe.toml</summary>\n\n"
         f"```toml\n{tomli_w.dumps(recipe)}```\n\n</details>"
     )
 
 
-def _machine(run: Run) -> dict[str, Any]:
-    rows: dict[str, Any] = {"time of training": duration(run.seconds)}
+def _training_rows(run: RunProvenance) -> dict[str, Any]:
+    rows: dict[str, Any] = {"time of training": format_duration(run.seconds)}
     first = run.starts[0] if run.starts else {}
     last = run.starts[-1] if run.starts else {}
     keys = {"device": "name", "kind": "device", "processes": "ranks", "threads": "threads", "commit": "commit"}
@@ -162,133 +179,133 @@ def _machine(run: Run) -> dict[str, Any]:
     return rows
 
 
-def results(found: Sequence[Score]) -> str:
+def evaluation_section(scores: Sequence[RecordedScore]) -> str:
     """Scores, each with its standard error where it has one."""
-    if not found:
+    if not scores:
         return "## Evaluation\n\nNot evaluated."
-    rows = [(each.task, each.metric, _value(each), f"{each.n:,}" if each.n else "", each.how) for each in found]
-    said = f"## Evaluation\n\n{table(('on', 'metric', 'value', 'n', 'measured'), rows)}"
+    rows = [
+        (score.task, score.metric, _format_score(score), f"{score.n:,}" if score.n else "", score.source)
+        for score in scores
+    ]
+    text = f"## Evaluation\n\n{markdown_table(('on', 'metric', 'value', 'n', 'measured'), rows)}"
     note = "± is one standard error of the items. acc_norm is by bytes, acc_chars by characters of an answer."
-    return said + (f"\n\n{note}" if any(each.stderr is not None for each in found) else "")
+    return text + (f"\n\n{note}" if any(score.stderr is not None for score in scores) else "")
 
 
-def _value(score: Score) -> str:
+def _format_score(score: RecordedScore) -> str:
     return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
 
 
-def license_section(known: Origin, name: str) -> str:
+def license_section(origin: Origin, license_id: str) -> str:
     """Licence, and whom to cite."""
-    said = f"## Licence and citation\n\n{name}."
-    if known.from_smollm:
-        said += f" {known.base_repo} is Hugging Face's, under Apache 2.0 ([SmolLM2]({PAPER})):\n\n{CITATION}"
-    return said
+    text = f"## Licence and citation\n\n{license_id}."
+    if origin.from_smollm:
+        text += f" {origin.base_repo} is Hugging Face's, under Apache 2.0 ([SmolLM2]({PAPER})):\n\n{CITATION}"
+    return text
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """In the units a person would say."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest_seconds} s" if minutes else f"{rest_seconds} s"
+    )
 
 
-def _without_places(value: Any, run: Run, place: bool = False) -> Any:
+def _without_paths(value: Any, run: RunProvenance, is_path: bool = False) -> Any:
     """A recipe in which what names a file or folder says no more than its name."""
     match value:
         case dict():
-            return {key: _without_places(each, run, key in PLACES) for key, each in value.items()}
+            return {key: _without_paths(item, run, key in PATH_SETTINGS) for key, item in value.items()}
         case list():
-            return [_without_places(each, run, place) for each in value]
-        case str() if place:
-            return run.short(value)
+            return [_without_paths(item, run, is_path) for item in value]
+        case str() if is_path:
+            return run.portable_name(value)
     return value
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Rows as Markdown; what people named stays within its cell."""
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
 
 
-README = "README.md"
-Draw = Callable[[Path, Path, str], None]
-"""Draws the loss curve of a run's folder into a file, under a title."""
-LICENSE = "apache-2.0"
-
-
-def write(
+def write_model_card(
     folder: Path,
     model: str | Path,
     name: str,
-    draw: Draw,
-    licence: str = LICENSE,
-    told: Path | None = None,
+    *,
+    draw: DrawLoss,
+    license_id: str = LICENSE,
+    scores_path: Path | None = None,
 ) -> None:
-    """Put the card of a MODEL into a folder; `name` is what it will be loaded by, `told` a file of scores."""
-    known = origin(model)
-    found = scores(known, told)
-    drawn = known.run is not None and any("loss" in record for record in known.run.metrics)
-    if known.run is not None and drawn:
-        draw(known.run.path, folder / FIGURE, name)
-    (folder / README).write_text(card(known, found, name, licence, drawn), "utf-8")
+    """Put the card of a MODEL into a folder; `name` is what it will be loaded by, `scores_path` a file of scores."""
+    origin = read_origin(model)
+    scores = read_scores(origin, scores_path)
+    has_loss = origin.run is not None and any("loss" in record for record in origin.run.metrics)
+    if origin.run is not None and has_loss:
+        draw(origin.run.path, folder / FIGURE, name)
+    (folder / README).write_text(render_card(origin, scores, name, license_id=license_id, figure=has_loss), "utf-8")
 
 
-def card(known: Origin, found: Sequence[Score], name: str, licence: str, figure: bool) -> str:
+def render_card(origin: Origin, scores: Sequence[RecordedScore], name: str, *, license_id: str, figure: bool) -> str:
     """The whole README.md."""
-    chats = _chats(known.folder)
-    parts = [f"# {name.rpartition('/')[2]}", what(known, chats), use(name, chats)]
-    parts += [results(found), shape(known)]
-    if known.run is not None:
-        parts += [data(known.run), training(known.run, figure)]
+    chats = _is_chat_model(origin.folder)
+    sections = [f"# {name.rpartition('/')[2]}", describe_model(origin, chats), usage_section(name, chats)]
+    sections += [evaluation_section(scores), shape_section(origin)]
+    if origin.run is not None:
+        sections += [data_section(origin.run), training_section(origin.run, figure)]
     return (
-        f"---\n{head(known, found, name, licence, chats)}\n---\n\n"
-        + "\n\n".join([*parts, license_section(known, licence)])
+        f"---\n{card_metadata(origin, scores, name, license_id=license_id, chats=chats)}\n---\n\n"
+        + "\n\n".join([*sections, license_section(origin, license_id)])
         + "\n"
     )
 
 
-def head(known: Origin, found: Sequence[Score], name: str, licence: str, chats: bool) -> str:
+def card_metadata(origin: Origin, scores: Sequence[RecordedScore], name: str, *, license_id: str, chats: bool) -> str:
     """The YAML, made by the Hub's own classes.
 
     Scores are a model-index: the newer `.eval_results/` takes only data sets that are registered as benchmarks.
     """
     from huggingface_hub import ModelCardData
 
-    results = [_result(score) for score in found]
+    results = [_eval_result(score) for score in scores]
     return ModelCardData(
-        license=licence,
+        license=license_id,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["smolforge", *(["conversational"] if chats else [])],
-        base_model=known.base_repo,
-        datasets=_datasets(known) or None,
+        base_model=origin.base_repo,
+        datasets=_hub_datasets(origin) or None,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     ).to_yaml()
 
 
-def _result(score: Score) -> Any:
+def _eval_result(score: RecordedScore) -> Any:
     from huggingface_hub import EvalResult
 
     error = f" ± {score.stderr:.4f}" if score.stderr is not None else ""
     count = f", n {score.n:,}" if score.n else ""
     return EvalResult(
         task_type="text-generation",
-        dataset_type=score.dataset or ("held-out" if score.task == HELD_OUT else score.task),
+        dataset_type=score.dataset or ("held-out" if score.task == VALIDATION_TASK else score.task),
         dataset_name=score.task,
         metric_type=score.metric,
-        metric_name=f"{score.metric}{error}{count} ({score.how})",
+        metric_name=f"{score.metric}{error}{count} ({score.source})",
         metric_value=round(score.value, 6),
     )
 
 
-def _datasets(known: Origin) -> list[str]:
+def _hub_datasets(origin: Origin) -> list[str]:
     """Those of the Hub that were read: the corpus has the commit of each."""
-    stamps = known.run.stamps if known.run else {}
-    names = [name_of(source) for source, stamp in stamps.items() if len(stamp) == 1]
+    stamps = origin.run.source_stamps if origin.run else {}
+    names = [parse_name(source) for source, stamp in stamps.items() if len(stamp) == 1]
     return list(dict.fromkeys(name.repo for name in names if name is not None))
 
 
-def _chats(folder: Path) -> bool:
-    tokenizer = loading.tokenizer_of(loading.with_tokenizer(folder))
+def _is_chat_model(folder: Path) -> bool:
+    tokenizer = loading.tokenizer_of(loading.tokenizer_folder(folder))
     return tokenizer is not None and tokenizer.template is not None

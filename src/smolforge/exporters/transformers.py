@@ -1,6 +1,7 @@
-"""A model -> a clean folder that Transformers loads, proven by loading it there before the folder appears.
+"""Export a model to a folder that Transformers loads, or its LoRA adapter to a folder in peft's format.
 
-What low-rank training learned -> a folder in peft's format, proven by merging it into its base again.
+Each is checked before the folder appears: the model by loading it in Transformers, the adapter by merging it into its
+base again.
 """
 
 import shutil
@@ -16,20 +17,20 @@ from smolforge import atomic
 from smolforge.checkpoint import families, huggingface, loading, nanotron, peft_adapter
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.decoder import LanguageModel
 from smolforge.tokenizer import FILES
-from smolforge.verification import checks, prompts, rows
-from smolforge.verification.transformers_reference import Oracle, difference, require, tolerance
+from smolforge.verification import checks, sample_prompt_ids, sample_rows
+from smolforge.verification.transformers_reference import Oracle, compare_models, require_transformers, tolerance
 
 CHECKED_TOKENS = 512
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
-CARRIED = (*SPECIAL, *Generation.model_fields, "do_sample")
+INHERITED_KEYS = (*SPECIAL, *Generation.model_fields, "do_sample")
 """What is said again of a source's generation_config.json."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class TransformersExport:
     """What was written, and how it compares."""
 
     files: dict[str, int]
@@ -46,56 +47,64 @@ def to_transformers(
     model: str | Path,
     out: Path,
     dtype: str | None = None,
+    *,
     max_shard_bytes: int | None = None,
     describe: Callable[[Path], None] = lambda _: None,
-) -> Exported:
+) -> TransformersExport:
     """Write `out` in a dtype (by default the files' own), in shards where they would be larger than so many bytes.
 
     `describe` may add to the new folder what tells of the model, such as its card.
     The folder appears only if AutoModelForCausalLM loads it with equal logits and equal greedy text. Raises
-    SettingError where `out` has something in it, InvalidFile where the check does not hold, MissingResource
+    ConfigError where `out` has something in it, InvalidFileError where the check does not hold, MissingResourceError
     where Transformers is not installed or the disk is full.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out} is there already; name a new folder, or delete it first")
-    require()
-    source = loading.find(model)
+        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    require_transformers()
+    source = loading.resolve_model_path(model)
     loaded = loading.load(source)
-    if loaded.scheme is not None:
-        raise SettingError(f"{model} is of integers; export the model it was made from")
-    if loaded.config.own_classes:
-        names = ", ".join(loaded.config.own_classes.values())
-        raise SettingError(f"{model} has classes of your own ({names}), which Transformers does not have")
-    target = loading.torch_dtype(dtype) if dtype else stored_dtype(loading.plain(source))
+    if loaded.quantization is not None:
+        raise ConfigError(f"{model} is of integers; export the model it was made from")
+    if loaded.config.custom_classes:
+        names = ", ".join(loaded.config.custom_classes.values())
+        raise ConfigError(f"{model} has classes of your own ({names}), which Transformers does not have")
+    target = loading.torch_dtype(dtype) if dtype else stored_dtype(loading.base_folder(source))
     checked: list[Any] = []
 
     def fill(folder: Path) -> None:
-        huggingface.save(loaded, folder, loaded.tokenizer, target, max_shard_bytes, **carried(source))
-        checked.append(_check(loaded, folder, target))
+        huggingface.save(
+            loaded,
+            folder,
+            loaded.tokenizer,
+            dtype=target,
+            max_shard_bytes=max_shard_bytes,
+            **inherited_settings(source),
+        )
+        checked.append(_check_export(loaded, folder, target))
         describe(folder)
 
-    atomic.write_whole(out, fill)
+    atomic.write_dir_atomic(out, fill)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    return Exported(files, str(target).removeprefix("torch."), *checked[0])
+    return TransformersExport(files, str(target).removeprefix("torch."), *checked[0])
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of a folder's embedding."""
-    if llama.is_file(folder):
+    if llama.is_gguf_file(folder):
         return llama.stored_dtype(folder)
     if nanotron.is_checkpoint(folder):
         return nanotron.stored_dtype(folder)
-    with huggingface.Tensors(folder) as tensors:
+    with huggingface.SafetensorsReader(folder) as tensors:
         return tensors[huggingface.EMBEDDING].dtype
 
 
-def carried(source: Path) -> dict[str, dict[str, Any]]:
+def inherited_settings(source: Path) -> dict[str, dict[str, Any]]:
     """What the source says about special tokens and generation, to be said again; nothing where its tokenizer says it
     all: that of a .gguf, or one that an adapter brings.
     """
-    plain = loading.plain(source)
-    if llama.is_file(plain) or loading.with_tokenizer(source) != plain:
+    plain = loading.base_folder(source)
+    if llama.is_gguf_file(plain) or loading.tokenizer_folder(source) != plain:
         return {}
     source = plain
     config = families.read_json(source / (nanotron.CONFIG if nanotron.is_checkpoint(source) else huggingface.CONFIG))
@@ -103,54 +112,53 @@ def carried(source: Path) -> dict[str, dict[str, Any]]:
     generation = families.read_json(path) if path.is_file() else {}
     return {
         "special": {name: config[name] for name in SPECIAL if name in config},
-        "generation": {name: value for name, value in generation.items() if name in CARRIED},
+        "generation": {name: value for name, value in generation.items() if name in INHERITED_KEYS},
     }
 
 
-def _check(before: LanguageModel, folder: Path, dtype: torch.dtype) -> tuple[float, float, bool]:
+def _check_export(before: LanguageModel, folder: Path, dtype: torch.dtype) -> tuple[float, float, bool]:
     """Compare the weights before and after, and Transformers on the new folder with this code on it."""
     after = loading.load(folder)
     written = dict(after.named_parameters())
     for name, weight in before.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise InvalidFile(f"{name} holds NaN or infinity; this model is nothing to hand on")
-        wanted = weight.to(dtype)
-        if not bool(wanted.isfinite().all()):
-            raise InvalidFile(f"{name} has values that {dtype} cannot hold; --dtype bfloat16 or float32 can")
-        assert torch.equal(wanted.float(), written[name]), f"{name} was not written as it is"
+            raise InvalidFileError(f"{name} holds NaN or infinity; this model is nothing to hand on")
+        expected = weight.to(dtype)
+        if not bool(expected.isfinite().all()):
+            raise InvalidFileError(f"{name} has values that {dtype} cannot hold; --dtype bfloat16 or float32 can")
+        assert torch.equal(expected.float(), written[name]), f"{name} was not written as it is"
     if after.tokenizer is not None and after.tokenizer.template is not None:
-        with suppress(SettingError):  # a template may refuse a conversation, but must be one
+        with suppress(ConfigError):  # a template may refuse a conversation, but must be one
             after.tokenizer.chat([{"role": "user", "content": "Hello"}])
     oracle = Oracle(folder, torch.float32)
-    row = rows(after, min(CHECKED_TOKENS, after.config.max_position_embeddings))[-1]
-    found = difference(after, oracle, row)
+    row = sample_rows(after, min(CHECKED_TOKENS, after.config.max_position_embeddings))[-1]
+    logits_check = compare_models(after, oracle, row)
     with torch.inference_mode():
         ids = torch.tensor([row])
-        rounding = (after.logits(after.hidden(ids)) - before.logits(before.hidden(ids))).abs().max().item()
-    text = checks.greedy(after, oracle, prompts(after))
-    if not found.holds or not text.holds:
-        raise InvalidFile(
-            f"what was written does not say the same in Transformers: logits differ by {found.max_abs_diff:.1e} "
-            f"(allowed {found.allowed:.1e}), {text.said}; nothing was kept"
+        rounding = (
+            (after.logits(after.hidden_states(ids)) - before.logits(before.hidden_states(ids))).abs().max().item()
         )
-    return found.max_abs_diff, rounding, text.holds
-
-
-CHECKED_TOKENS = 512
+    text_check = checks.check_greedy(after, oracle, sample_prompt_ids(after))
+    if not logits_check.holds or not text_check.holds:
+        raise InvalidFileError(
+            f"what was written does not say the same in Transformers: logits differ by {logits_check.max_abs_diff:.1e} "
+            f"(allowed {logits_check.allowed:.1e}), {text_check.message}; nothing was kept"
+        )
+    return logits_check.max_abs_diff, rounding, text_check.holds
 
 
 def to_adapter(model: str | Path, out: Path) -> tuple[dict[str, int], float]:
     """Write `out`; returns its files' sizes, and by how much logits differ from those of the model as it was saved.
 
-    The folder appears only if its base, with the adapter added, says the same. Raises SettingError for a model that has
-    no adapter or an `out` that has something in it, InvalidFile where the check does not hold.
+    The folder appears only if its base, with the adapter added, says the same. Raises ConfigError for a model that has
+    no adapter or an `out` that has something in it, InvalidFileError where the check does not hold.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out} is there already; name a new folder, or delete it first")
-    source = loading.find(model)
+        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    source = loading.resolve_model_path(model)
     if not peft_adapter.is_adapter(source / peft_adapter.FOLDER):
-        raise SettingError(f"{model} has no adapter: it was not trained with --lora.rank")
+        raise ConfigError(f"{model} has no adapter: it was not trained with --lora.rank")
     worst: list[float] = []
 
     def fill(folder: Path) -> None:
@@ -158,7 +166,7 @@ def to_adapter(model: str | Path, out: Path) -> tuple[dict[str, int], float]:
             shutil.copyfile(path, folder / path.name)
         worst.append(adapter_difference(source, folder))
 
-    atomic.write_whole(out, fill)
+    atomic.write_dir_atomic(out, fill)
     return {path.name: path.stat().st_size for path in sorted(out.iterdir())}, worst[0]
 
 
@@ -169,12 +177,14 @@ def tokenizer_files(source: Path) -> list[Path]:
 
 @torch.inference_mode()
 def adapter_difference(source: Path, folder: Path) -> float:
-    """Largest difference of logits. Raises InvalidFile where it is more than rounding."""
+    """Largest difference of logits. Raises InvalidFileError where it is more than rounding."""
     saved, merged = loading.load(source), loading.load(folder)
-    row = rows(saved, min(CHECKED_TOKENS, saved.config.max_position_embeddings))[-1]
+    row = sample_rows(saved, min(CHECKED_TOKENS, saved.config.max_position_embeddings))[-1]
     ids = torch.tensor([row])
-    wanted = saved(ids)
-    worst = (merged(ids) - wanted).abs().max().item()
-    if worst > tolerance(wanted.abs().max().item()):
-        raise InvalidFile(f"{source}: its adapter on {peft_adapter.base_of(folder)} differs from it by {worst:.1e}")
+    expected = saved(ids)
+    worst = (merged(ids) - expected).abs().max().item()
+    if worst > tolerance(expected.abs().max().item()):
+        raise InvalidFileError(
+            f"{source}: its adapter on {peft_adapter.base_model_of(folder)} differs from it by {worst:.1e}"
+        )
     return worst

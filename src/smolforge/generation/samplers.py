@@ -15,17 +15,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
 Logits = Float[Tensor, " v"]
 EXCLUDED = float("-inf")
-COLD = 1e-5
+GREEDY_BELOW = 1e-5
 """Below this temperature the likeliest token has all the probability that fp32 can express."""
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits: ...
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class RepetitionPenalty:
 
     penalty: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
-        score = logits[seen]
-        return logits.scatter(0, seen, torch.where(score < 0, score * self.penalty, score / self.penalty))
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
+        score = logits[token_ids]
+        return logits.scatter(0, token_ids, torch.where(score < 0, score * self.penalty, score / self.penalty))
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class PresencePenalty:
     frequency: float
     prompt_tokens: int
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
-        times = seen[self.prompt_tokens :].bincount(minlength=len(logits))
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
+        times = token_ids[self.prompt_tokens :].bincount(minlength=len(logits))
         return logits - self.frequency * times - self.presence * (times > 0)
 
 
@@ -61,7 +61,7 @@ class LogitBias:
 
     biases: tuple[tuple[int, float], ...]
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
         ids, values = zip(*self.biases, strict=True)
         return logits.index_add(0, torch.tensor(ids, device=logits.device), logits.new_tensor(values))
 
@@ -72,7 +72,7 @@ class Temperature:
 
     temperature: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
         return logits / self.temperature
 
 
@@ -82,7 +82,7 @@ class TopK:
 
     k: int
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
         lowest = logits.topk(min(self.k, len(logits))).values[-1]
         return logits.masked_fill(logits < lowest, EXCLUDED)
 
@@ -93,7 +93,7 @@ class TopP:
 
     p: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
         ordered, order = logits.sort(descending=False)
         excluded = ordered.softmax(-1).cumsum(-1) <= 1 - self.p
         excluded[-1] = False
@@ -106,24 +106,24 @@ class MinP:
 
     p: float
 
-    def __call__(self, logits: Logits, seen: Int[Tensor, " s"]) -> Logits:
+    def __call__(self, logits: Logits, token_ids: Int[Tensor, " s"]) -> Logits:
         probability = logits.softmax(-1)
         return logits.masked_fill(probability < self.p * probability.max(), EXCLUDED)
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerChain:
     """A chain of samplers and the draw at its end, or, greedy, no draw but the likeliest token."""
 
     samplers: tuple[Sampler, ...]
     greedy: bool
 
-    def __call__(self, logits: Logits, seen: Sequence[int], generator: torch.Generator) -> int:
+    def __call__(self, logits: Logits, token_ids: Sequence[int], generator: torch.Generator) -> int:
         scores = logits.float()
         if not bool(scores.isfinite().all()):
-            raise InvalidFile("the model gives logits that are no numbers; its weights are damaged")
+            raise InvalidFileError("the model gives logits that are no numbers; its weights are damaged")
         if self.samplers:
-            history = torch.tensor(seen, dtype=torch.int64, device=logits.device)
+            history = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
             for sampler in self.samplers:
                 scores = sampler(scores, history)
         if self.greedy:
@@ -131,13 +131,13 @@ class Sampling:
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator))
 
 
-def sampling(options: Generation, *first: Sampler) -> Sampling:
-    """The chain that the words of Transformers stand for, behind others that change logits before it."""
-    chain: list[Sampler] = [*first]
+def make_sampler(options: Generation, *before: Sampler) -> SamplerChain:
+    """Make the chain for Transformers' generation settings, after the samplers of `before`."""
+    chain: list[Sampler] = [*before]
     if options.repetition_penalty != 1:
         chain.append(RepetitionPenalty(options.repetition_penalty))
-    if options.temperature < COLD:
-        return Sampling(tuple(chain), greedy=True)
+    if options.temperature < GREEDY_BELOW:
+        return SamplerChain(tuple(chain), greedy=True)
     if options.temperature != 1:
         chain.append(Temperature(options.temperature))
     if options.top_k is not None:
@@ -146,4 +146,4 @@ def sampling(options: Generation, *first: Sampler) -> Sampling:
         chain.append(TopP(options.top_p))
     if options.min_p:
         chain.append(MinP(options.min_p))
-    return Sampling(tuple(chain), greedy=False)
+    return SamplerChain(tuple(chain), greedy=False)

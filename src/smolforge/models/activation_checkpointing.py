@@ -13,30 +13,30 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Checkpointing = Literal["selective", "full"] | None
-Through = Callable[..., Any]
-"""Calls a layer with what it is given."""
+LayerCall = Callable[..., Any]
+"""Calls a layer with its arguments."""
 
 _aten = torch.ops.aten
-PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._grouped_mm.default: 0}
-"""And which of their arguments is the left factor."""
-DEAR = {
-    *PRODUCTS,
+MATMUL_OPS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten._grouped_mm.default: 0}
+"""The matrix products, and which of their arguments is the left factor."""
+SAVED_OPS = {
+    *MATMUL_OPS,
     *(_aten._scaled_dot_product_flash_attention.default, _aten._scaled_dot_product_flash_attention_for_cpu.default),
     *(_aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default),
 }
 
 
-def checkpointing(kind: Checkpointing, wide: int | None = None) -> Through:
-    """How layers are called so that they keep no more. The numbers stay as they are, to the bit.
+def checkpoint_wrapper(kind: Checkpointing, intermediate_size: int | None = None) -> LayerCall:
+    """Return a function that calls a layer and keeps no more than `kind` allows. Results are bitwise identical.
 
-    A layer that ends with a product of a factor so `wide`, to which nothing but its input is added, need not keep what
-    that gives: its backward has no use for it, and recomputation ends before it.
+    A layer may end with a product whose left factor has `intermediate_size` columns, to which only the layer's input is
+    added. That product is not kept: backward has no use for it, and recomputation ends before it.
     """
     match kind:
         case None:
-            return plainly
+            return call_layer
         case "selective":
-            contexts = partial(create_selective_checkpoint_contexts, partial(_policy, wide))
+            contexts = partial(create_selective_checkpoint_contexts, partial(_policy, intermediate_size))
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         case "full":
             return partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -44,11 +44,11 @@ def checkpointing(kind: Checkpointing, wide: int | None = None) -> Through:
             assert_never(kind)
 
 
-def plainly(layer: Callable[..., Any], *given: Any) -> Any:
-    """Everything is kept."""
-    return layer(*given)
+def call_layer(layer: Callable[..., Any], *args: Any) -> Any:
+    """Call a layer and keep everything for its backward."""
+    return layer(*args)
 
 
-def _policy(wide: int | None, context: Any, operator: Any, *given: Any, **_: Any) -> CheckpointPolicy:
-    is_last = operator in PRODUCTS and given[PRODUCTS[operator]].shape[-1] == wide
-    return CheckpointPolicy.MUST_SAVE if operator in DEAR and not is_last else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(intermediate_size: int | None, context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+    is_last = operator in MATMUL_OPS and args[MATMUL_OPS[operator]].shape[-1] == intermediate_size
+    return CheckpointPolicy.MUST_SAVE if operator in SAVED_OPS and not is_last else CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,12 +5,12 @@
 Four families share it: Llama, Qwen3 (norms on queries and keys), Mixtral (a mixture of experts for the
 mlp) and Starcoder2 (LayerNorm and a two-matrix GELU mlp).
 
-A class of one's own may take the place of attention, feed-forward or norm (own.py): it is made as ours are, from the
-config, attention from its layer's number too, and called as they are.
+A custom class may replace attention, feed-forward or norm (config/custom_classes.py). It is built like ours, from the
+config, attention from its layer's number too, and called like ours.
 
 Parameters have Hugging Face's names, so a checkpoint loads strictly and without renaming. What is
-attended to is a value: `hidden(ids, positions, memory)` hands every layer's queries, keys and values to
-`memory.attend`, and plain causal attention, a cache or packed documents differ only there.
+attended to is a value: `hidden_states(ids, positions, context)` hands every layer's queries, keys and values to
+`context.attend`, and plain causal attention, a cache or packed documents differ only there.
 
 Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c hidden, v vocabulary.
 """
@@ -26,30 +26,30 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smolforge.config import ModelConfig, custom_classes
-from smolforge.models.activation_checkpointing import Through, plainly
-from smolforge.models.attention import Causal, Memory
-from smolforge.models.moe import Balance, Experts
-from smolforge.models.quantized import Scheme
+from smolforge.models.activation_checkpointing import LayerCall, call_layer
+from smolforge.models.attention import AttentionContext, CausalAttention
+from smolforge.models.moe import AuxLoss, MoE
+from smolforge.models.quantized import QuantizationScheme
 
 Hidden = Float[Tensor, "b t c"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
 
 
-def rotary(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
+def rope_cos_sin(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
     """Cosine and sine of each position's angles, in fp32 whatever the model's dtype.
 
     Su et al. 2021, https://arxiv.org/abs/2104.09864. Channel i is paired with i + d/2 (half rotation,
     as in Hugging Face's Llama), so both halves carry the same angles.
     """
-    channel = torch.arange(0, config.head_size, 2, device=positions.device).float()
-    frequency = 1.0 / config.rope_theta ** (channel / config.head_size)
+    channel = torch.arange(0, config.resolved_head_dim, 2, device=positions.device).float()
+    frequency = 1.0 / config.rope_theta ** (channel / config.resolved_head_dim)
     angle = positions[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Float[Tensor, "b n t d"], angles: Rotary) -> Float[Tensor, "b n t d"]:
-    cos, sin = angles
+def apply_rope(x: Float[Tensor, "b n t d"], cos_sin: Rotary) -> Float[Tensor, "b n t d"]:
+    cos, sin = cos_sin
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -76,25 +76,25 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_size = layer, config.head_size
-        width = config.num_attention_heads * config.head_size
-        key_width = config.num_key_value_heads * config.head_size
+        self.layer, self.head_dim = layer, config.resolved_head_dim
+        width = config.num_attention_heads * config.resolved_head_dim
+        key_width = config.num_key_value_heads * config.resolved_head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        normed = config.model_type == "qwen3"
-        self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if normed else nn.Identity()
-        self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if normed else nn.Identity()
+        qk_norm = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(config.resolved_head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.resolved_head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> Hidden:
-        q, k, v = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Hidden, cos_sin: Rotary, context: AttentionContext) -> Hidden:
+        q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
-        out = memory.attend(self.layer, rotate(q, angles), rotate(k, angles), v)
+        out = context.attend(self.layer, apply_rope(q, cos_sin), apply_rope(k, cos_sin), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def heads(self, x: Float[Tensor, "b t nd"]) -> Float[Tensor, "b n t d"]:
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+    def split_heads(self, x: Float[Tensor, "b t nd"]) -> Float[Tensor, "b n t d"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -110,7 +110,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
 
 
-class PlainMLP(nn.Module):
+class GELUMLP(nn.Module):
     """GPT-2's two matrices around a GELU (its tanh form)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -122,58 +122,58 @@ class PlainMLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.0
 
 
-def attention(config: ModelConfig, layer: int) -> nn.Module:
-    """The attention of a layer."""
+def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+    """Build the attention of a layer."""
     if config.attention is not None:
-        return custom_classes.made("model.attention", config.attention, nn.Module, config, layer)
+        return custom_classes.instantiate("model.attention", config.attention, nn.Module, config, layer)
     return Attention(config, layer)
 
 
-def norm(config: ModelConfig) -> nn.Module:
-    """The family's norm over the residual stream."""
+def build_norm(config: ModelConfig) -> nn.Module:
+    """Build the family's norm over the residual stream."""
     if config.normalization is not None:
-        return custom_classes.made("model.normalization", config.normalization, nn.Module, config)
+        return custom_classes.instantiate("model.normalization", config.normalization, nn.Module, config)
     if config.model_type == "starcoder2":
         return nn.LayerNorm(config.hidden_size, config.norm_epsilon)
     return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-def feed_forward(config: ModelConfig) -> nn.Module:
-    """The family's feed-forward. Ours return their output and a balance loss, which only experts have."""
+def build_feed_forward(config: ModelConfig) -> nn.Module:
+    """Build the family's feed-forward. Ours return their output and an auxiliary loss, which only experts have."""
     if config.feed_forward is not None:
-        return custom_classes.made("model.feed_forward", config.feed_forward, nn.Module, config)
+        return custom_classes.instantiate("model.feed_forward", config.feed_forward, nn.Module, config)
     match config.model_type:
         case "llama" | "qwen3":
             return MLP(config)
         case "mixtral":
-            return Experts(config)
+            return MoE(config)
         case "starcoder2":
-            return PlainMLP(config)
+            return GELUMLP(config)
         case _:
             assert_never(config.model_type)
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = norm(config)
-        self.self_attn = attention(config, layer)
-        self.post_attention_layernorm = norm(config)
-        self.mlp = feed_forward(config)
+        self.input_layernorm = build_norm(config)
+        self.self_attn = build_attention(config, layer)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = build_feed_forward(config)
 
-    def forward(self, x: Hidden, angles: Rotary, memory: Memory) -> tuple[Hidden, Balance | float]:
-        x = x + self.self_attn(self.input_layernorm(x), angles, memory)
+    def forward(self, x: Hidden, cos_sin: Rotary, context: AttentionContext) -> tuple[Hidden, AuxLoss | float]:
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin, context)
         added = self.mlp(self.post_attention_layernorm(x))
-        added, balance = added if isinstance(added, tuple) else (added, 0.0)
-        return x + added, balance
+        added, aux_loss = added if isinstance(added, tuple) else (added, 0.0)
+        return x + added, aux_loss
 
 
 class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = norm(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = build_norm(config)
 
 
 class LanguageModel(nn.Module):
@@ -183,80 +183,81 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Any = None  # a Tokenizer, where the model was loaded with one
-        self.scheme: Scheme | None = None  # of its matrices, where they are integers
+        self.quantization: QuantizationScheme | None = None  # of its matrices, where they are integers
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
-        return self.logits(self.hidden(ids))
+        return self.logits(self.hidden_states(ids))
 
-    def hidden(
+    def hidden_states(
         self,
         ids: Int[Tensor, "b t"],
         positions: Int[Tensor, "#b t"] | None = None,
-        memory: Memory | None = None,
+        context: AttentionContext | None = None,
     ) -> Hidden:
-        """Final states of each token. Positions count from 0 and memory is `Causal()` unless given."""
-        return self.hidden_and_balance(ids, positions, memory)[0]
+        """Return the final states of each token. The defaults: positions from 0, and `CausalAttention()`."""
+        return self.hidden_states_and_aux_loss(ids, positions, context)[0]
 
-    def hidden_and_balance(
+    def hidden_states_and_aux_loss(
         self,
         ids: Int[Tensor, "b t"],
         positions: Int[Tensor, "#b t"] | None = None,
-        memory: Memory | None = None,
-        through: Through = plainly,
-    ) -> tuple[Hidden, Balance | float]:
-        """The same, and the balance loss of the experts, mean over layers; 0.0 for a dense model.
+        context: AttentionContext | None = None,
+        *,
+        call: LayerCall = call_layer,
+    ) -> tuple[Hidden, AuxLoss | float]:
+        """Return the final states and the auxiliary loss of the experts, mean over layers; 0.0 for a dense model.
 
-        `through` calls each layer, and decides what it keeps for its backward.
+        `call` calls each layer, and decides what it keeps for its backward.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)
-        angles, balance = rotary(self.config, positions, x.dtype), 0.0
+        cos_sin, aux_loss = rope_cos_sin(self.config, positions, x.dtype), 0.0
         for layer in self.model.layers:
-            x, of_layer = through(layer, x, angles, memory or Causal())
-            balance = balance + of_layer
-        return self.model.norm(x), balance / len(self.model.layers)
+            x, layer_loss = call(layer, x, cos_sin, context or CausalAttention())
+            aux_loss = aux_loss + layer_loss
+        return self.model.norm(x), aux_loss / len(self.model.layers)
 
     @property
-    def head(self) -> Float[Tensor, "v c"]:
+    def lm_head_weight(self) -> Float[Tensor, "v c"]:
         """The matrix that turns a hidden state into logits."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def logits(self, hidden: Float[Tensor, "*n c"]) -> Float[Tensor, "*n v"]:
-        return F.linear(hidden, self.head)
+        return F.linear(hidden, self.lm_head_weight)
 
 
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model with fresh weights that depend on nothing but config and seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a class of one's own may draw from it
-        model = allocate(config, dtype)
+        model = empty_model(config, dtype)
     initialize(model, seed)
     return model
 
 
-def allocate(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def empty_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model whose weights are yet to be filled: no time is spent on numbers about to be replaced."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with Unfilled():
+        with SkipInit():
             return LanguageModel(config)
     finally:
         torch.set_default_dtype(before)
 
 
-def outline(config: ModelConfig) -> LanguageModel:
+def meta_model(config: ModelConfig) -> LanguageModel:
     """A model without memory, for its names and shapes."""
-    with torch.device("meta"), Unfilled():
+    with torch.device("meta"), SkipInit():
         return LanguageModel(config)
 
 
-class Unfilled(TorchFunctionMode):
+class SkipInit(TorchFunctionMode):
     """Modules made under this leave their weights as the memory was."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -289,29 +290,29 @@ def initialize(model: LanguageModel, seed: int) -> None:
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
             case "gate_proj" | "up_proj" | "c_fc" | "gate":
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
-            case _ if not model.config.own_classes:
+            case _ if not model.config.custom_classes:
                 raise AssertionError(f"no rule to initialise {name}")
             case _ if weight.ndim > 1:
                 weight.copy_(noise.normal_(0.0, std, generator=generator))
 
 
 @torch.no_grad()
-def adapted(model: LanguageModel, config: ModelConfig) -> LanguageModel:
-    """The same weights in a model of another context, theta, or a larger vocabulary.
+def adapt_to_config(model: LanguageModel, config: ModelConfig) -> LanguageModel:
+    """Return the same weights in a model of another context, theta, or a larger vocabulary.
 
-    What is said about the old tokens is unchanged. Each new token begins as the mean of the old ones, which
+    The logits of the old tokens are unchanged. Each new token starts as the mean of the old ones, which
     bounds how much it can take from them: Hewitt 2021, https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
-    The weights are shared with the model given unless its vocabulary grows.
+    The weights are shared with the old model unless its vocabulary grows.
     """
     if config.vocab_size == model.config.vocab_size:
-        made = copy.copy(model)  # with the very same modules
-        made.config = config
-        return made
-    made, old = allocate(config, model.head.dtype), dict(model.named_parameters())
-    for name, weight in made.named_parameters():
-        known = old[name]
-        weight[: len(known)] = known
-        if len(weight) > len(known):
-            weight[len(known) :] = known.float().mean(0)
-    made.tokenizer = model.tokenizer
-    return made.to(model.head.device).train(model.training)
+        new_model = copy.copy(model)  # with the very same modules
+        new_model.config = config
+        return new_model
+    new_model, old_weights = empty_model(config, model.lm_head_weight.dtype), dict(model.named_parameters())
+    for name, weight in new_model.named_parameters():
+        old_weight = old_weights[name]
+        weight[: len(old_weight)] = old_weight
+        if len(weight) > len(old_weight):
+            weight[len(old_weight) :] = old_weight.float().mean(0)
+    new_model.tokenizer = model.tokenizer
+    return new_model.to(model.lm_head_weight.device).train(model.training)

@@ -6,21 +6,21 @@ from collections import Counter
 from typing import Literal, NamedTuple
 
 from smolforge.config import ModelConfig
-from smolforge.models.decoder import outline
+from smolforge.models.decoder import meta_model
 
-Attention = Literal["causal", "full"]
-_OF_ATTENTION = {"causal": 6, "full": 12}
+AttentionCount = Literal["causal", "full"]
+_ATTENTION_FLOPS = {"causal": 6, "full": 12}
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by component, as a person who studies the model counts them."""
     counts: Counter[str] = Counter()
-    for row in table(config):
+    for row in parameter_table(config):
         counts[row.component] += row.parameters
     return dict(counts)
 
 
-class Row(NamedTuple):
+class ParameterRow(NamedTuple):
     """One line of the parameter table: a tensor that every layer, or the model, has."""
 
     name: str
@@ -33,15 +33,15 @@ class Row(NamedTuple):
         return math.prod(self.shape) * self.times
 
 
-def table(config: ModelConfig) -> list[Row]:
-    """Every tensor of the model in its order, the layers' told once with how often they are there."""
-    one = outline(config.model_copy(update={"num_hidden_layers": 1}))
+def parameter_table(config: ModelConfig) -> list[ParameterRow]:
+    """Return every tensor of the model in order, those of layers once, with their number."""
+    one_layer_model = meta_model(config.model_copy(update={"num_hidden_layers": 1}))
     times: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
-    for name, weight in one.named_parameters():
-        short = re.sub(r"^model\.(layers\.\d+)?", lambda found: "layers.N" if found[1] else "", name)
+    for name, weight in one_layer_model.named_parameters():
+        short = re.sub(r"^model\.(layers\.\d+)?", lambda match: "layers.N" if match[1] else "", name)
         count = config.num_hidden_layers if ".layers." in name else 1
         times[short.removesuffix(".weight"), component(name), tuple(weight.shape)] += count
-    return [Row(*key, count) for key, count in times.items()]
+    return [ParameterRow(*key, count) for key, count in times.items()]
 
 
 def component(name: str) -> str:
@@ -62,10 +62,10 @@ def active_parameters(config: ModelConfig) -> int:
 
 def kv_bytes_per_token(config: ModelConfig, width: int = 4) -> int:
     """What a token's keys and values take in the cache, at `width` bytes a number."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * width
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.resolved_head_dim * width
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attention = "causal") -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, attention: AttentionCount = "causal") -> int:
     """Matrix FLOPs of one training token, forward and backward: 6 N + a L W t.
 
     N weights of matrices that the token meets, the head's among them: 2 forward and 4 backward each. In each of L
@@ -77,5 +77,5 @@ def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attent
     counts = parameter_counts(config)
     embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
     matrices = active_parameters(config) - counts.get("norms", 0) - embedding_only
-    width = config.num_attention_heads * config.head_size
-    return 6 * matrices + _OF_ATTENTION[attention] * config.num_hidden_layers * width * sequence_length
+    width = config.num_attention_heads * config.resolved_head_dim
+    return 6 * matrices + _ATTENTION_FLOPS[attention] * config.num_hidden_layers * width * sequence_length

@@ -1,7 +1,7 @@
-"""Checkpoints of a run as it goes: a copy of the moment now, its writing beside the training.
+"""Checkpoints of a run while it trains: snapshot now, write in the background.
 
-save -> wait for the write before -> copy into memory -> [thread: sync the metrics, write, commit, retain]
-look -> at every step: did it fail? then say so, and try again a while later
+save   -> wait for the write before -> copy into memory -> [thread: sync the metrics, write, commit, prune]
+poll   -> at every step: did the write fail? then warn, and try again a minute later
 finish -> wait; what still fails now is the run's failure
 """
 
@@ -9,29 +9,34 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from smolforge import atomic
 from smolforge.checkpoint import training_state
+from smolforge.checkpoint.training_state import Snapshot, StagingBuffer
 from smolforge.config import Train
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResourceError
+from smolforge.training.loop import TrainState
 from smolforge.training.run_folder import RunFolder
 
 log = logging.getLogger("smolforge")
 RETRY_SECONDS = 60
 ABANDON_SECONDS = 10
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 
-Take = Callable[[training_state.Staging | None], training_state.Snapshot]
+Metrics = Mapping[str, Any]
+TakeSnapshot = Callable[[TrainState, Metrics, StagingBuffer | None], Snapshot]
 
 
-class Background:
-    """One piece of work in a thread of its own, which a process that ends does not wait for."""
+class BackgroundTask:
+    """Runs `work` in a daemon thread: a process that ends does not wait for it."""
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self.work = work
         self.error: BaseException | None = None
-        self.ended = threading.Event()  # an interrupted Thread.join takes the thread for ended, before Python 3.13
+        self.ended = threading.Event()  # an interrupted Thread.join marks the thread as ended, before Python 3.13
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _run(self) -> None:
@@ -49,126 +54,128 @@ class Background:
             raise self.error
 
 
-class Saving:
+class AsyncCheckpointer:
     """Writes the checkpoints of one run, never two at a time."""
 
     def __init__(
         self,
         settings: Train,
         files: RunFolder,
-        reading: Background,
-        hurried: Callable[[], bool],
-        saved: Callable[[int], None] = lambda step: None,
+        take_snapshot: TakeSnapshot,
+        *,
+        corpus_check: BackgroundTask,
+        urgent: Callable[[], bool],
+        on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
-        """`reading` is the check of the corpus: what was learned from it is saved when it has passed.
+        """Checkpoints are written once `corpus_check` has passed, or when `urgent` says that there is no time for it.
 
-        `hurried` says that there is no time to wait for that; `saved` hears of each checkpoint that is safe.
+        `on_saved` is called with the step of each checkpoint that is on disk.
         """
-        self.settings, self.files, self.reading, self.hurried = settings, files, reading, hurried
-        self.saved = saved
-        self.staging = training_state.Staging() if settings.checkpoint_in_background else None
-        self.writing: Background | None = None
-        self.failure: MissingResource | None = None
+        self.settings, self.files, self.take_snapshot = settings, files, take_snapshot
+        self.corpus_check, self.urgent, self.on_saved = corpus_check, urgent, on_saved
+        self.staging = StagingBuffer() if settings.checkpoint_in_background else None
+        self.pending: BackgroundTask | None = None
+        self.failure: MissingResourceError | None = None
         self.retry_at = math.inf
-        self.tried = -1
+        self.last_step = -1
+        """Of the last checkpoint that was started."""
         self.abandoned = threading.Event()
 
-    def save(self, step: int, take: Take) -> None:
-        """Begin the checkpoint of this moment, if that was not done already."""
-        if step == self.tried:
+    def save(self, state: TrainState, metrics: Metrics) -> None:
+        """Start the checkpoint of this moment, unless it was started before."""
+        if state.step == self.last_step:
             return
-        if self.writing is not None and not self.writing.ended.is_set():
+        if self.pending is not None and not self.pending.ended.is_set():
             log.info("the checkpoint before is still being written; training waits for it")
-        self.settle()
-        self._begin(step, take)
-        if self.staging is None:  # the moment passes with the next step
-            self.settle()
+        self.wait()
+        self._start(state, metrics)
+        if self.staging is None:  # the snapshot holds only until the next step
+            self.wait()
 
-    def look(self) -> bool:
-        """Hear how the last write ended; whether one that failed should be tried again now.
+    def poll(self) -> bool:
+        """Return whether a write that failed should be tried again now.
 
-        Raises InvalidFile where the corpus turned out to be damaged.
+        Raises InvalidFileError where the corpus turned out to be corrupted.
         """
-        if self.reading.ended.is_set():
-            self.reading.result()
-        if self.writing is not None and self.writing.ended.is_set():
-            self.settle()
+        if self.corpus_check.ended.is_set():
+            self.corpus_check.result()
+        if self.pending is not None and self.pending.ended.is_set():
+            self.wait()
         return time.monotonic() >= self.retry_at
 
-    def settle(self) -> None:
-        """Wait for the write under way. What the disk did is said aloud and tried again, anything else is raised."""
+    def wait(self) -> None:
+        """Wait for the pending write. A disk that fails is a warning and tried again; anything else is raised."""
         try:
             self._wait()
-        except MissingResource as error:
+        except MissingResourceError as error:
             self.retry_at = time.monotonic() + RETRY_SECONDS
             log.warning("NOT SAVED: %s. Training goes on and tries again in %d s", error, RETRY_SECONDS)
 
-    def finish(self, step: int, take: Take) -> None:
-        """Wait until the last step is saved, and try once more where that failed. Raises MissingResource."""
+    def finish(self, state: TrainState, metrics: Metrics) -> None:
+        """Wait until the last step is on disk, and try once more where that failed. Raises MissingResourceError."""
         try:
             self._wait()
-        except MissingResource as error:
+        except MissingResourceError as error:
             log.warning("NOT SAVED: %s. It is tried once more", error)
-        if self.failure is not None or not training_state.folder_of(self.files.path, step).exists():
-            self._begin(step, take)
+        if self.failure is not None or not training_state.checkpoint_dir(self.files.path, state.step).exists():
+            self._start(state, metrics)
             self._wait()
 
-    def __enter__(self) -> "Saving":
+    def __enter__(self) -> "AsyncCheckpointer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Let a write under way end; where a person is in a hurry, leave it as a killed process would."""
+        """Let the pending write end. After a second Ctrl-C, abandon it as a killed process would."""
         if kind is KeyboardInterrupt:
             self.abandoned.set()
-        if self.writing is not None:
-            self.writing.ended.wait(ABANDON_SECONDS if kind is KeyboardInterrupt else None)
-            if self.writing.error is not None and kind is not KeyboardInterrupt:
-                log.warning("NOT SAVED: %s", self.writing.error)
+        if self.pending is not None:
+            self.pending.ended.wait(ABANDON_SECONDS if kind is KeyboardInterrupt else None)
+            if self.pending.error is not None and kind is not KeyboardInterrupt:
+                log.warning("NOT SAVED: %s", self.pending.error)
 
-    def _begin(self, step: int, take: Take) -> None:
-        self.tried = step
+    def _start(self, state: TrainState, metrics: Metrics) -> None:
+        self.last_step = state.step
         try:
             self.files.flush()
-        except MissingResource as error:
-            failed = error
-            self.writing = Background(lambda: _raise(failed), "checkpoint")
+        except MissingResourceError as error:
+            self.pending = BackgroundTask(partial(_raise, error), "checkpoint")
             return
-        moment = take(self.staging)
-        self.writing = Background(lambda: self._write(moment), "checkpoint")
+        snapshot = self.take_snapshot(state, metrics, self.staging)
+        self.pending = BackgroundTask(partial(self._write, snapshot), "checkpoint")
 
     def _wait(self) -> None:
-        """Raises what the write under way raised."""
-        if self.writing is None:
+        """Raises what the pending write raised."""
+        if self.pending is None:
             return
-        self.writing.ended.wait()
-        writing, self.writing = self.writing, None
+        self.pending.ended.wait()
+        task, self.pending = self.pending, None
         self.failure, self.retry_at = None, math.inf
         try:
-            writing.result()
-        except MissingResource as error:
+            task.result()
+        except MissingResourceError as error:
             self.failure = error
             raise
-        self.saved(self.tried)
+        self.on_saved(self.last_step)
 
-    def _write(self, moment: training_state.Snapshot) -> None:
-        """The thread's work."""
-        while not self.reading.ended.wait(LOOK_SECONDS) and not self.hurried():
-            self._going_on()
-        if self.reading.ended.is_set():
-            self.reading.result()
+    def _write(self, snapshot: Snapshot) -> None:
+        """Do the thread's work."""
+        while not self.corpus_check.ended.wait(POLL_SECONDS) and not self.urgent():
+            self._raise_if_abandoned()
+        if self.corpus_check.ended.is_set():
+            self.corpus_check.result()
         self.files.sync()  # a checkpoint never has a step whose metrics are lost
-        folder = training_state.folder_of(self.files.path, moment.facts["step"])
-        if folder.exists():  # an earlier try failed when all but the last sync was done
-            atomic.sync(folder.parent)
+        folder = training_state.checkpoint_dir(self.files.path, snapshot.metadata["step"])
+        if folder.exists():  # an earlier try failed after all but the last fsync
+            atomic.fsync_path(folder.parent)
         else:
-            training_state.save(folder, moment, self._going_on)
+            training_state.save_checkpoint(folder, snapshot, self._raise_if_abandoned)
             log.info("saved %s", folder.name)
         try:
-            training_state.retain(self.files.path, self.settings.keep_last, self.settings.keep_best)
+            training_state.prune_checkpoints(self.files.path, self.settings.keep_last, self.settings.keep_best)
         except OSError as error:
             log.warning("older checkpoints could not be deleted: %s", error)
 
-    def _going_on(self) -> None:
+    def _raise_if_abandoned(self) -> None:
         if self.abandoned.is_set():
             raise KeyboardInterrupt
 

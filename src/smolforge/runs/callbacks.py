@@ -1,278 +1,225 @@
-"""What happens around the steps of a run: measure, sample, report, save.
+"""What a run does between its steps: validate, sample, report, save.
 
-Rank 0 does it. The others have the same actions in the same turn, and wait; nothing here changes a weight.
+Rank 0 does it. The other ranks have the same callbacks at the same steps, and wait. Nothing here changes a weight.
 """
 
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any
 
 import torch
 
-from smolforge.checkpoint import training_state
-from smolforge.config import Recipe
+from smolforge.checkpoint.training_state import Snapshot, StagingBuffer, take_snapshot
 from smolforge.data import corpus
-from smolforge.data.mixture import Mixture, Prepared
+from smolforge.data.mixture import Mixture
 from smolforge.data.preference_pairs import PairRows
 from smolforge.device import autocast
-from smolforge.device.usage import Energy, PerToken, Usage, energy
+from smolforge.device.usage import EnergyMeter, EnergyPerToken, ResourceUsage, open_energy_meter
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.perplexity import measure_mixture, measure_pairs
-from smolforge.evaluation.tasks import Task
-from smolforge.generation.stream import Prompt, generate
+from smolforge.generation.stream import generate
 from smolforge.models.decoder import LanguageModel
-from smolforge.runs.async_checkpoint import Background, Saving, Take
-from smolforge.runs.estimate import Plan
-from smolforge.runs.initial_model import told_of_base
-from smolforge.runs.mixture import Ledger, shares
+from smolforge.runs.async_checkpoint import AsyncCheckpointer, Metrics
+from smolforge.runs.context import RunContext
+from smolforge.runs.dataset import prompts_of
+from smolforge.runs.initial_model import base_model_metadata
+from smolforge.runs.mixture import SourceTokenCounter, source_fractions
 from smolforge.runs.resolve import fixed_settings
-from smolforge.tracking import Incident, Sampled, Saved, Stepped, Trackers
+from smolforge.tracking import Sampled, Stepped
 from smolforge.tracking.histograms import Watch, weight_norm
 from smolforge.training import optim
-from smolforge.training.distributed import Ranks
-from smolforge.training.dpo import Preference
-from smolforge.training.guard import Judge
-from smolforge.training.loop import Action, State
+from smolforge.training.dpo import DPOLoss
+from smolforge.training.guard import LossGuard
+from smolforge.training.loop import Callback, Hooks, TrainState
 from smolforge.training.objective import Objective
-from smolforge.training.run_folder import METRICS, SAMPLES, RunFolder
-from smolforge.training.signals import Stop
-
-Act = Callable[[State, dict[str, Any]], dict[str, Any] | None]
+from smolforge.training.run_folder import METRICS, SAMPLES
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """What a run tells while it goes."""
-
-    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int], source: str = "") -> None: ...
-    def referring(self, pairs: int, of: int) -> None: ...
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-    def sampled(self, text: str) -> None: ...
-
-
-class Silent:
-    """Hears nothing."""
-
-    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None: ...
-    def preparing(self, counts: dict[str, int], source: str = "") -> None: ...
-    def referring(self, pairs: int, of: int) -> None: ...
-    def stepped(self, metrics: dict[str, Any]) -> None: ...
-    def sampled(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Start:
-    """What all attempts of one start of a run share, as one of its ranks has it."""
-
-    recipe: Recipe
-    files: RunFolder
-    """Only rank 0 writes into it, and has it locked."""
-    text: Prepared
-    tasks: Sequence[Task]
-    """What is scored beside the held-out text, on rank 0."""
-    base: str | None
-    """What identifies the weights to start from, where those are needed as long as the run goes."""
-    reference: Path | None
-    """Where what the model to start from says of pairs is, or will be."""
-    reading: Background
-    """The check of the text, which rank 0 does."""
-    observer: Observer
-    trackers: Trackers
-    stop: Stop
-    ranks: Ranks
-    device: torch.device
-    profile: int | None
-    """Steps to profile, on rank 0."""
-    seen: Mapping[str, Any]
-    """What else may explain how fast it goes, to be written down."""
-
-    def record(self, incident: dict[str, Any]) -> None:
-        """Write down for good that numbers went wrong, and tell of it."""
-        self.files.record_incident(incident)
-        self.trackers(Incident(incident))
-
-    def saved(self, step: int) -> None:
-        """Tell that a checkpoint is safe."""
-        self.trackers(Saved(step, training_state.folder_of(self.files.path, step)))
-
-
-def prompts_of(recipe: Recipe) -> list[Prompt]:
-    """The recipe's prompts for samples: the beginning of a text each, or what a user says."""
-    if recipe.data.format == "text":
-        return list(recipe.train.sample_prompts)
-    return [[{"role": "user", "content": prompt}] for prompt in recipe.train.sample_prompts]
-
-
-class Workshop:
-    """What is at hand between the steps of one run, and the actions that use it."""
+class TrainingCallbacks:
+    """The callbacks of one run, and what they need."""
 
     def __init__(
         self,
-        start: Start,
+        context: RunContext,
         model: LanguageModel,
         optimizers: list[torch.optim.Optimizer],
-        judge: Judge,
-        saving: Saving,
-        pairs: PairRows | None = None,
-        ledger: Ledger | None = None,
+        *,
+        loss_guard: LossGuard,
+        checkpointer: AsyncCheckpointer,
+        validation_pairs: PairRows | None = None,
+        token_counter: SourceTokenCounter | None = None,
     ) -> None:
-        """`pairs` are what is held out, where the model learns from such; a mixture has a `ledger`."""
-        self.recipe, self.files, self.text, self.observer = start.recipe, start.files, start.text, start.observer
-        self.tasks, self.stop, self.ranks, self.trackers = start.tasks, start.stop, start.ranks, start.trackers
-        self.model, self.optimizers, self.judge, self.saving = model, optimizers, judge, saving
+        """DPO is validated on `validation_pairs`; a mixture counts the tokens of its sources in `token_counter`."""
+        self.recipe, self.files, self.dataset = context.recipe, context.files, context.dataset
+        self.tasks, self.stop, self.ranks = context.tasks, context.stop, context.ranks
+        self.listener, self.trackers = context.listener, context.trackers
+        self.model, self.optimizers = model, optimizers
+        self.loss_guard, self.checkpointer = loss_guard, checkpointer
+        self.validation_pairs, self.token_counter = validation_pairs, token_counter
         self.metrics: dict[str, Any] = {}
-        self.save_wanted = False
-        counted = energy(start.device) if self.ranks.size == 1 else Energy([])
-        self.drawn = PerToken(counted, start.recipe.train.batch_tokens)
-        self.usage = Usage(start.device)
-        self.base, self.adapter = told_of_base(start.recipe, start.base) if self.ranks.leads else ({}, None)
-        self.pairs, self.ledger = pairs, ledger
-        self.reference = {"reference": start.reference.name} if start.reference else {}
-        self.watch = Watch(model, start.recipe.report, start.trackers)
+        """Of the last step."""
+        self.retry_save = False
+        meter = open_energy_meter(context.device) if self.ranks.size == 1 else EnergyMeter([])
+        self.energy_meter = EnergyPerToken(meter, self.recipe.train.batch_tokens)
+        self.usage = ResourceUsage(context.device)
+        self.watch = Watch(model, self.recipe.report, context.trackers)
 
-    def actions(self) -> list[Action]:
-        """In the order they happen: a checkpoint comes after the line of metrics that belongs to it."""
+    def hooks(self, extra: Sequence[Callback] = ()) -> Hooks:
+        """Return all that this run adds to the training loop."""
+        return Hooks([*self.callbacks(), *extra], self.should_stop, self.on_gradients, self.loss_guard)
+
+    def callbacks(self) -> list[Callback]:
+        """Return the callbacks in the order they run: a checkpoint comes after its step's line of metrics."""
         settings, report = self.recipe.train, self.recipe.report
-        actions = []
-        if settings.evaluate_every and (self.held_out or settings.evaluate_tasks):
-            actions.append(Action(settings.evaluate_every, self.led(self.measure)))
+        on_rank_zero = partial(partial, self.ranks.on_rank_zero)
+        callbacks = []
+        if settings.evaluate_every and (self.has_validation_split or settings.evaluate_tasks):
+            callbacks.append(Callback(settings.evaluate_every, on_rank_zero(self.validate)))
         if settings.sample_every:
-            actions.append(Action(settings.sample_every, self.led(self.sample)))
-        if self.ranks.leads:
+            callbacks.append(Callback(settings.sample_every, on_rank_zero(self.sample)))
+        if self.ranks.is_main:
             if report.norms_every:
-                actions.append(Action(report.norms_every, self.weigh))
+                callbacks.append(Callback(report.norms_every, self.log_weight_norm))
             if report.watch:
-                actions.append(Action(report.watch_every, self.look))
-            actions.append(Action(1, self.report, late=True))
-        actions.append(Action(settings.checkpoint_every, self.led(self.save), wanted=lambda: self.save_wanted))
-        return actions
+                callbacks.append(Callback(report.watch_every, self.log_watched))
+            callbacks.append(Callback(1, self.report, metrics_only=True))
+        save = on_rank_zero(self.save)
+        callbacks.append(Callback(settings.checkpoint_every, save, force=lambda: self.retry_save))
+        return callbacks
 
-    def led(self, act: Act) -> Act:
-        """Done by rank 0 while the others wait."""
-        return lambda now, metrics: self.ranks.tell(lambda: act(now, metrics))
+    def should_stop(self) -> bool:
+        """Return whether any rank received a signal to stop. One exchange makes all ranks return the same.
 
-    def stopping(self) -> bool:
-        """Asked before each step: whether a signal to any rank asked for an end, and, for `save`, whether a checkpoint
-        that failed should be tried again. One exchange makes all ranks say the same.
+        The same exchange sets `retry_save`: whether a checkpoint that failed should be tried again.
         """
-        look = self.ranks.leads and self.saving.look()
-        said = self.ranks.gather(self.stop.asked_by or 0, int(look))
-        self.save_wanted = bool(said[0][1])
-        asked_by = next((number for number, _ in said if number), None)
-        if asked_by is not None:
-            self.stop.asked_by = signal.Signals(asked_by)
-        return asked_by is not None
+        retry = self.ranks.is_main and self.checkpointer.poll()
+        answers = self.ranks.all_gather(self.stop.received or 0, int(retry))
+        self.retry_save = bool(answers[0][1])
+        number = next((number for number, _ in answers if number), None)
+        if number is not None:
+            self.stop.received = signal.Signals(number)
+        return number is not None
 
     @property
-    def held_out(self) -> bool:
-        """Whether there is text to measure on."""
-        return self.text.size(corpus.HELD_OUT)["tokens"] > 0
+    def has_validation_split(self) -> bool:
+        """Whether the dataset has a validation split."""
+        return self.dataset.size(corpus.HELD_OUT)["tokens"] > 0
 
-    def measure(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
-        """On the held-out text, and on tasks."""
-        with optim.averaged(self.optimizers):
-            return (self.measured() if self.held_out else {}) | self.scored()
+    def validate(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return metrics of the validation split and scores of the tasks."""
+        with optim.ema_weights(self.optimizers):
+            return (self.validation_metrics() if self.has_validation_split else {}) | self.task_scores()
 
-    def scored(self) -> dict[str, float | int]:
-        """Accuracies of each task, by each way of counting, and how many items it has."""
-        found: dict[str, float | int] = {}
+    def task_scores(self) -> dict[str, float | int]:
+        """Return each task's accuracies, by each way of counting, and its number of items."""
+        scores: dict[str, float | int] = {}
         self.model.eval()
         for task in self.tasks:
-            with autocast(self.recipe.train.dtype, self.model.head.device):
-                told = summary(score(self.model, task.items))
-            found |= {f"task_{task.name}_{name}": told[name] for name in ("acc", "acc_norm", "acc_chars", "n")}
+            with autocast(self.recipe.train.dtype, self.model.lm_head_weight.device):
+                result = summary(score(self.model, task.items))
+            scores |= {f"task_{task.name}_{name}": result[name] for name in ("acc", "acc_norm", "acc_chars", "n")}
         self.model.train()
-        return found
+        return scores
 
-    def measured(self) -> dict[str, float]:
-        """Loss and what goes with it, on the held-out text or pairs."""
+    def validation_metrics(self) -> dict[str, float]:
+        """Return loss and what goes with it, of the validation split."""
         settings = self.recipe.train
-        if self.pairs is not None:
-            objective = Objective(self.model, settings.dtype, preference=Preference(self.recipe.dpo.beta))
-            found = measure_pairs(objective, self.pairs, settings.evaluate_tokens)
-            return {f"validation_{name}": value for name, value in found.items()}
-        sizes = {"sequence_length": settings.sequence_length, "max_tokens": settings.evaluate_tokens}
-        way = {
-            "precision": autocast(settings.dtype, self.model.head.device),
+        if self.validation_pairs is not None:
+            objective = Objective(self.model, settings.dtype, preference=DPOLoss(self.recipe.dpo.beta))
+            values = measure_pairs(objective, self.validation_pairs, settings.evaluate_tokens)
+            return {f"validation_{name}": value for name, value in values.items()}
+        options: dict[str, Any] = {
+            "sequence_length": settings.sequence_length,
+            "max_tokens": settings.evaluate_tokens,
+            "precision": autocast(settings.dtype, self.model.lm_head_weight.device),
             "intra_document_masking": self.recipe.data.intra_document_masking,
         }
-        if isinstance(self.text, Mixture):
-            found = measure_mixture(self.model, self.text, shares(self.recipe), **sizes, **way)
-            return {f"validation_{name}": value for name, value in found.items()}
-        found = measure_corpus(self.model, self.text, **sizes, **way)
-        return {f"validation_{name}": found[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+        if isinstance(self.dataset, Mixture):
+            values = measure_mixture(self.model, self.dataset, source_fractions(self.recipe), **options)
+            return {f"validation_{name}": value for name, value in values.items()}
+        values = measure_corpus(self.model, self.dataset, **options)
+        return {f"validation_{name}": values[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
-    def sample(self, now: State, metrics: dict[str, Any]) -> None:
+    def sample(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Generate from the recipe's prompts, and report the texts."""
         prompts, options = prompts_of(self.recipe), self.recipe.sample.model_dump()
         if options["seed"] is None:
-            options["seed"] = self.recipe.seed + now.step
+            options["seed"] = self.recipe.seed + state.step
         self.model.eval()
-        with optim.averaged(self.optimizers):
-            found = generate(self.model, prompts, **options)
+        with optim.ema_weights(self.optimizers):
+            completions = generate(self.model, prompts, **options)
         self.model.train()
-        between = "" if self.text.format == "text" else "\n"
-        for number, (prompt, completion) in enumerate(zip(self.recipe.train.sample_prompts, found, strict=True)):
-            self.files.append(SAMPLES, {"step": now.step, "prompt": prompt, "text": completion.text})
-            self.observer.sampled(prompt + between + completion.text)
-            self.trackers(Sampled(now.step, number, prompt, completion.text))
+        separator = "" if self.dataset.format == "text" else "\n"
+        for number, (prompt, completion) in enumerate(zip(self.recipe.train.sample_prompts, completions, strict=True)):
+            self.files.append(SAMPLES, {"step": state.step, "prompt": prompt, "text": completion.text})
+            self.listener.on_sample(prompt + separator + completion.text)
+            self.trackers(Sampled(state.step, number, prompt, completion.text))
 
-    def weigh(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
+    def log_weight_norm(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Return the norm of all weights."""
         return {"weight_norm": weight_norm(self.model)}
 
-    def looking(self, step: int) -> None:
-        """At the gradients of a step, on rank 0."""
-        if self.ranks.leads:
+    def on_gradients(self, step: int) -> None:
+        """Record the gradients of a step, on rank 0, where the recipe asks for histograms."""
+        if self.ranks.is_main:
             self.watch.gradients(step)
 
-    def look(self, now: State, metrics: dict[str, Any]) -> dict[str, Any]:
-        return self.watch.after(now.step)
+    def log_watched(self, state: TrainState, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Report histograms of weights and gradients; return their norms."""
+        return self.watch.finish_step(state.step)
 
-    def report(self, now: State, metrics: dict[str, Any]) -> None:
-        metrics["batch"] = self.judge.decisions.batch(now.step - 1)
-        if self.ledger is not None:
-            metrics |= self.ledger.after_a_step(metrics["batch"], "left_out" in metrics)
-        metrics |= self.drawn.after_a_step() | self.usage.after_a_step()
+    def report(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Complete the step's metrics, write their line, and report them."""
+        metrics["batch"] = self.loss_guard.decisions.next_batch(state.step - 1)
+        if self.token_counter is not None:
+            metrics |= self.token_counter.after_a_step(metrics["batch"], "left_out" in metrics)
+        metrics |= self.energy_meter.sample() | self.usage.sample()
         self.metrics = metrics
         self.files.append(METRICS, metrics)
-        self.observer.stepped(metrics)
+        self.listener.on_step(metrics)
         self.trackers(Stepped(metrics))
 
-    def save(self, now: State, metrics: dict[str, Any]) -> None:
-        """Not in the middle of updates left out: a rewind goes back to before the first of them."""
+    def save(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Start a checkpoint, except amid skipped updates: a rewind goes back to before the first of them."""
         if "left_out" not in metrics:
-            self.saving.save(now.step, self.taking(now))
+            self.checkpointer.save(state, metrics)
 
-    def finish(self, now: State) -> None:
-        """Come back when the last step is safe on disk. Raises MissingResource if that cannot be."""
-        self.saving.finish(now.step, self.taking(now))
+    def finish(self, state: TrainState) -> None:
+        """Return when the last step is on disk. Raises MissingResourceError where that cannot be."""
+        self.checkpointer.finish(state, self.metrics)
 
-    def taking(self, now: State) -> Take:
-        """How a snapshot of this moment is taken."""
 
-        def take(staging: training_state.Staging | None) -> training_state.Snapshot:
-            facts = self.facts(now)
-            with optim.averaged(self.optimizers):
-                moments = optim.state_tensors(self.optimizers, self.model)
-                return training_state.snapshot(self.model, moments, facts, staging, self.adapter)
+@dataclass(frozen=True)
+class SnapshotTaker:
+    """Copies all that a checkpoint holds, at one moment of a run."""
 
-        return take
+    context: RunContext
+    model: LanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    loss_guard: LossGuard
 
-    def facts(self, now: State) -> dict[str, Any]:
-        """What state.json says of this moment."""
-        loss = self.metrics.get("validation_loss")
+    def __call__(self, state: TrainState, metrics: Metrics, staging: StagingBuffer | None) -> Snapshot:
+        """Return a snapshot of weights (or their EMA), optimizer and random states, and metadata."""
+        base, adapter_settings = base_model_metadata(self.context.recipe, self.context.base_fingerprint)
+        metadata = self.metadata(state, metrics) | base
+        with optim.ema_weights(self.optimizers):
+            tensors = optim.state_tensors(self.optimizers, self.model)
+            return take_snapshot(self.model, tensors, metadata, staging=staging, adapter_settings=adapter_settings)
+
+    def metadata(self, state: TrainState, metrics: Metrics) -> dict[str, Any]:
+        """Return what state.json holds of this moment."""
+        loss, reference_dir = metrics.get("validation_loss"), self.context.reference_dir
         return {
-            "step": now.step,
-            "tokens": now.tokens,
-            "corpus": self.text.fingerprint,
+            "step": state.step,
+            "tokens": state.tokens,
+            "corpus": self.context.dataset.fingerprint,
             "validation_loss": loss if loss is not None and math.isfinite(loss) else None,
-            "recipe": fixed_settings(self.recipe),
-            "incidents": self.files.incidents(),
-            "recent_losses": list(self.judge.recent),
-            **self.base,
-            **self.reference,
+            "recipe": fixed_settings(self.context.recipe),
+            "incidents": self.context.files.incidents(),
+            "recent_losses": list(self.loss_guard.recent),
+            **({"reference": reference_dir.name} if reference_dir else {}),
         }

@@ -1,4 +1,4 @@
-"""The text of a run: the corpus its recipe names, or one made from its sources, by a tokenizer that all agree on."""
+"""The dataset of a run: the corpus its recipe names, or one prepared from its sources, with one tokenizer for all."""
 
 import logging
 import math
@@ -9,199 +9,209 @@ from typing import assert_never
 from smolforge.checkpoint import loading
 from smolforge.config import Recipe
 from smolforge.data import batches, corpus, packing, preference_pairs
-from smolforge.data.mixture import FILE, Mixture, MixtureRows, Prepared
+from smolforge.data.mixture import MIXTURE_FILE, Mixture, MixtureWindows, PreparedData
 from smolforge.data.prepare import build
-from smolforge.data.sources import on_hub
-from smolforge.errors import SettingError
+from smolforge.data.sources import is_on_hub
+from smolforge.errors import ConfigError
 from smolforge.evaluation import tasks
-from smolforge.evaluation.multiple_choice import encoded
+from smolforge.evaluation.multiple_choice import encode_items
 from smolforge.evaluation.tasks import Task
-from smolforge.generation.stream import prompt_ids
+from smolforge.generation.stream import Prompt, prompt_ids
 from smolforge.runs import reference_logprobs
-from smolforge.runs.callbacks import Observer, prompts_of
-from smolforge.runs.mixture import open_mixture, order_of, tell_of_mixture
+from smolforge.runs.context import ProgressListener
+from smolforge.runs.mixture import log_mixture, open_mixture, order_of
 from smolforge.tokenizer import Tokenizer
 from smolforge.training.run_folder import RunFolder
 
 log = logging.getLogger("smolforge")
 
 
-def open_text(recipe: Recipe, folder: Path, begun: bool, observer: Observer) -> Prepared:
-    """What the recipe learns from, one corpus or a mixture, prepared before the run begins."""
+def open_dataset(recipe: Recipe, folder: Path, exists: bool, *, listener: ProgressListener) -> PreparedData:
+    """Open the recipe's dataset, one corpus or a mixture; prepare it where the run does not exist yet."""
     if recipe.data.mixture is None:
-        return open_corpus(recipe, folder, begun, observer, most_streamed(recipe))
-    found = begun and (folder / FILE).is_file()  # a run that goes on needs nothing it began from
-    named = {} if found else named_tokenizers(recipe)
-    text = open_mixture(recipe, folder, found, next(iter(named.values()), None), observer.preparing)
-    for each in text.sources.values():
-        check_same_tokenizer(each, named)
-    check_vocabulary(len(text.tokenizer()), recipe)
-    return text
+        return open_corpus(recipe, folder, exists, listener=listener, max_tokens=max_streamed_tokens(recipe))
+    has_mixture = exists and (folder / MIXTURE_FILE).is_file()  # a run that goes on needs nothing it began from
+    tokenizers = {} if has_mixture else named_tokenizers(recipe)
+    mixture = open_mixture(
+        recipe, folder, has_mixture, tokenizer=next(iter(tokenizers.values()), None), report=listener.on_prepare
+    )
+    for corpus_of_source in mixture.sources.values():
+        check_same_tokenizer(corpus_of_source, tokenizers)
+    check_vocabulary(len(mixture.tokenizer()), recipe)
+    return mixture
 
 
 def open_corpus(
-    recipe: Recipe, folder: Path, begun: bool, observer: Observer, most: int | None = None
+    recipe: Recipe, folder: Path, exists: bool, *, listener: ProgressListener, max_tokens: int | None = None
 ) -> corpus.Corpus:
-    """The prepared corpus the recipe names, or one made in the run folder from its sources before it begins, of at most
-    so many tokens.
-    """
-    if begun and (folder / "corpus" / "corpus.json").is_file():
+    """Open the prepared corpus the recipe names, or prepare one in the run folder, of at most `max_tokens` tokens."""
+    if exists and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
     sources = recipe.data.sources
-    named = {} if begun else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
-    if recipe.special_tokens and not named and not begun:
-        raise SettingError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
+    tokenizers = {} if exists else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
+    if recipe.special_tokens and not tokenizers and not exists:
+        raise ConfigError("special_tokens are added to a tokenizer that was named; --tokenizer names one")
     for source in sources:
         if (Path(source) / "corpus.json").is_file():
             if len(sources) > 1:
-                raise SettingError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
+                raise ConfigError(f"data.sources: the prepared corpus {source} stands alone; give it no company")
             prepared = corpus.Corpus.open(Path(source))
             check_same_format(prepared, recipe)
-            check_same_tokenizer(prepared, named)
+            check_same_tokenizer(prepared, tokenizers)
             check_vocabulary(len(prepared.tokenizer()), recipe)
             return prepared
-    tokenizer = next(iter(named.values()), None)
+    tokenizer = next(iter(tokenizers.values()), None)
     if tokenizer:
         check_vocabulary(len(tokenizer), recipe)
-    elif recipe.init_from is not None and not begun:
-        raise SettingError(
+    elif recipe.init_from is not None and not exists:
+        raise ConfigError(
             f"{recipe.init_from} has no tokenizer beside it, and another would number the words otherwise; --tokenizer "
             "names the one it was trained with (HuggingFaceTB/cosmo2-tokenizer is that of SmolLM and SmolLM2)"
         )
-    if not begun:  # what a try that never came to its first step left, unless it is of the same text
-        build.clear(folder / "corpus", recipe.data, tokenizer, recipe.model.vocab_size, most)
-    asked = (recipe.data, folder / "corpus", tokenizer, recipe.model.vocab_size, most)
-    made = build.prepare(*asked, report=observer.preparing)
-    check_same_tokenizer(made, named)
-    return made
+    out, limits = folder / "corpus", {"vocab_size": recipe.model.vocab_size, "max_tokens": max_tokens}
+    if not exists:  # what a try that never came to its first step left, unless it is of the same text
+        build.remove_outdated(out, recipe.data, tokenizer, **limits)
+    prepared = build.prepare(recipe.data, out, tokenizer, **limits, report=listener.on_prepare)
+    check_same_tokenizer(prepared, tokenizers)
+    return prepared
 
 
-def most_streamed(recipe: Recipe) -> int | None:
-    """Tokens to prepare of a data set on the Hub: what is read up to the schedule's horizon, and the share held out.
+def max_streamed_tokens(recipe: Recipe) -> int | None:
+    """Return the tokens to prepare of a dataset on the Hub: up to the schedule's horizon, and the validation split.
 
-    None, for all there is, of other texts, and where epochs of it are counted.
+    None, for all there are, of other texts, and where epochs are counted.
     """
     data, train = recipe.data, recipe.train
-    if data.format != "text" or train.epochs is not None or len(data.sources) != 1 or not on_hub(data.sources[0]):
+    if data.format != "text" or train.epochs is not None or len(data.sources) != 1 or not is_on_hub(data.sources[0]):
         return None
     steps = recipe.optim.schedule.steps or train.steps
     return math.ceil((steps * train.batch_tokens + 1) / (1 - data.held_out))
 
 
 def named_tokenizers(recipe: Recipe) -> dict[str, Tokenizer]:
-    """The tokenizers a recipe brings, its own and that of the model it starts from, with the tokens it adds."""
-    found: dict[str, Tokenizer] = {}
+    """Return the tokenizers a recipe names, its own and its base model's, with the special tokens it adds, by flag."""
+    tokenizers: dict[str, Tokenizer] = {}
     # First the model's: where both name one on the Hub, that brings all its files at once.
-    begun = _its_own(recipe.init_from) if recipe.init_from is not None else None
+    of_base_model = tokenizer_of_model(recipe.init_from) if recipe.init_from is not None else None
     if recipe.tokenizer is not None:
-        found["--tokenizer"] = loading.tokenizer(recipe.tokenizer)
-    if begun is not None:
-        found["--init-from"] = begun
+        tokenizers["--tokenizer"] = loading.load_tokenizer(recipe.tokenizer)
+    if of_base_model is not None:
+        tokenizers["--init-from"] = of_base_model
     added = recipe.special_tokens
-    return {flag: each.with_special_tokens(added) if added else each for flag, each in found.items()}
+    return {
+        flag: tokenizer.with_special_tokens(added) if added else tokenizer for flag, tokenizer in tokenizers.items()
+    }
 
 
-def _its_own(model: str) -> Tokenizer | None:
-    """The tokenizer that a MODEL brings."""
-    return loading.tokenizer_of(loading.with_tokenizer(loading.find(model)))
+def tokenizer_of_model(model: str) -> Tokenizer | None:
+    """Return the tokenizer that a MODEL brings."""
+    return loading.tokenizer_of(loading.tokenizer_folder(loading.resolve_model_path(model)))
 
 
-def check_same_tokenizer(text: corpus.Corpus, named: dict[str, Tokenizer]) -> None:
-    """All must number the words alike, or a model would learn from words that are not there."""
-    for flag, tokenizer in named.items():
-        if tokenizer.fingerprint != text.facts["tokenizer"]:
-            raise SettingError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
+def check_same_tokenizer(text: corpus.Corpus, tokenizers: dict[str, Tokenizer]) -> None:
+    """Raise ConfigError where a corpus was made with another tokenizer than a named one."""
+    for flag, tokenizer in tokenizers.items():
+        if tokenizer.fingerprint != text.metadata["tokenizer"]:
+            raise ConfigError(f"the corpus {text.folder} was made with another tokenizer than that of {flag}")
 
 
 def check_same_format(text: corpus.Corpus, recipe: Recipe) -> None:
-    """A recipe says what it learns from."""
+    """Raise ConfigError where a corpus has another format than the recipe's."""
     if text.format != recipe.data.format:
         form = text.format
-        raise SettingError(f"the corpus {text.folder} is {form}; --data.format {form} learns from it as such")
+        raise ConfigError(f"the corpus {text.folder} is {form}; --data.format {form} learns from it as such")
 
 
 def check_vocabulary(ids: int, recipe: Recipe) -> None:
+    """Raise ConfigError where the tokenizer has more ids than the model."""
     if ids > recipe.model.vocab_size:
-        raise SettingError(
+        raise ConfigError(
             f"the tokenizer has {ids:,} ids and model.vocab_size is {recipe.model.vocab_size:,}; "
             f"--model.vocab-size {ids} makes them fit"
         )
 
 
-def rows_of(text: Prepared, recipe: Recipe, known: reference_logprobs.LogProbs | None = None) -> batches.Rows:
-    """What batches are made of; of pairs with what is `known` of them. Raises InvalidFile for less than a row."""
+def build_row_source(
+    text: PreparedData, recipe: Recipe, ref_logprobs: reference_logprobs.LogProbs | None = None
+) -> batches.RowSource:
+    """Return what batches are made of. Raises InvalidFileError where the dataset has less than a row."""
     if isinstance(text, Mixture):
-        texts = {name: each.tokens(corpus.TRAIN) for name, each in text.sources.items()}
-        return MixtureRows(texts, order_of(recipe), recipe.train.sequence_length, recipe.seed)
+        texts = {name: source_corpus.tokens(corpus.TRAIN) for name, source_corpus in text.sources.items()}
+        return MixtureWindows(texts, order_of(recipe), recipe.train.sequence_length, seed=recipe.seed)
     match recipe.data.format:
         case "text":
-            return batches.Windows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
+            return batches.TokenWindows(text.tokens(corpus.TRAIN), recipe.train.sequence_length, recipe.seed)
         case "chat":
-            return packing.PackedRows(text, corpus.TRAIN, recipe.train.sequence_length, recipe.seed)
+            return packing.PackedRows(text, corpus.TRAIN, recipe.train.sequence_length, seed=recipe.seed)
         case "pairs":
-            return reference_logprobs.rows_of(text, corpus.TRAIN, recipe, known)
+            return reference_logprobs.rows_of(text, corpus.TRAIN, recipe, ref_logprobs=ref_logprobs)
         case never:
             assert_never(never)
 
 
 def tasks_of(recipe: Recipe) -> list[Task]:
-    """What to score while training.
-
-    Raises SettingError, InvalidFile or MissingResource for what is no task, or cannot be read.
-    """
+    """Load the tasks to score while training. Raises what `load_task` raises."""
     settings = recipe.train
-    words = settings.evaluate_tasks if settings.evaluate_tasks and settings.evaluate_every else ()
-    found = [tasks.find(word, settings.evaluate_task_items) for word in words]
-    names = [task.name for task in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SettingError(f"two of train.evaluate_tasks are called {twice[0]}; name each once, or rename a file")
-    return found
+    names_or_files = settings.evaluate_tasks if settings.evaluate_tasks and settings.evaluate_every else ()
+    loaded = [tasks.load_task(word, settings.evaluate_task_items) for word in names_or_files]
+    names = [task.name for task in loaded]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two of train.evaluate_tasks are called {repeated[0]}; name each once, or rename a file")
+    return loaded
 
 
-def tell_of_rows(text: Prepared, source: batches.Rows, recipe: Recipe) -> None:
-    """Say aloud how often the sources of a mixture are read, and what of conversations is too long to be learned."""
-    if isinstance(text, Mixture) and isinstance(source, MixtureRows):
-        tell_of_mixture(text, source, recipe)
+def log_row_stats(text: PreparedData, source: batches.RowSource, recipe: Recipe) -> None:
+    """Log how often the sources of a mixture are read, and which conversations or pairs are too long to be learned."""
+    if isinstance(text, Mixture) and isinstance(source, MixtureWindows):
+        log_mixture(text, source, recipe)
     if isinstance(source, preference_pairs.PairRows):
-        a_step = source.pairs / source.count * recipe.train.rows
+        a_step = source.pairs / source.count * recipe.train.sequences_per_step
         log.info("%s pairs, %.1f a step; %.1f %% of the rows filled up", source.pairs, a_step, 100 * source.padding)
-        if source.cut:
+        if source.num_truncated:
             log.warning(
                 "of %s pairs %s are longer than dpo.max_length (%s) tokens: of those the end of the prompt is kept, %s "
                 "tokens, and of the answers what there is room for",
-                f"{source.pairs:,}", f"{source.cut:,}", *recipe.dpo.lengths(recipe.train.sequence_length),
+                f"{source.pairs:,}", f"{source.num_truncated:,}", *recipe.dpo.lengths(recipe.train.sequence_length),
             )  # fmt: skip
-    if isinstance(source, packing.PackedRows) and source.cut + source.left_out:
+    if isinstance(source, packing.PackedRows) and source.num_truncated + source.num_dropped:
         log.warning(
             "of %s conversations %s are longer than a row of train.sequence_length (%s) tokens and cut after a whole "
             "turn, or at the row's end where the first is too long; %s more, whose first answer begins beyond it, "
             "are left out",
-            f"{len(source.lengths):,}", f"{source.cut:,}", f"{recipe.train.sequence_length:,}", f"{source.left_out:,}",
+            f"{len(source.lengths):,}", f"{source.num_truncated:,}", f"{recipe.train.sequence_length:,}",
+            f"{source.num_dropped:,}",
         )  # fmt: skip
 
 
-def count_rows(recipe: Recipe, folder: Path, observer: Observer) -> int:
-    """Rows of one epoch, for which the text is prepared in the folder of a run that has not begun."""
+def count_rows(recipe: Recipe, folder: Path, listener: ProgressListener) -> int:
+    """Return the sequences of one epoch; the data is prepared in the folder of a run that does not exist yet."""
     with RunFolder.open(folder):
-        return rows_of(open_corpus(recipe, folder, False, observer), recipe).count
+        return build_row_source(open_corpus(recipe, folder, False, listener=listener), recipe).count
+
+
+def prompts_of(recipe: Recipe) -> list[Prompt]:
+    """Return the recipe's prompts for samples: texts to continue, or messages of a user."""
+    if recipe.data.format == "text":
+        return list(recipe.train.sample_prompts)
+    return [[{"role": "user", "content": prompt}] for prompt in recipe.train.sample_prompts]
 
 
 def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Refuse samples that could not be drawn, before the first step rather than at their first turn."""
+    """Raise ConfigError for prompts that fill the model's context, before the first step."""
     limit = recipe.model.max_position_embeddings
     for prompt in prompts_of(recipe) if recipe.train.sample_every else ():
         if len(prompt_ids(tokenizer, prompt)) >= limit:
-            raise SettingError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
+            raise ConfigError(f"a prompt of train.sample_prompts fills the model's context of {limit} tokens")
 
 
-def check_items(asked: Sequence[Task], recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Refuse items beyond the model's context before the first step rather than at their first turn."""
-    for task in asked:
-        encoded(tokenizer, task.items, recipe.model.max_position_embeddings)
+def check_items(eval_tasks: Sequence[Task], recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raise an error for task items beyond the model's context, before the first step."""
+    for task in eval_tasks:
+        encode_items(tokenizer, task.items, recipe.model.max_position_embeddings)
 
 
-def check_held_out(text: Prepared, recipe: Recipe) -> None:
-    """Refuse held-out conversations that are all too long to be measured, before the first step as well."""
+def check_held_out(text: PreparedData, recipe: Recipe) -> None:
+    """Raise InvalidFileError where all conversations of the validation split are too long, before the first step."""
     measured = recipe.train.evaluate_every and text.size(corpus.HELD_OUT)["tokens"]
     if measured and isinstance(text, corpus.Corpus) and text.format == "chat":
         packing.PackedRows(text, corpus.HELD_OUT, recipe.train.sequence_length, seed=0)

@@ -1,4 +1,4 @@
-"""The model that a run begins from: fresh weights, somebody's, or somebody's that stay while low-rank updates learn."""
+"""The model a run starts from: new weights, a base model's, or a base model's that LoRA leaves as they are."""
 
 import logging
 from pathlib import Path
@@ -8,58 +8,61 @@ import torch
 
 from smolforge.checkpoint import loading, nanotron, optimizer_state, peft_adapter
 from smolforge.config import Recipe
-from smolforge.data.mixture import Prepared
-from smolforge.errors import InvalidFile
+from smolforge.data.mixture import PreparedData
+from smolforge.errors import InvalidFileError
 from smolforge.models import lora
-from smolforge.models.decoder import LanguageModel, adapted, allocate, build
+from smolforge.models.decoder import LanguageModel, adapt_to_config, build, empty_model
 from smolforge.training import optim
 
 log = logging.getLogger("smolforge")
 
 
-def initial_model(recipe: Recipe, text: Prepared, filled_later: bool) -> LanguageModel:
-    """Fresh weights, those to start from, or none yet where a checkpoint or rank 0 is about to fill them."""
+def initial_model(recipe: Recipe, text: PreparedData, filled_later: bool) -> LanguageModel:
+    """Return a model with new weights, those to start from, or empty ones that a checkpoint or rank 0 will fill."""
     dtype = torch.float64 if recipe.train.dtype == "float64" else torch.float32
-    low_rank = recipe.lora.rank is not None
-    if filled_later and not low_rank:
-        model = allocate(recipe.model, dtype)
+    with_lora = recipe.lora.rank is not None
+    if filled_later and not with_lora:
+        model = empty_model(recipe.model, dtype)
     elif recipe.init_from is not None:
-        model = adapted(begun_from(loading.find(recipe.init_from), recipe.init_moments, dtype), recipe.model)
+        model = adapt_to_config(
+            load_base_model(loading.resolve_model_path(recipe.init_from), recipe.init_moments, dtype), recipe.model
+        )
     else:
         model = build(recipe.model, recipe.seed, dtype)
-    if low_rank:
-        lora.adapt(model, recipe.lora, recipe.seed)
+    if with_lora:
+        lora.add_lora(model, recipe.lora, recipe.seed)
     model.tokenizer = text.tokenizer()
     return model
 
 
-def begun_from(folder: Path, with_moments: bool, dtype: torch.dtype) -> LanguageModel:
-    """A folder's model; with moments, the weights that these belong to, to all the digits there are."""
+def load_base_model(folder: Path, with_moments: bool, dtype: torch.dtype) -> LanguageModel:
+    """Load a folder's model; with moments, in the precision of the fp32 weights that belong to them."""
     if with_moments and nanotron.is_checkpoint(folder):
-        return nanotron.optimizer.load(folder, dtype)
-    return loading.load(folder, dtype).train() if peft_adapter.is_adapter(folder) else loading.weights_of(folder, dtype)
+        return nanotron.optimizer.load_master_weights(folder, dtype)
+    return (
+        loading.load(folder, dtype).train() if peft_adapter.is_adapter(folder) else loading.load_weights(folder, dtype)
+    )
 
 
-def bring_moments(recipe: Recipe, model: LanguageModel, chosen: list[torch.optim.Optimizer]) -> None:
-    """Where the recipe asks for them, give AdamW the moments of the model that the run starts from.
-
-    An average of the weights begins with the run.
-    """
+def load_initial_moments(recipe: Recipe, model: LanguageModel, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load AdamW's moments of the base model, where the recipe asks for them. The EMA starts with the run."""
     if recipe.init_moments and recipe.init_from is not None:
-        found = optimizer_state.read(loading.find(recipe.init_from), model.head.dtype)
-        optim.load_state_tensors([each for each in chosen if not isinstance(each, optim.Average)], model, found)
-        steps = found[f"step.{next(name for name, _ in model.named_parameters())}"]
+        tensors = optimizer_state.read_moments(loading.resolve_model_path(recipe.init_from), model.lm_head_weight.dtype)
+        optim.load_state_tensors(
+            [optimizer for optimizer in optimizers if not isinstance(optimizer, optim.EMA)], model, tensors
+        )
+        steps = tensors[f"step.{next(name for name, _ in model.named_parameters())}"]
         log.info("AdamW goes on with the moments of %s after its %d steps", recipe.init_from, steps.item())
 
 
-def told_of_base(recipe: Recipe, base: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What a checkpoint of low-rank updates says of the model they change: for us its fingerprint, and for peft."""
+def base_model_metadata(recipe: Recipe, base: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return what a LoRA checkpoint says of its base model: our fingerprint of it, and peft's settings."""
     if recipe.lora.rank is None or recipe.init_from is None:
         return {}, None
-    return {"base": base}, peft_adapter.settings_of(recipe.lora, recipe.init_from)
+    return {"base": base}, peft_adapter.adapter_config(recipe.lora, recipe.init_from)
 
 
-def check_base(recipe: Recipe, base: str | None, checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Raises InvalidFile where the model that low-rank updates belong to is another by now."""
-    if recipe.lora.rank is not None and base != facts.get("base"):
-        raise InvalidFile(f"{checkpoint} changes the model {recipe.init_from}, whose weights are others now")
+def check_base(recipe: Recipe, base: str | None, checkpoint: Path, *, metadata: dict[str, Any]) -> None:
+    """Raise InvalidFileError where the base model of a LoRA run has changed since."""
+    if recipe.lora.rank is not None and base != metadata.get("base"):
+        raise InvalidFileError(f"{checkpoint} changes the model {recipe.init_from}, whose weights are others now")

@@ -1,9 +1,9 @@
-"""A run's mixture: how much it needs of each source, where that is prepared, and what was learned from each.
+"""A run's mixture: the tokens it needs of each source, where they are prepared, and the tokens learned from each.
 
     weights, stages, steps -> tokens of each source -> CACHE/SOURCE-KEY, a corpus each -> RUN/mixture.json
 
-The key is of all that a corpus follows from: the source's files, how they are read, the tokenizer, the tokens. So runs
-share what is prepared, and a source or tokenizer that changed is prepared anew. A run that goes on reads what
+The key is a hash of all that the corpus depends on: the source's files, how they are read, the tokenizer, the tokens.
+Runs share what is prepared; a source or tokenizer that changed is prepared again. A resumed run reads what
 mixture.json names, and nothing else.
 """
 
@@ -21,126 +21,132 @@ from pathlib import Path
 
 from smolforge import atomic
 from smolforge.config import Data, Recipe
-from smolforge.config.data import READING
+from smolforge.config.data import READ_SETTINGS
 from smolforge.data import sources
 from smolforge.data.corpus import TRAIN, Corpus
-from smolforge.data.mixture import FILE, Mixture, MixtureRows, Order
+from smolforge.data.mixture import MIXTURE_FILE, Mixture, MixtureSchedule, MixtureWindows
 from smolforge.data.prepare import build
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.tokenizer import Tokenizer
 from smolforge.training.guard import Decisions
 
 log = logging.getLogger("smolforge")
 Report = Callable[[dict[str, int], str], None]
 """Hears what is done of the source of a name."""
-SHARED = re.compile(rf"\bdata\.(?=({'|'.join(name.replace('_', '[-_]') for name in READING)})\b)")
+SHARED = re.compile(rf"\bdata\.(?=({'|'.join(name.replace('_', '[-_]') for name in READ_SETTINGS)})\b)")
 """What sentences about one text call the settings that a source of a mixture has of its own."""
 
 
-def order_of(recipe: Recipe) -> Order:
-    """The order of the sources of a recipe's mixture."""
-    ends = recipe.data.ends(recipe.train.batch_tokens, recipe.optim.schedule.over(recipe.train.steps))
-    return Order.of(recipe.data, ends, recipe.train.rows)
+def order_of(recipe: Recipe) -> MixtureSchedule:
+    """Return the schedule of a recipe's mixture: which source each window comes from."""
+    ends = recipe.data.stage_ends(recipe.train.batch_tokens, recipe.optim.schedule.resolved(recipe.train.steps))
+    return MixtureSchedule.from_data(recipe.data, ends, recipe.train.sequences_per_step)
 
 
-def planned(recipe: Recipe) -> dict[str, int]:
-    """Windows of each source over the schedule's horizon: the same wherever the run stops."""
+def window_counts(recipe: Recipe) -> dict[str, int]:
+    """Return the windows of each source up to the schedule's horizon, wherever the run stops."""
     order = order_of(recipe)
-    counts = order.counts((recipe.optim.schedule.steps or recipe.train.steps) * recipe.train.rows)
+    counts = order.counts((recipe.optim.schedule.steps or recipe.train.steps) * recipe.train.sequences_per_step)
     return dict(zip(order.names, counts, strict=True))
 
 
-def needs(recipe: Recipe) -> dict[str, int]:
-    """Training tokens of each source up to the horizon, if nothing were read twice; a window at least."""
-    return {name: max(1, count) * recipe.train.sequence_length + 1 for name, count in planned(recipe).items()}
+def tokens_needed(recipe: Recipe) -> dict[str, int]:
+    """Return the training tokens of each source up to the horizon, if nothing were read twice; a window at least."""
+    return {name: max(1, count) * recipe.train.sequence_length + 1 for name, count in window_counts(recipe).items()}
 
 
-def shares(recipe: Recipe) -> dict[str, float]:
-    """Of each source, its part of all that is read up to the horizon."""
-    counts = planned(recipe)
+def source_fractions(recipe: Recipe) -> dict[str, float]:
+    """Return each source's fraction of all tokens up to the horizon."""
+    counts = window_counts(recipe)
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
-def open_mixture(recipe: Recipe, folder: Path, found: bool, tokenizer: Tokenizer | None, report: Report) -> Mixture:
-    """The run's mixture: what its folder names where it is `found` there, or prepared as far as that was not done."""
-    if found:
+def open_mixture(recipe: Recipe, folder: Path, exists: bool, *, tokenizer: Tokenizer | None, report: Report) -> Mixture:
+    """Open the run's mixture where it `exists`; else prepare those of its sources that are not prepared yet."""
+    if exists:
         return Mixture.open(folder)
-    needed, prepared = needs(recipe), already_prepared(recipe.data)
+    needed, prepared = tokens_needed(recipe), already_prepared(recipe.data)
     tokenizer = tokenizer or next((corpus.tokenizer() for corpus in prepared.values()), None)
     if tokenizer is None:
-        raise SettingError(
+        raise ConfigError(
             "all sources of data.mixture need the same tokenizer, and none is named; --tokenizer names one, such as "
             "HuggingFaceTB/SmolLM2-135M, or a corpus that smolforge prepare made of one source and trained it on"
         )
     cache = Path(recipe.data.cache).expanduser() if recipe.data.cache else folder.absolute().parent / "corpora"
     for name in (name for name in needed if name not in prepared):
-        check_there(recipe.data, name)
-    made = {}
+        check_source_exists(recipe.data, name)
+    corpora = {}
     for number, (name, tokens) in enumerate(needed.items(), 1):
         log.info("source %d of %d, %s: %s tokens are needed", number, len(needed), name, f"{tokens:,}")
-        made[name] = prepared.get(name) or in_cache(recipe.data, name, tokens, cache, tokenizer, report)
-        facts = made[name].facts
-        if (facts["tokenizer"], facts["eos_id"]) != (tokenizer.fingerprint, tokenizer.eos_id):
-            raise SettingError(
-                f"data.mixture.{name}: {made[name].folder} was made with another tokenizer than the rest"
+        corpora[name] = prepared.get(name) or prepare_in_cache(
+            recipe.data, name, tokens, cache=cache, tokenizer=tokenizer, report=report
+        )
+        metadata = corpora[name].metadata
+        if (metadata["tokenizer"], metadata["eos_id"]) != (tokenizer.fingerprint, tokenizer.eos_id):
+            raise ConfigError(
+                f"data.mixture.{name}: {corpora[name].folder} was made with another tokenizer than the rest"
             )
-    mixture = Mixture(folder, made)
-    atomic.replace(folder / FILE, json.dumps(mixture.record(), indent=2) + "\n")
+    mixture = Mixture(folder, corpora)
+    atomic.write_text_atomic(folder / MIXTURE_FILE, json.dumps(mixture.record(), indent=2) + "\n")
     return mixture
 
 
 def already_prepared(data: Data) -> dict[str, Corpus]:
-    """The sources that are prepared corpora themselves."""
-    places = {name: Path(data.mixture[name].source).expanduser() for name in data.weights[0]} if data.mixture else {}
-    found = {name: Corpus.open(place) for name, place in places.items() if (place / "corpus.json").is_file()}
-    for name, corpus in found.items():
+    """Return the sources that are prepared corpora themselves."""
+    paths = {name: Path(data.mixture[name].source).expanduser() for name in data.weights[0]} if data.mixture else {}
+    corpora = {name: Corpus.open(path) for name, path in paths.items() if (path / "corpus.json").is_file()}
+    for name, corpus in corpora.items():
         if corpus.format != "text":
-            raise SettingError(f"data.mixture.{name}: {corpus.folder} is {corpus.format}, and a mixture is of text")
-    return found
+            raise ConfigError(f"data.mixture.{name}: {corpus.folder} is {corpus.format}, and a mixture is of text")
+    return corpora
 
 
-def check_there(data: Data, name: str) -> None:
-    """Raises, naming the source, where it is missing: before hours are spent on another."""
-    with about(name):
-        sources.stamp(data.alone(name).sources[0])
+def check_source_exists(data: Data, name: str) -> None:
+    """Raise an error that names the source where it is missing, before hours are spent on another."""
+    with blame_source(name):
+        sources.stamp(data.single_source(name).sources[0])
 
 
 @contextmanager
-def about(name: str) -> Iterator[None]:
-    """What is raised of a text is said of this source, and the way out is its own setting."""
+def blame_source(name: str) -> Iterator[None]:
+    """Name this source, and its own settings, in errors about a text."""
     try:
         yield
-    except (InvalidFile, SettingError) as error:
-        said = SHARED.sub(f"data.mixture.{name}.", str(error))
-        raise type(error)(f"data.mixture.{name}: {said}") from None
+    except (InvalidFileError, ConfigError) as error:
+        message = SHARED.sub(f"data.mixture.{name}.", str(error))
+        raise type(error)(f"data.mixture.{name}: {message}") from None
 
 
-def in_cache(data: Data, name: str, tokens: int, cache: Path, tokenizer: Tokenizer, report: Report) -> Corpus:
-    """A source prepared up to so many training tokens, or as many as it has; once for all that ask for the same."""
+def prepare_in_cache(
+    data: Data, name: str, tokens: int, *, cache: Path, tokenizer: Tokenizer, report: Report
+) -> Corpus:
+    """Prepare a source up to a number of training tokens, or all it has; once for all runs that need the same."""
     assert data.mixture is not None
-    alone = data.alone(name)
-    most = math.ceil(tokens / (1 - alone.held_out))
-    atomic.make_folder(cache)
-    with about(name):
-        folder = cache / called(alone, tokenizer, most)
+    of_source = data.single_source(name)
+    max_tokens = math.ceil(tokens / (1 - of_source.held_out))
+    atomic.make_dir_durable(cache)
+    with blame_source(name):
+        folder = cache / cache_name(of_source, tokenizer, max_tokens)
         with locked(folder.with_name(f".{folder.name}.lock")):
             if is_broken(folder):
                 shutil.rmtree(folder)
-            return build.prepare(alone, folder, tokenizer, max_tokens=most, report=lambda done: report(done, name))
+            return build.prepare(
+                of_source, folder, tokenizer, max_tokens=max_tokens, report=lambda done: report(done, name)
+            )
 
 
-def called(data: Data, tokenizer: Tokenizer, max_tokens: int) -> str:
-    """What a prepared source is called among others: the end of its name, and a key of all that it follows from."""
-    request = build.request_of(data, tokenizer, 0, max_tokens)
+def cache_name(data: Data, tokenizer: Tokenizer, max_tokens: int) -> str:
+    """Return a prepared source's folder name: the end of its name, and a hash of all it depends on."""
+    request = build.request_of(data, tokenizer, 0, max_tokens=max_tokens)
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
     return f"{re.sub('[^a-z0-9]+', '-', data.sources[0].lower())[-40:].strip('-')}-{key}"
 
 
 def is_broken(folder: Path) -> bool:
-    """Whether what is there is no whole corpus."""
+    """Whether a folder exists that is no complete corpus."""
     try:
         Corpus.open(folder)
-    except InvalidFile:
+    except InvalidFileError:
         return folder.exists()
     return False
 
@@ -153,14 +159,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def tell_of_mixture(mixture: Mixture, rows: MixtureRows, recipe: Recipe) -> None:
-    """Say what of each source there is, and what a person should know before hours are spent on it."""
+def log_mixture(mixture: Mixture, rows: MixtureWindows, recipe: Recipe) -> None:
+    """Log the tokens and epochs of each source, and warn of what the user should know before hours are spent."""
     steps, horizon = recipe.train.steps, recipe.optim.schedule.steps
-    epochs = rows.epochs(rows.labels(steps * recipe.train.rows))
+    epochs = rows.epochs(rows.labels(steps * recipe.train.sequences_per_step))
     for name, corpus in mixture.sources.items():
-        there = f"{corpus.size(TRAIN)['tokens']:,}"
-        log.info("%s: %s tokens are prepared, and read %.2f times", name, there, epochs[name])
-    for warning in warnings(recipe, epochs):
+        available = f"{corpus.size(TRAIN)['tokens']:,}"
+        log.info("%s: %s tokens are prepared, and read %.2f times", name, available, epochs[name])
+    for warning in mixture_warnings(recipe, epochs):
         log.warning(warning)
     if horizon is not None and steps > horizon:
         log.warning(
@@ -169,54 +175,55 @@ def tell_of_mixture(mixture: Mixture, rows: MixtureRows, recipe: Recipe) -> None
         )  # fmt: skip
 
 
-def warnings(recipe: Recipe, epochs: Mapping[str, float | None]) -> list[str]:
-    """What nobody means: a stage that is never reached, a source that is read too often, in so many epochs."""
-    most, order = recipe.data.warn_epochs, order_of(recipe)
+def mixture_warnings(recipe: Recipe, epochs: Mapping[str, float | None]) -> list[str]:
+    """Return warnings of stages that are never reached and of sources that are read too often."""
+    max_epochs, order = recipe.data.warn_epochs, order_of(recipe)
     horizon = recipe.optim.schedule.steps or recipe.train.steps
-    begins = [begin // recipe.train.rows for begin in order.begins]
+    starts = [start // recipe.train.sequences_per_step for start in order.starts]
     late = [
-        f"{name} begins after step {begin:,}, and the schedule has {horizon:,}: it is never reached (data.stages)"
-        for name, begin in zip(recipe.data.stage_names, begins, strict=True)
-        if begin >= horizon
+        f"{name} begins after step {start:,}, and the schedule has {horizon:,}: it is never reached (data.stages)"
+        for name, start in zip(recipe.data.stage_names, starts, strict=True)
+        if start >= horizon
     ]
-    often = [
-        f"{name} will be read {times:.1f} times (data.warn_epochs is {most}); a smaller weight reads it less"
+    repeated = [
+        f"{name} will be read {times:.1f} times (data.warn_epochs is {max_epochs}); a smaller weight reads it less"
         for name, times in epochs.items()
-        if most is not None and times is not None and times > most
+        if max_epochs is not None and times is not None and times > max_epochs
     ]
-    return late + often
+    return late + repeated
 
 
-class Ledger:
-    """Tokens learned from each source, kept from step to step."""
+class SourceTokenCounter:
+    """Counts the tokens learned from each source, step by step."""
 
-    def __init__(self, rows: MixtureRows, recipe: Recipe, decisions: Decisions, done: int) -> None:
-        self.rows, self.a_step, self.decisions = rows, recipe.train.rows, decisions
-        self.tokens = self.learned(done)
+    def __init__(self, rows: MixtureWindows, recipe: Recipe, decisions: Decisions, *, completed: int) -> None:
+        self.rows, self.rows_per_step, self.decisions = rows, recipe.train.sequences_per_step, decisions
+        self.tokens = self.learned(completed)
 
-    def learned(self, done: int) -> dict[str, int]:
-        """By the first `done` steps: all batches they had, but for updates that were left out."""
-        begins = {0: 0, **dict(self.decisions.jumps)}
-        total = dict.fromkeys(self.rows.order.names, 0)
-        for step, after in pairwise(sorted({min(step, done) for step in begins} | {done})):
-            total = added(total, self.between(begins[step], begins[step] + after - step))
+    def learned(self, completed: int) -> dict[str, int]:
+        """Return the tokens of each source in the first `completed` steps, without skipped updates."""
+        batch_at_step = {0: 0, **dict(self.decisions.jumps)}
+        total = dict.fromkeys(self.rows.schedule.names, 0)
+        for step, after in pairwise(sorted({min(step, completed) for step in batch_at_step} | {completed})):
+            total = add_counts(total, self.between(batch_at_step[step], batch_at_step[step] + after - step))
         for step in self.decisions.skipped:
-            if step <= done:
-                batch = self.decisions.batch(step - 1)
-                total = added(total, self.between(batch, batch + 1), -1)
+            if step <= completed:
+                batch = self.decisions.next_batch(step - 1)
+                total = add_counts(total, self.between(batch, batch + 1), -1)
         return total
 
     def between(self, batch: int, end: int) -> dict[str, int]:
-        """Labels of each source in some batches."""
-        return added(self.rows.labels(end * self.a_step), self.rows.labels(batch * self.a_step), -1)
+        """Return the labels of each source in batches `batch` to `end`."""
+        return add_counts(self.rows.labels(end * self.rows_per_step), self.rows.labels(batch * self.rows_per_step), -1)
 
     def after_a_step(self, batch: int, left_out: bool) -> dict[str, int]:
-        """What a step's metrics say: the stage that its batch is of, and tokens of each source so far."""
+        """Return a step's metrics: the stage of its batch, and the tokens of each source so far."""
         if not left_out:
-            self.tokens = added(self.tokens, self.between(batch, batch + 1))
-        stage = 1 + self.rows.order.stage(batch * self.a_step)
+            self.tokens = add_counts(self.tokens, self.between(batch, batch + 1))
+        stage = 1 + self.rows.schedule.stage(batch * self.rows_per_step)
         return {"stage": stage} | {f"tokens_from_{name}": count for name, count in self.tokens.items()}
 
 
-def added(counts: Mapping[str, int], more: Mapping[str, int], times: int = 1) -> dict[str, int]:
+def add_counts(counts: Mapping[str, int], more: Mapping[str, int], times: int = 1) -> dict[str, int]:
+    """Return `counts` plus `times` times `more`."""
     return {name: count + times * more[name] for name, count in counts.items()}

@@ -1,9 +1,9 @@
-"""Where the time of a few steps goes: torch's profiler, its trace and a summary a person can read.
+"""Where the time of a few steps goes: torch's profiler, its trace, and a summary for people.
 
-    profiler events -> what each operator or kernel took, and inside what -> shares by kind, the ten longest -> text
+    profiler events -> time of each operator or kernel, and what it ran inside -> shares by kind, ten longest -> text
 
-On a processor an operator's own time counts, on an accelerator its kernels', and what is left of the wall time is
-idle. trace.json.gz opens in https://ui.perfetto.dev.
+On a CPU an operator's own time counts, on a GPU its kernels' time; what is left of the wall time is idle.
+trace.json.gz opens in https://ui.perfetto.dev.
 """
 
 import logging
@@ -41,17 +41,17 @@ HOST = (
 )
 
 
-class Spent(NamedTuple):
-    """Seconds of one operator or kernel, and the names it has: its own, then of what it ran inside, outwards."""
+class OperatorTime(NamedTuple):
+    """Seconds of one operator or kernel, with its name and the names of what it ran inside, outwards."""
 
     names: tuple[str, ...]
     seconds: float
 
 
-class Profile:
-    """A context; `step` goes to each step's end, by itself or as an action. The first step warms up, `steps` are timed.
+class Profiler:
+    """A context that profiles `steps` steps after one to warm up; `step` is called after each step, or as a callback.
 
-    Writes FOLDER/profile/{trace.json.gz,summary.txt} once they are over, or with those there were when it is left.
+    Writes FOLDER/profile/{trace.json.gz,summary.txt} when they are complete, or with those there were on exit.
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
@@ -62,7 +62,7 @@ class Profile:
             on_trace_ready=self._write,
         )
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> "Profiler":
         self.profiler.start()
         return self
 
@@ -84,7 +84,7 @@ class Profile:
         profiler.export_chrome_trace(str(self.folder / TRACE))
         events = list(profiler.events() or ())
         wall = sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep") and on_host(e)) / 1e6
-        (self.folder / SUMMARY).write_text(summary(spent(events), wall, steps), "utf-8")
+        (self.folder / SUMMARY).write_text(format_summary(time_by_operator(events), wall, steps), "utf-8")
         log.info("%s says where the time of %d steps went", self.folder / SUMMARY, steps)
 
 
@@ -92,8 +92,8 @@ def on_host(event: Any) -> bool:
     return event.device_type == DeviceType.CPU and not event.is_async
 
 
-def spent(events: Sequence[Any]) -> list[Spent]:
-    """Time by operator of torch's FunctionEvents, or by kernel where an accelerator had any."""
+def time_by_operator(events: Sequence[Any]) -> list[OperatorTime]:
+    """Return the time of each operator of torch's FunctionEvents, or of each kernel where a GPU ran any."""
     host = [event for event in events if on_host(event)]
     device = [event for event in events if event.device_type != DeviceType.CPU]
     ranges = {event.name for event in device if event.is_user_annotation}  # shadows of the host's, and no work
@@ -101,38 +101,39 @@ def spent(events: Sequence[Any]) -> list[Spent]:
     for kernel in device:
         unclaimed[kernel.name] += kernel.time_range.elapsed_us() / 1e6 if kernel.name not in ranges else 0
     if not any(unclaimed.values()):
-        return [Spent(names(event), event.self_cpu_time_total / 1e6) for event in host]
-    found = []
+        return [OperatorTime(operator_names(event), event.self_cpu_time_total / 1e6) for event in host]
+    spans = []
     for event in host:
         for kernel in event.kernels:
             if kernel.name not in ranges:
-                found.append(Spent((kernel.name, *names(event)), kernel.duration / 1e6))
+                spans.append(OperatorTime((kernel.name, *operator_names(event)), kernel.duration / 1e6))
                 unclaimed[kernel.name] -= kernel.duration / 1e6
-    return found + [Spent((name,), left) for name, left in unclaimed.items() if left > 1e-7]  # those of CUDA graphs
+    # those of CUDA graphs
+    return spans + [OperatorTime((name,), left) for name, left in unclaimed.items() if left > 1e-7]
 
 
-def names(event: Any) -> tuple[str, ...]:
-    """An event's own name and those of what it runs inside; a compiled graph's without the hash that follows it."""
+def operator_names(event: Any) -> tuple[str, ...]:
+    """Return an event's own name and those of what it ran inside; a compiled graph's without its hash."""
     own = re.sub(r"^## Call (\w+) .*", r"\1", event.name)
-    return (own, *names(event.cpu_parent)) if event.cpu_parent else (own,)
+    return (own, *operator_names(event.cpu_parent)) if event.cpu_parent else (own,)
 
 
 @cache
 def kind(names: tuple[str, ...]) -> str:
-    """What an operator's time is spent on."""
-    for found, like in INSIDE.items():
+    """Return the kind of work an operator does."""
+    for name_of_kind, like in INSIDE.items():
         if any(re.search(like, name, re.IGNORECASE) for name in names):
-            return found
-    for found, like in ITSELF.items():
+            return name_of_kind
+    for name_of_kind, like in ITSELF.items():
         if re.search(like, names[0], re.IGNORECASE):
-            return found
+            return name_of_kind
     if any(re.search(LOSS, name, re.IGNORECASE) for name in names):
         return "loss"
     return IDLE if re.search(HOST, names[0]) else REST
 
 
-def summary(spent: Iterable[Spent], wall: float, steps: int) -> str:
-    """Shares of `steps` steps that took `wall` seconds, by kind and by the longest operators."""
+def format_summary(spent: Iterable[OperatorTime], wall: float, steps: int) -> str:
+    """Return a table of the time of `steps` steps that took `wall` seconds, by kind and by the longest operators."""
     kinds: dict[str, float] = defaultdict(float)
     operators: dict[str, list[float]] = defaultdict(list)
     for name, seconds in spent:
@@ -144,13 +145,13 @@ def summary(spent: Iterable[Spent], wall: float, steps: int) -> str:
     def line(name: str, seconds: float) -> str:
         return f"{seconds / wall:>7.1%}{1e3 * seconds / steps:>10.2f} ms  {name}"
 
-    longest = sorted(operators.items(), key=lambda each: -sum(each[1]))[:LONGEST]
+    longest = sorted(operators.items(), key=lambda row: -sum(row[1]))[:LONGEST]
     return "\n".join(
         [
             f"{steps} steps of {1e3 * wall / steps:.2f} ms; milliseconds of one step\n",
-            *(line(*each) for each in sorted(kinds.items(), key=lambda each: -each[1])),
+            *(line(*row) for row in sorted(kinds.items(), key=lambda row: -row[1])),
             f"\nthe {len(longest)} longest operators, and how often a step has them\n",
-            *(f"{line(name[:80], sum(taken))}, {len(taken) / steps:.0f} x" for name, taken in longest),
+            *(f"{line(name[:80], sum(times))}, {len(times) / steps:.0f} x" for name, times in longest),
             "",
         ]
     )

@@ -1,12 +1,11 @@
 """A recipe and a folder -> a finished run: the one place where data, model, optimizer and loop meet.
 
-recipe -> (settle: budget, horizon) -> corpus -> model -> optimizers -> [ loop + actions ] -> Run
-   ^                                                ^                          |
-   the stored one, where the folder has a run       the newest sound           |
-                                                    checkpoint, if any  <------+ numbers that went wrong
+recipe -> (resolve: budget, horizon) -> dataset -> load -> build -> train, with callbacks -> finish -> Run
+                                                    ^                  |
+                                       the latest valid checkpoint <---+ rewind, after metrics that went wrong
 
-Where several ranks train one run, all of them are here. What is inside `ranks.tell` rank 0 does while they wait:
-whatever looks at the folder and decides, writes, or speaks.
+Every rank of a run is in here. What is inside `ranks.on_rank_zero` is done by rank 0 while the others wait: whatever
+looks at the folder and decides, writes, or reports.
 """
 
 import itertools
@@ -18,44 +17,46 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import record_function
 
 from smolforge.checkpoint import loading, training_state
 from smolforge.config import Recipe, custom_classes
 from smolforge.config.load import write_recipe
 from smolforge.data import batches, corpus
-from smolforge.data.mixture import MixtureRows, reopened
+from smolforge.data.mixture import MixtureWindows, open_prepared
 from smolforge.data.preference_pairs import PairRows
-from smolforge.device import describe, is_out_of_memory, pick_device, use_tensor_cores
-from smolforge.errors import MissingResource, Stopped
+from smolforge.device import describe_device, is_out_of_memory, pick_device, use_tensor_cores
+from smolforge.errors import MissingResourceError, Stopped
 from smolforge.evaluation.tasks import Task
 from smolforge.models import lora
 from smolforge.models.decoder import LanguageModel
 from smolforge.runs import reference_logprobs
-from smolforge.runs.async_checkpoint import Background, Saving
-from smolforge.runs.callbacks import Observer, Silent, Start, Workshop
+from smolforge.runs.async_checkpoint import AsyncCheckpointer, BackgroundTask
+from smolforge.runs.callbacks import SnapshotTaker, TrainingCallbacks
+from smolforge.runs.context import NullListener, ProgressListener, RunContext
 from smolforge.runs.dataset import (
+    build_row_source,
     check_held_out,
     check_items,
     check_prompts,
-    open_text,
-    rows_of,
+    log_row_stats,
+    open_dataset,
     tasks_of,
-    tell_of_rows,
 )
-from smolforge.runs.estimate import plan_of_ranks, work
-from smolforge.runs.initial_model import bring_moments, initial_model
-from smolforge.runs.mixture import Ledger
-from smolforge.runs.profiler import Profile
-from smolforge.runs.resume import check_disk, restore, standing, take_back
+from smolforge.runs.estimate import estimate_of_ranks, step_cost
+from smolforge.runs.initial_model import initial_model, load_initial_moments
+from smolforge.runs.mixture import SourceTokenCounter
+from smolforge.runs.profiler import Profiler
+from smolforge.runs.resume import check_disk, find_resume_point, restore, rewind_run
 from smolforge.tracking import Rewound, Started, Trackers, trackers
 from smolforge.training import guard, optim
-from smolforge.training.distributed import ALONE, Ranks
-from smolforge.training.loop import Action, State, train
+from smolforge.training.distributed import SINGLE_PROCESS, RankGroup
+from smolforge.training.loop import Callback, TrainState, train
 from smolforge.training.objective import Objective
 from smolforge.training.run_folder import METRICS, RECIPE, RunFolder, how_it_ended, read_records
-from smolforge.training.signals import EXIT_CODES, Stop, stop_signals
-from smolforge.training.step_timer import Meter, clock
+from smolforge.training.signals import EXIT_CODES, StopRequest, stop_signals
+from smolforge.training.step_timer import StepTimer, clock
 
 log = logging.getLogger("smolforge")
 
@@ -68,233 +69,304 @@ class Run:
     model: LanguageModel
     recipe: Recipe
     metrics: dict[str, Any]
-    """Of the last step; validation values are in it where text was held out."""
+    """Of the last step, with validation values where there is a validation split."""
 
 
-def run_settled(
+def run_resolved(
     recipe: Recipe,
     folder: Path,
-    observer: Observer | None = None,
-    ranks: Ranks = ALONE,
-    profile: int | None = None,
-    seen: Mapping[str, Any] | None = None,
+    *,
+    listener: ProgressListener | None = None,
+    ranks: RankGroup = SINGLE_PROCESS,
+    profile_steps: int | None = None,
+    environment: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Train what a settled recipe says, or go on exactly where the folder's run stands.
+    """Train a resolved recipe, or resume the folder's run exactly where it is.
 
-    Raises Stopped when a signal ended it with everything saved, Diverged when its numbers went wrong too often,
-    MissingResource when its last checkpoint could not be saved; on other ranks than the first, Elsewhere for these.
+    Raises Stopped when a signal ended it with everything saved, TrainingDivergedError when its metrics went wrong too
+    often, MissingResourceError when its last checkpoint could not be saved; on other ranks than the first,
+    FailedOnRankZeroError for these.
     """
-    observer = observer or Silent()
-    with ExitStack() as held:
-        files = opened(folder, held, ranks)
-        heard_by = hearing(recipe, held, ranks)
-        stop = held.enter_context(stop_signals())
+    listener = listener or NullListener()
+    with ExitStack() as stack:
+        files = open_run_folder(folder, stack, ranks)
+        active_trackers = open_trackers(recipe, stack, ranks)
+        stop = stack.enter_context(stop_signals())
         device = pick_device(recipe.train.device, ranks.local_rank)  # before anything is prepared
-        asked: list[Task] = []  # stays empty where rank 0 is another
-        ranks.tell(lambda: asked.extend(tasks_of(recipe)))
-        folder_of_text, base, place = ranks.tell(lambda: prepared(recipe, files, asked, observer))
-        text = reopened(Path(folder_of_text))
-        reading = Background(text.check if ranks.leads else lambda: None, "corpus")
+        eval_tasks: list[Task] = []  # stays empty on other ranks than 0
+        ranks.on_rank_zero(lambda: eval_tasks.extend(tasks_of(recipe)))
+        inputs = ranks.on_rank_zero(partial(prepare_inputs, recipe, files, eval_tasks, listener=listener))
+        dataset_dir, base_fingerprint, reference_dir = inputs
+        dataset = open_prepared(Path(dataset_dir))
+        corpus_check = BackgroundTask(dataset.check if ranks.is_main else lambda: None, "corpus")
         use_tensor_cores(recipe.train.dtype, device)
-        ranks.begin(device, recipe.train.rank_timeout_seconds)
-        to_profile = profile if ranks.leads else None
-        start = Start(
-            recipe, files, text, asked, base, Path(place) if place else None, reading,
-            observer, heard_by, stop, ranks, device, to_profile, seen or {},
-        )  # fmt: skip
-        run = attempt(start, first=True)
+        ranks.start(device, recipe.train.rank_timeout_seconds)
+        context = RunContext(
+            recipe=recipe,
+            files=files,
+            dataset=dataset,
+            tasks=eval_tasks,
+            base_fingerprint=base_fingerprint,
+            reference_dir=Path(reference_dir) if reference_dir else None,
+            corpus_check=corpus_check,
+            listener=listener,
+            trackers=active_trackers,
+            stop=stop,
+            ranks=ranks,
+            device=device,
+            profile_steps=profile_steps if ranks.is_main else None,
+            environment=environment or {},
+        )
+        run = run_attempt(context, first=True)
         while run is None:
-            run = attempt(start)
+            run = run_attempt(context, first=False)
     return run
 
 
-def opened(folder: Path, held: ExitStack, ranks: Ranks) -> RunFolder:
-    """The run's folder, which rank 0 locks for as long as `held` is; the others only know where it is."""
+def open_run_folder(folder: Path, stack: ExitStack, ranks: RankGroup) -> RunFolder:
+    """Open the run's folder, locked by rank 0 until `stack` closes; the other ranks only know its path."""
     locked: list[RunFolder] = []
-    ranks.tell(lambda: locked.append(held.enter_context(RunFolder.open(folder))))
+    ranks.on_rank_zero(lambda: locked.append(stack.enter_context(RunFolder.open(folder))))
     return locked[0] if locked else RunFolder(folder)
 
 
-def hearing(recipe: Recipe, held: ExitStack, ranks: Ranks) -> Trackers:
-    """Who hears of the run until `held` is left: the recipe's trackers on rank 0, nobody on the others."""
-    asked_for: list[Trackers] = []
-    ranks.tell(lambda: asked_for.append(trackers(recipe.report.to)))
-    heard_by = asked_for[0] if asked_for else trackers(None)
-    held.enter_context(hearing_the_end(heard_by))
-    return heard_by
+def open_trackers(recipe: Recipe, stack: ExitStack, ranks: RankGroup) -> Trackers:
+    """Open the recipe's trackers on rank 0, and none on the others, until `stack` closes."""
+    opened: list[Trackers] = []
+    ranks.on_rank_zero(lambda: opened.append(trackers(recipe.report.to)))
+    active = opened[0] if opened else trackers(None)
+    stack.enter_context(reporting_the_end(active))
+    return active
 
 
 @contextmanager
-def hearing_the_end(heard_by: Trackers) -> Iterator[None]:
-    """Tell how the run ended, unless a person is in a hurry."""
+def reporting_the_end(active: Trackers) -> Iterator[None]:
+    """Report to the trackers how the run ended, except after a second Ctrl-C."""
     try:
         yield
     except Exception as error:
-        heard_by.end(*how_it_ended(error))
+        active.end(*how_it_ended(error))
         raise
-    heard_by.end(*how_it_ended(None))
+    active.end(*how_it_ended(None))
 
 
-def prepared(
-    recipe: Recipe, files: RunFolder, asked: Sequence[Task], observer: Observer
+def prepare_inputs(
+    recipe: Recipe, files: RunFolder, eval_tasks: Sequence[Task], *, listener: ProgressListener
 ) -> tuple[str, str | None, str | None]:
-    """Where the run's text is, what its beginning is where that stays, and where the reference of pairs is, once all
-    is there that can be without a model. Rank 0 does this, and so the next two.
+    """Prepare all that can be without a model, on rank 0.
+
+    Returns the dataset's folder; the fingerprint of the base model, where LoRA or DPO needs one; and the folder of the
+    reference model's log-probabilities, for DPO.
     """
-    training_state.clear(files.path)
-    text = open_text(recipe, files.path, files.stored_recipe() is not None, observer)
-    check_prompts(recipe, text.tokenizer())
-    check_items(asked, recipe, text.tokenizer())
-    check_held_out(text, recipe)
-    tell_of_rows(text, rows_of(text, recipe), recipe)
-    if not recipe.keeps_its_beginning:
-        return str(text.folder), None, None
+    training_state.remove_partial(files.path)
+    dataset = open_dataset(recipe, files.path, files.stored_recipe() is not None, listener=listener)
+    check_prompts(recipe, dataset.tokenizer())
+    check_items(eval_tasks, recipe, dataset.tokenizer())
+    check_held_out(dataset, recipe)
+    log_row_stats(dataset, build_row_source(dataset, recipe), recipe)
+    if not recipe.needs_base_model:
+        return str(dataset.folder), None, None
     assert recipe.init_from is not None
     base = loading.fingerprint(recipe.init_from)
-    of_pairs = isinstance(text, corpus.Corpus) and recipe.data.format == "pairs"
-    return str(text.folder), base, str(reference_logprobs.place_of(recipe, text, base)) if of_pairs else None
+    has_pairs = isinstance(dataset, corpus.Corpus) and recipe.data.format == "pairs"
+    return str(dataset.folder), base, str(reference_logprobs.path_for(recipe, dataset, base)) if has_pairs else None
 
 
-def referred(start: Start) -> reference_logprobs.LogProbs | None:
-    """What the model to start from says of the pairs, where there are any; rank 0 asks it, unless that was done."""
-    recipe, place = start.recipe, start.reference
-    if place is None:
+@dataclass(frozen=True)
+class LoadedState:
+    """What one attempt starts from: fresh, or restored from a checkpoint."""
+
+    model: LanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    train_state: TrainState
+    decisions: guard.Decisions
+    recent_losses: Sequence[float]
+    ref_logprobs: reference_logprobs.LogProbs | None
+
+
+def run_attempt(context: RunContext, *, first: bool) -> Run | None:
+    """Load, build, train and finish. Returns None after a rewind, when all is ready for the next attempt."""
+    recipe, ranks = context.recipe, context.ranks
+    loaded = load_state(context, first=first)
+    rows = build_row_source(context.dataset, recipe, loaded.ref_logprobs)
+    profiler = Profiler(context.files.path, context.profile_steps) if context.profile_steps else None
+    timer = build_timer(context, loaded, profiler)
+    source = build_batches(context, loaded, rows)
+    objective = ranks.wrap_ddp(Objective.from_recipe(loaded.model, recipe))
+    callbacks = build_callbacks(context, loaded, rows)
+    hooks = callbacks.hooks([Callback(1, profiler.step, metrics_only=True)] if profiler else [])
+    context.stop.stepping = True
+    try:
+        with callbacks.checkpointer:
+            with profiler or nullcontext(), explain_oom(recipe):
+                end = train(
+                    objective, loaded.optimizers, source,
+                    recipe=recipe, state=loaded.train_state, timer=timer, hooks=hooks, ranks=ranks,
+                )  # fmt: skip
+            metrics = ranks.on_rank_zero(partial(finish_run, context, callbacks, end))
+    except guard.Rewind as rewind:
+        ranks.on_rank_zero(partial(rewind_run, context, loaded.decisions, rewind))
         return None
-    assert isinstance(start.text, corpus.Corpus)
-    text, report = start.text, start.observer.referring
-    start.ranks.tell(lambda: reference_logprobs.make_unless_there(place, recipe, text, start.device, report))
-    return reference_logprobs.read(place)
+    optim.swap_ema(loaded.optimizers)
+    lora.merge(loaded.model)
+    return Run(context.files.path, loaded.model.eval(), recipe, metrics)
 
 
-def taken_up(start: Start, now: State, facts: dict[str, Any], first: bool) -> list[guard.Incident]:
-    """Write down and tell that the run goes on from here; returns what is decided about it."""
-    recipe, files, machine = start.recipe, start.files, {}
+def load_state(context: RunContext, *, first: bool) -> LoadedState:
+    """Load the latest valid checkpoint, or initialize model and optimizer where there is none."""
+    recipe, ranks = context.recipe, context.ranks
+    checkpoint, metadata = ranks.on_rank_zero(partial(find_resume_point, context))
+    ref_logprobs = load_reference_logprobs(context)
+    training_state.seed_all(recipe.seed)
+    filled_later = checkpoint is not None or not ranks.is_main
+    model = initial_model(recipe, context.dataset, filled_later=filled_later).to(context.device)
+    optimizers = optim.build_optimizers(model, recipe.optim)
+    if checkpoint:
+        train_state = restore(Path(checkpoint), model, optimizers)
+    else:
+        train_state = TrainState()
+        load_initial_moments(recipe, model, optimizers)
+    incidents = ranks.on_rank_zero(partial(record_attempt_start, context, train_state, metadata, first=first))
+    decisions = guard.fold_incidents(incidents)
+    return LoadedState(model, optimizers, train_state, decisions, metadata.get("recent_losses", []), ref_logprobs)
+
+
+def load_reference_logprobs(context: RunContext) -> reference_logprobs.LogProbs | None:
+    """Load the reference model's log-probabilities of the pairs, for DPO; rank 0 computes them where there are none."""
+    path, dataset = context.reference_dir, context.dataset
+    if path is None:
+        return None
+    assert isinstance(dataset, corpus.Corpus)
+    compute = partial(reference_logprobs.compute_unless_there, path, context.recipe, dataset)
+    context.ranks.on_rank_zero(partial(compute, device=context.device, report=context.listener.on_reference))
+    return reference_logprobs.read(path)
+
+
+def record_attempt_start(
+    context: RunContext, state: TrainState, metadata: dict[str, Any], *, first: bool
+) -> list[guard.Incident]:
+    """Write and report where the run starts or resumes. Returns its incidents so far."""
+    recipe, files, machine = context.recipe, context.files, {}
     if first:
-        announce(start, now)
+        announce(context, state)
         check_disk(recipe, files.path)
         files.write(RECIPE, write_recipe(recipe))
-        settings = {"micro_batch_size": recipe.train.micro_rows, "compile": recipe.train.compile is True}
-        machine = describe(start.device) | settings | {"ranks": start.ranks.size}
-        machine |= {"own_classes": custom_classes.fingerprints(recipe.own_classes)} if recipe.own_classes else {}
-        machine = files.record_start(now.step, machine, dict(start.seen))
-    files.rewind(now.step, facts.get("incidents", []))
-    training_state.set_aside(files.path, now.step)
-    log.info("training from step %d to %d", now.step, recipe.train.steps)
+        settings = {"micro_batch_size": recipe.train.sequences_per_micro_batch, "compile": recipe.train.compile is True}
+        machine = describe_device(context.device) | settings | {"ranks": context.ranks.size}
+        machine |= {"own_classes": custom_classes.fingerprints(recipe.custom_classes)} if recipe.custom_classes else {}
+        machine = files.record_start(state.step, machine, dict(context.environment))
+    files.rewind(state.step, metadata.get("incidents", []))
+    training_state.quarantine_later(files.path, state.step)
+    log.info("training from step %d to %d", state.step, recipe.train.steps)
     incidents = files.incidents()
-    again = guard.decided(incidents).again
+    again = guard.fold_incidents(incidents).repeated_steps
     history = files.journals[METRICS].records
-    start.trackers(
-        Started(files.path, recipe, machine, now.step, again, history) if first else Rewound(now.step, again)
+    context.trackers(
+        Started(files.path, recipe, machine, state.step, again, history) if first else Rewound(state.step, again)
     )
     return incidents
 
 
-def attempt(start: Start, first: bool = False) -> Run | None:
-    """From the newest sound checkpoint to the end; None if the numbers went wrong and all is ready for another."""
-    recipe, files, ranks = start.recipe, start.files, start.ranks
-    place, facts = ranks.tell(lambda: standing(start))
-    known = referred(start)
-    training_state.seed_all(recipe.seed)
-    model = initial_model(recipe, start.text, filled_later=place is not None or not ranks.leads).to(start.device)
-    optimizers = optim.optimizers(model, recipe.optim)
-    if place:
-        now = restore(Path(place), model, optimizers)
-    else:
-        now = State()
-        bring_moments(recipe, model, optimizers)
-    decisions = guard.decided(ranks.tell(lambda: taken_up(start, now, facts, first)))
-    record = start.record if ranks.leads else lambda incident: None
-    judge = guard.Judge(recipe.guard, decisions, now.step, facts.get("recent_losses", []), record)
-    profile = Profile(files.path, start.profile) if start.profile else None
-    annotate = record_function if profile else nullcontext
-    meter = Meter(work(recipe, start.device, ranks.size), recipe.train.steps - now.step, clock(start.device), annotate)
-    rows = recipe.train.rows
-    numbers = map(decisions.batch, itertools.count(now.step))
-    text = rows_of(start.text, recipe, known)
-    source = batches.stream(text, numbers, rows, recipe.data.num_workers, ranks.share(rows))
-    objective = ranks.parallel(Objective.of(model, recipe))
-    saving = Saving(recipe.train, files, start.reading, start.stop.asked, start.saved)
-    ledger = Ledger(text, recipe, decisions, now.step) if isinstance(text, MixtureRows) else None
-    shop = Workshop(start, model, optimizers, judge, saving, held_out(start, known), ledger)
-    actions = shop.actions() + ([Action(1, profile.step, late=True)] if profile else [])
-    start.stop.stepping = True
-    try:
-        with saving:
-            with profile or nullcontext(), memory_suffices(recipe):
-                end = train(
-                    objective,
-                    optimizers,
-                    source,
-                    recipe,
-                    now,
-                    actions,
-                    shop.stopping,
-                    meter,
-                    judge,
-                    ranks,
-                    shop.looking,
-                )
-            metrics = ranks.tell(lambda: concluded(start, shop, end))
-    except guard.Rewind as wrong:
-        ranks.tell(partial(take_back, start, decisions, wrong))
-        return None
-    optim.swap_average(optimizers)
-    lora.merge(model)
-    return Run(files.path, model.eval(), recipe, metrics)
+def announce(context: RunContext, state: TrainState) -> None:
+    """Report what the run will cost, and warn of what the user should know before waiting for it."""
+    estimate = estimate_of_ranks(context.recipe, state.step, context.ranks.size)
+    context.listener.on_plan(context.recipe, estimate, state)
+    for warning in estimate.warnings():
+        log.warning(warning)
 
 
-def held_out(start: Start, known: reference_logprobs.LogProbs | None) -> PairRows | None:
-    """Pairs to measure on, where there are any."""
-    if known is None or corpus.HELD_OUT not in known:
+def build_timer(context: RunContext, loaded: LoadedState, profiler: Profiler | None) -> StepTimer:
+    """Return the clock of this attempt's steps; a profiler gets the names of their phases."""
+    cost = step_cost(context.recipe, context.device, context.ranks.size)
+    steps = context.recipe.train.steps - loaded.train_state.step
+    return StepTimer(cost, steps, clock(context.device), annotate=record_function if profiler else nullcontext)
+
+
+def build_batches(context: RunContext, loaded: LoadedState, rows: batches.RowSource) -> Iterator[batches.Batch]:
+    """Return this rank's share of every batch, from the next step on."""
+    train_settings = context.recipe.train
+    numbers = map(loaded.decisions.next_batch, itertools.count(loaded.train_state.step))
+    share = context.ranks.rows_of_rank(train_settings.sequences_per_step)
+    workers = context.recipe.data.num_workers
+    return batches.iterate_batches(rows, numbers, train_settings.sequences_per_step, num_workers=workers, share=share)
+
+
+def build_callbacks(context: RunContext, loaded: LoadedState, rows: batches.RowSource) -> TrainingCallbacks:
+    """Return the run's callbacks, with the guard of its losses and the writer of its checkpoints."""
+    recipe, state = context.recipe, loaded.train_state
+    record = context.record_incident if context.ranks.is_main else ignore_incident
+    loss_guard = guard.LossGuard(recipe.guard, loaded.decisions, state.step, recent=loaded.recent_losses, record=record)
+    checkpointer = AsyncCheckpointer(
+        recipe.train,
+        context.files,
+        SnapshotTaker(context, loaded.model, loaded.optimizers, loss_guard),
+        corpus_check=context.corpus_check,
+        urgent=context.stop.is_set,
+        on_saved=context.report_saved,
+    )
+    return TrainingCallbacks(
+        context,
+        loaded.model,
+        loaded.optimizers,
+        loss_guard=loss_guard,
+        checkpointer=checkpointer,
+        validation_pairs=validation_pairs(context, loaded.ref_logprobs),
+        token_counter=SourceTokenCounter(rows, recipe, loaded.decisions, completed=state.step)
+        if isinstance(rows, MixtureWindows)
+        else None,
+    )
+
+
+def ignore_incident(incident: guard.Incident) -> None:
+    """Do nothing: rank 0 records it."""
+
+
+def validation_pairs(context: RunContext, ref_logprobs: reference_logprobs.LogProbs | None) -> PairRows | None:
+    """Return the validation split of the pairs, for DPO."""
+    if ref_logprobs is None or corpus.HELD_OUT not in ref_logprobs:
         return None
-    assert isinstance(start.text, corpus.Corpus)
-    return reference_logprobs.rows_of(start.text, corpus.HELD_OUT, start.recipe, known)
+    assert isinstance(context.dataset, corpus.Corpus)
+    return reference_logprobs.rows_of(context.dataset, corpus.HELD_OUT, context.recipe, ref_logprobs=ref_logprobs)
 
 
 @contextmanager
-def memory_suffices(recipe: Recipe) -> Iterator[None]:
-    """Raises MissingResource, with what needs less, where it does not."""
+def explain_oom(recipe: Recipe) -> Iterator[None]:
+    """Raise MissingResourceError, with the settings that need less memory, where there is not enough."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        train, less = recipe.train, []
-        if train.micro_rows > 1:
-            less.append(f"--train.micro-batch-size {train.micro_rows // 2} (it is {train.micro_rows})")
-        if train.activation_checkpointing != "full":
-            less.append("--train.activation-checkpointing full")
-        way_out = " or ".join(less) or "a smaller model, or a shorter --train.sequence-length,"
-        raise MissingResource(f"a step needs more memory than there is; {way_out} needs less") from error
+        hints, size = [], recipe.train.sequences_per_micro_batch
+        if size > 1:
+            hints.append(f"--train.micro-batch-size {size // 2} (it is {size})")
+        if recipe.train.activation_checkpointing != "full":
+            hints.append("--train.activation-checkpointing full")
+        hint = " or ".join(hints) or "a smaller model, or a shorter --train.sequence-length,"
+        raise MissingResourceError(f"a step needs more memory than there is; {hint} needs less") from error
 
 
-def concluded(start: Start, shop: Workshop, end: State) -> dict[str, Any]:
-    """The last step's metrics, once it is safe on disk. Raises Stopped where a signal ended the run."""
-    shop.finish(end)
-    if end.step < start.recipe.train.steps:
-        raise stopped(start.stop, end, start.files.path)
+def finish_run(context: RunContext, callbacks: TrainingCallbacks, end: TrainState) -> dict[str, Any]:
+    """Return the last step's metrics, once its checkpoint is on disk. Raises Stopped where a signal ended the run."""
+    callbacks.finish(end)
+    if end.step < context.recipe.train.steps:
+        raise stopped(context.stop, end, context.files.path)
     log.info("finished at step %d", end.step)
-    return {"step": end.step} | last_metrics(start.files.path)
-
-
-def announce(start: Start, now: State) -> None:
-    """Say what is to be expected, and what a person should know before waiting for it."""
-    expected = plan_of_ranks(start.recipe, now.step, start.ranks.size)
-    start.observer.planned(start.recipe, expected, now)
-    for warning in expected.warnings():
-        log.warning(warning)
+    return {"step": end.step} | last_metrics(context.files.path)
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:
+    """Return the last line of a run's metrics.jsonl; {} where there is none."""
     path = folder / METRICS
     records = read_records(path) if path.is_file() else []
     return records[-1] if records else {}
 
 
-def stopped(stop: Stop, end: State, folder: Path) -> Stopped:
-    assert stop.asked_by is not None
+def stopped(stop: StopRequest, end: TrainState, folder: Path) -> Stopped:
+    """Return the error of a run that a signal ended."""
+    assert stop.received is not None
     return Stopped(
-        f"stopped by {stop.asked_by.name} after step {end.step}, everything is saved in {folder}; "
+        f"stopped by {stop.received.name} after step {end.step}, everything is saved in {folder}; "
         "the same command goes on from there",
-        EXIT_CODES[stop.asked_by],
+        EXIT_CODES[stop.received],
     )

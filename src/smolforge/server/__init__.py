@@ -1,5 +1,5 @@
-"""A model behind OpenAI's HTTP interface: the engine's token stream, and nothing that talks of its own.
+"""Serve a model over OpenAI's HTTP API: the engine's token stream in their schemas.
 
-request -> guard (key, size, host, log) -> api -> fields (what is asked for, in the engine's words)
-        -> Desk (the engine's thread) -> answers (pieces in OpenAI's words) -> JSON, or events as they come
+request -> middleware (key, size, host, log) -> api -> schemas (the request, checked)
+        -> engine_thread (EngineThread) -> responses (chunks as OpenAI's JSON) -> JSON, or server-sent events
 """

@@ -1,6 +1,6 @@
 """The routes: OpenAI's, those that lm-evaluation-harness and operators need, and the page at /.
 
-`application` makes them of a model that is loaded; nothing here keeps state but the desk.
+`create_app` builds them for a loaded model; only the engine thread has state.
 """
 
 import asyncio
@@ -19,22 +19,36 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp
 
 from smolforge import __version__
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.generation import engine
 from smolforge.server import web
-from smolforge.server.engine_thread import Desk, Job, Ticket
-from smolforge.server.middleware import Guard, Metrics, Rules
-from smolforge.server.responses import DONE, Answer, Broken, Refused, Words, event, of_validation
-from smolforge.server.schemas import Chat, Completion, Detokenize, Message, Tokenize
+from smolforge.server.engine_thread import Choice, EngineThread, ResponseStream
+from smolforge.server.middleware import AccessRules, Metrics, RequestGuard
+from smolforge.server.responses import (
+    DONE,
+    APIError,
+    InternalServerError,
+    ResponseBuilder,
+    TokenText,
+    sse_event,
+    validation_error,
+)
+from smolforge.server.schemas import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from smolforge.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as OpenAI's; a chat may go on to the end of the context."""
-HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-ERROR = {"type": "object", "properties": {"error": {"type": "object"}}, "required": ["error"]}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": said, "content": {"application/json": {"schema": ERROR}}}
-    for code, said in {
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+ERROR_SCHEMA = {"type": "object", "properties": {"error": {"type": "object"}}, "required": ["error"]}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"description": description, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    for code, description in {
         400: "A field is wrong, missing or not offered",
         401: "The key is missing or wrong",
         403: "The host is not one of this server's",
@@ -51,139 +65,171 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """A model under a name, and its desk."""
+    """A model under a name, and the engine thread that runs it."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer, desk: Desk) -> None:
-        self.name, self.tokenizer, self.desk = name, tokenizer, desk
-        self.words, self.context = Words(tokenizer), desk.writer.engine.capacity
-        self.vocabulary = desk.writer.engine.model.config.vocab_size
+    def __init__(self, name: str, tokenizer: Tokenizer, engine_thread: EngineThread) -> None:
+        self.name, self.tokenizer, self.engine_thread = name, tokenizer, engine_thread
+        self.token_text, self.max_model_len = TokenText(tokenizer), engine_thread.text_engine.engine.capacity
+        self.vocab_size = engine_thread.text_engine.engine.model.config.vocab_size
         self.created = int(time.time())
 
-    async def complete(self, asked: Completion, request: Request) -> Response:
-        """/v1/completions."""
-        self.check_name(asked.model)
-        prompts = await run_in_threadpool(lambda: [self.ids(prompt) for prompt in asked.prompts])
-        if len(prompts) * asked.choices > 128:
-            raise Refused(400, "prompts times n may be 128", "n")
-        most = DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
-        echoed = [""] * len(prompts)
-        if asked.echo:
-            echoed = [given if isinstance(given, str) else self.decode(given) for given in asked.prompts]
-        return await self._answer(asked, prompts, most, echoed, bool(asked.echo), request)
+    async def complete(self, request: CompletionRequest, raw_request: Request) -> Response:
+        """Answer /v1/completions."""
+        self.check_name(request.model)
+        prompts = await run_in_threadpool(lambda: [self.token_ids(prompt) for prompt in request.prompt_list])
+        if len(prompts) * request.num_choices > 128:
+            raise APIError(400, "prompts times n may be 128", "n")
+        max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        echo_texts = [""] * len(prompts)
+        if request.echo:
+            echo_texts = [prompt if isinstance(prompt, str) else self.decode(prompt) for prompt in request.prompt_list]
+        return await self._respond(
+            request, prompts, max_tokens, echo_texts=echo_texts, echo=bool(request.echo), raw_request=raw_request
+        )
 
-    async def chat(self, asked: Chat, request: Request) -> Response:
+    async def chat(self, request: ChatCompletionRequest, raw_request: Request) -> Response:
         """/v1/chat/completions."""
-        self.check_name(asked.model)
-        extra = asked.chat_template_kwargs.model_dump(exclude_none=True) if asked.chat_template_kwargs else {}
-        prompt = await run_in_threadpool(self.chat_ids, asked.messages, **extra)
-        most = asked.max_completion_tokens or asked.max_tokens or self.context
-        return await self._answer(asked, [prompt], most, [""], False, request)
+        self.check_name(request.model)
+        template_kwargs = (
+            request.chat_template_kwargs.model_dump(exclude_none=True) if request.chat_template_kwargs else {}
+        )
+        prompt = await run_in_threadpool(self.chat_ids, request.messages, **template_kwargs)
+        max_tokens = request.max_completion_tokens or request.max_tokens or self.max_model_len
+        return await self._respond(request, [prompt], max_tokens, echo_texts=[""], echo=False, raw_request=raw_request)
 
-    async def _answer(
+    async def _respond(
         self,
-        asked: Completion | Chat,
+        request: CompletionRequest | ChatCompletionRequest,
         prompts: Sequence[Sequence[int]],
-        most: int,
-        echoed: Sequence[str],
+        max_tokens: int,
+        *,
+        echo_texts: Sequence[str],
         echo: bool,
-        request: Request,
+        raw_request: Request,
     ) -> Response:
-        if asked.logit_bias and max(map(int, asked.logit_bias)) >= self.vocabulary:
-            raise Refused(400, f"logit_bias: this model has token ids below {self.vocabulary:,}", "logit_bias")
-        jobs = [self.job(asked, prompt, most, echo, i) for prompt in prompts for i in range(asked.choices)]
-        answer = Answer(self.name, isinstance(asked, Chat), self.words, prompts, asked.choices)
-        echoed = [text for text in echoed for _ in range(asked.choices)]
-        ticket = self.desk.take(jobs)
-        ticket.watch = asyncio.ensure_future(until_gone(request, ticket))
-        if asked.stream:
-            events = self._events(ticket, answer, asked, echoed)
-            return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+        if request.logit_bias and max(map(int, request.logit_bias)) >= self.vocab_size:
+            raise APIError(400, f"logit_bias: this model has token ids below {self.vocab_size:,}", "logit_bias")
+        choices = [
+            self.make_choice(request, prompt, max_tokens, echo=echo, index=index)
+            for prompt in prompts
+            for index in range(request.num_choices)
+        ]
+        builder = ResponseBuilder(
+            self.name,
+            isinstance(request, ChatCompletionRequest),
+            self.token_text,
+            prompts=prompts,
+            choices=request.num_choices,
+        )
+        echo_texts = [text for text in echo_texts for _ in range(request.num_choices)]
+        stream = self.engine_thread.submit(choices)
+        stream.disconnect_task = asyncio.ensure_future(close_on_disconnect(raw_request, stream))
+        if request.stream:
+            events = self._stream_events(stream, builder, request, echo_texts=echo_texts)
+            return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         try:
-            async for place, piece in ticket.pieces():
-                answer.hear(place, piece)
-            return JSONResponse(answer.whole(echoed, asked.scored is not None))
+            async for index, chunk in stream.chunks():
+                builder.add(index, chunk)
+            return JSONResponse(builder.to_json(echo_texts, request.num_logprobs is not None))
         finally:
-            ticket.close()
+            stream.close()
 
-    async def _events(
-        self, ticket: Ticket, answer: Answer, asked: Completion | Chat, echoed: Sequence[str]
+    async def _stream_events(
+        self,
+        stream: ResponseStream,
+        builder: ResponseBuilder,
+        request: CompletionRequest | ChatCompletionRequest,
+        *,
+        echo_texts: Sequence[str],
     ) -> AsyncIterator[str]:
-        """Server-sent events; whoever stops reading closes the ticket."""
-        scored = asked.scored is not None
+        """Yield server-sent events; a client that stops reading closes the stream."""
+        with_logprobs = request.num_logprobs is not None
         try:
-            for place, text in enumerate(echoed):
-                if answer.chat:
-                    yield answer.chunk(place, {"role": "assistant", "content": ""})
+            for index, text in enumerate(echo_texts):
+                if builder.is_chat:
+                    yield builder.chunk_event(index, {"role": "assistant", "content": ""})
                 elif text:
-                    yield answer.chunk(place, text)
-            async for place, piece in ticket.pieces():
-                answer.hear(place, piece)
-                for each in answer.events(place, piece, scored):
-                    yield each
-            if asked.with_usage:
-                yield answer.usage_chunk()
+                    yield builder.chunk_event(index, text)
+            async for index, chunk in stream.chunks():
+                builder.add(index, chunk)
+                for event in builder.events(index, chunk, with_logprobs):
+                    yield event
+            if request.stream_usage:
+                yield builder.usage_event()
             yield DONE
-        except Refused as refused:
-            yield event(refused.body())
+        except APIError as error:
+            yield sse_event(error.body())
             yield DONE
         finally:
-            ticket.close()
+            stream.close()
 
-    def job(self, asked: Completion | Chat, prompt: Sequence[int], most: int, echo: bool, choice: int) -> Job:
-        """One choice. Raises Refused for a prompt that leaves no room."""
-        room = self.context - len(prompt)
-        if room < (most > 0):
-            raise Refused(
+    def make_choice(
+        self,
+        request: CompletionRequest | ChatCompletionRequest,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        echo: bool,
+        index: int,
+    ) -> Choice:
+        """Return one choice. Raises APIError for a prompt that leaves no room for an answer."""
+        available = self.max_model_len - len(prompt)
+        if available < (max_tokens > 0):
+            raise APIError(
                 400,
-                f"this model's maximum context length is {self.context:,} tokens, and the prompt has {len(prompt):,}; "
-                "shorten it, so that there is room for an answer",
-                "messages" if isinstance(asked, Chat) else "prompt",
-                "context_length_exceeded",
+                f"this model's maximum context length is {self.max_model_len:,} tokens, and the prompt has "
+                f"{len(prompt):,}; shorten it, so that there is room for an answer",
+                "messages" if isinstance(request, ChatCompletionRequest) else "prompt",
+                code="context_length_exceeded",
             )
-        end = None if asked.ignore_eos else self.tokenizer.eos_id
-        choose, seed = asked.sampling(len(prompt)), asked.seed_of(choice)
-        request = engine.Request(prompt, choose, min(most, room), end, seed, asked.scored, echo)
-        return Job(request, asked.stops)
+        eos_id = None if request.ignore_eos else self.tokenizer.eos_id
+        sampler, seed = request.sampler(len(prompt)), request.seed_for_choice(index)
+        engine_request = engine.Request(
+            prompt, sampler, min(max_tokens, available), eos_id, seed, request.num_logprobs, echo
+        )
+        return Choice(engine_request, request.stop_strings)
 
-    def ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        """Token ids of a prompt; an empty one begins a document."""
+    def token_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Return the token ids of a prompt; an empty one starts a document."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
-        if max(prompt) >= self.vocabulary:
-            raise Refused(400, f"prompt: this model has token ids below {self.vocabulary:,}", "prompt")
+        if max(prompt) >= self.vocab_size:
+            raise APIError(400, f"prompt: this model has token ids below {self.vocab_size:,}", "prompt")
         return prompt
 
-    def chat_ids(self, messages: Sequence[Message], **extra: Any) -> list[int]:
-        """Token ids of a conversation. Raises Refused in the template's words."""
+    def chat_ids(self, messages: Sequence[ChatMessage], **template_kwargs: Any) -> list[int]:
+        """Return the token ids of a conversation. Raises APIError with the template's message."""
         try:
-            return self.tokenizer.chat([message.plain() for message in messages], **extra)
-        except (SettingError, InvalidFile) as error:
-            raise Refused(400, str(error), "messages") from None
+            return self.tokenizer.chat([message.as_template_message() for message in messages], **template_kwargs)
+        except (ConfigError, InvalidFileError) as error:
+            raise APIError(400, str(error), "messages") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def check_name(self, name: str | None) -> None:
         if name is not None and name != self.name:
-            raise Refused(404, f"there is no model {name[:100]!r} here, but {self.name!r}", "model", "model_not_found")
+            raise APIError(
+                404, f"there is no model {name[:100]!r} here, but {self.name!r}", "model", code="model_not_found"
+            )
 
-    def card(self) -> dict[str, Any]:
-        """The model as /v1/models lists it."""
+    def model_card(self) -> dict[str, Any]:
+        """Return the model as /v1/models lists it."""
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "smolforge"}
-        return {**card, "max_model_len": self.context}
+        return {**card, "max_model_len": self.max_model_len}
 
 
-async def until_gone(request: Request, ticket: Ticket) -> None:
-    """Close the ticket when the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def close_on_disconnect(raw_request: Request, stream: ResponseStream) -> None:
+    """Close the stream when the client has disconnected."""
+    while (await raw_request.receive())["type"] != "http.disconnect":
         pass
-    ticket.tell(Refused(499, "the client has gone"))
-    ticket.close()
+    stream.put(APIError(499, "the client has gone"))
+    stream.close()
 
 
-def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: Sequence[str] = ()) -> ASGIApp:
-    """The whole server as an ASGI application. Its desk's thread is the caller's to start and to drain."""
-    app = FastAPI(title="smolforge", version=__version__, docs_url=None, redoc_url=None, responses=ERRORS)
+def create_app(service: Service, metrics: Metrics, rules: AccessRules, *, cors_origins: Sequence[str] = ()) -> ASGIApp:
+    """Return the ASGI application. The caller starts and drains the engine thread."""
+    app = FastAPI(title="smolforge", version=__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     openai_routes(app, service)
     token_routes(app, service)
     operator_routes(app, service, metrics)
@@ -191,89 +237,89 @@ def application(service: Service, metrics: Metrics, rules: Rules, cors_origins: 
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return of_validation(error.errors()).response()
+        return validation_error(error.errors()).response()
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
+    @app.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
         return error.response()
 
-    @app.exception_handler(InvalidFile)
-    async def not_encodable(request: Request, error: InvalidFile) -> Response:
-        return Refused(400, str(error)).response()
+    @app.exception_handler(InvalidFileError)
+    async def not_encodable(request: Request, error: InvalidFileError) -> Response:
+        return APIError(400, str(error)).response()
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
-        said = {404: "there is no such route", 405: "this route does not take this method"}
-        return Refused(error.status_code, said.get(error.status_code, str(error.detail))).response()
+        messages = {404: "there is no such route", 405: "this route does not take this method"}
+        return APIError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return Broken().response()
+        return InternalServerError().response()
 
-    guarded: ASGIApp = Guard(app, rules, metrics)
+    guarded: ASGIApp = RequestGuard(app, rules, metrics)
     if cors_origins:
         guarded = CORSMiddleware(guarded, cors_origins, allow_methods=["*"], allow_headers=["*"])
     return guarded
 
 
 def openai_routes(app: FastAPI, service: Service) -> None:
-    """What OpenAI's clients call."""
+    """Add the routes that OpenAI's clients call."""
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        return {"object": "list", "data": [service.card()]}
+        return {"object": "list", "data": [service.model_card()]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
         """The same, by its name."""
         service.check_name(model)
-        return service.card()
+        return service.model_card()
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(asked: Completion, request: Request) -> Response:
+    async def completions(request: CompletionRequest, raw_request: Request) -> Response:
         """Continue prompts."""
-        return await service.complete(asked, request)
+        return await service.complete(request, raw_request)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: Chat, request: Request) -> Response:
+    async def chat(request: ChatCompletionRequest, raw_request: Request) -> Response:
         """Answer a conversation."""
-        return await service.chat(asked, request)
+        return await service.chat(request, raw_request)
 
 
 def token_routes(app: FastAPI, service: Service) -> None:
-    """The tokenizer, as vLLM's clients and lm-evaluation-harness ask for it."""
+    """Add the tokenizer's routes, as vLLM's clients and lm-evaluation-harness call them."""
 
     @app.post("/tokenize")
-    def tokenize(asked: Tokenize) -> dict[str, Any]:
+    def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a text, in which special tokens are plain text unless one is the whole of it, or of messages."""
-        service.check_name(asked.model)
-        if asked.messages is not None:
-            opened = asked.add_generation_prompt is not False
-            ids = service.chat_ids(asked.messages, add_generation_prompt=opened)
-        elif asked.prompt in service.tokenizer.special.known:  # how lm-evaluation-harness asks for the id of one
-            ids = service.tokenizer.encode_with_special_tokens(asked.prompt)
+        service.check_name(request.model)
+        if request.messages is not None:
+            add_generation_prompt = request.add_generation_prompt is not False
+            ids = service.chat_ids(request.messages, add_generation_prompt=add_generation_prompt)
+        elif request.prompt in service.tokenizer.special.by_text:  # how lm-evaluation-harness asks for the id of one
+            ids = service.tokenizer.encode_with_special_tokens(request.prompt)
         else:
-            ids = service.tokenizer.encode(asked.prompt or "")
-        return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+            ids = service.tokenizer.encode(request.prompt or "")
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
 
     @app.post("/detokenize")
-    def detokenize(asked: Detokenize) -> dict[str, str]:
+    def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         """Text of token ids."""
-        service.check_name(asked.model)
-        return {"prompt": service.decode(asked.tokens)}
+        service.check_name(request.model)
+        return {"prompt": service.decode(request.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """Its special tokens and template, as lm-evaluation-harness asks for them."""
-        own = service.tokenizer
-        named = {name: own.named(name) for name in ("bos_token", "pad_token")}
-        template = None if own.template is None else own.template.source
-        return {**named, "eos_token": own.eos_token, "chat_template": template}
+        tokenizer = service.tokenizer
+        special_tokens = {name: tokenizer.named_token(name) for name in ("bos_token", "pad_token")}
+        template = None if tokenizer.template is None else tokenizer.template.source
+        return {**special_tokens, "eos_token": tokenizer.eos_token, "chat_template": template}
 
 
 def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    """What those who run a server ask of it."""
+    """Add health, metrics and version."""
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -283,8 +329,8 @@ def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ready")
     async def ready() -> dict[str, str]:
         """Whether a request would be taken now."""
-        if service.desk.draining or not service.desk.thread.is_alive():
-            raise Refused(503, "the server is not ready", code="not_ready", retry_after=1)
+        if service.engine_thread.draining or not service.engine_thread.thread.is_alive():
+            raise APIError(503, "the server is not ready", code="not_ready", retry_after=1)
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response)
@@ -298,6 +344,6 @@ def operator_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def page_routes(app: FastAPI) -> None:
-    """The page's files, which are no part of the interface."""
+    """Add the page's files, which are no part of the API."""
     for route in web.FILES:
         app.get(route, include_in_schema=False)(partial(web.respond, route))

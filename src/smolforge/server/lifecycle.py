@@ -1,4 +1,4 @@
-"""A server from its first to its last request: sockets, signals, and an end that lets answers finish."""
+"""Start, run and stop the server: sockets, signals, and a shutdown that lets requests finish."""
 
 import logging
 import signal
@@ -9,13 +9,13 @@ from typing import Any
 
 import uvicorn
 
-from smolforge.errors import MissingResource
+from smolforge.errors import MissingResourceError
 from smolforge.generation.engine import Engine
-from smolforge.generation.stream import Writer, own
+from smolforge.generation.stream import TextEngine, require_tokenizer
 from smolforge.models.decoder import LanguageModel
-from smolforge.server.api import Service, application
-from smolforge.server.engine_thread import Desk
-from smolforge.server.middleware import Metrics, Rules
+from smolforge.server.api import Service, create_app
+from smolforge.server.engine_thread import EngineThread
+from smolforge.server.middleware import AccessRules, Metrics
 
 log = logging.getLogger("smolforge.server")
 DRAIN_SECONDS = 30.0
@@ -24,8 +24,8 @@ IDLE_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where to listen, and how much at a time."""
+class ServerConfig:
+    """Where to listen, and how many requests at a time."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -35,15 +35,23 @@ class Place:
     cors_origins: tuple[str, ...] = ()
 
 
-def made(model: LanguageModel, name: str, place: Place, rules: Rules) -> tuple[uvicorn.Server, Desk]:
-    """A server of a model, and its desk, neither of them started."""
+def build_server(
+    model: LanguageModel, name: str, server_config: ServerConfig, *, rules: AccessRules
+) -> tuple[uvicorn.Server, EngineThread]:
+    """Return an HTTP server of a model, and its engine thread, neither of them started."""
     metrics = Metrics(name)
-    desk = Desk(Writer(Engine(model, place.slots, place.context), own(model)), metrics, place.queue)
-    app = application(Service(name, own(model), desk), metrics, rules, place.cors_origins)
+    engine_thread = EngineThread(
+        TextEngine(Engine(model, server_config.slots, server_config.context), require_tokenizer(model)),
+        metrics,
+        server_config.queue,
+    )
+    app = create_app(
+        Service(name, require_tokenizer(model), engine_thread), metrics, rules, cors_origins=server_config.cors_origins
+    )
     config = uvicorn.Config(
         app,
-        host=place.host,
-        port=place.port,
+        host=server_config.host,
+        port=server_config.port,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -51,51 +59,53 @@ def made(model: LanguageModel, name: str, place: Place, rules: Rules) -> tuple[u
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=5,
     )
-    return uvicorn.Server(config), desk
+    return uvicorn.Server(config), engine_thread
 
 
-def serve(server: uvicorn.Server, desk: Desk, ready: Callable[[], None]) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what is under way; a second one ends at once.
+def serve(server: uvicorn.Server, engine_thread: EngineThread, ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish running requests; a second signal ends at once.
 
-    `ready` is called when requests are taken. Raises MissingResource where the port is not to be had.
+    `ready` is called when the server accepts requests. Raises MissingResourceError where the port is in use.
     """
-    thread = threading.Thread(target=_run, args=(server,), name="http", daemon=True)
-    asked: list[int] = []  # an Event's lock may be held by this very thread when the signal comes
-    before = _signals([signal.SIGTERM, signal.SIGINT], lambda number, _: asked.append(number))
-    desk.thread.start()
+    thread = threading.Thread(target=_run_server, args=(server,), name="http", daemon=True)
+    received_signals: list[int] = []  # an Event's lock may be held by this very thread when the signal comes
+    previous_handlers = _set_signal_handlers(
+        [signal.SIGTERM, signal.SIGINT], lambda number, _: received_signals.append(number)
+    )
+    engine_thread.thread.start()
     thread.start()
     try:
         while thread.is_alive() and not server.started:
             thread.join(0.02)
         if not server.started:
-            where = f"{server.config.host}:{server.config.port}"
-            raise MissingResource(f"{where} cannot be listened on; is it in use? --port takes another")
+            address = f"{server.config.host}:{server.config.port}"
+            raise MissingResourceError(f"{address} cannot be listened on; is it in use? --port takes another")
         ready()
-        while not asked and thread.is_alive():
+        while not received_signals and thread.is_alive():
             thread.join(0.2)
-        _signals([signal.SIGTERM, signal.SIGINT], _end_now)
-        desk.drain(DRAIN_SECONDS)
+        _set_signal_handlers([signal.SIGTERM, signal.SIGINT], _interrupt)
+        engine_thread.drain(DRAIN_SECONDS)
     finally:
-        desk.drain(0.0)
+        engine_thread.drain(0.0)
         server.should_exit = True
         thread.join()
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-def _run(server: uvicorn.Server) -> None:
+def _run_server(server: uvicorn.Server) -> None:
     try:
         server.run()
     except SystemExit:  # how uvicorn says that it could not bind
         log.debug("the server did not start")
 
 
-def _signals(numbers: Sequence[int], handler: Callable[..., object]) -> dict[int, Any]:
-    """Set handlers, where Python lets us; returns those that were."""
+def _set_signal_handlers(signal_numbers: Sequence[int], handler: Callable[..., object]) -> dict[int, Any]:
+    """Set handlers where Python allows it, and return the previous ones."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in numbers}
+    return {number: signal.signal(number, handler) for number in signal_numbers}
 
 
-def _end_now(*_: object) -> None:
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt

@@ -1,8 +1,7 @@
-"""Pieces of text in OpenAI's words: whole answers, chunks of a stream, log-probabilities.
+"""Write text chunks as OpenAI's JSON: whole responses, stream events, log-probabilities, errors.
 
-A choice's answer is made up as its pieces come, so a stream and a whole answer cannot differ.
-
-Everything that can go wrong, in the one shape that OpenAI's clients read.
+A response is built from its chunks as they come, so a streamed and a whole response cannot differ.
+Every error has the one shape that OpenAI's clients read.
 """
 
 import json
@@ -13,164 +12,16 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from smolforge.generation.engine import Scores, Token
-from smolforge.generation.stream import Piece
+from smolforge.generation.engine import Token, TokenLogprobs
+from smolforge.generation.stream import TextChunk
 from smolforge.tokenizer import Tokenizer, byte_symbols
 from smolforge.tokenizer.incremental import IncrementalDecoder
 
-LEAST_LOGPROB = -9999.0
-"""What stands for minus infinity, which JSON has no number for; OpenAI's."""
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot express; OpenAI's value."""
 DONE = "data: [DONE]\n\n"
-BYTES = {symbol: byte for byte, symbol in byte_symbols().items()}
-
-
-class Words:
-    """How single tokens are shown."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-
-    def text(self, token: int) -> str:
-        """The token's text; of one that is no whole character, its id, so that no two look alike."""
-        text = self.tokenizer.decode([token])
-        return f"token_id:{token}" if "\ufffd" in text or not text else text
-
-    def bytes(self, token: int) -> list[int]:
-        symbols = self.tokenizer.backend.id_to_token(token) or ""
-        if self.tokenizer.byte_level and all(symbol in BYTES for symbol in symbols):
-            return [BYTES[symbol] for symbol in symbols]
-        return list(self.tokenizer.decode([token]).encode())
-
-    def top(self, own: int, scores: Scores) -> dict[str, float]:
-        """Text to log-probability, likeliest first, the token itself among them, and no two under one text."""
-        found: dict[str, float] = {}
-        for token, logprob in (dict(scores.top) | {own: scores.logprob}).items():
-            text = self.text(token)
-            found[f"token_id:{token}" if text in found else text] = bounded(logprob)
-        return found
-
-
-def bounded(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
-
-
-class LegacyLogprobs:
-    """What /v1/completions says of tokens; `text_offset` counts characters from the beginning of the text."""
-
-    def __init__(self, words: Words) -> None:
-        self.words, self.decoder, self.offset = words, IncrementalDecoder(words.tokenizer), 0
-
-    def of(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        """Of the next tokens; the first of a prompt has no score."""
-        rows = []
-        for token in tokens:
-            top = None if token.scores is None else self.words.top(token.id, token.scores)
-            own = None if token.scores is None else bounded(token.scores.logprob)
-            rows.append((self.words.text(token.id), own, top, self.offset))
-            if token.of_prompt or token.id != self.words.tokenizer.eos_id:  # an answer's end has no text
-                self.offset += len(self.decoder.push(token.id))
-        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
-
-
-class ChatLogprobs:
-    """What /v1/chat/completions says of tokens."""
-
-    def __init__(self, words: Words) -> None:
-        self.words = words
-
-    def of(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        content = []
-        for token in tokens:
-            assert token.scores is not None, "asked for"
-            top = [self._one(*each) for each in token.scores.top]
-            content.append({**self._one(token.id, token.scores.logprob), "top_logprobs": top})
-        return {"content": content, "refusal": None}
-
-    def _one(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.words.text(token), "logprob": bounded(logprob), "bytes": self.words.bytes(token)}
-
-
-class Answer:
-    """One HTTP answer: what all its chunks share, and what its choices have said so far."""
-
-    def __init__(self, model: str, chat: bool, words: Words, prompts: Sequence[Sequence[int]], choices: int) -> None:
-        self.chat, self.model, self.prompts, self.choices = chat, model, prompts, choices
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        count = len(prompts) * choices
-        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(words) for _ in range(count)]
-        self.pieces: list[list[Piece]] = [[] for _ in range(count)]
-        self.generated = 0
-
-    def hear(self, place: int, piece: Piece) -> None:
-        self.pieces[place].append(piece)
-        self.generated += len(piece.token_ids)
-
-    @property
-    def usage(self) -> dict[str, int]:
-        prompt = sum(map(len, self.prompts))
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self.generated,
-            "total_tokens": prompt + self.generated,
-        }
-
-    def whole(self, echoed: Sequence[str], scored: bool) -> dict[str, Any]:
-        """The body of an answer that is not streamed. `echoed` is what each choice's text begins with."""
-        choices = []
-        for place, pieces in enumerate(self.pieces):
-            text = echoed[place] + "".join(piece.text for piece in pieces)
-            tokens = [token for piece in pieces for token in piece.tokens]
-            choice = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            )
-            said = self.logprobs[place].of(tokens) if scored else None
-            choices.append({"index": place, **choice, "logprobs": said, "finish_reason": pieces[-1].finish_reason})
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": choices, "usage": self.usage}
-
-    def chunk(
-        self, place: int, said: str | dict[str, str], tokens: Sequence[Token] = (), why: str | None = None
-    ) -> str:
-        """One event: text of a completion or a delta of a chat, the tokens that are to be scored, and its end."""
-        content = {"delta": said} if self.chat else {"text": said}
-        scored = self.logprobs[place].of(tokens) if tokens else None
-        choice = {"index": place, **content, "logprobs": scored, "finish_reason": why}
-        return event({**self._chunk_head(), "choices": [choice]})
-
-    def usage_chunk(self) -> str:
-        return event({**self._chunk_head(), "choices": [], "usage": self.usage})
-
-    def events(self, place: int, piece: Piece, scored: bool) -> list[str]:
-        """The chunks of a piece: what it says, and behind the last an empty one with the reason."""
-        found = []
-        tokens = piece.tokens if scored else ()
-        if piece.text or tokens:
-            found.append(self.chunk(place, {"content": piece.text} if self.chat else piece.text, tokens))
-        if piece.finish_reason is not None:
-            found.append(self.chunk(place, {} if self.chat else "", (), piece.finish_reason))
-        return found
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-        }
-
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self.chat else "text_completion")
-
-
-def event(body: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-KINDS = {
+BYTE_OF_SYMBOL = {symbol: byte for byte, symbol in byte_symbols().items()}
+ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -179,14 +30,167 @@ KINDS = {
 }
 
 
-class Refused(Exception):
-    """A request that gets an error: its status, and what OpenAI's clients show."""
+class TokenText:
+    """Show single tokens as text and bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def text(self, token: int) -> str:
+        """Return the token's text; for an incomplete character its id, so that no two look alike."""
+        text = self.tokenizer.decode([token])
+        return f"token_id:{token}" if "\ufffd" in text or not text else text
+
+    def bytes(self, token: int) -> list[int]:
+        symbols = self.tokenizer.backend.id_to_token(token) or ""
+        if self.tokenizer.byte_level and all(symbol in BYTE_OF_SYMBOL for symbol in symbols):
+            return [BYTE_OF_SYMBOL[symbol] for symbol in symbols]
+        return list(self.tokenizer.decode([token]).encode())
+
+    def top_logprobs(self, token_id: int, scores: TokenLogprobs) -> dict[str, float]:
+        """Return text to log-probability, most likely first, the token itself included, no two under one text."""
+        logprobs: dict[str, float] = {}
+        for token, logprob in (dict(scores.top_logprobs) | {token_id: scores.logprob}).items():
+            text = self.text(token)
+            logprobs[f"token_id:{token}" if text in logprobs else text] = clamp_logprob(logprob)
+        return logprobs
+
+
+class LegacyLogprobs:
+    """The log-probabilities of /v1/completions; `text_offset` counts characters from the start of the text."""
+
+    def __init__(self, token_text: TokenText) -> None:
+        self.token_text, self.decoder, self.text_offset = token_text, IncrementalDecoder(token_text.tokenizer), 0
+
+    def to_json(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        """Return the log-probabilities of the next tokens; the first of a prompt has none."""
+        rows = []
+        for token in tokens:
+            top = None if token.logprobs is None else self.token_text.top_logprobs(token.id, token.logprobs)
+            logprob = None if token.logprobs is None else clamp_logprob(token.logprobs.logprob)
+            rows.append((self.token_text.text(token.id), logprob, top, self.text_offset))
+            if token.is_prompt or token.id != self.token_text.tokenizer.eos_id:  # an answer's end has no text
+                self.text_offset += len(self.decoder.push(token.id))
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        return {name: [row[index] for row in rows] for index, name in enumerate(names)}
+
+
+class ChatLogprobs:
+    """The log-probabilities of /v1/chat/completions."""
+
+    def __init__(self, token_text: TokenText) -> None:
+        self.token_text = token_text
+
+    def to_json(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        content = []
+        for token in tokens:
+            assert token.logprobs is not None, "asked for"
+            top = [self._entry(*pair) for pair in token.logprobs.top_logprobs]
+            content.append({**self._entry(token.id, token.logprobs.logprob), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self.token_text.text(token),
+            "logprob": clamp_logprob(logprob),
+            "bytes": self.token_text.bytes(token),
+        }
+
+
+def clamp_logprob(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)
+
+
+class ResponseBuilder:
+    """Build one HTTP response from chunks: the fields that all its events share, and its choices so far."""
+
+    def __init__(
+        self, model: str, chat: bool, token_text: TokenText, *, prompts: Sequence[Sequence[int]], choices: int
+    ) -> None:
+        self.is_chat, self.model, self.prompts, self.num_choices = chat, model, prompts, choices
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        count = len(prompts) * choices
+        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(token_text) for _ in range(count)]
+        self.chunks: list[list[TextChunk]] = [[] for _ in range(count)]
+        self.num_generated = 0
+
+    def add(self, index: int, chunk: TextChunk) -> None:
+        self.chunks[index].append(chunk)
+        self.num_generated += len(chunk.token_ids)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.num_generated,
+            "total_tokens": prompt + self.num_generated,
+        }
+
+    def to_json(self, echo_texts: Sequence[str], with_logprobs: bool) -> dict[str, Any]:
+        """Return the body of a response that is not streamed. `echo_texts` is the start of each choice's text."""
+        choices = []
+        for index, chunks in enumerate(self.chunks):
+            text = echo_texts[index] + "".join(chunk.text for chunk in chunks)
+            tokens = [token for chunk in chunks for token in chunk.tokens]
+            choice = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
+            )
+            logprobs = self.logprobs[index].to_json(tokens) if with_logprobs else None
+            choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": chunks[-1].finish_reason})
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return {**self._common_fields(kind), "choices": choices, "usage": self.usage}
+
+    def chunk_event(
+        self, index: int, delta: str | dict[str, str], tokens: Sequence[Token] = (), *, finish_reason: str | None = None
+    ) -> str:
+        """Return one event: text of a completion or a delta of a chat, the tokens to be scored, the finish reason."""
+        content = {"delta": delta} if self.is_chat else {"text": delta}
+        logprobs = self.logprobs[index].to_json(tokens) if tokens else None
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+        return sse_event({**self._common_chunk_fields(), "choices": [choice]})
+
+    def usage_event(self) -> str:
+        return sse_event({**self._common_chunk_fields(), "choices": [], "usage": self.usage})
+
+    def events(self, index: int, chunk: TextChunk, with_logprobs: bool) -> list[str]:
+        """Return the events of a chunk; after the last one comes an empty one with the finish reason."""
+        events = []
+        tokens = chunk.tokens if with_logprobs else ()
+        if chunk.text or tokens:
+            events.append(self.chunk_event(index, {"content": chunk.text} if self.is_chat else chunk.text, tokens))
+        if chunk.finish_reason is not None:
+            events.append(self.chunk_event(index, {} if self.is_chat else "", (), finish_reason=chunk.finish_reason))
+        return events
+
+    def _common_fields(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+    def _common_chunk_fields(self) -> dict[str, Any]:
+        return self._common_fields("chat.completion.chunk" if self.is_chat else "text_completion")
+
+
+def sse_event(body: dict[str, Any]) -> str:
+    """Return one server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class APIError(Exception):
+    """A request that gets an error: its HTTP status, and the message OpenAI's clients show."""
 
     def __init__(
         self,
         status: int,
         message: str,
         param: str | None = None,
+        *,
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
@@ -194,9 +198,9 @@ class Refused(Exception):
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON of it; no half characters, which JSON cannot carry."""
+        """Return the error as JSON, without half characters, which JSON cannot carry."""
         message = str(self).encode(errors="replace").decode()
-        kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
@@ -206,26 +210,28 @@ class Refused(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-class Broken(Refused):
-    """Our own fault. What it was stands in the log, not in the answer."""
+class InternalServerError(APIError):
+    """An error of our own. The cause is in the log, not in the response."""
 
     def __init__(self) -> None:
         super().__init__(500, "the server failed; its log says how", code="internal_error")
 
 
-def closing() -> Refused:
-    return Refused(503, "the server is shutting down; ask again when it is back", code="shutting_down", retry_after=5)
+def shutting_down() -> APIError:
+    return APIError(503, "the server is shutting down; ask again when it is back", code="shutting_down", retry_after=5)
 
 
-def of_validation(errors: Sequence[Mapping[str, Any]]) -> Refused:
-    """The first thing that is wrong with a request's fields, by its name."""
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """Return the first error in a request's fields, by the field's name."""
     first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    # Of a union pydantic names each kind it tried; people know fields.
-    param = ".".join(part for part in place if part.replace("_", "").isalnum() and part not in ("str", "int", "bool"))
+    location = [str(part) for part in first["loc"] if part != "body"]
+    # Of a union pydantic names each type it tried; users know fields.
+    param = ".".join(
+        part for part in location if part.replace("_", "").isalnum() and part not in ("str", "int", "bool")
+    )
     if first["type"] == "json_invalid":
-        return Refused(400, "the body is not valid JSON")
+        return APIError(400, "the body is not valid JSON")
     if first["type"] == "extra_forbidden":
-        return Refused(400, f"there is no field {param[:60]!r} here", param[:60], "unknown_parameter")
-    said = str(first["msg"]).removeprefix("Value error, ")
-    return Refused(400, f"{param or 'the body'}: {said}"[:500], param[:100] or None)
+        return APIError(400, f"there is no field {param[:60]!r} here", param[:60], code="unknown_parameter")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return APIError(400, f"{param or 'the body'}: {message}"[:500], param[:100] or None)

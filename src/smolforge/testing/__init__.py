@@ -1,7 +1,7 @@
-"""Small true things for tests, ours and yours: a model, a tokenizer, a text, and faults to survive.
+"""Small real objects for tests: a model, a tokenizer, a text, and fault injection.
 
-disk       file operations that fail, crash or are written down     hub        a Hub on this machine
-power      what a disk may hold when power is lost                  processes  children killed, frozen, on a small disk
+disk       file operations that fail, crash or are recorded         hub        a Hub on this machine
+power      what a disk may hold after a power loss                  processes  children killed, paused, on a small disk
 damage     bits flipped, files cut, zeroed, swapped
 
 Nothing in smolforge imports this.
@@ -73,6 +73,6 @@ def sentences(count: int, start: int = 0) -> str:
     """Lines of simple text, each different from the others, the same every time."""
     lines = []
     for number in range(start, start + count):
-        picked = [WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(9)]
-        lines.append(f"{number}: {' '.join(picked)}.")
+        words = [WORDS[(number * 7 + position * (number % 5 + 1)) % len(WORDS)] for position in range(9)]
+        lines.append(f"{number}: {' '.join(words)}.")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""A Hub of one's own: files in, the Hub's protocol out, faults on demand.
+"""A local Hub: files in, the Hub's protocol out, faults on demand.
 
     add(id, files)  ->  repositories: revision -> commit -> files  ->  /api/..., /ID/resolve/REVISION/FILE
-                        fail(...) makes the next requests go wrong; `requests` says what was asked
+                        fail(...) makes the next requests fail; `requests` lists all requests
 
 The real huggingface_hub and datasets download from it, and upload to it, when HF_ENDPOINT is its `url` and Xet is off
 (HF_HUB_DISABLE_XET=1). A repository that an upload made is private where that was asked for.
@@ -21,15 +21,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from smolforge.testing.hub_repository import READ_TOKEN, TOKEN, Repository, StoredFile, Uploads, store
 
-__all__ = ["READ_TOKEN", "TOKEN", "Fault", "HubMirror", "Request"]
+__all__ = ["READ_TOKEN", "TOKEN", "Fault", "HubMirror", "RecordedRequest"]
 
 _API = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?)?(?:/(.+))?")
 _FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What was asked."""
+class RecordedRequest:
+    """A request that the mirror received."""
 
     method: str
     path: str
@@ -54,7 +54,7 @@ class HubMirror:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.repositories: dict[tuple[str, str], Repository] = {}
-        self.requests: list[Request] = []
+        self.requests: list[RecordedRequest] = []
         self.faults: list[Fault] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.server.daemon_threads = True
@@ -74,6 +74,7 @@ class HubMirror:
         name: str,
         files: Mapping[str, bytes | Path] | Path,
         revision: str = "main",
+        *,
         kind: str = "model",
         gated: bool = False,
         private: bool = False,
@@ -90,6 +91,7 @@ class HubMirror:
         times: int = 1,
         status: int | None = None,
         cut_after: int | None = None,
+        *,
         delay: float | None = None,
         path_contains: str = "",
         method: str | None = None,
@@ -102,13 +104,13 @@ class HubMirror:
         self.faults.append(Fault(times, status, cut_after, delay, path_contains, method))
 
     def clear(self) -> None:
-        """Forget repositories, faults and what was asked."""
+        """Forget repositories, faults and requests."""
         self.repositories.clear()
         self.faults.clear()
         self.requests.clear()
         self.uploads.arrived.clear()
 
-    def next_fault(self, request: Request) -> Fault | None:
+    def next_fault(self, request: RecordedRequest) -> Fault | None:
         """The fault that meets a request, one time less of it left."""
         for fault in self.faults:
             if fault.times > 0 and fault.path_contains in request.path and fault.method in (None, request.method):
@@ -127,14 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*connection)  # which serves the request
 
     def do_GET(self) -> None:
-        request = Request(self.command, unquote(self.path), self.headers["Range"])
+        request = RecordedRequest(self.command, unquote(self.path), self.headers["Range"])
         self.mirror.requests.append(request)
         self.fault = self.mirror.next_fault(request)
         if self.fault and self.fault.delay:
             threading.Event().wait(self.fault.delay)  # not sleep, which tests of retries take away
         with suppress(ConnectionError):  # a client that waits no longer
             if self.command in ("POST", "PUT"):
-                self.take()
+                self.receive()
             else:
                 self.answer()
 
@@ -143,8 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *_: object) -> None:  # noqa: A002
         pass
 
-    def take(self) -> None:
-        """What was sent, as a whole or up to where the fault cuts it."""
+    def receive(self) -> None:
+        """Read the body of a request, or its first bytes if the fault cuts it, and answer."""
         length = int(self.headers["Content-Length"] or 0)
         if self.fault and self.fault.cut_after is not None:
             self.rfile.read(min(length, self.fault.cut_after))
@@ -152,11 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
         failing = self.fault is not None and self.fault.status is not None
-        told = None if failing else self.mirror.uploads.answer(urlsplit(self.path).path, token, self.body)
-        if told is None:
+        response = None if failing else self.mirror.uploads.answer(urlsplit(self.path).path, token, self.body)
+        if response is None:
             self.answer()
         else:
-            self.json(told[1], told[0])
+            self.json(response[1], response[0])
 
     def answer(self) -> None:
         """Find what the path means: a listing of a repository, or one of its files."""
@@ -164,21 +166,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.status:
             self.reply(self.fault.status)
         elif match := _API.fullmatch(path):
-            self.answer_about(match[1], match[2], match[3], unquote(match[4] or "main"), unquote(match[5] or ""))
+            self.answer_about(
+                match[1], match[2], match[3], revision=unquote(match[4] or "main"), path=unquote(match[5] or "")
+            )
         elif match := _FILE.fullmatch(path):
             kind = "dataset" if match[1] else "model"
-            self.answer_about(kind, match[2], "resolve", unquote(match[3]), unquote(match[4]))
+            self.answer_about(kind, match[2], "resolve", revision=unquote(match[3]), path=unquote(match[4]))
         else:
             self.reply(404)
 
-    def answer_about(self, kind: str, name: str, verb: str | None, revision: str, path: str) -> None:
-        """One repository: its branches, a file, a folder, some paths, or all there is to know."""
+    def answer_about(self, kind: str, name: str, verb: str | None, *, revision: str, path: str) -> None:
+        """Answer for one repository: its branches, a file, a folder, some paths, or all metadata."""
         repository = self.mirror.repositories.get((kind, name))
         if repository is None or (repository.private and self.headers["Authorization"] is None):
             return self.refuse(404, "RepoNotFound")
         if verb == "refs":
-            named = [(each, at) for each, at in repository.revisions.items() if "/" not in each]
-            branches = [{"name": each, "ref": f"refs/heads/{each}", "targetCommit": at} for each, at in named]
+            pairs = [(branch, commit) for branch, commit in repository.revisions.items() if "/" not in branch]
+            branches = [
+                {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit} for branch, commit in pairs
+            ]
             return self.json({"branches": branches, "tags": [], "converts": []})
         commit = repository.revisions.get(revision, revision)
         if commit not in repository.commits:
@@ -190,11 +196,11 @@ class _Handler(BaseHTTPRequestHandler):
         entries = _tree(files)
         if verb == "tree":
             deep = parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() in ("true", "1")
-            return self.json([each for each in entries if _within(each["path"], path, deep)])
+            return self.json([entry for entry in entries if _within(entry["path"], path, deep)])
         if verb == "paths-info":
-            asked = parse_qs(self.body.decode())["paths"]
-            return self.json([each for each in entries if each["path"] in asked])
-        siblings = [{"rfilename": each["path"]} | each for each in entries if each["type"] == "file"]
+            paths = parse_qs(self.body.decode())["paths"]
+            return self.json([entry for entry in entries if entry["path"] in paths])
+        siblings = [{"rfilename": entry["path"]} | entry for entry in entries if entry["type"] == "file"]
         return self.json({"id": name, "sha": commit, "private": repository.private, "tags": [], "siblings": siblings})
 
     def send_file(self, commit: str, file: StoredFile | None, closed: bool) -> None:
@@ -208,10 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
         if file.sha256:
             headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(file.size)}
         data = file.path.read_bytes()
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-        if asked is None:
+        range_match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if range_match is None:
             return self.reply(200, data, headers)
-        first, last = int(asked[1]), min(int(asked[2] or file.size), file.size - 1)
+        first, last = int(range_match[1]), min(int(range_match[2] or file.size), file.size - 1)
         if first > last:
             return self.reply(416, b"", {"Content-Range": f"bytes */{file.size}"})
         return self.reply(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{file.size}"})
@@ -245,5 +251,5 @@ def _tree(files: Mapping[str, StoredFile]) -> list[dict[str, Any]]:
 
 
 def _within(path: str, folder: str, deep: bool) -> bool:
-    rest = path.removeprefix(f"{folder}/") if folder else path
-    return (not folder or rest != path) and (deep or "/" not in rest)
+    relative = path.removeprefix(f"{folder}/") if folder else path
+    return (not folder or relative != path) and (deep or "/" not in relative)

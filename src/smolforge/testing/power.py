@@ -1,6 +1,6 @@
-"""What a disk may hold after the power failed in the middle of a program.
+"""Simulate what a disk may hold after a power loss in the middle of a program.
 
-    Trace, up to a moment  ->  what was synced, and of the rest what fate allows  ->  a folder
+    Trace, up to a moment  ->  what was synced, and of the rest what a rule persists  ->  a folder
 
 The model is that of the studies of crash consistency (Pillai et al., "All File Systems Are Not Created Equal",
 OSDI 2014; Mohan et al., "Finding Crash-Consistency Bugs with Bounded Black-Box Crash Testing", OSDI 2018), at its
@@ -15,60 +15,60 @@ from pathlib import Path
 
 from smolforge.testing.disk import Operation, Trace
 
-Fate = Callable[[Operation], Operation | None]
-"""What reaches the disk of an operation that was not synced: all, nothing, or another one in its place."""
+PersistRule = Callable[[Operation], Operation | None]
+"""Returns what reaches the disk of an operation that was not synced: all, None, or another operation in its place."""
 
 
 def all_lost(operation: Operation) -> None:
-    """Only what was synced is there."""
+    """Keep only what was synced."""
 
 
 def all_kept(operation: Operation) -> Operation:
-    """As after a crash of the program alone."""
+    """Keep everything, as after a crash of the program alone."""
     return operation
 
 
 def names_kept(operation: Operation) -> Operation | None:
-    """Names without content: the empty files of a file system that delays its writes."""
+    """Keep names without content: the empty files of a file system that delays its writes."""
     return None if operation.kind in ("write", "truncate") else operation
 
 
 def zeros_kept(operation: Operation) -> Operation:
-    """Names and sizes without content: files full of zeros."""
+    """Keep names and sizes without content: files full of zeros."""
     return replace(operation, data=bytes(len(operation.data)))
 
 
 def contents_kept(operation: Operation) -> Operation | None:
-    """Content without names: what was renamed has its old name still, what was made is not there."""
+    """Keep content without names: renamed files have the old name, new files do not exist."""
     return operation if operation.kind in ("write", "truncate") else None
 
 
-def by_chance(chance: random.Random) -> Fate:
-    """Each operation by itself: half are kept, some writes in part or as zeros, the rest are lost."""
+def random_loss(rng: random.Random) -> PersistRule:
+    """Decide each operation by itself: half are kept, some writes in part or as zeros, the rest are lost."""
 
-    def fate(operation: Operation) -> Operation | None:
-        luck = chance.random()
-        if luck < 0.5:
+    def persist(operation: Operation) -> Operation | None:
+        draw = rng.random()
+        if draw < 0.5:
             return operation
-        if operation.kind == "write" and luck < 0.6:
+        if operation.kind == "write" and draw < 0.6:
             return zeros_kept(operation)
-        if operation.kind == "write" and luck < 0.75:
-            return replace(operation, data=operation.data[: chance.randint(0, len(operation.data))])
+        if operation.kind == "write" and draw < 0.75:
+            return replace(operation, data=operation.data[: rng.randint(0, len(operation.data))])
         return None
 
-    return fate
+    return persist
 
 
-def after_power_loss(trace: Trace, at: int, into: Path, fate: Fate) -> None:
-    """Make in a new folder what may be on the disk when power fails before operation `at` of a trace."""
+def after_power_loss(trace: Trace, index: int, into: Path, *, persist: PersistRule) -> None:
+    """Write into a new folder what may be on the disk when power fails before operation `index` of a trace."""
     root = _Folder()
     for path, data in trace.before.items():
         _folder(root, path.parent).names[path.name] = _Folder() if data is None else _File(bytearray(data))
-    _settle(root)
-    for operation in trace.operations[:at]:
+    _sync_all(root)
+    for operation in trace.operations[:index]:
         _apply(root, operation)
     into.mkdir(parents=True)
-    _make(root, into, fate)
+    _write_folder(root, into, persist)
 
 
 @dataclass(eq=False)
@@ -105,19 +105,19 @@ _Node = _File | _Folder
 
 
 def _rename(names: dict[str, _Node], change: dict[str, _Node | None]) -> None:
-    """Nothing has two names, so what gets one loses any other."""
+    """Apply a change of names. Nothing has two names, so a new name removes the old one."""
     for name, node in change.items():
-        for other in [each for each, known in names.items() if known is node]:
-            del names[other]
+        for old_name in [key for key, value in names.items() if value is node]:
+            del names[old_name]
         names.pop(name, None)
         if node is not None:
             names[name] = node
 
 
 def _folder(root: _Folder, path: Path) -> _Folder:
-    found = _node(root, path)
-    assert isinstance(found, _Folder), path
-    return found
+    folder = _node(root, path)
+    assert isinstance(folder, _Folder), path
+    return folder
 
 
 def _node(root: _Folder, path: Path) -> _Node:
@@ -129,15 +129,15 @@ def _node(root: _Folder, path: Path) -> _Node:
     return node
 
 
-def _settle(node: _Node) -> None:
-    """All that is there is synced."""
+def _sync_all(node: _Node) -> None:
+    """Sync everything."""
     node.sync()
-    for each in node.names.values() if isinstance(node, _Folder) else ():
-        _settle(each)
+    for child in node.names.values() if isinstance(node, _Folder) else ():
+        _sync_all(child)
 
 
 def _write(data: bytearray, operation: Operation) -> None:
-    """A write or truncate; both fill the room between with zeros."""
+    """Apply a write or truncate; both fill a gap with zeros."""
     data.extend(bytes(max(0, operation.offset - len(data))))
     if operation.kind == "truncate":
         del data[operation.offset :]
@@ -146,7 +146,7 @@ def _write(data: bytearray, operation: Operation) -> None:
 
 
 def _apply(root: _Folder, operation: Operation) -> None:
-    """What the program saw happen."""
+    """Apply an operation as the program sees it."""
     parent, name = _folder(root, operation.path.parent), operation.path.name
     match operation.kind:
         case "sync":
@@ -164,24 +164,26 @@ def _apply(root: _Folder, operation: Operation) -> None:
             parent.change(operation, {name: None})
         case "rename":
             assert operation.target is not None
-            moved, there = parent.names[name], _folder(root, operation.target.parent)
-            if there is not parent:
+            moved, target_folder = parent.names[name], _folder(root, operation.target.parent)
+            if target_folder is not parent:
                 parent.change(operation, {name: None})
-            there.change(operation, {operation.target.name: moved} | ({name: None} if there is parent else {}))
+            target_folder.change(
+                operation, {operation.target.name: moved} | ({name: None} if target_folder is parent else {})
+            )
 
 
-def _make(folder: _Folder, into: Path, fate: Fate) -> None:
-    """What survives of a folder, on a real disk."""
+def _write_folder(folder: _Folder, into: Path, persist: PersistRule) -> None:
+    """Write what survives of a folder to a real disk."""
     names = dict(folder.synced)
     for operation, change in folder.since:
-        if fate(operation) is not None:
+        if persist(operation) is not None:
             _rename(names, change)
     for name, node in names.items():
         if isinstance(node, _File):
             data = bytearray(node.synced)
-            for survived in filter(None, map(fate, node.since)):
-                _write(data, survived)
+            for written in filter(None, map(persist, node.since)):
+                _write(data, written)
             (into / name).write_bytes(data)
         else:
             (into / name).mkdir()
-            _make(node, into / name, fate)
+            _write_folder(node, into / name, persist)

@@ -33,10 +33,10 @@ def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
 
 def in_child(work: Callable[..., object], *arguments: object) -> int:
     """Run an importable function in a process of its own; returns its exit code, minus the signal that killed it."""
-    return ended(start(work, *arguments))
+    return wait_for_exit(start(work, *arguments))
 
 
-def ended(child: BaseProcess) -> int:
+def wait_for_exit(child: BaseProcess) -> int:
     """Wait for a child; returns its exit code, minus the signal that killed it."""
     child.join()
     assert child.exitcode is not None
@@ -55,7 +55,7 @@ def wait_until(ready: Callable[[], bool], child: BaseProcess) -> None:
         time.sleep(PAUSE_SECONDS)
 
 
-def send_when(child: BaseProcess, number: int, ready: Callable[[], bool], delay: float = 0.0) -> int:
+def send_when(child: BaseProcess, number: int, ready: Callable[[], bool], *, delay: float = 0.0) -> int:
     """Send a signal to a child, `delay` seconds after it is `ready`; returns its exit code.
 
     A child that ended before is not signalled.
@@ -65,11 +65,11 @@ def send_when(child: BaseProcess, number: int, ready: Callable[[], bool], delay:
     if child.is_alive():
         assert child.pid is not None
         os.kill(child.pid, number)
-    return ended(child)
+    return wait_for_exit(child)
 
 
 @contextmanager
-def frozen(process: int) -> Iterator[None]:
+def paused(process: int) -> Iterator[None]:
     """Stop a process as SIGSTOP does, and let it go on at the end."""
     os.kill(process, signal.SIGSTOP)
     try:
@@ -86,7 +86,7 @@ def on_small_disk(folder: Path, size_bytes: int) -> list[str]:
     """
     script = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
     prefix = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(size_bytes), str(folder)]
-    tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        raise OSError(f"no disk could be mounted at {folder}: {tried.stderr.strip()}")
+    result = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise OSError(f"no disk could be mounted at {folder}: {result.stderr.strip()}")
     return prefix

@@ -16,27 +16,27 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.tokenizer.chat import ChatTemplate, SpecialTokens
 from smolforge.tokenizer.files import (
     FILES,
     NAMED_TOKENS,
+    added_token_settings,
     check_growth,
     check_size,
-    checked,
-    described,
+    checked_settings,
     read_settings,
-    read_text,
+    read_utf8_file,
 )
 
 __all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "Tokenizer", "split_at_lines"]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
-AT_ONCE = 2 << 20
+CHARACTERS_PER_BATCH = 2 << 20
 """Characters that are encoded together."""
 PART_CHARACTERS = 1 << 20
-LARGEST = 1 << 20  # ids to learn, for all of which memory is set aside at once
+MAX_VOCAB_SIZE = 1 << 20  # ids to learn, for all of which memory is set aside at once
 _LINE_END = re.compile(r"\n(?:(?<=\S\n)(?=\S)|(?=[\n ][!-/:-~]))|\r(?=\n[!-/:-~])")
 
 
@@ -48,11 +48,11 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()  # a file may ask for both, and lose text
         self.backend.no_padding()
-        self.settings = checked(settings or {})
-        self.eos_token = self.named("eos_token") or END_OF_TEXT
+        self.settings = checked_settings(settings or {})
+        self.eos_token = self.named_token("eos_token") or END_OF_TEXT
         eos_id = backend.token_to_id(self.eos_token)
         if eos_id is None:
-            raise InvalidFile(
+            raise InvalidFileError(
                 f"the tokenizer has no end-of-text token {self.eos_token!r}; "
                 "name the right one as eos_token in its tokenizer_config.json"
             )
@@ -62,7 +62,7 @@ class Tokenizer:
         check_growth(pipeline["normalizer"])
         pattern = json.dumps(pipeline["pre_tokenizer"])
         self._bytes_have_symbols = '"ByteLevel"' in pattern and pipeline["model"]["type"] == "BPE"
-        self._marks_beginning = '"prepend_scheme": "first"' in pattern
+        self._marks_start = '"prepend_scheme": "first"' in pattern
         self.byte_level = pipeline["normalizer"] is None and self._bytes_have_symbols and '"Split"' not in pattern
         self.template = self._chat_template()
 
@@ -70,22 +70,22 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json, or the folder that holds one.
 
-        Raises InvalidFile where there is none, or it is broken.
+        Raises InvalidFileError where there is none, or it is broken.
         """
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise InvalidFile(f"there is no tokenizer.json at {path}; name a local folder or file that has one")
+            raise InvalidFileError(f"there is no tokenizer.json at {path}; name a local folder or file that has one")
         check_size(file)
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except BaseException as error:  # the library raises bare Exception for a bad file, or panics
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise InvalidFile(f"{file} is not a tokenizer: {str(error)[:200]}") from None
+            raise InvalidFileError(f"{file} is not a tokenizer: {str(error)[:200]}") from None
         settings = read_settings(file.parent)
         template = file.with_name("chat_template.jinja")
         if template.is_file():
-            settings = {**settings, "chat_template": read_text(template)}
+            settings = {**settings, "chat_template": read_utf8_file(template)}
         return cls(backend, settings)
 
     @classmethod
@@ -97,9 +97,9 @@ class Tokenizer:
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         smallest = len(alphabet) + len(SPECIAL_TOKENS)
-        if not smallest <= vocab_size <= LARGEST:
-            most = f"at least {smallest} and at most {LARGEST:,}"
-            raise SettingError(f"a byte-level tokenizer needs a vocab_size of {most}, not {vocab_size}")
+        if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+            allowed = f"at least {smallest} and at most {MAX_VOCAB_SIZE:,}"
+            raise ConfigError(f"a byte-level tokenizer needs a vocab_size of {allowed}, not {vocab_size}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -138,13 +138,13 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The id a text may begin with. Nothing is added by `encode`."""
-        token = self.named("bos_token")
+        token = self.named_token("bos_token")
         return None if token is None else self.backend.token_to_id(token)
 
     @property
     def pad_id(self) -> int | None:
         """The id other programs fill rows up with."""
-        token = self.named("pad_token")
+        token = self.named_token("pad_token")
         return None if token is None else self.backend.token_to_id(token)
 
     @functools.cached_property
@@ -180,12 +180,16 @@ class Tokenizer:
     def _encode_parts(self, parts: Sequence[str]) -> Iterator[list[int]]:
         """Some at a time: what the library makes of a text is a hundred times as large, until its ids are taken out."""
         ends = accumulate(map(len, parts))
-        for _, group in groupby(zip(parts, ends, strict=True), lambda each: each[1] // AT_ONCE):
+        for _, group in groupby(
+            zip(parts, ends, strict=True), lambda part_and_end: part_and_end[1] // CHARACTERS_PER_BATCH
+        ):
             try:
-                encoded = self.backend.encode_batch_fast([part for part, _ in group], add_special_tokens=False)
+                encodings = self.backend.encode_batch_fast([part for part, _ in group], add_special_tokens=False)
             except Exception as error:  # the library raises bare Exception
-                raise InvalidFile(f"this tokenizer cannot encode the text: {' '.join(str(error).split())}") from None
-            yield from (each.ids for each in encoded)
+                raise InvalidFileError(
+                    f"this tokenizer cannot encode the text: {' '.join(str(error).split())}"
+                ) from None
+            yield from (encoding.ids for encoding in encodings)
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
         """Token ids of a text whose special tokens are meant: never of one that a user wrote."""
@@ -196,11 +200,11 @@ class Tokenizer:
 
         `add_generation_prompt` opens the assistant's turn; `extra` are more variables for the template.
         """
-        return self._encode_trusted(*self._has_template().render_hidden(messages, add_generation_prompt, **extra))
+        return self._encode_trusted(*self._require_template().render_escaped(messages, add_generation_prompt, **extra))
 
     def render_chat(self, messages: Any, add_generation_prompt: bool = True, **extra: Any) -> str:
         """The conversation as the model is shown it, as text."""
-        return self._has_template().render(messages, add_generation_prompt, **extra)
+        return self._require_template().render(messages, add_generation_prompt, **extra)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; special tokens are spelled out."""
@@ -208,18 +212,18 @@ class Tokenizer:
 
     def with_special_tokens(self, tokens: Sequence[str]) -> "Tokenizer":
         """A tokenizer that has these special tokens too, at the next ids. This one stays as it is."""
-        backend, new = tokenizers.Tokenizer.from_str(self.backend.to_str()), []
+        backend, new_tokens = tokenizers.Tokenizer.from_str(self.backend.to_str()), []
         for token in dict.fromkeys(tokens):
-            if not token.strip() or (token not in self.special.known and backend.token_to_id(token) is not None):
-                raise SettingError(
+            if not token.strip() or (token not in self.special.by_text and backend.token_to_id(token) is not None):
+                raise ConfigError(
                     f"{token!r} cannot become a special token: it is empty, or a token of ordinary text; choose another"
                 )
-            if token not in self.special.known:
-                new.append(tokenizers.AddedToken(token, special=True, normalized=False))
-        backend.add_special_tokens(new)
+            if token not in self.special.by_text:
+                new_tokens.append(tokenizers.AddedToken(token, special=True, normalized=False))
+        backend.add_special_tokens(new_tokens)
         settings = dict(self.settings)
         if "added_tokens_decoder" in settings:  # where Transformers looks first
-            added = {str(backend.token_to_id(token.content)): described(token) for token in new}
+            added = {str(backend.token_to_id(token.content)): added_token_settings(token) for token in new_tokens}
             settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], **added}
         return Tokenizer(backend, settings)
 
@@ -243,41 +247,41 @@ class Tokenizer:
         if isinstance(self.settings.get("chat_template"), str):
             template.write_text(self.settings["chat_template"], "utf-8")
 
-    def _encode_trusted(self, text: str, back: dict[int, str]) -> list[int]:
-        """Ids of a text and its special tokens; `back` is applied to what is between them."""
+    def _encode_trusted(self, text: str, unescape_table: dict[int, str]) -> list[int]:
+        """Return the ids of a text and its special tokens; `unescape_table` is applied to what is between them."""
         pieces = self.special.split(text)
-        texts = [piece.translate(back) for piece in pieces if isinstance(piece, str)]
-        rows = iter(self.encode_batch(texts[:1]) + self.continued.encode_batch(texts[1:]))
+        texts = [piece.translate(unescape_table) for piece in pieces if isinstance(piece, str)]
+        rows = iter(self.encode_batch(texts[:1]) + self.continuation.encode_batch(texts[1:]))
         return [token for piece in pieces for token in ([piece] if isinstance(piece, int) else next(rows))]
 
     @functools.cached_property
-    def continued(self) -> "Tokenizer":
+    def continuation(self) -> "Tokenizer":
         """For text behind a special token: one that does not mark a beginning, where this one does."""
-        if not self._marks_beginning:
+        if not self._marks_start:
             return self
         pipeline = self.backend.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
         return Tokenizer(tokenizers.Tokenizer.from_str(pipeline), self.settings)
 
     def _chat_template(self) -> ChatTemplate | None:
         """The settings' template, of several the one called default."""
-        given = self.settings.get("chat_template")
-        if isinstance(given, list):
-            given = {entry["name"]: entry["template"] for entry in given}.get("default")
-        if not given:
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if not template:
             return None
-        named = {key: token for key in NAMED_TOKENS if (token := self.named(key)) is not None}
-        return ChatTemplate(given, list(self.special.known), {"eos_token": self.eos_token, **named})
+        named_tokens = {key: token for key in NAMED_TOKENS if (token := self.named_token(key)) is not None}
+        return ChatTemplate(template, list(self.special.by_text), {"eos_token": self.eos_token, **named_tokens})
 
-    def _has_template(self) -> ChatTemplate:
+    def _require_template(self) -> ChatTemplate:
         if self.template is None:
-            raise SettingError(
+            raise ConfigError(
                 "this tokenizer has no chat template, so its model is a base model that was not taught to chat; "
                 "use an instruct model such as HuggingFaceTB/SmolLM2-135M-Instruct, or set chat_template in its "
                 "tokenizer_config.json"
             )
         return self.template
 
-    def named(self, key: str) -> str | None:
+    def named_token(self, key: str) -> str | None:
         """The text of the token that the settings name so (bos_token, ...), if they do."""
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
@@ -286,8 +290,8 @@ class Tokenizer:
 def byte_symbols() -> dict[int, str]:
     """The visible character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    invisible = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + index) for index, byte in enumerate(invisible)}
 
 
 def split_at_lines(text: str) -> Iterator[str]:

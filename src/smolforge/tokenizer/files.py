@@ -6,19 +6,19 @@ from typing import Any
 
 import tokenizers
 
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-MOST_GROWTH = 64
-LARGEST_FILES = {"tokenizer.json": 64 << 20, "tokenizer_config.json": 4 << 20, "chat_template.jinja": 1 << 20}
+MAX_GROWTH = 64
+MAX_FILE_BYTES = {"tokenizer.json": 64 << 20, "tokenizer_config.json": 4 << 20, "chat_template.jinja": 1 << 20}
 """In bytes. The largest vocabularies there are take 35 MB."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says, and special_tokens_map.json of tokens that are not named there."""
-    settings, named = (_read_object(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    return {key: named[key] for key in NAMED_TOKENS if key in named} | settings
+    settings, token_map = (_read_object(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    return {key: token_map[key] for key in NAMED_TOKENS if key in token_map} | settings
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -26,48 +26,51 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        settings = json.loads(read_text(file))
+        settings = json.loads(read_utf8_file(file))
         json.dumps(settings, ensure_ascii=False).encode()  # half a character can be written in JSON, and nowhere else
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InvalidFile):
+        if isinstance(error, InvalidFileError):
             raise
-        raise InvalidFile(f"{file} is not JSON: {error}") from None
+        raise InvalidFileError(f"{file} is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise InvalidFile(f"{file} is not a JSON object")
+        raise InvalidFileError(f"{file} is not a JSON object")
     return settings
 
 
-def read_text(file: Path) -> str:
+def read_utf8_file(file: Path) -> str:
     check_size(file)
     try:
         return file.read_text("utf-8")
     except (ValueError, OSError) as error:
-        raise InvalidFile(f"{file} cannot be read: {error}") from None
+        raise InvalidFileError(f"{file} cannot be read: {error}") from None
 
 
 def check_size(file: Path) -> None:
     """A file far larger than any real one is refused before it is read."""
-    size, most = file.stat().st_size, LARGEST_FILES.get(file.name, LARGEST_FILES["tokenizer.json"])
-    if size > most:
-        raise InvalidFile(f"{file} has {size:,} bytes, more than the {most:,} of any real one")
+    size, max_bytes = file.stat().st_size, MAX_FILE_BYTES.get(file.name, MAX_FILE_BYTES["tokenizer.json"])
+    if size > max_bytes:
+        raise InvalidFileError(f"{file} has {size:,} bytes, more than the {max_bytes:,} of any real one")
 
 
-def checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a tokenizer_config.json, those that are read here being what they should be."""
+def checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a tokenizer_config.json.
+
+    Raises InvalidFileError where one that is read has a wrong type.
+    """
     for key in NAMED_TOKENS:
         token = settings.get(key)
         if not isinstance(token["content"] if isinstance(token, dict) and "content" in token else token, str | None):
-            raise InvalidFile(f"the tokenizer_config.json has {str(token)[:80]} as {key}, which should be a text")
+            raise InvalidFileError(f"the tokenizer_config.json has {str(token)[:80]} as {key}, which should be a text")
     template, added = settings.get("chat_template"), settings.get("added_tokens_decoder")
-    one = [] if template is None else [{"name": "default", "template": template}]
-    entries = template if isinstance(template, list) else one
+    single = [] if template is None else [{"name": "default", "template": template}]
+    entries = template if isinstance(template, list) else single
     for entry in entries:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
-            raise InvalidFile(
+            raise InvalidFileError(
                 "the chat_template of the tokenizer_config.json should be a text, or a list of such by name"
             )
     if not isinstance(added, dict | None):
-        raise InvalidFile("the added_tokens_decoder of the tokenizer_config.json should be a JSON object")
+        raise InvalidFileError("the added_tokens_decoder of the tokenizer_config.json should be a JSON object")
     return settings
 
 
@@ -78,12 +81,14 @@ def check_growth(normalizer: Any) -> None:
         if isinstance(step, dict):
             steps += step.get("normalizers", [])
             growth *= max(1, len(str(step.get("content", ""))))
-    if growth > MOST_GROWTH:
-        raise InvalidFile(f"the normalizer of the tokenizer may make a text {growth:,} times longer; none needs that")
+    if growth > MAX_GROWTH:
+        raise InvalidFileError(
+            f"the normalizer of the tokenizer may make a text {growth:,} times longer; none needs that"
+        )
 
 
-def described(token: tokenizers.AddedToken) -> dict[str, Any]:
-    """As tokenizer_config.json has it."""
+def added_token_settings(token: tokenizers.AddedToken) -> dict[str, Any]:
+    """Return an added token as tokenizer_config.json has it."""
     return {
         "content": token.content,
         "lstrip": token.lstrip,

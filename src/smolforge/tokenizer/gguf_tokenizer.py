@@ -10,18 +10,18 @@ from typing import Any
 
 import tokenizers
 
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.files import LARGEST_FILES
+from smolforge.tokenizer.files import MAX_FILE_BYTES
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-CUTS = {"smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]}, "gpt-2": _BYTES}
+PRE_TOKENIZERS = {"smollm": {"type": "Sequence", "pretokenizers": [_DIGITS, _BYTES]}, "gpt-2": _BYTES}
 """llama.cpp's name to the tokenizers library's steps, for what is written and read here."""
 DECODER = _BYTES | {"add_prefix_space": True}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Kinds of token: learned, special, added as ordinary text, and none at all."""
-PLAIN = {
+BPE_SETTINGS = {
     "type": "BPE",
     "dropout": None,
     "unk_token": None,
@@ -31,7 +31,7 @@ PLAIN = {
     "byte_fallback": False,
     "ignore_merges": False,
 }
-IDS = {
+TOKEN_ID_KEYS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
@@ -40,26 +40,26 @@ IDS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-MOST_ADDED = 1 << 14
+MAX_ADDED_TOKENS = 1 << 14
 """Special and added tokens together; each costs time in every text."""
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 
 
 def to_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """What a .gguf says of a tokenizer whose model has so many ids. Raises SettingError for one llama.cpp has not."""
+    """What a .gguf says of a tokenizer whose model has so many ids. Raises ConfigError for one llama.cpp has not."""
     pipeline = json.loads(tokenizer.backend.to_str())
     tokens, kinds = [f"[PAD{number}]" for number in range(vocab_size)], [UNUSED] * vocab_size
     for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         tokens[number], kinds[number] = token, NORMAL
     for number, token in tokenizer.backend.get_added_tokens_decoder().items():
         kinds[number] = CONTROL if token.special else USER_DEFINED
-    merges = [each if isinstance(each, str) else " ".join(each) for each in pipeline["model"].get("merges", [])]
-    named = ((key, tokenizer.named(token)) for token, key in IDS.items())
-    ids = {PREFIX + key: tokenizer.backend.token_to_id(token) for key, token in named if token is not None}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in pipeline["model"].get("merges", [])]
+    token_names = ((key, tokenizer.named_token(token)) for token, key in TOKEN_ID_KEYS.items())
+    ids = {PREFIX + key: tokenizer.backend.token_to_id(token) for key, token in token_names if token is not None}
     return {
         PREFIX + "model": "gpt2",
-        PREFIX + "pre": cut_of(pipeline),
+        PREFIX + "pre": pre_tokenizer_name(pipeline),
         PREFIX + "tokens": tokens,
         PREFIX + "token_type": kinds,
         PREFIX + "merges": merges,
@@ -70,99 +70,117 @@ def to_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def cut_of(pipeline: dict[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text. Raises SettingError where it has none."""
-    said = pipeline["model"] | {"normalizer": pipeline["normalizer"]}
-    other = [key for key, value in (PLAIN | {"normalizer": None}).items() if (said.get(key) or None) != (value or None)]
+def pre_tokenizer_name(pipeline: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises ConfigError where it has none."""
+    model = pipeline["model"] | {"normalizer": pipeline["normalizer"]}
+    unsupported = [
+        key
+        for key, value in (BPE_SETTINGS | {"normalizer": None}).items()
+        if (model.get(key) or None) != (value or None)
+    ]
     steps = json.loads(json.dumps(pipeline["pre_tokenizer"]).replace('"trim_offsets": false', '"trim_offsets": true'))
-    found = next((name for name, known in CUTS.items() if known == steps), None)
-    if found is None or other:
-        what = f"its {other[0]} is not GPT-2's" if other else f"it cuts text as none of {', '.join(CUTS)} does"
-        raise SettingError(
-            f"llama.cpp has no name for this tokenizer: {what}. It would read text otherwise without a word; "
+    name = next((name for name, steps_of_name in PRE_TOKENIZERS.items() if steps_of_name == steps), None)
+    if name is None or unsupported:
+        problem = (
+            f"its {unsupported[0]} is not GPT-2's"
+            if unsupported
+            else f"it cuts text as none of {', '.join(PRE_TOKENIZERS)} does"
+        )
+        raise ConfigError(
+            f"llama.cpp has no name for this tokenizer: {problem}. It would read text otherwise without a word; "
             "--to transformers hands the model on with its own"
         )
-    return found
+    return name
 
 
-def from_values(values: Mapping[str, Any], where: str, vocab_size: int | None = None) -> Tokenizer | None:
+def from_values(values: Mapping[str, Any], location: str, vocab_size: int | None = None) -> Tokenizer | None:
     """The tokenizer of a .gguf whose model has so many ids, None where there is none.
 
-    Raises InvalidFile where it is broken or of another kind.
+    Raises InvalidFileError where it is broken or of another kind.
     """
-    given = {key.removeprefix(PREFIX): value for key, value in values.items() if key.startswith(PREFIX)}
-    if "model" not in given:
+    metadata = {key.removeprefix(PREFIX): value for key, value in values.items() if key.startswith(PREFIX)}
+    if "model" not in metadata:
         return None
-    kind, cut = str(given["model"]), str(given.get("pre"))
-    if kind != "gpt2" or cut not in CUTS:
-        raise InvalidFile(
-            f"{where} has a tokenizer of llama.cpp's kind {kind[:40]!r}, {cut[:40]!r}, which is not read; gpt2 with "
-            f"{' or '.join(CUTS)} is. The folder it was converted from has the same as tokenizer.json"
+    kind, cut = str(metadata["model"]), str(metadata.get("pre"))
+    if kind != "gpt2" or cut not in PRE_TOKENIZERS:
+        raise InvalidFileError(
+            f"{location} has a tokenizer of llama.cpp's kind {kind[:40]!r}, {cut[:40]!r}, which is not read; gpt2 with "
+            f"{' or '.join(PRE_TOKENIZERS)} is. The folder it was converted from has the same as tokenizer.json"
         )
-    vocabulary, kinds = tokens_of(given, where, vocab_size)
-    merges = listed(given, "merges", str, where)
-    added = [described(token, number, kinds[number]) for token, number in vocabulary.items() if kinds[number] != NORMAL]
+    vocabulary, kinds = vocabulary_and_types(metadata, location, vocab_size)
+    merges = typed_list(metadata, "merges", str, location=location)
+    added = [
+        added_token(token, number, kinds[number]) for token, number in vocabulary.items() if kinds[number] != NORMAL
+    ]
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": None,
-        "pre_tokenizer": CUTS[cut],
+        "pre_tokenizer": PRE_TOKENIZERS[cut],
         "post_processor": None,
         "decoder": DECODER,
-        "model": PLAIN | {"vocab": vocabulary, "merges": merges},
+        "model": BPE_SETTINGS | {"vocab": vocabulary, "merges": merges},
     }
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     except BaseException as error:  # the library raises bare Exception, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InvalidFile(f"{where} has a tokenizer that is broken: {str(error)[:200]}") from None
-    return Tokenizer(backend, settings_of(given, values.get(TEMPLATE), vocabulary, where))
+        raise InvalidFileError(f"{location} has a tokenizer that is broken: {str(error)[:200]}") from None
+    return Tokenizer(backend, settings_of(metadata, values.get(TEMPLATE), vocabulary, location=location))
 
 
-def tokens_of(given: Mapping[str, Any], where: str, vocab_size: int | None) -> tuple[dict[str, int], list[int]]:
-    """Token to id, and the kind of each id; without those that are none."""
-    tokens = listed(given, "tokens", str, where)
+def vocabulary_and_types(
+    metadata: Mapping[str, Any], location: str, vocab_size: int | None
+) -> tuple[dict[str, int], list[int]]:
+    """Return token to id, without unused ids, and the token type of each id."""
+    tokens = typed_list(metadata, "tokens", str, location=location)
     if vocab_size is not None and len(tokens) > vocab_size:
-        raise InvalidFile(f"{where} has {len(tokens):,} tokens for a model of {vocab_size:,}, so they are not its own")
-    kinds = listed(given, "token_type", int, where) or [NORMAL] * len(tokens)
+        raise InvalidFileError(
+            f"{location} has {len(tokens):,} tokens for a model of {vocab_size:,}, so they are not its own"
+        )
+    kinds = typed_list(metadata, "token_type", int, location=location) or [NORMAL] * len(tokens)
     if len(kinds) != len(tokens) or not set(kinds) <= {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
-        raise InvalidFile(f"{where} has token types that do not fit its {len(tokens):,} tokens, or are not read here")
-    if (added := sum(kind != NORMAL for kind in kinds) - kinds.count(UNUSED)) > MOST_ADDED:
-        raise InvalidFile(f"{where} has {added:,} special or added tokens, more than any real one")
+        raise InvalidFileError(
+            f"{location} has token types that do not fit its {len(tokens):,} tokens, or are not read here"
+        )
+    if (added := sum(kind != NORMAL for kind in kinds) - kinds.count(UNUSED)) > MAX_ADDED_TOKENS:
+        raise InvalidFileError(f"{location} has {added:,} special or added tokens, more than any real one")
     vocabulary = {token: number for number, token in enumerate(tokens) if kinds[number] != UNUSED}
     if len(vocabulary) != len(tokens) - kinds.count(UNUSED):
-        raise InvalidFile(f"{where} has a token twice")
+        raise InvalidFileError(f"{location} has a token twice")
     return vocabulary, kinds
 
 
-def settings_of(given: Mapping[str, Any], template: Any, vocabulary: Mapping[str, int], where: str) -> dict[str, Any]:
-    """What a tokenizer_config.json would say."""
+def settings_of(
+    metadata: Mapping[str, Any], template: Any, vocabulary: Mapping[str, int], *, location: str
+) -> dict[str, Any]:
+    """Return the settings that a tokenizer_config.json would have."""
     names = {number: token for token, number in vocabulary.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for token, key in IDS.items():
-        if key in given:
-            if not isinstance(given[key], int) or given[key] not in names:
-                raise InvalidFile(f"{where} has {PREFIX}{key} {str(given[key])[:40]}, which is no token")
-            settings[token] = names[given[key]]
+    for token, key in TOKEN_ID_KEYS.items():
+        if key in metadata:
+            if not isinstance(metadata[key], int) or metadata[key] not in names:
+                raise InvalidFileError(f"{location} has {PREFIX}{key} {str(metadata[key])[:40]}, which is no token")
+            settings[token] = names[metadata[key]]
     if template is None:
         return settings
-    if not isinstance(template, str) or len(template) > LARGEST_FILES["chat_template.jinja"]:
-        raise InvalidFile(f"{where} has a {TEMPLATE} that is no text, or longer than any real one")
+    if not isinstance(template, str) or len(template) > MAX_FILE_BYTES["chat_template.jinja"]:
+        raise InvalidFileError(f"{location} has a {TEMPLATE} that is no text, or longer than any real one")
     return settings | {"chat_template": template}
 
 
-def listed(given: Mapping[str, Any], key: str, kind: type, where: str) -> list[Any]:
-    """A list of one kind of entry, empty where there is none."""
-    found = given.get(key, [])
-    if not isinstance(found, list) or not all(type(each) is kind for each in found):
-        raise InvalidFile(f"{where} has {PREFIX}{key} that is no list of {kind.__name__}")
-    return found
+def typed_list(metadata: Mapping[str, Any], key: str, kind: type, *, location: str) -> list[Any]:
+    """Return a list whose entries all have one type; empty where the key is missing."""
+    values = metadata.get(key, [])
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise InvalidFileError(f"{location} has {PREFIX}{key} that is no list of {kind.__name__}")
+    return values
 
 
-def described(content: str, number: int, kind: int) -> dict[str, Any]:
-    """An added token as tokenizer.json has it."""
+def added_token(content: str, number: int, kind: int) -> dict[str, Any]:
+    """Return an added token as tokenizer.json has it."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": content, **flags, "special": kind == CONTROL}

@@ -11,25 +11,25 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.settled: list[int] = []  # the last ids already given out, kept as context
-        self.waiting: list[int] = []
+        self.context: list[int] = []  # the last ids already given out, kept as context
+        self.pending: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that became whole with this id, perhaps none."""
-        self.waiting.append(token)
+        self.pending.append(token)
         text = self._new_text()
         if text.endswith("\ufffd"):
             return ""
-        self.settled, self.waiting = self.waiting, []
+        self.context, self.pending = self.pending, []
         return text
 
     def finish(self) -> str:
         """What is still waiting, broken as it may be."""
-        text = self._new_text() if self.waiting else ""
-        self.settled, self.waiting = self.waiting, []
+        text = self._new_text() if self.pending else ""
+        self.context, self.pending = self.pending, []
         return text
 
     def _new_text(self) -> str:
         # Decoded behind the ids before it, since some decoders treat the first token differently.
-        before = self.tokenizer.decode(self.settled)
-        return self.tokenizer.decode(self.settled + self.waiting)[len(before) :]
+        before = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.pending)[len(before) :]

@@ -1,15 +1,12 @@
-"""Whoever hears of a run beside its own files: TensorBoard, W&B, Trackio.
-
-events ->  Trackers  ->  one adapter each, made when the run starts
-             one that fails is said once and left out; training never stops for it
-
-What is told of a run while it goes: one stream of events, whoever listens.
+"""Report a run to experiment trackers: TensorBoard, W&B, Trackio.
 
     Started -> [ Watched, Sampled, Incident, Stepped, Saved ... ] -> Ended
        ^                                             |
        +------------------ Rewound <-----------------+
 
-Of one step, Stepped is the last but for Saved; its metrics are the line that metrics.jsonl has.
+A run emits these events, and `Trackers` passes them on to one adapter per tracker, created when the run starts. If an
+adapter fails, one warning names it and it is dropped; training never stops for it. Stepped is the last event of a step
+except Saved; its metrics are the line in metrics.jsonl.
 """
 
 import json
@@ -27,31 +24,33 @@ import numpy as np
 
 from smolforge import atomic
 from smolforge.config import Recipe
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.training.run_folder import TRACKING
+
+log = logging.getLogger("smolforge")
 
 
 @dataclass(frozen=True)
 class Started:
-    """A run begins, or goes on, after `step`; what was told of later steps does not count any more."""
+    """A run starts, or resumes, after `step`; events of later steps are void."""
 
     folder: Path
     recipe: Recipe
     environment: dict[str, Any]
     """The machine, as environment.json has it."""
     step: int
-    again: int
-    """Steps that rewinds before had to do again."""
+    repeated_steps: int
+    """Steps that earlier rewinds repeated."""
     history: Callable[[], list[dict[str, Any]]]
     """The lines of metrics.jsonl up to `step`."""
 
 
 @dataclass(frozen=True)
 class Rewound:
-    """Numbers went wrong: the run goes on after `step`, and did `again` steps again so far."""
+    """Numbers went wrong: the run continues after `step`, and has repeated `again` steps so far."""
 
     step: int
-    again: int
+    repeated_steps: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Histogram(NamedTuple):
 
 @dataclass(frozen=True)
 class Watched:
-    """How the values of some tensors are spread, by name."""
+    """Histograms of some tensors, by name."""
 
     step: int
     histograms: Mapping[str, Histogram]
@@ -95,7 +94,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is on disk, whole."""
+    """A checkpoint is on disk, complete."""
 
     step: int
     folder: Path
@@ -103,7 +102,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Ended:
-    """The process leaves the run: `state` is how, as environment.json has it, `reason` why."""
+    """The process ends: `state` is how, as in environment.json, `reason` why."""
 
     state: str
     reason: str
@@ -112,61 +111,59 @@ class Ended:
 Event = Started | Rewound | Stepped | Sampled | Watched | Incident | Saved | Ended
 
 
-log = logging.getLogger("smolforge")
-
 Tracker = Callable[[Event], None]
-Maker = Callable[[Started], Tracker]
+TrackerFactory = Callable[[Started], Tracker]
 
 
 class Trackers:
-    """Passes events on to those that were asked for."""
+    """The trackers of a run; each event goes to all of them."""
 
-    def __init__(self, makers: Mapping[str, Maker]) -> None:
-        self.makers, self.listening = makers, dict[str, Tracker]()
+    def __init__(self, factories: Mapping[str, TrackerFactory]) -> None:
+        self.factories, self.active = factories, dict[str, Tracker]()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
-            for name, make in self.makers.items():
-                with self._left_out_if_it_fails(name):
-                    self.listening[name] = make(event)
-        for name, tracker in list(self.listening.items()):
-            with self._left_out_if_it_fails(name):
+            for name, factory in self.factories.items():
+                with self._drop_on_error(name):
+                    self.active[name] = factory(event)
+        for name, tracker in list(self.active.items()):
+            with self._drop_on_error(name):
                 tracker(event)
 
     @contextmanager
-    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+    def _drop_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self.listening.pop(name, None)
+            self.active.pop(name, None)
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             log.warning("%s hears no more of this run: %s. Training goes on; metrics.jsonl has all", name, reason)
 
     def end(self, state: str, reason: str) -> None:
-        """Tell them, and let them go."""
+        """Report the end of the run, and drop all trackers."""
         self(Ended(state, reason))
-        self.listening.clear()
+        self.active.clear()
 
 
 def trackers(names: tuple[str, ...] | None) -> Trackers:
-    """Those of `report.to`. Raises MissingResource for one that is not installed."""
+    """Return the trackers of `report.to`. Raises MissingResourceError for one that is not installed."""
     for name in names or ():
         if find_spec(name) is None:
-            raise MissingResource(f"report.to has {name}, which is not installed: pip install 'smolforge[{name}]'")
-    return Trackers({name: import_maker(name) for name in dict.fromkeys(names or ())})
+            raise MissingResourceError(f"report.to has {name}, which is not installed: pip install 'smolforge[{name}]'")
+    return Trackers({name: import_tracker(name) for name in dict.fromkeys(names or ())})
 
 
-def import_maker(name: str) -> Maker:
-    """The adapter's module, loaded when the run starts: each brings in a large library."""
-    return lambda started: import_module(f"smolforge.tracking.{name}").begin(started)
+def import_tracker(name: str) -> TrackerFactory:
+    """Return a factory that imports the adapter's module when the run starts: each imports a large library."""
+    return lambda started: import_module(f"smolforge.tracking.{name}").create_tracker(started)
 
 
-def identity(folder: Path) -> str:
-    """The id of a run where others keep it, made once and kept in its folder. Raises InvalidFile where it is lost."""
+def tracking_id(folder: Path) -> str:
+    """Return the id of a run in other services, stored in its folder. Raises InvalidFileError if the file has none."""
     path = folder / TRACKING
     if not path.is_file():
-        atomic.replace(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
+        atomic.write_text_atomic(path, json.dumps({"id": secrets.token_hex(4)}) + "\n")
     try:
         return json.loads(path.read_text("utf-8"))["id"]
     except (ValueError, TypeError, KeyError):
-        raise InvalidFile(f"{path} has no id; without that file the run gets a new one") from None
+        raise InvalidFileError(f"{path} has no id; without that file the run gets a new one") from None

@@ -1,7 +1,4 @@
-"""What the tensors of a model are like while it trains: norms, and how values are spread.
-
-Nothing is looked at but at the steps, and of the kind, that a recipe asks for.
-"""
+"""Norms and histograms of a model's weights and gradients while it trains, at the steps that the recipe asks for."""
 
 from collections.abc import Callable, Iterable
 
@@ -16,39 +13,41 @@ BINS = 64
 
 
 class Watch:
-    """Looks at gradients when those of a step are whole, at weights after it, and tells at its end."""
+    """Norms and histograms of a step: of gradients once they are complete, of weights after the step."""
 
-    def __init__(self, model: nn.Module, report: Report, tell: Callable[[Event], None]) -> None:
-        self.model, self.report, self.tell = model, report, tell
+    def __init__(self, model: nn.Module, report: Report, emit: Callable[[Event], None]) -> None:
+        self.model, self.report, self.emit = model, report, emit
         self.norms: dict[str, Tensor] = {}
-        self.spread: dict[str, Histogram] = {}
+        self.histograms: dict[str, Histogram] = {}
 
     def gradients(self, step: int) -> None:
-        """Asked at each step, before its gradients are clipped and used."""
+        """Record the gradients of a step, before they are clipped; called at each step."""
         if self.report.watch in ("gradients", "all") and step % self.report.watch_every == 0:
-            found = ((name, weight.grad) for name, weight in self.model.named_parameters() if weight.grad is not None)
-            self.look("grad_norm", "gradients", found)
+            named_gradients = (
+                (name, weight.grad) for name, weight in self.model.named_parameters() if weight.grad is not None
+            )
+            self.record("grad_norm", "gradients", named_gradients)
 
-    def after(self, step: int) -> dict[str, float]:
-        """Tell how all is spread; returns the norms, which join the step's metrics."""
+    def finish_step(self, step: int) -> dict[str, float]:
+        """Emit the histograms, and return the norms, which join the step's metrics."""
         if self.report.watch in ("parameters", "all"):
-            self.look("weight_norm", "parameters", self.model.named_parameters())
-        self.tell(Watched(step, self.spread))
+            self.record("weight_norm", "parameters", self.model.named_parameters())
+        self.emit(Watched(step, self.histograms))
         norms = {name: norm.item() for name, norm in self.norms.items()}
-        self.norms, self.spread = {}, {}
+        self.norms, self.histograms = {}, {}
         return norms
 
-    def look(self, norm: str, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def record(self, norm: str, kind: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
         for name, tensor in tensors:
             self.norms[f"{norm}/{name}"] = torch.linalg.vector_norm(tensor.detach())
-            self.spread[f"{kind}/{name}"] = histogram(tensor.detach())
+            self.histograms[f"{kind}/{name}"] = histogram(tensor.detach())
 
 
 def histogram(tensor: Tensor) -> Histogram:
-    """How the finite values of a tensor are spread over BINS equal parts of their range."""
+    """Return the histogram of the finite values of a tensor, in BINS equal parts of their range."""
     values = tensor.flatten().float()
     values = values[values.isfinite()]
-    low, high = (float(each) for each in values.aminmax()) if values.numel() else (0.0, 0.0)
+    low, high = (float(bound) for bound in values.aminmax()) if values.numel() else (0.0, 0.0)
     if low == high:
         half = max(abs(low), 1.0) / 2
         low, high = low - half, high + half
@@ -57,5 +56,5 @@ def histogram(tensor: Tensor) -> Histogram:
 
 
 def weight_norm(model: nn.Module) -> float:
-    """Of all weights together."""
+    """Return the norm of all weights together."""
     return nn.utils.get_total_norm(weight.detach() for weight in model.parameters()).item()

@@ -1,4 +1,4 @@
-"""Metrics under the names that trackers show, and events as one row a step."""
+"""Metrics under the names that trackers show, and events as one row per step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ GROUPS = {
     "mfu": "speed",
 }
 GROUPS |= dict.fromkeys(("joules_", "peak_memory", "memory_", "cpu_", "machine_", "gpu_"), "machine")
-"""Beginning of a metric's name -> where it is shown."""
+"""Prefix of a metric's name -> its group in the tracker."""
 GLOBAL_STEP = "train/global_step"
-"""What Transformers' trainer calls it there."""
+"""The name that Transformers' Trainer uses."""
 
 
 def tag(metric: str) -> str:
@@ -28,7 +28,7 @@ def tag(metric: str) -> str:
 
 
 def values(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers among a step's metrics, by tag; null is what a file has for one that is none."""
+    """Return the numbers among a step's metrics, by tag; None, which files have for NaN, is NaN."""
     return {
         tag(name): float("nan") if value is None else float(value)
         for name, value in metrics.items()
@@ -36,22 +36,23 @@ def values(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class Rows:
-    """Hands on one row a step: its values, and what was drawn, watched or went wrong at it.
+class StepRows:
+    """Logs one row per step: its values, and the samples, histograms and incidents of the step.
 
-    Rows are numbered by the steps that were computed, so a step that a rewind makes run again has a new number and
-    nothing is overwritten; the step stands in the row. Rows up to the number `known` are there from an earlier start.
+    Rows are numbered by the steps that were computed, so a step that a rewind repeats has a new number and nothing is
+    overwritten; the row contains the step. Rows up to the number `last_logged` exist from an earlier start.
     """
 
     def __init__(
         self,
         log: Callable[[dict[str, Any], int], object],
-        known: int,
-        again: int,
+        last_logged: int,
+        repeated_steps: int,
+        *,
         table: Callable[[list[str], list[list[Any]]], object],
         histogram: Callable[[tuple[Any, Any]], object],
     ) -> None:
-        self.log, self.known, self.again = log, known, again
+        self.log, self.last_logged, self.repeated_steps = log, last_logged, repeated_steps
         self.table, self.histogram = table, histogram
         self.row: dict[str, Any] = {}
         self.samples: list[list[Any]] = []
@@ -59,12 +60,12 @@ class Rows:
     def __call__(self, event: Event) -> None:
         match event:
             case Rewound():
-                self.again = event.again
-                self.row, self.samples = {key: said for key, said in self.row.items() if key == "incident"}, []
+                self.repeated_steps = event.repeated_steps
+                self.row, self.samples = {key: value for key, value in self.row.items() if key == "incident"}, []
             case Sampled():
                 self.samples.append([event.step, event.prompt, event.text])
             case Watched():
-                self.row |= {name: self.histogram(tuple(each)) for name, each in event.histograms.items()}
+                self.row |= {name: self.histogram(tuple(histogram)) for name, histogram in event.histograms.items()}
             case Incident():
                 self.row["incident"] = f"{event.record['kind']}: {event.record['reason']}"
             case Stepped():
@@ -73,11 +74,11 @@ class Rows:
                 pass
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, with what was gathered for it."""
+        """Log a line of metrics.jsonl, with the other events of its step."""
         row = {GLOBAL_STEP: metrics["step"], **values(metrics), **self.row}
         if self.samples:
             row["samples"] = self.table(["step", "prompt", "text"], self.samples)
         self.row, self.samples = {}, []
-        number = metrics["step"] + self.again
-        if number > self.known:
+        number = metrics["step"] + self.repeated_steps
+        if number > self.last_logged:
             self.log(row, number)

@@ -1,7 +1,7 @@
-"""Events to TensorBoard's files, in RUN/tensorboard: a file for each start, written as it happens.
+"""Write events to TensorBoard's files, in RUN/tensorboard: one file for each start.
 
-No thread and no buffer: what is said of a step is with the system before the next begins, so a kill loses nothing. A
-file opens by taking back what the one before said of later steps, so TensorBoard has each step once.
+There is no thread and no buffer: the operating system has each step's records before the next step starts, so a kill
+loses nothing. A file starts by purging the later steps of the file before, so TensorBoard shows each step once.
 """
 
 import json
@@ -26,16 +26,16 @@ from smolforge.training.run_folder import TENSORBOARD
 
 
 class TensorBoard:
-    """Writes one file of events."""
+    """A tracker that writes one event file."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb", buffering=0)
         self.records = RecordWriter(self)
-        self.put(Record(file_version="brain.Event:2"))
+        self.write_record(Record(file_version="brain.Event:2"))
         self.rewind = ""
 
     def write(self, data: bytes) -> None:
-        """A record, as the system takes it. Raises OSError where that is not whole: a reader would stop there."""
+        """Write the bytes of a record. Raises OSError if the disk is full: readers would stop at a partial record."""
         try:
             if self.file.write(data) != len(data):
                 raise OSError("the disk has no room for TensorBoard's events")
@@ -43,76 +43,80 @@ class TensorBoard:
             self.file.close()
             raise
 
-    def put(self, record: Record) -> None:
+    def write_record(self, record: Record) -> None:
         record.wall_time = time.time()
         self.records.write(record.SerializeToString())
 
-    def say(self, step: int, said: Iterable[Summary.Value]) -> None:
-        self.put(Record(step=step, summary=Summary(value=said)))
+    def add_summary(self, step: int, summaries: Iterable[Summary.Value]) -> None:
+        self.write_record(Record(step=step, summary=Summary(value=summaries)))
 
-    def take_back(self, step: int) -> None:
-        """What was said of steps after this one does not count any more."""
-        self.put(Record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+    def purge_after(self, step: int) -> None:
+        """Purge the records of all later steps."""
+        self.write_record(Record(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def __call__(self, event: Event) -> None:
         match event:
             case Started():
-                for name, told in (("recipe", event.recipe.model_dump(mode="json")), ("machine", event.environment)):
-                    self.say(event.step + 1, text(name, as_it_is(json.dumps(told, indent=2))))
+                for name, content in (("recipe", event.recipe.model_dump(mode="json")), ("machine", event.environment)):
+                    self.add_summary(event.step + 1, text_summary(name, as_code_block(json.dumps(content, indent=2))))
             case Rewound():
-                self.take_back(event.step)
-                self.say(event.step, text("incidents", self.rewind))
+                self.purge_after(event.step)
+                self.add_summary(event.step, text_summary("incidents", self.rewind))
             case Stepped():
-                self.say(event.metrics["step"], scalars(event.metrics))
+                self.add_summary(event.metrics["step"], scalar_summaries(event.metrics))
             case Sampled():
-                self.say(event.step, text(f"samples/{event.number}", as_it_is(event.prompt + event.text)))
+                self.add_summary(
+                    event.step, text_summary(f"samples/{event.number}", as_code_block(event.prompt + event.text))
+                )
             case Watched():
-                self.say(event.step, [histogram(name, each) for name, each in event.histograms.items()])
+                self.add_summary(
+                    event.step, [histogram_summary(name, spread) for name, spread in event.histograms.items()]
+                )
             case Incident():
-                said = f"{event.record['kind']}: {event.record['reason']}"
-                self.say(event.record["step"], text("incidents", said))
-                self.rewind = f"{said}; back from step {event.record['step']}"
+                message = f"{event.record['kind']}: {event.record['reason']}"
+                self.add_summary(event.record["step"], text_summary("incidents", message))
+                self.rewind = f"{message}; back from step {event.record['step']}"
             case Ended():
                 self.file.close()
             case _:
                 pass
 
 
-def begin(started: Started) -> TensorBoard:
-    """A file for a start; the first one gets what the run did before it was told to TensorBoard."""
+def create_tracker(started: Started) -> TensorBoard:
+    """Open a file for a start; the first one gets all earlier steps of the run."""
     folder = started.folder / TENSORBOARD
     folder.mkdir(exist_ok=True)
-    there = sorted(folder.glob("events.out.tfevents.*"))
-    tracker = TensorBoard(folder / name_after(there[-1].name if there else None))
-    tracker.take_back(started.step)  # also the first: its server takes the first such record for no restart
-    for metrics in () if there else started.history():
+    existing = sorted(folder.glob("events.out.tfevents.*"))
+    tracker = TensorBoard(folder / next_file_name(existing[-1].name if existing else None))
+    tracker.purge_after(started.step)  # also the first: its server takes the first such record for no restart
+    for metrics in () if existing else started.history():
         tracker(Stepped(metrics))
     return tracker
 
 
-def name_after(last: str | None) -> str:
-    """A name that TensorBoard reads after the last one, whatever the clock says."""
+def next_file_name(last: str | None) -> str:
+    """Return a file name that TensorBoard reads after the last one, whatever the clock says."""
     seconds = int(time.time())
     if last is not None:
         seconds = max(seconds, int(last.split(".")[3]) + 1)
     return f"events.out.tfevents.{seconds:010}.{socket.gethostname()}"
 
 
-def scalars(metrics: dict[str, Any]) -> list[Summary.Value]:
+def scalar_summaries(metrics: dict[str, Any]) -> list[Summary.Value]:
     return [Summary.Value(tag=tag, simple_value=value) for tag, value in values(metrics).items()]
 
 
-def text(tag: str, said: str) -> list[Summary.Value]:
-    return list(text_pb(tag, said).value)
+def text_summary(tag: str, content: str) -> list[Summary.Value]:
+    return list(text_pb(tag, content).value)
 
 
-def as_it_is(said: str) -> str:
-    """Markdown that shows a text with its own lines and signs."""
-    return "\n".join(f"    {line}" for line in said.split("\n"))
+def as_code_block(text: str) -> str:
+    """Return Markdown that shows a text unchanged."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
-def histogram(tag: str, spread: Histogram) -> Summary.Value:
-    """As TensorBoard's histogram plugin keeps it: rows of left edge, right edge and count."""
+def histogram_summary(tag: str, spread: Histogram) -> Summary.Value:
+    """Return a histogram for TensorBoard's plugin: rows of left edge, right edge and count."""
     rows = np.stack([spread.edges[:-1], spread.edges[1:], spread.counts], axis=1).astype(np.float64)
     metadata = create_summary_metadata(display_name=None, description=None)
     return Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto(rows, dtype=np.float64))

@@ -1,18 +1,18 @@
-"""Events to Trackio, as Hugging Face's tools keep them: on this machine, or in the Space of TRACKIO_SPACE_ID."""
+"""Send events to Trackio: on this machine, or in the Space of TRACKIO_SPACE_ID."""
 
 import sys
 from contextlib import redirect_stdout
 
 import trackio
 
-from smolforge.tracking import Ended, Event, Started, identity
-from smolforge.tracking.rows import Rows
+from smolforge.tracking import Ended, Event, Started, tracking_id
+from smolforge.tracking.rows import StepRows
 
 
 class Trackio:
     """One run of Trackio, for one start of ours."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: StepRows) -> None:
         self.rows = rows
 
     def __call__(self, event: Event) -> None:
@@ -22,23 +22,23 @@ class Trackio:
                 trackio.finish()
 
 
-def begin(started: Started) -> Trackio:
-    """Go on with the run of before, which it knows by its name, or begin one and tell it what was done so far."""
+def create_tracker(started: Started) -> Trackio:
+    """Resume the run of this name, or start one, and log the steps that it lacks."""
     with redirect_stdout(sys.stderr):
         run = trackio.init(
             project=started.recipe.report.project,
-            name=f"{started.folder.resolve().name}-{identity(started.folder)}",
+            name=f"{started.folder.resolve().name}-{tracking_id(started.folder)}",
             config={"recipe": started.recipe.model_dump(mode="json"), "machine": started.environment},
             resume="allow",
             embed=False,
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
-    known = run._next_step - 1  # it says nowhere else how far it heard
-    rows = Rows(
+    last_logged = run._next_step - 1  # it says nowhere else how far it heard
+    rows = StepRows(
         run.log,
-        known,
-        started.again,
+        last_logged,
+        started.repeated_steps,
         table=trackio.Table,
         histogram=lambda pair: trackio.Histogram(np_histogram=pair),
     )

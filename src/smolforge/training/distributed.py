@@ -1,15 +1,15 @@
-"""Several processes that train one model: who they are, and how they hear of each other.
+"""Several processes that train one model: which of them this is, and how they exchange data.
 
-    torchrun, srun -> environment -> World: one of so many -> joined -> Ranks
-                                                                        tell      rank 0 does it, all hear the answer
-                                                                        gather    a few whole numbers of each
-                                                                        sum       losses
-                                                                        parallel  gradients
+    torchrun, srun -> environment -> World: rank r of n -> rank_group -> RankGroup
+                                                                           on_rank_zero  rank 0 computes, all receive
+                                                                           all_gather    a few integers of every rank
+                                                                           all_reduce    losses
+                                                                           wrap_ddp      gradients
 
-Each rank computes the gradient of its share of the rows of a batch, and their sum is the gradient of the batch. All
-else, whatever reads or writes a run's folder or is said to a person, is rank 0's; the others follow.
+Each rank computes the gradient of its share of the sequences of a batch; their sum is the gradient of the batch.
+Everything else, whatever reads or writes a run's folder or reports to the user, is done by rank 0.
 
-A rank that ends closes its connections, so the others hear of it at once; one that hangs lets a step's wait run out.
+A rank that ends closes its connections, so the others notice at once; one that hangs lets a step's wait time out.
 """
 
 import json
@@ -18,19 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from smolforge.errors import Elsewhere, LostRank, MissingResource, SettingError, exit_code_of
+from smolforge.errors import ConfigError, FailedOnRankZeroError, LostRankError, MissingResourceError, exit_code_of
 
 LAUNCH = "torchrun --standalone --nproc-per-node 2 -m -- smolforge train RECIPE --run DIR"
 JOIN_SECONDS = 300
 """How long ranks wait for each other to begin: the slowest has torch to load over a network."""
-PATIENCE = timedelta(days=30)
+RANK0_TIMEOUT = timedelta(days=30)
 """How long the others wait while rank 0 prepares, measures or saves. Should it die, they hear of it at once."""
 
 T = TypeVar("T")
@@ -48,42 +48,41 @@ class World:
     """`host:port` of rank 0, where they find each other."""
 
 
-def world_of(environment: Mapping[str, str]) -> World:
-    """The place that torchrun, or srun without it, gave this process; without either it is alone.
+def world_from_env(environment: Mapping[str, str]) -> World:
+    """Return the rank that torchrun, or srun without it, gave this process; without either it is alone.
 
-    Raises SettingError where the environment contradicts itself.
+    Raises ConfigError where the environment contradicts itself.
     """
-    told = environment if {"RANK", "WORLD_SIZE"} & environment.keys() else of_slurm(environment)
-    if told is None:
+    env = environment if {"RANK", "WORLD_SIZE"} & environment.keys() else slurm_env(environment)
+    if env is None:
         return World()
     numbers = {"LOCAL_RANK": 0}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        value = told.get(name)
+        value = env.get(name)
         if value is None and name not in numbers:
-            raise SettingError(f"the environment has no {name}, but the rest of a launcher's; start with: {LAUNCH}")
+            raise ConfigError(f"the environment has no {name}, but the rest of a launcher's; start with: {LAUNCH}")
         if value is not None and not re.fullmatch(r"[0-9]{1,9}", value):
-            raise SettingError(f"{name} in the environment is {value!r}, which is no number; start with: {LAUNCH}")
+            raise ConfigError(f"{name} in the environment is {value!r}, which is no number; start with: {LAUNCH}")
         numbers[name] = int(value or 0)
-    world = World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], meeting_of(told))
+    world = World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], rank_zero_address(env))
     if world.rank >= world.size:
-        raise SettingError(
-            f"RANK is {world.rank} and WORLD_SIZE {world.size}; ranks count from 0; start with: {LAUNCH}"
-        )
+        raise ConfigError(f"RANK is {world.rank} and WORLD_SIZE {world.size}; ranks count from 0; start with: {LAUNCH}")
     if world.size > 1 and not world.meeting:
-        raise SettingError(
+        raise ConfigError(
             f"WORLD_SIZE is {world.size}, but MASTER_ADDR and MASTER_PORT do not say where the ranks meet; "
             f"start with: {LAUNCH}"
         )
     return world
 
 
-def meeting_of(told: Mapping[str, str]) -> str:
-    host, port = told.get("MASTER_ADDR", ""), told.get("MASTER_PORT", "")
+def rank_zero_address(env: Mapping[str, str]) -> str:
+    """Return `host:port` of rank 0, or an empty string where the environment has none."""
+    host, port = env.get("MASTER_ADDR", ""), env.get("MASTER_PORT", "")
     return f"{host}:{port}" if host and re.fullmatch(r"[0-9]{1,5}", port) and int(port) < 1 << 16 else ""
 
 
-def of_slurm(environment: Mapping[str, str]) -> Mapping[str, str] | None:
-    """The tasks of a Slurm step in torchrun's words; None outside of a step, or where it has one task.
+def slurm_env(environment: Mapping[str, str]) -> Mapping[str, str] | None:
+    """Return a Slurm step's tasks as torchrun's variables; None outside of a step, or where it has one task.
 
     A batch script has SLURM_NTASKS as well, but is no step: what runs in it without srun is alone.
     """
@@ -100,8 +99,8 @@ def of_slurm(environment: Mapping[str, str]) -> Mapping[str, str] | None:
     }
 
 
-class Ranks:
-    """The processes of one run, seen from one of them. Alone, it does everything by itself and waits for nobody."""
+class RankGroup:
+    """The processes of one run, as one of them sees it. A single process does everything and waits for nobody."""
 
     def __init__(self, world: World) -> None:
         self.rank, self.size = world.rank, world.size
@@ -110,12 +109,12 @@ class Ranks:
         self.group: dist.ProcessGroup | None = None
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the rank that decides, writes and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which decides, writes and reports."""
         return self.rank == 0
 
-    def begin(self, device: torch.device, seconds: int) -> None:
-        """Connect for steps on a device; one in which a rank waits for so long ends the run."""
+    def start(self, device: torch.device, seconds: int) -> None:
+        """Connect for steps on a device. A step in which a rank waits for `seconds` ends the run."""
         if self.size == 1:
             return
         self.seconds, self.on_gpu = seconds, device.type == "cuda"
@@ -126,129 +125,129 @@ class Ranks:
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
 
-    def share(self, rows: int) -> range:
-        """This rank's of the rows of a batch: an unbroken stretch, as long as the others' or longer by one."""
+    def rows_of_rank(self, rows: int) -> range:
+        """Return this rank's share of a batch's rows: contiguous, as long as the others' or longer by one."""
         return range(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
-    def tell(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, the only one that does it: plain data, as JSON brings it to the others.
+    def on_rank_zero(self, work: Callable[..., T], *args: Any) -> T:
+        """Call `work(*args)` on rank 0 alone, and return its result on every rank: plain data, sent as JSON.
 
-        They wait as long as it takes. What it raises ends them all: elsewhere as Elsewhere.
+        The other ranks wait as long as it takes. What it raises ends them all: there as FailedOnRankZeroError.
         """
         if self.size == 1:
-            return work()
-        if self.leads:
+            return work(*args)
+        if self.is_main:
             try:
-                answer = work()
+                result = work(*args)
             except Exception as error:
                 self._broadcast(json.dumps({"error": str(error), "exit_code": exit_code_of(error)}))
                 raise
-            self._broadcast(json.dumps({"answer": answer}))
-            return answer
-        said = json.loads(self._broadcast(""))
-        if "error" in said:
-            raise Elsewhere(said["error"], said["exit_code"])
-        return said["answer"]
+            self._broadcast(json.dumps({"answer": result}))
+            return result
+        message = json.loads(self._broadcast(""))
+        if "error" in message:
+            raise FailedOnRankZeroError(message["error"], message["exit_code"])
+        return message["answer"]
 
     def _broadcast(self, text: str) -> str:
-        """Rank 0's text, once all have it."""
+        """Return rank 0's text on every rank, once all have it."""
         data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0)
-        data = data if self.leads else torch.empty(int(length), dtype=torch.uint8)
+        data = data if self.is_main else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(data, 0)
         dist.barrier()  # rank 0 may be about to end
         return data.numpy().tobytes().decode()
 
-    def gather(self, *numbers: int) -> list[tuple[int, ...]]:
-        """These numbers of every rank, by rank."""
+    def all_gather(self, *numbers: int) -> list[tuple[int, ...]]:
+        """Return these integers of every rank, by rank."""
         if self.size == 1:
             return [numbers]
-        mine = torch.tensor(numbers)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self.group)
-        return [tuple(each.tolist()) for each in everyone]
+        own = torch.tensor(numbers)
+        everyone = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(everyone, own, group=self.group)
+        return [tuple(numbers_of_rank.tolist()) for numbers_of_rank in everyone]
 
-    def sum(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each of these numbers summed over all ranks, where the numbers are; nobody waits for a GPU."""
+    def all_reduce(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return these numbers summed over all ranks, on their device; nobody waits for a GPU."""
         if self.size == 1:
             return numbers
-        sums = torch.stack([each.double() for each in numbers.values()])
+        sums = torch.stack([number.double() for number in numbers.values()])
         dist.all_reduce(sums, group=self.group)
         return dict(zip(numbers, sums.unbind(), strict=True))
 
-    def parallel(self, objective: nn.Module) -> nn.Module:
-        """The same with rank 0's weights, whose gradients are summed over all ranks while backward goes on."""
+    def wrap_ddp(self, objective: nn.Module) -> nn.Module:
+        """Return the objective with rank 0's weights, its gradients summed over all ranks during backward."""
         if self.size == 1:
             return objective
         wrapped = DistributedDataParallel(objective, process_group=self.group, gradient_as_bucket_view=True)
-        wrapped.register_comm_hook(self.group, summed)
+        wrapped.register_comm_hook(self.group, allreduce_hook)
         return wrapped
 
 
-def summed(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A bucket of gradients over all ranks; torch's own hook takes the mean, which is of no use with ragged labels."""
+def allreduce_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over all ranks. DistributedDataParallel's mean is wrong for ragged labels."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def accumulating(objective: nn.Module) -> AbstractContextManager:
-    """Gradients stay on their rank: more will be added to them."""
+def no_sync(objective: nn.Module) -> AbstractContextManager:
+    """Return a context in which gradients stay on their rank: gradient accumulation adds more to them."""
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else nullcontext()
 
 
-ALONE = Ranks(World())
+SINGLE_PROCESS = RankGroup(World())
 
 
 @contextmanager
-def joined(world: World) -> Iterator[Ranks]:
-    """Meet the other ranks of the world, and part at the end.
+def rank_group(world: World) -> Iterator[RankGroup]:
+    """Connect to the other ranks of the world, and disconnect at the end.
 
-    Raises MissingResource where they do not come, LostRank when one is gone or hangs.
+    Raises MissingResourceError where they do not come, LostRankError when one is gone or hangs.
     """
     if world.size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
-    meet(world)
-    ranks, broken = Ranks(world), False
+    rendezvous(world)
+    ranks, broken = RankGroup(world), False
     try:
         yield ranks
     except RuntimeError as error:
-        broken = is_of_a_connection(error)
+        broken = is_connection_error(error)
         if broken:
-            raise lost(ranks, error) from error
+            raise lost_rank_error(ranks, error) from error
         raise
     finally:
         if not (broken and ranks.on_gpu):  # NCCL would wait for the lost one
             dist.destroy_process_group()
 
 
-def meet(world: World) -> None:
-    """Connect all ranks. Raises MissingResource where that cannot be."""
+def rendezvous(world: World) -> None:
+    """Connect all ranks. Raises MissingResourceError where that fails."""
     try:
         store, _, _ = next(
             dist.rendezvous(f"tcp://{world.meeting}", world.rank, world.size, timeout=timedelta(seconds=JOIN_SECONDS))
         )
-        dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=RANK0_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise MissingResource(
+        raise MissingResourceError(
             f"rank {world.rank} could not meet the other {world.size - 1} at {world.meeting}: {reason}"
         ) from error
 
 
-def is_of_a_connection(error: RuntimeError) -> bool:
-    """Whether torch says so of the wire to another rank; gloo's errors have no class of their own."""
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether torch reports a broken connection to another rank; gloo's errors have no class of their own."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
-def lost(ranks: Ranks, error: RuntimeError) -> LostRank:
-    """The sentence for a connection that broke or fell silent."""
+def lost_rank_error(ranks: RankGroup, error: RuntimeError) -> LostRankError:
+    """Return the error for a connection that broke or timed out."""
     if "timed out" in str(error).lower():
-        what = (
+        reason = (
             f"rank {ranks.rank} heard nothing of another for {ranks.seconds} s (train.rank_timeout_seconds): it hangs"
         )
     else:
-        what = f"rank {ranks.rank} lost the connection to another: that one has ended, and said why if it could"
-    return LostRank(f"{what}. The same command goes on from the newest checkpoint")
+        reason = f"rank {ranks.rank} lost the connection to another: that one has ended, and said why if it could"
+    return LostRankError(f"{reason}. The same command goes on from the newest checkpoint")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge import atomic
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
 log = logging.getLogger("smolforge")
 ENVIRONMENT = "environment.json"
@@ -22,43 +22,43 @@ MAY_DIFFER = ("commit", "seen")
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    """All starts of a run, oldest first. Raises InvalidFile where the file is damaged."""
+    """Return all starts of a run, oldest first. Raises InvalidFileError where the file is corrupted."""
     path = folder / ENVIRONMENT
     try:
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        entries = json.loads(path.read_text("utf-8")) if path.is_file() else []
     except ValueError as error:
-        raise InvalidFile(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
-        raise InvalidFile(f"{path} is not a list of starts")
-    return found
+        raise InvalidFileError(f"{path} is not JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(start, dict) for start in entries):
+        raise InvalidFileError(f"{path} is not a list of starts")
+    return entries
 
 
-def record_start(folder: Path, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """Add this start, and warn where it cannot repeat the last one to the bit.
+def record_start(folder: Path, step: int, machine: dict[str, Any], *, environment: dict[str, Any]) -> dict[str, Any]:
+    """Add this start, and warn where it cannot repeat the last one bit-for-bit.
 
-    `machine` is what decides that; `seen` is whatever else may explain how fast it went. Returns what was added.
+    `machine` decides that; `environment` may explain how fast it was. Returns the entry.
     """
     before = starts(folder)
-    now = {**machine, "packages": versions(), "commit": revision(), "seen": seen}
+    current = {**machine, "packages": versions(), "commit": revision(), "seen": environment}
     if before:
-        changed = [key for key in now if key not in MAY_DIFFER and before[-1].get(key) != now[key]]
+        changed = [key for key in current if key not in MAY_DIFFER and before[-1].get(key) != current[key]]
         if changed:
             log.warning(
                 "%s changed since the last start: the run goes on to rounding, not to the bit", ", ".join(changed)
             )
-    added = {"step": step, "time": clock_time(), **now}
-    _write(folder, [*before, added])
-    return added
+    entry = {"step": step, "time": clock_time(), **current}
+    _write(folder, [*before, entry])
+    return entry
 
 
 def record_end(folder: Path, state: str, reason: str) -> None:
-    """Say of the last start how it ended. Raises OSError where the disk has no room for it."""
+    """Record how the last start ended. Raises OSError where the disk is full."""
     *before, last = starts(folder)
     _write(folder, [*before, {**last, "ended": {"time": clock_time(), "state": state, "reason": reason}}])
 
 
 def _write(folder: Path, all_starts: list[dict[str, Any]]) -> None:
-    atomic.replace(folder / ENVIRONMENT, json.dumps(all_starts, indent=2) + "\n")
+    atomic.write_text_atomic(folder / ENVIRONMENT, json.dumps(all_starts, indent=2) + "\n")
 
 
 def clock_time() -> str:
@@ -66,12 +66,12 @@ def clock_time() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
+    """Return the versions of the packages that decide a result."""
     return {name: version(name) for name in PACKAGES}
 
 
 def version(package: str) -> str:
-    """Of a package; ours may run as source that is not installed."""
+    """Return a package's version; ours may run as source that is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -79,12 +79,12 @@ def version(package: str) -> str:
 
 
 def revision() -> str | None:
-    """The commit smolforge runs from, where it runs from a checkout."""
+    """Return the commit smolforge runs from, where it runs from a checkout."""
     here = Path(__file__).parent
     if not (here.parents[2] / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     except OSError:  # git itself is not here
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -1,12 +1,12 @@
-"""Numbers that go wrong: an update left out, a run taken back, a run ended.
+"""What happens when metrics go wrong: skip an update, rewind the run, end it.
 
-    loss or gradient not finite -> the update is left out          (incident "skip")
-    several in a row, or a spike of the loss -> back to the last sound checkpoint, on with the data
-                                                after the bad one   (incident "rewind")
-    too many of those -> the run ends                               (incident "stop")
+    loss or gradient not finite -> the update is skipped           (incident "skip")
+    several in a row, or a loss spike -> back to the latest valid checkpoint, then on with the data
+                                         after the bad batches     (incident "rewind")
+    too many of those -> the run ends                              (incident "stop")
 
-What was decided is written down before it is done, and a run that starts again decides the same: its memory is the
-incidents, and in each checkpoint the losses that a spike is measured against. Zhang et al. 2022 (OPT,
+A decision is written to disk before it is carried out, and a resumed run decides the same: it reads the incidents, and
+in each checkpoint the losses that a spike is measured against. Zhang et al. 2022 (OPT,
 https://arxiv.org/abs/2205.01068) and Chowdhery et al. 2022 (PaLM, https://arxiv.org/abs/2204.02311) describe both
 remedies, by hand.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from smolforge.config import Guard
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 
 WINDOW = 128
 """Losses a spike is measured against."""
@@ -32,8 +32,8 @@ SMALLEST_SPIKE = 0.5
 Incident = dict[str, Any]
 
 
-class Rewind(Exception):
-    """Training should go back to before the `first` bad step, and leave out the data up to that of `step`."""
+class Rewind(Exception):  # noqa: N818 (control flow, as KeyboardInterrupt is)
+    """Training should go back to before the `first` bad step, and skip the data up to that of `step`."""
 
     def __init__(self, step: int, reason: str, first: int) -> None:
         super().__init__(reason)
@@ -42,30 +42,30 @@ class Rewind(Exception):
 
 @dataclass(frozen=True)
 class Decisions:
-    """What the incidents of a run come to."""
+    """What the incidents of a run add up to."""
 
     skipped: dict[int, str]
     """Step to reason, of updates left out."""
     jumps: tuple[tuple[int, int], ...]
     """(steps done, next batch), in order: where a rewind made the data go on elsewhere."""
     rewinds: int
-    again: int
+    repeated_steps: int
     """Steps that rewinds took back, to be done again."""
 
-    def batch(self, done: int) -> int:
-        """The batch, counted from 0, that follows so many finished steps."""
-        step, batch = max((jump for jump in self.jumps if jump[0] <= done), default=(0, 0))
-        return batch + done - step
+    def next_batch(self, completed: int) -> int:
+        """Return the number, from 0, of the batch that follows `completed` steps."""
+        step, batch = max((jump for jump in self.jumps if jump[0] <= completed), default=(0, 0))
+        return batch + completed - step
 
-    def in_a_row(self, done: int) -> int:
-        """Updates left out just before this point."""
+    def consecutive_skips(self, completed: int) -> int:
+        """Return the number of skipped updates just before this step."""
         count = 0
-        while done - count in self.skipped:
+        while completed - count in self.skipped:
             count += 1
         return count
 
 
-def decided(incidents: Sequence[Incident]) -> Decisions:
+def fold_incidents(incidents: Sequence[Incident]) -> Decisions:
     """Fold incidents, oldest first: a rewind undoes what was decided for the steps it takes back."""
     skipped: dict[int, str] = {}
     jumps: dict[int, int] = {}
@@ -82,57 +82,58 @@ def decided(incidents: Sequence[Incident]) -> Decisions:
             case "stop":
                 pass
             case kind:
-                raise InvalidFile(f"an incident of the run is {kind!r}, which this version does not know")
+                raise InvalidFileError(f"an incident of the run is {kind!r}, which this version does not know")
     return Decisions(skipped, tuple(sorted(jumps.items())), rewinds, again)
 
 
-class Judge:
-    """Looks at the numbers of each step. What it says of them is what the device did: see `training.unwanted`."""
+class LossGuard:
+    """Judges the metrics of each step. Its verdict is what the device did: see `training.loop.skip_update_flag`."""
 
     def __init__(
         self,
         settings: Guard,
         decisions: Decisions,
-        done: int,
+        completed: int,
+        *,
         recent: Iterable[float],
         record: Callable[[Incident], None],
     ) -> None:
-        """`recent` is what this was when `done` steps were; `record` writes an incident down for good."""
+        """Start after `completed` steps; `recent` are the losses before, `record` writes an incident to disk."""
         self.settings, self.decisions, self.record = settings, decisions, record
-        self.in_a_row = decisions.in_a_row(done)
+        self.consecutive_skips = decisions.consecutive_skips(completed)
         self.recent = deque(recent, WINDOW)
 
     @property
-    def guards(self) -> bool:
-        """Whether an update is left out when its loss or gradient is not finite."""
+    def enabled(self) -> bool:
+        """Whether to skip an update whose loss or gradient is not finite."""
         return self.settings.enabled
 
-    def knows(self, step: int) -> bool:
-        """Whether the update of this step was left out before."""
+    def was_skipped(self, step: int) -> bool:
+        """Whether the update of this step was skipped before."""
         return step in self.decisions.skipped
 
     def __call__(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Why the update of a step was left out, or None. Raises Rewind."""
+        """Return why the update of a step was skipped, or None. Raises Rewind."""
         reason = self.decisions.skipped.get(step)
         if reason is None and self.settings.enabled:
             reason = not_finite(loss, grad_norm)
             if reason is not None:
                 self.record({"kind": "skip", "step": step, "reason": reason})
             elif (spike := self.spike(loss)) is not None:
-                raise Rewind(step, spike, first=step - self.in_a_row)
+                raise Rewind(step, spike, first=step - self.consecutive_skips)
         if reason is None:
-            self.in_a_row = 0
+            self.consecutive_skips = 0
             if math.isfinite(loss):
                 self.recent.append(loss)
             return None
-        self.in_a_row += 1
-        if self.settings.enabled and self.in_a_row >= self.settings.skips_before_rewind:
-            said = f"{reason}, and {self.in_a_row} updates in a row had to be left out"
-            raise Rewind(step, said, first=step - self.in_a_row + 1)
+        self.consecutive_skips += 1
+        if self.settings.enabled and self.consecutive_skips >= self.settings.skips_before_rewind:
+            message = f"{reason}, and {self.consecutive_skips} updates in a row had to be left out"
+            raise Rewind(step, message, first=step - self.consecutive_skips + 1)
         return reason
 
     def spike(self, loss: float) -> str | None:
-        """What makes a loss stand out of the latest ones, if it does."""
+        """Return how a loss stands out from the recent ones, if it does."""
         if self.settings.spike is None or len(self.recent) < FEWEST:
             return None
         mean, deviation = float(np.mean(self.recent)), float(np.std(self.recent))
@@ -143,7 +144,7 @@ class Judge:
 
 
 def not_finite(loss: float, grad_norm: float) -> str | None:
-    """Which of the two is no number, if one is."""
+    """Return which of the two is NaN or infinite, if one is."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     return None if math.isfinite(grad_norm) else f"the norm of the gradient is {grad_norm}"

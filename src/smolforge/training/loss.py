@@ -1,13 +1,13 @@
-"""From final states to the loss, some tokens at a time: the logits of a whole batch never exist at once.
+"""From final hidden states to the loss, a chunk of tokens at a time: the logits of a whole batch never exist at once.
 
     states (n c) -> for each chunk of k tokens: logits (k v) -> loss, gradient of the logits
                                                              -> gradients of the chunk's states and of the head
 
-Gradients are made on the way forward, while the logits are there, and wait for backward; so logits are made
-once, and a batch costs one chunk of them. Liger Kernel's way: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
+Gradients are computed in the forward, while the logits exist, and wait for the backward. So logits are computed once,
+and a batch needs the memory of one chunk. This is Liger Kernel's way: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 
-Where each label's log-probability is wanted by itself, what is lost is known only once all are there: then the logits
-of a chunk are made again on the way back.
+DPO needs each label's log-probability, and its gradient is known only after all of them: there the logits of a chunk
+are computed again in the backward.
 
 Axes: b batch, t tokens of a row, n tokens, k tokens of a chunk, c hidden, v vocabulary.
 """
@@ -20,37 +20,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smolforge.data.batches import IGNORED
+from smolforge.data.batches import IGNORE_INDEX
 
 Scalar = Float[Tensor, ""]
 States, Head, Labels = Float[Tensor, "n c"], Float[Tensor, "v c"], Int[Tensor, " n"]
 
 
 def chunk_tokens(device: torch.device) -> int:
-    """Tokens whose logits exist at the same time: enough to keep the device busy, and no more."""
+    """Return the tokens whose logits exist at the same time: enough to keep the device busy, and no more."""
     return 8192 if device.type == "cuda" else 512
 
 
 def loss_sum(
-    hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"], z_loss: float = 0.0
+    hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"], *, z_loss: float = 0.0
 ) -> tuple[Scalar, Scalar]:
-    """What is to be minimised, in nats summed over all labels but IGNORED ones, and the z-loss in it.
+    """Return the loss to minimize, in nats summed over all labels but IGNORE_INDEX, and the z-loss in it.
 
-    That is the cross-entropy plus `z_loss` times the square of log Z, where Z is the sum over the vocabulary of
+    The loss is the cross-entropy plus `z_loss` times the square of log Z, where Z is the sum over the vocabulary of
     exp(logit): PaLM, section 5, https://arxiv.org/abs/2204.02311. Only the first of the two has a gradient.
     Under autocast the products are in its dtype; softmax and sums are in fp32 at least.
     """
-    wanted = torch.is_grad_enabled()
-    return _LossSum.apply(hidden.flatten(0, 1), head, labels.flatten(), z_loss, wanted)
+    needs_grad = torch.is_grad_enabled()
+    return _LossSum.apply(hidden.flatten(0, 1), head, labels.flatten(), z_loss, needs_grad)
 
 
 class _LossSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, states: States, head: Head, labels: Labels, z_loss: float, wanted: bool
+        ctx: Any, states: States, head: Head, labels: Labels, z_loss: float, needs_grad: bool
     ) -> tuple[Scalar, Scalar]:
-        of_states, of_head = (wanted and needed for needed in ctx.needs_input_grad[:2])
-        loss, z, *gradients = in_chunks(states, head, labels, z_loss, of_states, of_head)
+        of_states, of_head = (needs_grad and needed for needed in ctx.needs_input_grad[:2])
+        loss, z, *gradients = chunked_loss(states, head, labels, z_loss=z_loss, of_states=of_states, of_head=of_head)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(z)
         return loss + z, z
@@ -58,21 +58,21 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
-        of_states, of_head = (made if made is None else grads[0] * made for made in ctx.saved_tensors)
+        of_states, of_head = (grad if grad is None else grads[0] * grad for grad in ctx.saved_tensors)
         return of_states, of_head, None, None, None
 
 
-def in_chunks(
-    states: States, head: Head, labels: Labels, z_loss: float, of_states: bool, of_head: bool
+def chunked_loss(
+    states: States, head: Head, labels: Labels, *, z_loss: float, of_states: bool, of_head: bool
 ) -> tuple[Scalar, Scalar, States | None, Head | None]:
-    """Cross-entropy, z-loss, and the gradients of their sum that are asked for."""
+    """Return cross-entropy, z-loss, and the gradients of their sum that are needed."""
     dtype = product_dtype(states)
     states_grad = torch.empty_like(states) if of_states else None
     head_grad = torch.zeros_like(head, dtype=at_least_fp32(dtype)) if of_head else None
     loss = z = states.new_zeros((), dtype=at_least_fp32(dtype))
     factor = head.to(dtype)
     for chunk, part, logits in chunks_of_logits(states, factor):
-        part_loss, part_z = into_gradient(logits, labels[chunk], z_loss)
+        part_loss, part_z = logits_to_gradient(logits, labels[chunk], z_loss)
         loss, z = loss + part_loss, z + part_z
         if states_grad is not None:
             states_grad[chunk] = logits @ factor
@@ -82,20 +82,20 @@ def in_chunks(
 
 
 def chunks_of_logits(states: States, factor: Head) -> Iterator[tuple[slice, States, Float[Tensor, "k v"]]]:
-    """Which tokens, their states and logits, in the memory of the chunk before: fresh one costs 5 % on a CPU."""
+    """Yield slices of tokens, their states and logits, in one reused buffer: new memory costs 5 % on a CPU."""
     size = chunk_tokens(states.device)
-    room = states.new_empty((min(size, len(states)), len(factor)), dtype=factor.dtype)
+    buffer = states.new_empty((min(size, len(states)), len(factor)), dtype=factor.dtype)
     for start in range(0, len(states), size):
         part = states[start : start + size].to(factor.dtype)
-        yield slice(start, start + size), part, torch.mm(part, factor.T, out=room[: len(part)])
+        yield slice(start, start + size), part, torch.mm(part, factor.T, out=buffer[: len(part)])
 
 
-def into_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], z_loss: float) -> tuple[Scalar, Scalar]:
-    """Cross-entropy and z-loss of a chunk, whose logits become the gradient of their sum."""
+def logits_to_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], z_loss: float) -> tuple[Scalar, Scalar]:
+    """Return cross-entropy and z-loss of a chunk; turn its logits into the gradient of their sum, in place."""
     wide = logits.to(at_least_fp32(logits.dtype))
-    counts = (labels != IGNORED)[:, None]
+    counts = (labels != IGNORE_INDEX)[:, None]
     label = labels[:, None].where(counts, 0)
-    log_p, log_z, total = into_odds(wide, label)
+    log_p, log_z, total = logits_to_odds(wide, label)
     slope = 1 + 2 * z_loss * log_z  # of loss and z-loss along log Z, whose own gradient is the softmax
     logits.copy_(wide.mul_(counts * slope / total))
     # The label's entry anew, for p - 1 is to be rounded after the difference, not before.
@@ -103,7 +103,7 @@ def into_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], z_los
     return -log_p.where(counts, 0).sum(), z_loss * log_z.where(counts, 0).square().sum()
 
 
-def into_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[Tensor, Tensor, Tensor]:
+def logits_to_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[Tensor, Tensor, Tensor]:
     """log p of each label, log Z, and the sum (k 1) of the odds against the likeliest, which the logits become."""
     top, of_label = logits.amax(-1, keepdim=True), logits.gather(-1, label)
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
@@ -111,7 +111,7 @@ def into_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[
 
 
 def label_log_probs(hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
-    """The log-probability of each label, 0 where there is none; in fp32 at least, and with a gradient."""
+    """Return the log-probability of each label, 0 where there is none; in fp32 at least, with a gradient."""
     return _LabelLogProbs.apply(hidden.flatten(0, 1), head, labels.flatten()).view_as(labels)
 
 
@@ -120,13 +120,13 @@ class _LabelLogProbs(torch.autograd.Function):
     def forward(ctx: Any, states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
         ctx.save_for_backward(states, head, labels)
         ctx.dtype = product_dtype(states)
-        found = torch.empty(len(states), dtype=at_least_fp32(ctx.dtype), device=states.device)
+        log_probs = torch.empty(len(states), dtype=at_least_fp32(ctx.dtype), device=states.device)
         for chunk, _, logits in chunks_of_logits(states, head.to(ctx.dtype)):
-            counts = labels[chunk] != IGNORED
+            counts = labels[chunk] != IGNORE_INDEX
             label = labels[chunk].where(counts, 0)[:, None]
-            log_p, _, _ = into_odds(logits.to(found.dtype), label)
-            found[chunk] = log_p[:, 0].where(counts, 0)
-        return found
+            log_p, _, _ = logits_to_odds(logits.to(log_probs.dtype), label)
+            log_probs[chunk] = log_p[:, 0].where(counts, 0)
+        return log_probs
 
     @staticmethod
     @once_differentiable
@@ -136,7 +136,7 @@ class _LabelLogProbs(torch.autograd.Function):
         of_head = torch.zeros_like(head, dtype=at_least_fp32(ctx.dtype)) if ctx.needs_input_grad[1] else None
         factor = head.to(ctx.dtype)
         for chunk, part, logits in chunks_of_logits(states, factor):
-            into_gradient(logits, labels[chunk], 0.0)  # of -log p
+            logits_to_gradient(logits, labels[chunk], 0.0)  # of -log p
             logits.mul_(-grads[0][chunk, None])
             if of_states is not None:
                 of_states[chunk] = logits @ factor

@@ -1,12 +1,12 @@
-"""A run's folder: everything a run writes down about itself.
+"""A run's folder: everything a run writes about itself.
 
 recipe.toml       the resolved recipe             environment.json  each start: its machine, and how it ended
-metrics.jsonl     one object a step               samples.jsonl     text samples
-incidents.jsonl   numbers that went wrong, and what was done
+metrics.jsonl     one object per step             samples.jsonl     text samples
+incidents.jsonl   metrics that went wrong, and what was done
 run.log           starts, saves, warnings, errors checkpoints/      see checkpoint
-tracking.json     its id where trackers keep it   tensorboard/      what TensorBoard shows
+tracking.json     its id in trackers              tensorboard/      TensorBoard's events
 
-Lines of JSON that a run appends as it goes, and reads back.
+The .jsonl files are journals: they grow by whole lines and are read back on resume.
 """
 
 import fcntl
@@ -24,14 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from smolforge import atomic
-from smolforge.errors import Diverged, InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, TrainingDivergedError
 from smolforge.training.environment import record_end, record_start
 
 log = logging.getLogger("smolforge")
+RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK, TRACKING, TENSORBOARD = (
+    "recipe.toml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "incidents.jsonl",
+    "run.log",
+    ".lock",
+    "tracking.json",
+    "tensorboard",
+)
+FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
 
 class Journal:
-    """A .jsonl file that grows by whole lines. What a full disk refuses waits, and goes out with the next line."""
+    """A .jsonl file that grows by whole lines. What a full disk refuses waits, and is written with the next line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -48,7 +59,7 @@ class Journal:
                 log.warning("%s could not be written (%s); what belongs there is kept", self.path, error.strerror)
 
     def flush(self) -> None:
-        """Write what waits. Raises OSError where that fails; half a line is then taken back by the next try."""
+        """Write what waits. Raises OSError where that fails; the next try first removes half a line."""
         if not self.waiting:
             return
         with self.path.open("ab") as file:
@@ -59,22 +70,22 @@ class Journal:
         self.waiting = b""
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records, those that wait included."""
+        """Return all complete records, waiting ones included."""
         return whole_records(self._content())
 
-    def cut(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Take back everything from the first record that is broken or not wanted; that needs no room on the disk.
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Remove everything from the first record that is broken or not to `keep`; this needs no disk space.
 
-        Returns what is left.
+        Returns the records that are left.
         """
         content = self._content()
-        records = list(itertools.takewhile(wanted, whole_records(content)))
-        kept = sum(len(line) + 1 for line, _ in zip(content.split(b"\n"), records, strict=False))
-        self.waiting = content[self.bytes : kept]
-        if kept < self.bytes:
+        records = list(itertools.takewhile(keep, whole_records(content)))
+        kept_bytes = sum(len(line) + 1 for line, _ in zip(content.split(b"\n"), records, strict=False))
+        self.waiting = content[self.bytes : kept_bytes]
+        if kept_bytes < self.bytes:
             with self.path.open("rb+") as file:
-                file.truncate(kept)
-            self.bytes = kept
+                file.truncate(kept_bytes)
+            self.bytes = kept_bytes
         return records
 
     def _content(self) -> bytes:
@@ -83,7 +94,7 @@ class Journal:
 
 
 def as_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON, which has no word for what is not a number: null stands for it."""
+    """Return a record as a line of JSON; a number that is not finite becomes null."""
     plain = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -91,16 +102,19 @@ def as_line(record: dict[str, Any]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line cut short by a crash is left out. Raises InvalidFile for another."""
+    """Return the objects of a .jsonl file, without a last line cut short by a crash.
+
+    Raises InvalidFileError for another line that is not an object.
+    """
     content = path.read_bytes()
     records = whole_records(content)
     if len(records) < content.count(b"\n"):
-        raise InvalidFile(f"{path}, line {len(records) + 1} is not a JSON object")
+        raise InvalidFileError(f"{path}, line {len(records) + 1} is not a JSON object")
     return records
 
 
 def whole_records(content: bytes) -> list[dict[str, Any]]:
-    """The objects of lines of JSON, up to the first line that is none."""
+    """Return the objects of lines of JSON, up to the first line that is not one."""
     records = []
     for line in content.split(b"\n")[:-1]:
         try:
@@ -108,20 +122,6 @@ def whole_records(content: bytes) -> list[dict[str, Any]]:
         except (ValueError, TypeError):
             break
     return records
-
-
-log = logging.getLogger("smolforge")
-RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK, TRACKING, TENSORBOARD = (
-    "recipe.toml",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "incidents.jsonl",
-    "run.log",
-    ".lock",
-    "tracking.json",
-    "tensorboard",
-)
-FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
 
 class RunFolder:
@@ -135,14 +135,14 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator["RunFolder"]:
-        """Raises SettingError when another process has it, or when it is a folder of something else."""
+        """Lock the folder. Raises ConfigError when another process has it, or when it is not a run's."""
         run = cls(path)
         if path.exists() and not (path.is_dir() and (run.exists or not any(path.iterdir()))):
-            raise SettingError(f"{path} exists and is not a run folder; give --run another name")
-        atomic.make_folder(path)
+            raise ConfigError(f"{path} exists and is not a run folder; give --run another name")
+        atomic.make_dir_durable(path)
         with (path / LOCK).open("ab+", buffering=0) as lock:
-            left = run._take(lock)
-            atomic.sync(path)  # a log without a lock would be a folder of something else
+            left = run._lock(lock)
+            atomic.fsync_path(path)  # a log without a lock would be a folder of something else
             try:
                 with run._logging():
                     if left:
@@ -151,14 +151,14 @@ class RunFolder:
             finally:
                 lock.truncate(0)
 
-    def _take(self, lock: RawIOBase) -> str:
-        """Lock the folder; returns who had it and never gave it back, if somebody did."""
+    def _lock(self, lock: RawIOBase) -> str:
+        """Lock the folder; return the process that had it and never released it, if there was one."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             holder = (lock.read() or b"").decode(errors="replace").strip()
-            raise SettingError(f"{self.path} is being trained by process {holder}; wait, or stop it") from None
+            raise ConfigError(f"{self.path} is being trained by process {holder}; wait, or stop it") from None
         lock.seek(0)
         left = (lock.read() or b"").decode(errors="replace").strip()
         lock.truncate(0)
@@ -168,7 +168,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether a run was started here."""
         return (self.path / RECIPE).is_file() or (self.path / LOCK).is_file()
 
     def stored_recipe(self) -> Path | None:
@@ -176,47 +176,47 @@ class RunFolder:
         return path if path.is_file() else None
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file as a whole."""
-        atomic.replace(self.path / name, text)
+        """Replace a file atomically."""
+        atomic.write_text_atomic(self.path / name, text)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         self.journals[name].append(record)
 
     def record_incident(self, incident: dict[str, Any]) -> None:
-        """Write an incident down so that nothing takes it back; what a full disk refuses, the next checkpoint has."""
+        """Write an incident to disk for good; what a full disk refuses, the next checkpoint has."""
         self.append(INCIDENTS, incident)
         with suppress(OSError):
-            atomic.sync(self.path / INCIDENTS)
-            atomic.sync(self.path)
+            atomic.fsync_path(self.path / INCIDENTS)
+            atomic.fsync_path(self.path)
 
     def incidents(self) -> list[dict[str, Any]]:
-        """What went wrong so far, oldest first."""
+        """Return the incidents so far, oldest first."""
         return self.journals[INCIDENTS].records()
 
     def flush(self) -> None:
-        """Write what a full disk refused so far. Raises MissingResource where it still does."""
+        """Write what a full disk refused so far. Raises MissingResourceError where it still does."""
         for journal in self.journals.values():
             try:
                 journal.flush()
             except OSError as error:
-                raise atomic.unwritten(journal.path, error, len(journal.waiting)) from error
+                raise atomic.write_error(journal.path, error, len(journal.waiting)) from error
 
     def sync(self) -> None:
-        """Make what was written so far survive a power cut. Raises MissingResource where the disk fails."""
+        """Make what was written so far survive a power cut. Raises MissingResourceError where the disk fails."""
         try:
             events = sorted((self.path / TENSORBOARD).glob("events.*"))[-1:]
             for path in [*(journal.path for journal in self.journals.values()), *events]:
                 if path.is_file():
-                    atomic.sync(path)
-            atomic.sync(self.path)
+                    atomic.fsync_path(path)
+            atomic.fsync_path(self.path)
         except OSError as error:
-            raise atomic.unwritten(self.path, error, 0) from error
+            raise atomic.write_error(self.path, error, 0) from error
 
-    def rewind(self, step: int, known: list[dict[str, Any]]) -> None:
-        """Drop what metrics and samples say of steps after this one: they will be run again.
+    def rewind(self, step: int, incidents: list[dict[str, Any]]) -> None:
+        """Remove metrics and samples of steps after this one: they will be run again.
 
-        What follows a broken line, which only a power cut leaves, is dropped as well. Of incidents all are kept;
-        those `known` from the checkpoint are added where they are more.
+        What follows a broken line, which only a power cut leaves, is removed as well. All incidents are kept; those of
+        the checkpoint, `incidents`, are added where they are more.
         """
 
         def before(record: dict[str, Any]) -> bool:
@@ -224,19 +224,19 @@ class RunFolder:
 
         self.journals[SAMPLES].cut(before)
         steps = [record["step"] for record in self.journals[METRICS].cut(before)]
-        for incident in known[len(self.journals[INCIDENTS].cut(lambda _: True)) :]:
+        for incident in incidents[len(self.journals[INCIDENTS].cut(lambda _: True)) :]:
             self.record_incident(incident)
         if steps and steps != list(range(1, step + 1)):
             log.warning("%s does not have every step up to %d", self.path / METRICS, step)
 
-    def record_start(self, step: int, machine: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-        """Write down where and with what the run starts; when it ends, how is added. See `environment.record_start`."""
-        added = record_start(self.path, step, machine, seen)
+    def record_start(self, step: int, machine: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+        """Record the step and machine of this start; how it ends is added later. See `environment.record_start`."""
+        entry = record_start(self.path, step, machine, environment=environment)
         self.started = True
-        return added
+        return entry
 
-    def holder(self) -> str | None:
-        """Which process trains into it now, if one does: `1234 on host`."""
+    def lock_holder(self) -> str | None:
+        """Return the process that trains into the folder now, if one does: `1234 on host`."""
         try:
             with (self.path / LOCK).open("rb") as lock:
                 try:
@@ -249,7 +249,7 @@ class RunFolder:
 
     def _ended(self, error: BaseException | None) -> None:
         if self.started:
-            with suppress(MissingResource):  # a full disk has been said
+            with suppress(MissingResourceError):  # a full disk has been said
                 record_end(self.path, *how_it_ended(error))
 
     @contextmanager
@@ -280,13 +280,13 @@ class RunFolder:
 
 
 def how_it_ended(error: BaseException | None) -> tuple[str, str]:
-    """The state that what left a run leaves it in, and why."""
+    """Return the state in which an error, or None, leaves a run, and the reason."""
     match error:
         case None:
             return FINISHED, ""
         case Stopped():
             state = STOPPED
-        case Diverged():
+        case TrainingDivergedError():
             state = DIVERGED
         case _:
             state = FAILED

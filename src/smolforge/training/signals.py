@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a flag that the loop looks at between steps, and nothing else.
+"""Signals that stop a run: a flag that the loop checks between steps, and nothing else.
 
 Nothing is written in a handler, so no save is ever cut in the middle of a backward pass.
 """
@@ -14,28 +14,29 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal
 """SIGUSR1 and SIGUSR2 are what schedulers send before they take the machine away."""
 
 
-class Stop:
-    """The signal that asked for an end, once there was one."""
+class StopRequest:
+    """The signal that asked the run to stop, once there is one."""
 
-    asked_by: signal.Signals | None = None
+    received: signal.Signals | None = None
     stepping = False
     """While it is true, an end has to wait for the step; before, there is nothing to wait for."""
 
-    def asked(self) -> bool:
-        return self.asked_by is not None
+    def is_set(self) -> bool:
+        """Whether a signal was received."""
+        return self.received is not None
 
 
 @contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """The signals set the flag; once it is set, SIGINT ends at once, as it does without us.
+def stop_signals() -> Iterator[StopRequest]:
+    """Handle signals by setting the flag; a second SIGINT stops at once, as it does without us.
 
-    Raises Stopped for one that comes before the first step.
+    Raises Stopped for a signal before the first step.
     """
-    stop = Stop()
+    stop = StopRequest()
 
     def ask(number: int, frame: object) -> None:
-        first = stop.asked_by is None
-        stop.asked_by = stop.asked_by or signal.Signals(number)
+        first = stop.received is None
+        stop.received = stop.received or signal.Signals(number)
         if (first and not stop.stepping) or (not first and number == signal.SIGINT):
             raise KeyboardInterrupt
 
@@ -44,10 +45,10 @@ def stop_signals() -> Iterator[Stop]:
     try:
         yield stop
     except KeyboardInterrupt:
-        if stop.asked_by is None or stop.stepping:
+        if stop.received is None or stop.stepping:
             raise
-        said = f"stopped by {stop.asked_by.name} before the first step; the same command begins again, or goes on"
-        raise Stopped(said, EXIT_CODES[stop.asked_by]) from None
+        message = f"stopped by {stop.received.name} before the first step; the same command begins again, or goes on"
+        raise Stopped(message, EXIT_CODES[stop.received]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

@@ -1,13 +1,13 @@
-"""How fast training goes: rates against the clock and the device's peak, where a step's time goes, the time left.
+"""The speed of training: tokens/s, MFU, the time of each phase of a step, the time left.
 
-    with meter.step():
-        with meter.part("data"): ...         wait for the batch
-        with meter.part("forward"): ...      as often as there are micro-batches
+    with timer.step():
+        with timer.phase("data"): ...        wait for the batch
+        with timer.phase("forward"): ...     as often as there are micro-batches
         ...
-    figures = meter.read()                   of the oldest step not read yet
+    figures = timer.read()                   of the oldest step not read yet
 
-A step is a row of marks in the timeline in which its work happens: the clock of a CPU, the stream of a GPU. They cost
-a microsecond to make and are compared only when the step is read, so that nothing inside a step waits.
+A step is a list of timestamps on the timeline of its work: the clock of a CPU, the stream of a GPU. A timestamp costs a
+microsecond and is read only with its step, so nothing inside a step waits.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 
-Part = Literal["data", "forward", "backward", "optimizer", "other"]
+Phase = Literal["data", "forward", "backward", "optimizer", "other"]
 WINDOW = 20
 """Steps a running median is of."""
 
@@ -68,13 +68,13 @@ class StreamClock:
 
 
 def clock(device: torch.device) -> Clock:
-    """The timeline of a device's work."""
+    """Return the clock of a device."""
     return StreamClock(device) if device.type == "cuda" else HostClock()
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step does, and what the devices that do it could do."""
+class StepCost:
+    """What a step computes, and the peak of the devices that share it."""
 
     tokens: int
     """Of a step, over all devices."""
@@ -86,7 +86,7 @@ class Work:
     devices: int = 1
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """Tokens a second of a step that took so long, and model FLOPs utilisation in both conventions.
+        """Return tokens per second of a step of this duration, and model FLOPs utilization in both conventions.
 
         PaLM, https://arxiv.org/abs/2204.02311, appendix B.
         """
@@ -99,29 +99,30 @@ class Work:
         }
 
 
-class Meter:
-    """Times the steps of one start of a run, of which there are `steps` to go.
+class StepTimer:
+    """Times the `steps` remaining steps of one start of a run.
 
-    `annotate` is entered with each part's name around it: torch.profiler.record_function shows parts in a trace.
+    `annotate` is entered with each phase's name: torch.profiler.record_function shows phases in a trace.
     """
 
     def __init__(
         self,
-        work: Work,
+        cost: StepCost,
         steps: int,
         clock: Clock,
+        *,
         annotate: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.work, self.steps, self.clock, self.annotate = work, steps, clock, annotate
-        self._marks: list[tuple[Part, Any]] = []
-        self._unread: deque[list[tuple[Part, Any]]] = deque()
+        self.cost, self.steps, self.clock, self.annotate = cost, steps, clock, annotate
+        self._marks: list[tuple[Phase, Any]] = []
+        self._unread: deque[list[tuple[Phase, Any]]] = deque()
         self._end: Any = None
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._read, self._between = 0, 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step; what happens in none of its parts is `other`."""
+        """Time one step; what happens in none of its phases is `other`."""
         self._marks = []
         self._mark("other")
         yield
@@ -130,8 +131,8 @@ class Meter:
         self._marks = []
 
     @contextmanager
-    def part(self, name: Part) -> Iterator[None]:
-        """A part of the step, as often as it comes; one inside another is taken out of that other."""
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Time a phase of the step, as often as it comes; one inside another is subtracted from that other."""
         assert self._marks, "a part belongs to a step"
         outside = self._marks[-1][0]
         self._mark(name)
@@ -139,35 +140,33 @@ class Meter:
             yield
         self._mark(outside)
 
-    def _mark(self, name: Part) -> None:
+    def _mark(self, name: Phase) -> None:
         self._marks.append((name, self.clock.mark()))
 
     def read(self) -> dict[str, float]:
-        """Figures of the oldest step not read yet, once the device has finished it.
+        """Return the figures of the oldest step not read yet, once the device has finished it.
 
-        `seconds_between` is what passed since the step before, in none of the parts: measuring, sampling, saving.
-        Running figures leave out the first step, which compiles and allocates, and are not there for it.
+        `seconds_between` is the time since the step before outside all phases: validating, sampling, saving. Running
+        figures leave out the first step, which compiles and allocates.
         """
         marks = self._unread.popleft()
-        parts = dict.fromkeys(get_args(Part), 0.0)
-        for (name, begin), (_, end) in pairwise(marks):
-            parts[name] += self.clock.seconds(begin, end)
-        whole, between = sum(parts.values()), 0.0
+        phases = dict.fromkeys(get_args(Phase), 0.0)
+        for (name, start), (_, end) in pairwise(marks):
+            phases[name] += self.clock.seconds(start, end)
+        step_seconds, between = sum(phases.values()), 0.0
         if self._read:
-            self._recent.append(whole)
+            self._recent.append(step_seconds)
             between = self.clock.seconds(self._end, marks[0][1])
         self._read, self._end, self._between = self._read + 1, marks[-1][1], self._between + between
-        told = self.work.rates(whole) | {f"seconds_{name}": seconds for name, seconds in parts.items()}
-        told["seconds_between"] = between
-        return told | self._running() if self._recent else told
+        figures = self.cost.rates(step_seconds) | {f"seconds_{name}": seconds for name, seconds in phases.items()}
+        figures["seconds_between"] = between
+        return figures | self._running() if self._recent else figures
 
     def _running(self) -> dict[str, float]:
-        """From the median of recent steps. The time left also has what is done between steps, evaluation and saving:
-        rare and long, so by its mean since the start.
-        """
+        """Return medians of recent steps and the time left; what happens between steps counts by its mean."""
         typical = statistics.median(self._recent)
         between = self._between / (self._read - 1)
         return {
-            "tokens_per_second_median": self.work.tokens / typical,
+            "tokens_per_second_median": self.cost.tokens / typical,
             "seconds_left": (self.steps - self._read) * (typical + between),
         }

@@ -1,4 +1,4 @@
-"""Why a model does not say what it should: every known mistake is tried, and the one that fits is named."""
+"""Diagnose wrong logits: try every known mistake, and name the one that explains them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
@@ -9,89 +9,101 @@ from torch import Tensor
 
 from smolforge.config import ModelConfig
 from smolforge.verification import reference_model
-from smolforge.verification.reference_model import RIGHT, Reading, Weights
+from smolforge.verification.reference_model import CORRECT, ReferenceOptions, Weights
 from smolforge.verification.releases import Golden
 from smolforge.verification.transformers_reference import tolerance
 
 UNKNOWN = "none of the known mistakes explains it"
-CLEAR = 0.1
+MAX_REMAINING = 0.1
 """A mistake explains a difference when less than this share of it remains."""
 SWAPS = (("k_proj", "v_proj"), ("q_proj", "o_proj"), ("gate_proj", "up_proj"))
 
 
-def of_code(weights: Weights, config: ModelConfig, ids: Sequence[int], ours: Float[Tensor, "t v"]) -> str:
-    """The mistake that makes the definition say what our code says about the same weights."""
-    tried = {name: _distance(weights, config, ids, reading, ours) for name, reading in _all(config)}
-    right = _distance(weights, config, ids, RIGHT, ours)
-    best = min(tried, key=lambda name: tried[name])
-    return f"this code makes a mistake: {best}" if tried[best] < CLEAR * right else UNKNOWN
+def diagnose_code(
+    weights: Weights, config: ModelConfig, ids: Sequence[int], *, our_logits: Float[Tensor, "t v"]
+) -> str:
+    """Return the mistake with which the reference model gives the logits of our code for the same weights."""
+    distances = {
+        name: _distance(weights, config, ids, options=options, expected=our_logits)
+        for name, options in _code_mistakes(config)
+    }
+    correct_distance = _distance(weights, config, ids, options=CORRECT, expected=our_logits)
+    best = min(distances, key=lambda name: distances[name])
+    return f"this code makes a mistake: {best}" if distances[best] < MAX_REMAINING * correct_distance else UNKNOWN
 
 
-def _all(config: ModelConfig) -> Iterator[tuple[str, Reading]]:
-    for name, reading in reference_model.mistakes(config).items():
-        yield name.replace("rope_theta", "it uses").replace(" fits", ""), reading
+def _code_mistakes(config: ModelConfig) -> Iterator[tuple[str, ReferenceOptions]]:
+    for name, options in reference_model.mistakes(config).items():
+        yield name.replace("rope_theta", "it uses").replace(" fits", ""), options
 
 
-def _distance(weights: Weights, config: ModelConfig, ids: Sequence[int], reading: Reading, wanted: Tensor) -> float:
+def _distance(
+    weights: Weights, config: ModelConfig, ids: Sequence[int], *, options: ReferenceOptions, expected: Tensor
+) -> float:
     try:
-        found = reference_model.logits(weights, config, torch.tensor(ids), reading)
-    except (KeyError, RuntimeError):  # a reading that these weights do not fit
+        logits = reference_model.logits(weights, config, torch.tensor(ids), options=options)
+    except (KeyError, RuntimeError):  # options that do not fit these weights
         return float("inf")
-    return (found - wanted).abs().max().item()
+    return (logits - expected).abs().max().item()
 
 
-def of_files(weights: Weights, config: ModelConfig, golden: Sequence[Golden]) -> str:
-    """The change to the files after which the definition says what the release says."""
+def diagnose_files(weights: Weights, config: ModelConfig, golden: Sequence[Golden]) -> str:
+    """Return the change to the files with which the reference model gives the text of the release."""
 
-    def fits(changed: Weights, reading: Reading = RIGHT) -> bool:
-        return all(agrees(lambda ids: reference_model.logits(changed, config, ids, reading), entry) for entry in golden)
+    def fits(changed: Weights, options: ReferenceOptions = CORRECT) -> bool:
+        return all(
+            matches_golden(lambda ids: reference_model.logits(changed, config, ids, options=options), entry)
+            for entry in golden
+        )
 
-    for name, changed, reading in candidates(weights, config):
+    for name, changed, options in file_mistakes(weights, config):
         try:
-            if fits(changed(), reading):
+            if fits(changed(), options):
                 return name
-        except (KeyError, RuntimeError):  # a reading that these weights do not fit
+        except (KeyError, RuntimeError):  # options that do not fit these weights
             continue
     return f"{UNKNOWN}; the weights may be another model's, or damaged"
 
 
-def candidates(weights: Weights, config: ModelConfig) -> Iterator[tuple[str, Callable[[], Weights], Reading]]:
-    """(name, weights, reading) of every mistake a file may have, the cheap and frequent first."""
-    for name, reading in reference_model.mistakes(config).items():
-        yield f"the files have a mistake: {name}", lambda: weights, reading
+def file_mistakes(
+    weights: Weights, config: ModelConfig
+) -> Iterator[tuple[str, Callable[[], Weights], ReferenceOptions]]:
+    """Yield (name, weights, options) of every mistake a file may have, cheap and frequent ones first."""
+    for name, options in reference_model.mistakes(config).items():
+        yield f"the files have a mistake: {name}", lambda: weights, options
     for one, other in combinations(range(config.num_hidden_layers), 2):
         yield (
             f"the files have a mistake: swapped tensors, layers {one} and {other} are in each other's place",
-            lambda one=one, other=other: reference_model.with_layers_exchanged(weights, one, other),
-            RIGHT,
+            lambda one=one, other=other: reference_model.swap_layers(weights, one, other),
+            CORRECT,
         )
     for layer in range(config.num_hidden_layers):
         for pair in SWAPS:
             yield (
                 f"the files have a mistake: swapped tensors, {pair[0]} and {pair[1]} of layer {layer}",
-                lambda layer=layer, pair=pair: swapped_in(weights, layer, *pair),
-                RIGHT,
+                lambda layer=layer, pair=pair: swap_parts_of_layer(weights, layer, pair),
+                CORRECT,
             )
 
 
-def swapped_in(weights: Weights, layer: int, one: str, other: str) -> dict[str, Tensor]:
-    """The same weights with two parts of one layer exchanged."""
+def swap_parts_of_layer(weights: Weights, layer: int, parts: tuple[str, str]) -> dict[str, Tensor]:
+    """Return the weights with two parts of one layer swapped."""
     inside = {name: weight for name, weight in weights.items() if f"model.layers.{layer}." in name}
-    return {**weights, **reference_model.exchanged(inside, one, other)}
+    return {**weights, **reference_model.swap_parts(inside, *parts)}
 
 
 @torch.inference_mode()
-def agrees(logits: Callable[[Tensor], Tensor], entry: Golden) -> bool:
-    """Whether logits (t, v) of ids (t) give an entry's greedy ids and, where they are known, its first logits.
+def matches_golden(logits: Callable[[Tensor], Tensor], entry: Golden) -> bool:
+    """Return whether logits (t, v) of ids (t) give an entry's greedy ids and its first logits, if it has them.
 
     One forward over prompt and continuation; one near tie of the top two counts for either.
     """
     count = len(entry.greedy_ids)
-    out = logits(torch.tensor([*entry.prompt_ids, *entry.greedy_ids]))[-count - 1 : -1]
+    predicted = logits(torch.tensor([*entry.prompt_ids, *entry.greedy_ids]))[-count - 1 : -1]
     greedy = torch.tensor(list(entry.greedy_ids))
-    behind = (out.amax(-1) - out.gather(-1, greedy[:, None])[:, 0])[out.argmax(-1) != greedy]
-    if len(behind) > 1 or not bool((behind <= tolerance(out.abs().max().item())).all()):
+    gaps = (predicted.amax(-1) - predicted.gather(-1, greedy[:, None])[:, 0])[predicted.argmax(-1) != greedy]
+    if len(gaps) > 1 or not bool((gaps <= tolerance(predicted.abs().max().item())).all()):
         return False
-    known = torch.tensor(list(entry.top_logits), dtype=out.dtype)
-    found = out[0, torch.tensor(list(entry.top_ids), dtype=torch.int64)]
-    return bool(torch.isclose(found, known, rtol=entry.rel_tolerance, atol=entry.abs_tolerance).all())
+    expected = torch.tensor(list(entry.top_logits), dtype=predicted.dtype)
+    top_logits = predicted[0, torch.tensor(list(entry.top_ids), dtype=torch.int64)]
+    return bool(torch.isclose(top_logits, expected, rtol=entry.rel_tolerance, atol=entry.abs_tolerance).all())

@@ -1,7 +1,7 @@
-"""What is known of the published models: shape, hashes, and what they say.
+"""References of the published models: shape, hashes, and greedy text.
 
-One TOML a release, in releases/. A model is taken for a release by the Hub id it was asked for under, by the
-hash of its weights, or by the name of its folder.
+There is one TOML per release, in releases/. A model is identified as a release by its Hub id, by the hash of its
+weights, or by the name of its folder.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from smolforge.config import ModelConfig, presets
 
 @dataclass(frozen=True)
 class Golden:
-    """What a release says after a prompt, greedily, in fp32."""
+    """The greedy text of a release after a prompt, in fp32."""
 
     prompt_ids: Sequence[int]
     greedy_ids: Sequence[int]
@@ -27,7 +27,7 @@ class Golden:
     """"high" where independent implementations agree; anything less is reported and decides nothing."""
     top_ids: Sequence[int] = ()
     top_logits: Sequence[float] = ()
-    """The likeliest first tokens and their logits."""
+    """The most likely first tokens and their logits."""
     abs_tolerance: float = 1e-4
     rel_tolerance: float = 1e-5
 
@@ -54,26 +54,28 @@ class Release:
         return self.id.rpartition("/")[2]
 
 
-def published() -> list[Release]:
-    """All releases this package knows."""
+def published_releases() -> list[Release]:
+    """Return all releases that the package contains."""
     files = sorted((resources.files("smolforge.verification") / "releases").iterdir(), key=lambda file: file.name)
-    return [parse(tomllib.loads(file.read_text("utf-8"))) for file in files if file.name.endswith(".toml")]
+    return [parse_release(tomllib.loads(file.read_text("utf-8"))) for file in files if file.name.endswith(".toml")]
 
 
-def parse(content: dict[str, Any]) -> Release:
-    """A release from its TOML; `preset` stands for the shape."""
+def parse_release(content: dict[str, Any]) -> Release:
+    """Return the release of a parsed TOML; `preset` names the shape."""
     golden = [Golden(**entry) for entry in content.pop("golden", [])]
     return Release(shape=presets.shape(content.pop("preset")), golden=golden, **content)
 
 
-def identify(model: str, folder: Path, hashes: Mapping[str, str], releases: Sequence[Release]) -> Release | None:
-    """The release a MODEL is, or says it is, by its id, its weights or the name of its folder."""
-    asked = model.partition("@")[0]
-    for known in releases:
-        by_name = not Path(model).exists() and asked == known.id and "@" not in model
-        by_weights = bool(known.sha256) and set(known.sha256.values()) <= set(hashes.values())
-        if by_name or by_weights or folder.resolve().name == known.name:
-            return known
+def identify_release(
+    model: str, folder: Path, hashes: Mapping[str, str], *, releases: Sequence[Release]
+) -> Release | None:
+    """Return the release that a MODEL is, by its id, its weights or the name of its folder."""
+    hub_id = model.partition("@")[0]
+    for release in releases:
+        by_name = not Path(model).exists() and hub_id == release.id and "@" not in model
+        by_weights = bool(release.sha256) and set(release.sha256.values()) <= set(hashes.values())
+        if by_name or by_weights or folder.resolve().name == release.name:
+            return release
     return None
 
 
@@ -82,9 +84,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def differences(found: ModelConfig, release: Release) -> dict[str, tuple[Any, Any]]:
-    """Settings that are not the published ones: name to (here, published)."""
-    published = release.config
-    names = dict.fromkeys([*published.own_fields(), *found.own_fields()])
-    pairs = {name: (found.__dict__[name], published.__dict__[name]) for name in names}
+def config_differences(config: ModelConfig, release: Release) -> dict[str, tuple[Any, Any]]:
+    """Return settings that are not the published ones: name to (value, published value)."""
+    expected = release.config
+    names = dict.fromkeys([*expected.family_fields(), *config.family_fields()])
+    pairs = {name: (config.__dict__[name], expected.__dict__[name]) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,4 +1,4 @@
-"""What a verification found, for people and for scripts."""
+"""The result of a verification, for users and for scripts."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,30 +7,30 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, and whether it holds."""
+    """One property, and whether it holds."""
 
     name: str
     holds: bool
-    said: str
+    message: str
     figures: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
-class Report:
+class VerificationReport:
     """All checks of one model."""
 
     model: str
     checks: list[Check] = field(default_factory=list)
     release: str | None = None
     cause: str | None = None
-    """The likeliest cause, where something does not hold."""
+    """The most likely cause, if something does not hold."""
 
     @property
     def holds(self) -> bool:
         return all(check.holds for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """The whole report as plain values; the figures scripts ask for most stand at the top."""
+        """Return the report as plain values, with the most used figures at the top level."""
         figures = {check.name: check.figures for check in self.checks}
         return _json_has_no_nan(
             {
@@ -41,13 +41,16 @@ class Report:
                 "parameters": figures.get("parameters", {}),
                 "max_abs_logit_diff": figures.get("logits float32", {}).get("max_abs_diff"),
                 "greedy_match": figures.get("greedy", {}).get("match"),
-                "checks": [check.__dict__ for check in self.checks],
+                "checks": [
+                    {"name": check.name, "holds": check.holds, "message": check.message, "figures": check.figures}
+                    for check in self.checks
+                ],
             }
         )
 
 
 def _json_has_no_nan(value: Any) -> Any:
-    """The same with None for every number that is none."""
+    """Return the same value with None for every NaN or infinity."""
     if isinstance(value, dict):
         return {key: _json_has_no_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):

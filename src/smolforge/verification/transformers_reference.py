@@ -1,4 +1,4 @@
-"""Transformers' own implementation on the same files: its logits, its greedy text, and how far ours is from them.
+"""Compare with Transformers' own implementation on the same files: its logits and its greedy text.
 
 Axes: t tokens, c hidden, v vocabulary.
 """
@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.models.decoder import LanguageModel
 
-CHUNK = 512
+CHUNK_TOKENS = 512
 """Tokens whose logits exist at the same time."""
 States = Float[Tensor, "t _"]
 LogitsOf = Callable[[States], Float[Tensor, "t v"]]
 
 
 @dataclass(frozen=True)
-class Difference:
+class LogitDifference:
     """How far one model's predictions are from another's, over the tokens of one row."""
 
     tokens: int
@@ -35,9 +35,9 @@ class Difference:
     """Mean over tokens of KL(theirs || ours), in nats."""
     top1_agreement: float
     unexplained: int
-    """Tokens where the likeliest differ though the top two of theirs are apart by more than twice the difference."""
+    """Tokens where the argmax differs though the top two of theirs are apart by more than twice the difference."""
     finite: bool
-    """Whether every logit of both is a number; the figures are of the tokens before the first that is not."""
+    """Whether every logit of both is finite; the figures are of the tokens before the first that is not."""
 
     @property
     def allowed(self) -> float:
@@ -49,46 +49,50 @@ class Difference:
 
 
 def tolerance(max_abs_logit: float) -> float:
-    """How far fp32 logits may be apart: 1e-4, and more only where logits are large."""
+    """Return how far fp32 logits may be apart: 1e-4, and more only if logits are large."""
     return 1e-4 * max(1.0, max_abs_logit / 4)
 
 
 class Oracle:
-    """Transformers' model of a folder or a .gguf. Raises MissingResource where Transformers is not installed."""
+    """Transformers' model of a folder or a .gguf. Raises MissingResourceError if Transformers is not installed."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        transformers = require()
+        transformers = require_transformers()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        where = {"gguf_file": folder.name} if folder.is_file() else {}
-        if where and find_spec("gguf") is None:
-            raise MissingResource("Transformers reads a .gguf with the gguf package; pip install 'smolforge[verify]'")
-        with refusals():
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
-                folder.parent if where else folder,
+        gguf_kwargs = {"gguf_file": folder.name} if folder.is_file() else {}
+        if gguf_kwargs and find_spec("gguf") is None:
+            raise MissingResourceError(
+                "Transformers reads a .gguf with the gguf package; pip install 'smolforge[verify]'"
+            )
+        with transformers_errors():
+            model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder.parent if gguf_kwargs else folder,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                **where,
+                **gguf_kwargs,
             )
-        if where and told["missing_keys"]:  # it would make them up
-            raise InvalidFile(f"Transformers does not read all of {folder}: it misses {min(told['missing_keys'])}")
+        if gguf_kwargs and loading_info["missing_keys"]:  # it would initialize them
+            raise InvalidFileError(
+                f"Transformers does not read all of {folder}: it misses {min(loading_info['missing_keys'])}"
+            )
         self.model: Any = model.eval()
         # What a file says of sampling is no part of what the model computes.
         self.model.generation_config = transformers.GenerationConfig()
 
-    def hidden(self, ids: Sequence[int]) -> Float[Tensor, "t c"]:
-        with refusals():
+    def hidden_states(self, ids: Sequence[int]) -> Float[Tensor, "t c"]:
+        with transformers_errors():
             return self.model.model(torch.tensor([list(ids)]), use_cache=False, return_dict=True).last_hidden_state[0]
 
     def logits(self, hidden: Float[Tensor, "t c"]) -> Float[Tensor, "t v"]:
         return self.model.lm_head(hidden)
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The likeliest continuation, end-of-text tokens taken like any other."""
+        """Return the greedy continuation, with end-of-text tokens like any other."""
         ids = torch.tensor([list(prompt)])
-        with refusals():
+        with transformers_errors():
             out = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -100,13 +104,13 @@ class Oracle:
         return out[0, len(prompt) :].tolist()
 
 
-def require() -> Any:
-    """Transformers, or MissingResource with the way to it."""
+def require_transformers() -> Any:
+    """Return Transformers. Raises MissingResourceError, with a hint, if it cannot be imported."""
     try:
         import transformers
         from transformers import AutoModelForCausalLM  # noqa: F401
     except Exception as error:  # it may be there and broken
-        raise MissingResource(
+        raise MissingResourceError(
             f"this compares with Transformers, which cannot be imported ({' '.join(str(error).split())[:200]}); "
             "pip install 'smolforge[verify]'"
         ) from None
@@ -114,45 +118,49 @@ def require() -> Any:
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn whatever Transformers raises into one sentence: a model it does not take does not hold."""
+def transformers_errors() -> Iterator[None]:
+    """Turn any exception of Transformers into an InvalidFileError of one sentence."""
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise InvalidFile(f"Transformers does not take this model: {type(error).__name__}: {said[:300]}") from error
+        message = " ".join(str(error).split())
+        raise InvalidFileError(
+            f"Transformers does not take this model: {type(error).__name__}: {message[:300]}"
+        ) from error
 
 
 @torch.inference_mode()
-def difference(ours: LanguageModel, theirs: Oracle, ids: Sequence[int]) -> Difference:
-    """Our logits beside theirs for one row, in chunks, so that long rows need no more memory than short ones."""
-    mine = ours.hidden(torch.tensor([list(ids)]))[0]
-    return compared(mine, ours.logits, theirs.hidden(ids), theirs.logits)
+def compare_models(model: LanguageModel, oracle: Oracle, ids: Sequence[int]) -> LogitDifference:
+    """Compare our logits with the oracle's for one row, in chunks, so that long rows need no more memory."""
+    our_hidden = model.hidden_states(torch.tensor([list(ids)]))[0]
+    return compare_logits(our_hidden, model.logits, oracle.hidden_states(ids), their_head=oracle.logits)
 
 
-def compared(mine: States, my_logits: LogitsOf, yours: States, your_logits: LogitsOf) -> Difference:
-    """The difference of two heads over two states of the same tokens; `yours` is the reference."""
+def compare_logits(
+    our_hidden: States, our_head: LogitsOf, their_hidden: States, *, their_head: LogitsOf
+) -> LogitDifference:
+    """Return the difference of two heads over two states of the same tokens; `their_hidden` is the reference."""
     largest = worst = kl = 0.0
     agreed = unexplained = 0
     finite = True
-    for a, b in chunks(my_logits, mine, your_logits, yours):
+    for a, b in logit_chunks(our_head, our_hidden, their_head, their_hidden=their_hidden):
         finite = bool(a.isfinite().all() and b.isfinite().all())
         if not finite:
             break
-        apart = (a - b).abs().amax(-1)
-        largest, worst = max(largest, b.abs().max().item()), max(worst, apart.max().item())
+        diff = (a - b).abs().amax(-1)
+        largest, worst = max(largest, b.abs().max().item()), max(worst, diff.max().item())
         kl += F.kl_div(a.log_softmax(-1), b.log_softmax(-1), log_target=True, reduction="sum").item()
         same = a.argmax(-1) == b.argmax(-1)
         first, second = b.topk(min(2, b.shape[-1])).values.unbind(-1)
         agreed += int(same.sum())
-        unexplained += int((~same & (first - second > 2 * apart.clamp(max=1e-3))).sum())
-    count = len(mine)
-    return Difference(count, largest, worst, kl / count, agreed / count, unexplained, finite)
+        unexplained += int((~same & (first - second > 2 * diff.clamp(max=1e-3))).sum())
+    count = len(our_hidden)
+    return LogitDifference(count, largest, worst, kl / count, agreed / count, unexplained, finite)
 
 
-def chunks(
-    my_logits: LogitsOf, mine: Float[Tensor, "t c"], your_logits: LogitsOf, yours: Float[Tensor, "t c"]
+def logit_chunks(
+    our_head: LogitsOf, our_hidden: Float[Tensor, "t c"], their_head: LogitsOf, *, their_hidden: Float[Tensor, "t c"]
 ) -> Iterator[tuple[Float[Tensor, "t v"], Float[Tensor, "t v"]]]:
-    """Logits of both, in fp32, a few tokens at a time."""
-    for a, b in zip(mine.split(CHUNK), yours.split(CHUNK), strict=True):
-        yield my_logits(a).float(), your_logits(b).float()
+    """Yield the logits of both, in fp32, a chunk of tokens at a time."""
+    for a, b in zip(our_hidden.split(CHUNK_TOKENS), their_hidden.split(CHUNK_TOKENS), strict=True):
+        yield our_head(a).float(), their_head(b).float()

@@ -3,8 +3,8 @@
 The gguf package reads these files too, and is what they are held to in tests; it trusts what a file says of itself.
 """
 
-from smolforge.checkpoint.gguf.block_types import TYPES as TYPES
-from smolforge.checkpoint.gguf.block_types import Type as Type
-from smolforge.checkpoint.gguf.container import File as File
-from smolforge.checkpoint.gguf.container import Value as Value
+from smolforge.checkpoint.gguf.block_types import BLOCK_TYPES as BLOCK_TYPES
+from smolforge.checkpoint.gguf.block_types import BlockType as BlockType
+from smolforge.checkpoint.gguf.container import GGUFReader as GGUFReader
+from smolforge.checkpoint.gguf.container import MetadataValue as MetadataValue
 from smolforge.checkpoint.gguf.container import write as write

@@ -21,43 +21,43 @@ Blocks = UInt8[Tensor, "n _"]
 
 
 @dataclass(frozen=True)
-class Type:
+class BlockType:
     """One of ggml's types."""
 
     name: str
-    number: int
+    type_id: int
     """In files: enum ggml_type."""
-    size: int
+    block_size: int
     """Values in a block."""
-    size_bytes: int
+    type_size: int
     """Bytes of a block."""
     decode: Callable[[Blocks], Values]
     encode: Callable[[Values], Blocks] | None = None
     """None for what is only read."""
 
-    def bytes_of(self, values: int) -> int:
-        """Bytes of so many values, a multiple of `size`."""
-        return values // self.size * self.size_bytes
+    def nbytes(self, values: int) -> int:
+        """Return the bytes of this many values, a multiple of `size`."""
+        return values // self.block_size * self.type_size
 
-    def rounded(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def round_trip(self, tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """What a tensor is after it was kept in this type."""
         return from_blocks(to_blocks(tensor, self), self, tuple(tensor.shape))
 
 
-def to_blocks(tensor: Float[Tensor, "..."], kind: Type) -> UInt8[Tensor, " _"]:
+def to_blocks(tensor: Float[Tensor, "..."], kind: BlockType) -> UInt8[Tensor, " _"]:
     """The bytes of a tensor, whose last axis divides into blocks."""
-    assert kind.encode is not None and tensor.shape[-1] % kind.size == 0
-    return kind.encode(tensor.float().reshape(-1, kind.size)).reshape(-1)
+    assert kind.encode is not None and tensor.shape[-1] % kind.block_size == 0
+    return kind.encode(tensor.float().reshape(-1, kind.block_size)).reshape(-1)
 
 
-def from_blocks(content: UInt8[Tensor, " _"], kind: Type, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+def from_blocks(content: UInt8[Tensor, " _"], kind: BlockType, shape: tuple[int, ...]) -> Float[Tensor, "..."]:
     """The tensor again, in fp32."""
-    return kind.decode(content.reshape(-1, kind.size_bytes)).reshape(shape)
+    return kind.decode(content.reshape(-1, kind.type_size)).reshape(shape)
 
 
-def plain(name: str, number: int, dtype: torch.dtype) -> Type:
+def scalar_type(name: str, number: int, dtype: torch.dtype) -> BlockType:
     """A type of single values."""
-    return Type(
+    return BlockType(
         name,
         number,
         1,
@@ -67,11 +67,11 @@ def plain(name: str, number: int, dtype: torch.dtype) -> Type:
     )
 
 
-def half(values: Values) -> Blocks:
+def encode_scale(values: Values) -> Blocks:
     return values.half().view(torch.uint8)
 
 
-def scale(blocks: Blocks) -> Float[Tensor, "n 1"]:
+def decode_scale(blocks: Blocks) -> Float[Tensor, "n 1"]:
     return blocks.contiguous().view(torch.float16).float()
 
 
@@ -82,26 +82,26 @@ def reciprocal(d: Values) -> Values:
 
 def encode_q8_0(values: Values) -> Blocks:
     d = values.abs().amax(-1, keepdim=True) / 127
-    wanted = values * reciprocal(d)
-    away = wanted.abs()  # C's roundf: halves away from zero
-    floor = away.floor()
-    rounded = (floor + (2 * (away - floor)).floor()) * wanted.sign()
-    return torch.cat([half(d), rounded.to(torch.int8).view(torch.uint8)], -1)
+    scaled = values * reciprocal(d)
+    magnitude = scaled.abs()  # C's roundf: halves away from zero
+    floor = magnitude.floor()
+    rounded = (floor + (2 * (magnitude - floor)).floor()) * scaled.sign()
+    return torch.cat([encode_scale(d), rounded.to(torch.int8).view(torch.uint8)], -1)
 
 
 def decode_q8_0(blocks: Blocks) -> Values:
-    return blocks[:, 2:].contiguous().view(torch.int8).float() * scale(blocks[:, :2])
+    return blocks[:, 2:].contiguous().view(torch.int8).float() * decode_scale(blocks[:, :2])
 
 
 def encode_q4_0(values: Values) -> Blocks:
     d = values.gather(-1, values.abs().argmax(-1, keepdim=True)) / -8
     q = (values * reciprocal(d) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
-    return torch.cat([half(d), q[:, :16] | q[:, 16:] << 4], -1)
+    return torch.cat([encode_scale(d), q[:, :16] | q[:, 16:] << 4], -1)
 
 
 def decode_q4_0(blocks: Blocks) -> Values:
     q = blocks[:, 2:]
-    return (torch.cat([q & 15, q >> 4], -1).float() - 8) * scale(blocks[:, :2])
+    return (torch.cat([q & 15, q >> 4], -1).float() - 8) * decode_scale(blocks[:, :2])
 
 
 def decode_q6_k(blocks: Blocks) -> Values:
@@ -111,19 +111,19 @@ def decode_q6_k(blocks: Blocks) -> Values:
     low = torch.cat([low & 15, low >> 4], 2).reshape(-1, 256)
     high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(-1, 256)
     q = (low | high << 4).float() - 32
-    each = scales.contiguous().view(torch.int8).float() * scale(d)
-    return (q.reshape(-1, 16, 16) * each[..., None]).reshape(-1, 256)
+    group_scales = scales.contiguous().view(torch.int8).float() * decode_scale(d)
+    return (q.reshape(-1, 16, 16) * group_scales[..., None]).reshape(-1, 256)
 
 
-TYPES = {
+BLOCK_TYPES = {
     kind.name: kind
     for kind in (
-        plain("f32", 0, torch.float32),
-        plain("f16", 1, torch.float16),
-        plain("bf16", 30, torch.bfloat16),
-        Type("q8_0", 8, 32, 34, decode_q8_0, encode_q8_0),
-        Type("q4_0", 2, 32, 18, decode_q4_0, encode_q4_0),
-        Type("q6_K", 14, 256, 210, decode_q6_k),
+        scalar_type("f32", 0, torch.float32),
+        scalar_type("f16", 1, torch.float16),
+        scalar_type("bf16", 30, torch.bfloat16),
+        BlockType("q8_0", 8, 32, 34, decode_q8_0, encode_q8_0),
+        BlockType("q4_0", 2, 32, 18, decode_q4_0, encode_q4_0),
+        BlockType("q6_K", 14, 256, 210, decode_q6_k),
     )
 }
-BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
+BLOCK_TYPE_BY_NUMBER = {kind.type_id: kind for kind in BLOCK_TYPES.values()}

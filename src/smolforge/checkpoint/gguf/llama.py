@@ -21,16 +21,16 @@ from torch import Tensor
 from smolforge.checkpoint import gguf
 from smolforge.checkpoint.families import from_hugging_face
 from smolforge.config import ModelConfig
-from smolforge.errors import InvalidFile, SettingError
-from smolforge.models.decoder import LanguageModel, allocate, outline
-from smolforge.models.lora import folded
+from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.models.decoder import LanguageModel, empty_model, meta_model
+from smolforge.models.lora import merged_parameters
 from smolforge.tokenizer import Tokenizer, gguf_tokenizer
 
 SUFFIX = ".gguf"
 EMBEDDING = "token_embd.weight"
 ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3"}
 """Our families to llama.cpp's. Its starcoder2 has biases that ours has not."""
-SETTINGS = {
+CONFIG_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -46,7 +46,7 @@ SETTINGS = {
 }
 """llama.cpp's names to ours, behind the architecture's."""
 SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
-MODULES = {
+MODULE_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -68,57 +68,59 @@ MODULES = {
 }
 
 
-def is_file(path: Path) -> bool:
+def is_gguf_file(path: Path) -> bool:
     return path.suffix.lower() == SUFFIX and path.is_file()
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a .gguf, on the CPU, its values as they come out of their blocks.
 
-    Raises InvalidFile, naming file and key, for anything missing, unknown or of another shape.
+    Raises InvalidFileError, naming file and key, for anything missing, unknown or of another shape.
     """
-    file = gguf.File(path)
-    config = config_of(file)
+    file = gguf.GGUFReader(path)
+    config = config_from_gguf(file)
     check_tensors(file, config)
-    model = allocate(config, dtype)
+    model = empty_model(config, dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(unrotated(name, file[name_of(name)], config))
+            weight.copy_(unpermute_rope(name, file[gguf_tensor_name(name)], config))
     return model
 
 
 def read_config(path: Path) -> ModelConfig:
-    return config_of(gguf.File(path))
+    return config_from_gguf(gguf.GGUFReader(path))
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
     """None where the file has none."""
-    file = gguf.File(path)
+    file = gguf.GGUFReader(path)
     embedding = file.tensors.get(EMBEDDING)
-    return gguf_tokenizer.from_values(file.values, str(path), embedding.shape[0] if embedding else None)
+    return gguf_tokenizer.from_values(file.metadata, str(path), embedding.shape[0] if embedding else None)
 
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The dtype that holds the file's embedding as it is; fp32 for what is quantised."""
-    found = {"f16": torch.float16, "bf16": torch.bfloat16}
-    return found.get(gguf.File(path).tensors[EMBEDDING].type.name, torch.float32)
+    dtypes = {"f16": torch.float16, "bf16": torch.bfloat16}
+    return dtypes.get(gguf.GGUFReader(path).tensors[EMBEDDING].type.name, torch.float32)
 
 
-def config_of(file: gguf.File) -> ModelConfig:
-    """The shape a file describes, read as a config.json that says the same."""
-    values, where = file.values, str(file.path)
+def config_from_gguf(file: gguf.GGUFReader) -> ModelConfig:
+    """Return the ModelConfig of a file, read as a config.json with the same settings."""
+    values, source = file.metadata, str(file.path)
     architecture = values.get("general.architecture")
     if architecture not in ARCHITECTURES.values():
         read = " and ".join(sorted(set(ARCHITECTURES.values())))
-        raise InvalidFile(f"{where} holds a model of llama.cpp's kind {str(architecture)[:40]!r}; {read} are read")
+        raise InvalidFileError(
+            f"{source} holds a model of llama.cpp's kind {str(architecture)[:40]!r}; {read} are read"
+        )
     prefix = f"{architecture}."
-    said = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    settings = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     content: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0}  # llama.cpp's, where a file says nothing
-    known = {key: ours for key, ours in SETTINGS.items() if architecture == "llama" or "expert" not in key}
-    content |= {ours: shortest(said.pop(theirs)) for theirs, ours in known.items() if theirs in said}
+    config_keys = {key: field for key, field in CONFIG_KEYS.items() if architecture == "llama" or "expert" not in key}
+    content |= {field: shortest_decimal(settings.pop(key)) for key, field in config_keys.items() if key in settings}
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None:
-        raise InvalidFile(f"{where} lacks {EMBEDDING}")
+        raise InvalidFileError(f"{source} lacks {EMBEDDING}")
     content.setdefault("vocab_size", embedding.shape[0])
     for key in ("num_key_value_heads", "head_dim"):  # what follows from others, where a file says nothing
         content.setdefault(key, None)
@@ -127,78 +129,95 @@ def config_of(file: gguf.File) -> ModelConfig:
         content["model_type"] = "mixtral"
     else:
         content = {key: value for key, value in content.items() if "experts" not in key}
-    config = from_hugging_face(content, where)
-    check_rest(said, config, where)
+    config = from_hugging_face(content, source)
+    check_fixed_settings(settings, config, source)
     return config
 
 
-def check_rest(said: Mapping[str, Any], config: ModelConfig, where: str) -> None:
-    """Hold the settings that are none of ours to the one value that is implemented."""
-    fixed = dict.fromkeys(SAME_AS_HEAD_DIM, config.head_size) | {"rope.scaling.type": "none", "rope.scale_linear": 1.0}
-    for key, value in said.items():
+def check_fixed_settings(settings: Mapping[str, Any], config: ModelConfig, source: str) -> None:
+    """Check that settings without a field of ours have the one value that is implemented."""
+    fixed = dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim) | {
+        "rope.scaling.type": "none",
+        "rope.scale_linear": 1.0,
+    }
+    for key, value in settings.items():
         if key not in fixed:
-            raise InvalidFile(f"{where} has a setting {key!r} that is not known here, so the model might differ")
+            raise InvalidFileError(f"{source} has a setting {key!r} that is not known here, so the model might differ")
         if value != fixed[key]:
-            raise InvalidFile(f"{where}: {key} is {str(value)[:40]}, which is not implemented; only {fixed[key]} is")
+            raise InvalidFileError(
+                f"{source}: {key} is {str(value)[:40]}, which is not implemented; only {fixed[key]} is"
+            )
 
 
-def shortest(value: Any) -> Any:
-    """A float32 as the decimal that was meant: 1e-05, and not 9.999999747378752e-06."""
+def shortest_decimal(value: Any) -> Any:
+    """Return a float32 as its shortest decimal: 1e-05, and not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def check_tensors(file: gguf.File, config: ModelConfig) -> None:
+def check_tensors(file: gguf.GGUFReader, config: ModelConfig) -> None:
     """Hold the tensors of a file to those of the model, before anything is allocated."""
-    found, where = file.tensors, file.path
-    if config.num_hidden_layers > len(found):  # before so many names are made
-        raise InvalidFile(f"{where} has {len(found):,} tensors, too few for {config.num_hidden_layers:,} layers")
-    wanted = {name_of(name): tuple(weight.shape) for name, weight in outline(config).named_parameters()}
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    tensors, path = file.tensors, file.path
+    if config.num_hidden_layers > len(tensors):  # before so many names are made
+        raise InvalidFileError(f"{path} has {len(tensors):,} tensors, too few for {config.num_hidden_layers:,} layers")
+    expected = {gguf_tensor_name(name): tuple(weight.shape) for name, weight in meta_model(config).named_parameters()}
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
-        raise InvalidFile(f"{where} lacks {len(missing)} of {len(wanted)} tensors, the first {missing[0]}")
+        raise InvalidFileError(f"{path} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}")
     if unknown:
-        raise InvalidFile(f"{where} has {len(unknown)} tensors this model has no place for, the first {unknown[0]!r}")
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
-            raise InvalidFile(f"{where}: {name} has shape {found[name].shape} where its settings make it {shape}")
+        raise InvalidFileError(
+            f"{path} has {len(unknown)} tensors this model has no place for, the first {unknown[0]!r}"
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise InvalidFileError(f"{path}: {name} has shape {tensors[name].shape} where its settings make it {shape}")
 
 
-def settings_of(config: ModelConfig) -> dict[str, gguf.Value]:
-    """What a .gguf says of a shape. Raises SettingError for a family that llama.cpp does not have."""
-    if config.own_classes or config.model_type not in ARCHITECTURES:
-        what = ", ".join(config.own_classes.values()) or f"a {config.model_type} model without biases"
-        raise SettingError(f"llama.cpp does not have {what}; --to gguf takes {', '.join(ARCHITECTURES)}")
-    prefix, fields = ARCHITECTURES[config.model_type], config.own_fields()
-    said: dict[str, Any] = {key: config.__dict__[ours] for key, ours in SETTINGS.items() if ours in fields}
-    said |= dict.fromkeys(SAME_AS_HEAD_DIM, config.head_size)
-    return {f"{prefix}.{key}": value for key, value in said.items()}
+def gguf_metadata(config: ModelConfig) -> dict[str, gguf.MetadataValue]:
+    """Return the metadata of a .gguf for a ModelConfig.
+
+    Raises ConfigError for a family that llama.cpp does not have.
+    """
+    if config.custom_classes or config.model_type not in ARCHITECTURES:
+        unsupported = ", ".join(config.custom_classes.values()) or f"a {config.model_type} model without biases"
+        raise ConfigError(f"llama.cpp does not have {unsupported}; --to gguf takes {', '.join(ARCHITECTURES)}")
+    prefix, fields = ARCHITECTURES[config.model_type], config.family_fields()
+    settings: dict[str, Any] = {key: config.__dict__[field] for key, field in CONFIG_KEYS.items() if field in fields}
+    settings |= dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim)
+    return {f"{prefix}.{key}": value for key, value in settings.items()}
 
 
-def tensors_of(model: LanguageModel) -> dict[str, Tensor]:
-    """Every tensor of a model by llama.cpp's name, low-rank updates added; a tied head is left out there too."""
-    return {name_of(name): rotated(name, weight.detach(), model.config) for name, weight in folded(model)}
+def gguf_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """Return every tensor of a model by llama.cpp's name, LoRA merged; a tied head is skipped there too."""
+    return {
+        gguf_tensor_name(name): permute_rope(name, weight.detach(), model.config)
+        for name, weight in merged_parameters(model)
+    }
 
 
-def name_of(name: str) -> str:
-    """llama.cpp's name of a parameter."""
+def gguf_tensor_name(name: str) -> str:
+    """Return llama.cpp's name of a parameter."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     module = (layer[2] if layer else name).removesuffix(".weight")
-    return f"{f'blk.{layer[1]}.' if layer else ''}{MODULES[module]}.weight"
+    return f"{f'blk.{layer[1]}.' if layer else ''}{MODULE_NAMES[module]}.weight"
 
 
-def rotated(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
-    """A parameter as it stands in a .gguf: of each query and key head, channel d/2 + i behind channel i."""
-    return weight if unmoved(name, config) else by_heads(weight, (-1, 2, config.head_size // 2))
+def permute_rope(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
+    """Return a parameter as a .gguf has it: in each query and key head, channel d/2 + i comes after channel i."""
+    return (
+        weight if keeps_row_order(name, config) else swap_rows_in_heads(weight, (-1, 2, config.resolved_head_dim // 2))
+    )
 
 
-def unrotated(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
-    """The way back."""
-    return weight if unmoved(name, config) else by_heads(weight, (-1, config.head_size // 2, 2))
+def unpermute_rope(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
+    """Undo `permute_rope`."""
+    return (
+        weight if keeps_row_order(name, config) else swap_rows_in_heads(weight, (-1, config.resolved_head_dim // 2, 2))
+    )
 
 
-def unmoved(name: str, config: ModelConfig) -> bool:
+def keeps_row_order(name: str, config: ModelConfig) -> bool:
     return ARCHITECTURES[config.model_type] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight"))
 
 
-def by_heads(weight: Float[Tensor, "r c"], sizes: tuple[int, int, int]) -> Float[Tensor, "r c"]:
+def swap_rows_in_heads(weight: Float[Tensor, "r c"], sizes: tuple[int, int, int]) -> Float[Tensor, "r c"]:
     return weight.unflatten(0, sizes).transpose(1, 2).reshape(weight.shape)

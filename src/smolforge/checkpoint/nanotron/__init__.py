@@ -16,8 +16,8 @@ Read is what SmolLM2's runs had: no pipeline, no experts, an optimizer that is n
 
 from smolforge.checkpoint.nanotron import optimizer as optimizer
 from smolforge.checkpoint.nanotron.weights import CONFIG as CONFIG
-from smolforge.checkpoint.nanotron.weights import files as files
 from smolforge.checkpoint.nanotron.weights import is_checkpoint as is_checkpoint
 from smolforge.checkpoint.nanotron.weights import load as load
 from smolforge.checkpoint.nanotron.weights import read_config as read_config
 from smolforge.checkpoint.nanotron.weights import stored_dtype as stored_dtype
+from smolforge.checkpoint.nanotron.weights import weight_files as weight_files

@@ -14,76 +14,96 @@ from torch import Tensor
 
 from smolforge.checkpoint.families import read_json
 from smolforge.checkpoint.nanotron import weights
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 from smolforge.models.decoder import LanguageModel
 
-FOLDER, ABOUT, SHARDED = "optimizer", "optimizer_config.json", "ZeroDistributedOptimizer"
+FOLDER, OPTIMIZER_CONFIG, SHARDED = "optimizer", "optimizer_config.json", "ZeroDistributedOptimizer"
 FILE = re.compile(r"optimizer_pp-0-of-1_tp-(\d+)-of-(\d+)(?:_exp-0-of-1)?\.pt")
-MOMENTS, STEP, STEPPED = ("exp_avg", "exp_avg_sq"), "step", "gradient_accumulator"
+MOMENTS, STEP, MASTER_WEIGHTS = ("exp_avg", "exp_avg_sq"), "step", "gradient_accumulator"
 KEYS = {"state", "names", "param_groups"}
-Named = dict[str, Tensor]
+TensorsByName = dict[str, Tensor]
 
 
-def moments(folder: Path) -> dict[str, Tensor]:
-    """Both moments and the step count of every parameter, as `optim.state_tensors` names them."""
-    layout, ranks = weights.Layout.of(folder), read(folder)
-    found = {f"{what}.{name}": value for what in MOMENTS for name, value in whole(folder, layout, ranks, what).items()}
-    for name, place in weights.places(layout.config).items():
-        found[f"{STEP}.{name}"] = ranks[0][STEP][place.name]
-    return found
+def read_moments(folder: Path) -> dict[str, Tensor]:
+    """Return both Adam moments and the step count of every parameter, named as by `optim.state_tensors`."""
+    layout, ranks = weights.Layout.from_folder(folder), read_ranks(folder)
+    tensors = {
+        f"{kind}.{name}": value
+        for kind in MOMENTS
+        for name, value in merge_ranks(folder, layout, ranks, kind=kind).items()
+    }
+    for name, location in weights.tensor_locations(layout.config).items():
+        tensors[f"{STEP}.{name}"] = ranks[0][STEP][location.name]
+    return tensors
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_master_weights(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a checkpoint with the fp32 weights its optimizer steps; the files of model/ have them rounded."""
-    layout, ranks = weights.Layout.of(folder), read(folder)
-    rounded = weights.values(folder, layout)
-    if STEPPED not in ranks[0]:
-        return weights.filled(layout.config, rounded, dtype)
-    exact = whole(folder, layout, ranks, STEPPED)
+    layout, ranks = weights.Layout.from_folder(folder), read_ranks(folder)
+    rounded = weights.read_tensors(folder, layout)
+    if MASTER_WEIGHTS not in ranks[0]:
+        return weights.model_from_tensors(layout.config, rounded, dtype)
+    exact = merge_ranks(folder, layout, ranks, kind=MASTER_WEIGHTS)
     for name, value in exact.items():
         if not torch.equal(value.to(rounded[name].dtype), rounded[name]):
-            raise InvalidFile(f"{folder / FOLDER} is of other weights than those in {weights.MODEL}/, as of {name}")
-    return weights.filled(layout.config, exact, dtype)
+            raise InvalidFileError(
+                f"{folder / FOLDER} is of other weights than those in {weights.MODEL}/, as of {name}"
+            )
+    return weights.model_from_tensors(layout.config, exact, dtype)
 
 
-def whole(folder: Path, layout: weights.Layout, ranks: list[dict[str, Named]], what: str) -> dict[str, Tensor]:
-    """One kind of tensor of all parameters, by our names."""
-    present = {name for rank in ranks for name in rank[what]}
-    if lacking := [name for rank in ranks for name in present - rank[what].keys()]:
-        raise InvalidFile(f"{folder / FOLDER} lacks {what} of {min(lacking)} on one of its ranks")
-    return dict(weights.named(folder / FOLDER, layout, lambda name: [rank[what][name] for rank in ranks], present))
+def merge_ranks(
+    folder: Path, layout: weights.Layout, ranks: list[dict[str, TensorsByName]], *, kind: str
+) -> dict[str, Tensor]:
+    """Merge one kind of tensor over ranks, for all parameters, by our names."""
+    present = {name for rank in ranks for name in rank[kind]}
+    if missing := [name for rank in ranks for name in present - rank[kind].keys()]:
+        raise InvalidFileError(f"{folder / FOLDER} lacks {kind} of {min(missing)} on one of its ranks")
+    return dict(
+        weights.iterate_parameters(
+            folder / FOLDER, layout, lambda name: [rank[kind][name] for rank in ranks], present=present
+        )
+    )
 
 
-def read(folder: Path) -> list[dict[str, Named]]:
-    """Kind -> nanotron's name -> tensor, of each rank. Raises InvalidFile, naming the file, for anything else."""
-    ranks = [sorted_out(read_pickled(path), path) for path in files(folder)]
+def read_ranks(folder: Path) -> list[dict[str, TensorsByName]]:
+    """Return kind -> nanotron's name -> tensor of each rank.
+
+    Raises InvalidFileError, naming the file, for anything else.
+    """
+    ranks = [parse_state_dict(read_pickled(path), path) for path in optimizer_files(folder)]
     if any(rank.keys() != ranks[0].keys() for rank in ranks):
-        raise InvalidFile(f"{folder / FOLDER}: only some ranks have a {STEPPED}")
+        raise InvalidFileError(f"{folder / FOLDER}: only some ranks have a {MASTER_WEIGHTS}")
     return ranks
 
 
-def files(folder: Path) -> list[Path]:
-    """The optimizer's files in the order of ranks. Raises InvalidFile where one is missing, or they are sharded."""
+def optimizer_files(folder: Path) -> list[Path]:
+    """The optimizer's files in the order of ranks.
+
+    Raises InvalidFileError where one is missing, or they are sharded.
+    """
     root = folder / FOLDER
     paths = sorted(root.glob("*.pt"))
     if not paths:
-        raise InvalidFile(f"{folder} has no moments to go on with: there is no {FOLDER}/*.pt in it")
-    about = root / ABOUT
-    if "_dp-" in paths[0].name or (about.is_file() and read_json(about).get("type") == SHARDED):
-        raise InvalidFile(f"{root} is sharded over replicas ({SHARDED}); only zero_stage 0 is read, as SmolLM2 had it")
-    found = {}
+        raise InvalidFileError(f"{folder} has no moments to go on with: there is no {FOLDER}/*.pt in it")
+    config_path = root / OPTIMIZER_CONFIG
+    if "_dp-" in paths[0].name or (config_path.is_file() and read_json(config_path).get("type") == SHARDED):
+        raise InvalidFileError(
+            f"{root} is sharded over replicas ({SHARDED}); only zero_stage 0 is read, as SmolLM2 had it"
+        )
+    paths_by_rank = {}
     for path in paths:
         match = FILE.fullmatch(path.name)
         if match is None:
-            raise InvalidFile(f"{path} is of pipeline stages, experts or nothing known, which is not read here")
-        found[int(match[1]), int(match[2])] = path
-    count = max(ranks for _, ranks in found)
+            raise InvalidFileError(f"{path} is of pipeline stages, experts or nothing known, which is not read here")
+        paths_by_rank[int(match[1]), int(match[2])] = path
+    count = max(ranks for _, ranks in paths_by_rank)
     for rank in range(count):
-        if (rank, count) not in found:
-            raise InvalidFile(f"{root} lacks the file of rank {rank} of {count}")
-    if len(found) > count:
-        raise InvalidFile(f"{root} has files of different numbers of ranks, such as {paths[0].name}")
-    return [found[rank, count] for rank in range(count)]
+        if (rank, count) not in paths_by_rank:
+            raise InvalidFileError(f"{root} lacks the file of rank {rank} of {count}")
+    if len(paths_by_rank) > count:
+        raise InvalidFileError(f"{root} has files of different numbers of ranks, such as {paths[0].name}")
+    return [paths_by_rank[rank, count] for rank in range(count)]
 
 
 def read_pickled(path: Path) -> Any:
@@ -91,47 +111,53 @@ def read_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken stream makes its reader raise anything
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked:
-            said = f"it asks for {asked[1]}, which no optimizer needs; it was not run"
+        requested = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if requested:
+            reason = f"it asks for {requested[1]}, which no optimizer needs; it was not run"
         else:
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InvalidFile(f"{path} cannot be read: {said}") from None
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InvalidFileError(f"{path} cannot be read: {reason}") from None
 
 
-def sorted_out(content: Any, path: Path) -> dict[str, Named]:
-    """Kind -> nanotron's name -> tensor, of one rank's state_dict. Raises InvalidFile where it is none."""
-    check_keys(content, path, "it", KEYS, {STEPPED})
+def parse_state_dict(content: Any, path: Path) -> dict[str, TensorsByName]:
+    """Return kind -> nanotron's name -> tensor of one rank's state_dict.
+
+    Raises InvalidFileError where it is not one.
+    """
+    check_keys(content, path, "it", required=KEYS, optional={MASTER_WEIGHTS})
     state, names = content["state"], content["names"]
-    check_keys(state, path, "state", set(names) if isinstance(names, dict) else set())
+    check_keys(state, path, "state", required=set(names) if isinstance(names, dict) else set())
     if not all(isinstance(name, str) for name in names.values()) or len(set(names.values())) < len(names):
-        raise InvalidFile(f"{path}: names should give each parameter one name")
-    found: dict[str, Named] = {what: {} for what in (*MOMENTS, STEP)}
+        raise InvalidFileError(f"{path}: names should give each parameter one name")
+    tensors: dict[str, TensorsByName] = {kind: {} for kind in (*MOMENTS, STEP)}
     for index, name in names.items():
-        check_keys(state[index], path, f"the state of {name}", {*MOMENTS, STEP})
-        for what, kept in found.items():
-            kept[name] = numbers(state[index][what], path, f"{what} of {name}")
-        if found[STEP][name].numel() != 1:
-            raise InvalidFile(f"{path}: {STEP} of {name} should be one number")
-        found[STEP][name] = found[STEP][name].float().reshape(())
-    if STEPPED in content:
-        check_keys(content[STEPPED], path, STEPPED, set(names.values()))
-        found[STEPPED] = {name: numbers(each, path, f"the weight of {name}") for name, each in content[STEPPED].items()}
-    return found
+        check_keys(state[index], path, f"the state of {name}", required={*MOMENTS, STEP})
+        for kind, by_name in tensors.items():
+            by_name[name] = floating_tensor(state[index][kind], path, f"{kind} of {name}")
+        if tensors[STEP][name].numel() != 1:
+            raise InvalidFileError(f"{path}: {STEP} of {name} should be one number")
+        tensors[STEP][name] = tensors[STEP][name].float().reshape(())
+    if MASTER_WEIGHTS in content:
+        check_keys(content[MASTER_WEIGHTS], path, MASTER_WEIGHTS, required=set(names.values()))
+        tensors[MASTER_WEIGHTS] = {
+            name: floating_tensor(weight, path, f"the weight of {name}")
+            for name, weight in content[MASTER_WEIGHTS].items()
+        }
+    return tensors
 
 
-def check_keys(content: Any, path: Path, what: str, wanted: Set[Any], also: Set[str] = frozenset()) -> None:
-    """Raises InvalidFile for what is no dictionary, lacks a key, or has one that is not known."""
+def check_keys(content: Any, path: Path, label: str, *, required: Set[Any], optional: Set[str] = frozenset()) -> None:
+    """Raises InvalidFileError for what is no dictionary, lacks a key, or has one that is not known."""
     if not isinstance(content, dict):
-        raise InvalidFile(f"{path}: {what} should be a dictionary, and is {type(content).__name__}")
-    if wrong := (wanted - content.keys()) or (content.keys() - wanted - also):
+        raise InvalidFileError(f"{path}: {label} should be a dictionary, and is {type(content).__name__}")
+    if wrong := (required - content.keys()) or (content.keys() - required - optional):
         first = min(map(str, wrong))
-        raise InvalidFile(f"{path}: {what} {'lacks' if wanted - content.keys() else 'has an unknown'} {first}")
+        raise InvalidFileError(f"{path}: {label} {'lacks' if required - content.keys() else 'has an unknown'} {first}")
 
 
-def numbers(value: Any, path: Path, what: str) -> Tensor:
-    """A plain tensor of finite-precision numbers, as it should be. Raises InvalidFile for anything else."""
+def floating_tensor(value: Any, path: Path, label: str) -> Tensor:
+    """Return a value that is a plain floating-point tensor. Raises InvalidFileError for anything else."""
     plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
     if not plain or value.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise InvalidFile(f"{path}: {what} should be a tensor of floating-point numbers")
+        raise InvalidFileError(f"{path}: {label} should be a tensor of floating-point numbers")
     return value.detach()

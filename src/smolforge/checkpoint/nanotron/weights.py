@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from smolforge.checkpoint.families import from_hugging_face, read_json
-from smolforge.checkpoint.huggingface import DTYPES, wanted_shapes
+from smolforge.checkpoint.huggingface import DTYPES, expected_shapes
 from smolforge.config import ModelConfig
-from smolforge.errors import InvalidFile
-from smolforge.models.decoder import LanguageModel, allocate
+from smolforge.errors import InvalidFileError
+from smolforge.models.decoder import LanguageModel, empty_model
 
 CONFIG, MODEL = "model_config.json", "model"
 INTERLEAVED, EMBEDDING = "rope_interleaved", "model.token_position_embeddings.pp_block.token_embedding.weight"
@@ -24,18 +24,18 @@ Shards = Callable[[str], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where one of our parameters is."""
 
     name: str
     """nanotron's."""
-    split: int | None = 0
+    split_dim: int | None = 0
     """The dimension shared out over ranks; None where each has all."""
     chunks: tuple[int, ...] = ()
     """What stands one after another along dimension 0, all ranks together; each chunk is shared out by itself."""
     part: int = 0
     """Which of these it is."""
-    turned: bool = False
+    is_rotary: bool = False
     """Whether its rows are channels that rotation pairs."""
 
 
@@ -45,11 +45,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Raises InvalidFile where the shape is none of ours."""
+    """Raises InvalidFileError where the shape is none of ours."""
     content = read_json(folder / CONFIG)
     content.pop(INTERLEAVED, None)
     if content.get("is_llama_config") is not True:
-        raise InvalidFile(f"{folder / CONFIG} is not of nanotron's llama (is_llama_config), the only one read here")
+        raise InvalidFileError(
+            f"{folder / CONFIG} is not of nanotron's llama (is_llama_config), the only one read here"
+        )
     return from_hugging_face(content, str(folder / CONFIG))
 
 
@@ -62,165 +64,185 @@ class Layout:
     """Rotation pairs neighbouring channels, as in SmolLM2-1.7B, and not those half a head apart, as in 135M."""
 
     @classmethod
-    def of(cls, folder: Path) -> "Layout":
-        """Raises InvalidFile where it is no shape of ours, or leaves open how queries and keys are to be read."""
-        said = read_json(folder / CONFIG).get(INTERLEAVED)
-        if not isinstance(said, bool):  # nanotron's default was true once, and is false now
-            raise InvalidFile(
+    def from_folder(cls, folder: Path) -> "Layout":
+        """Raises InvalidFileError where it is no shape of ours, or leaves open how queries and keys are to be read."""
+        interleaved = read_json(folder / CONFIG).get(INTERLEAVED)
+        if not isinstance(interleaved, bool):  # nanotron's default was true once, and is false now
+            raise InvalidFileError(
                 f"{folder / CONFIG} does not say {INTERLEAVED}, without which queries and keys cannot be told; "
                 "write it there as the training's config.yaml has it"
             )
-        return cls(read_config(folder), said)
+        return cls(read_config(folder), interleaved)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model of a checkpoint, on the CPU.
 
-    Raises InvalidFile, naming the file, for anything missing, unknown, broken or of another shape.
+    Raises InvalidFileError, naming the file, for anything missing, unknown, broken or of another shape.
     """
-    layout = Layout.of(folder)
-    return filled(layout.config, values(folder, layout), dtype)
+    layout = Layout.from_folder(folder)
+    return model_from_tensors(layout.config, read_tensors(folder, layout), dtype)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the files' embedding."""
-    return Files(folder / MODEL).shards(EMBEDDING)[0].dtype
+    return WeightFiles(folder / MODEL).shards(EMBEDDING)[0].dtype
 
 
-def files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files its weights are in, of every rank."""
     return sorted((folder / MODEL).rglob("*.safetensors"))
 
 
-def values(folder: Path, layout: Layout) -> dict[str, Tensor]:
+def read_tensors(folder: Path, layout: Layout) -> dict[str, Tensor]:
     """The files' tensors by our names."""
-    there = Files(folder / MODEL)
-    return dict(named(there.root, layout, there.shards, there.paths.keys()))
+    files = WeightFiles(folder / MODEL)
+    return dict(iterate_parameters(files.root, layout, files.shards, present=files.paths.keys()))
 
 
 @torch.no_grad()
-def filled(config: ModelConfig, values: Mapping[str, Tensor], dtype: torch.dtype) -> LanguageModel:
-    """A model of these weights."""
-    model = allocate(config, dtype)
+def model_from_tensors(config: ModelConfig, values: Mapping[str, Tensor], dtype: torch.dtype) -> LanguageModel:
+    """Return a model with these weights."""
+    model = empty_model(config, dtype)
     for name, weight in model.named_parameters():
         weight.copy_(values[name])
     return model
 
 
-def named(where: Path, layout: Layout, shards: Shards, present: Set[str]) -> Iterator[tuple[str, Tensor]]:
-    """(our name, value) of every parameter, from what each rank has; `present` are all of nanotron's names there."""
+def iterate_parameters(
+    source: Path, layout: Layout, shards: Shards, *, present: Set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (our name, value) of every parameter from the shards of each rank;
+    `present` has all of nanotron's names.
+    """
     config = layout.config
-    known, shapes = places(config), dict(wanted_shapes(config))
-    wanted = {place.name for place in known.values()}
-    if missing := sorted(wanted - present):
-        raise InvalidFile(f"{where} lacks {len(missing)} of {len(wanted)} parameters, the first {missing[0]}")
-    if unknown := sorted(present - wanted):
-        raise InvalidFile(f"{where} has {unknown[0]}, which its {CONFIG} leaves no place for")
-    for name, place in known.items():
-        value = joined(shards(place.name), place, shapes[name], where)
-        yield name, halves(value, config.head_size) if layout.interleaved and place.turned else value
+    locations, shapes = tensor_locations(config), dict(expected_shapes(config))
+    expected = {location.name for location in locations.values()}
+    if missing := sorted(expected - present):
+        raise InvalidFileError(f"{source} lacks {len(missing)} of {len(expected)} parameters, the first {missing[0]}")
+    if unknown := sorted(present - expected):
+        raise InvalidFileError(f"{source} has {unknown[0]}, which its {CONFIG} leaves no place for")
+    for name, location in locations.items():
+        value = merge_shards(shards(location.name), location, shapes[name], source=source)
+        yield (
+            name,
+            deinterleave(value, config.resolved_head_dim) if layout.interleaved and location.is_rotary else value,
+        )
 
 
-def places(config: ModelConfig) -> dict[str, Place]:
-    """Where each of our parameters is: examples/llama/convert_weights.py, chunks as models/llama.py shares them out."""
+def tensor_locations(config: ModelConfig) -> dict[str, TensorLocation]:
+    """Return the location of each of our parameters:
+    examples/llama/convert_weights.py, chunks as models/llama.py shares them out.
+    """
     attention, mlp = ".self_attn.{}_proj.weight", ".mlp.{}_proj.weight"
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    qkv, wide = tuple(count * config.head_size for count in heads), (config.intermediate_size,) * 2
-    found = {"model.embed_tokens.weight": Place(EMBEDDING)}
+    qkv, wide = tuple(count * config.resolved_head_dim for count in heads), (config.intermediate_size,) * 2
+    locations = {"model.embed_tokens.weight": TensorLocation(EMBEDDING)}
     for number in range(config.num_hidden_layers):
-        ours, theirs = f"model.layers.{number}", f"model.decoder.{number}.pp_block"
+        prefix, nanotron_prefix = f"model.layers.{number}", f"model.decoder.{number}.pp_block"
         for part, letter in enumerate("qkv"):
-            place = Place(f"{theirs}.attn.qkv_proj.weight", 0, qkv, part, letter != "v")
-            found[ours + attention.format(letter)] = place
+            location = TensorLocation(f"{nanotron_prefix}.attn.qkv_proj.weight", 0, qkv, part, letter != "v")
+            locations[prefix + attention.format(letter)] = location
         for part, gate in enumerate(("gate", "up")):
-            found[ours + mlp.format(gate)] = Place(f"{theirs}.mlp.gate_up_proj.weight", 0, wide, part)
-        found[ours + attention.format("o")] = Place(f"{theirs}.attn.o_proj.weight", 1)
-        found[ours + mlp.format("down")] = Place(f"{theirs}.mlp.down_proj.weight", 1)
+            locations[prefix + mlp.format(gate)] = TensorLocation(
+                f"{nanotron_prefix}.mlp.gate_up_proj.weight", 0, wide, part
+            )
+        locations[prefix + attention.format("o")] = TensorLocation(f"{nanotron_prefix}.attn.o_proj.weight", 1)
+        locations[prefix + mlp.format("down")] = TensorLocation(f"{nanotron_prefix}.mlp.down_proj.weight", 1)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{ours}.{norm}.weight"] = Place(f"{theirs}.{norm}.weight", None)
-    found["model.norm.weight"] = Place("model.final_layer_norm.pp_block.weight", None)
+            locations[f"{prefix}.{norm}.weight"] = TensorLocation(f"{nanotron_prefix}.{norm}.weight", None)
+    locations["model.norm.weight"] = TensorLocation("model.final_layer_norm.pp_block.weight", None)
     if not config.tie_word_embeddings:
-        found["lm_head.weight"] = Place("model.lm_head.pp_block.weight")
-    return found
+        locations["lm_head.weight"] = TensorLocation("model.lm_head.pp_block.weight")
+    return locations
 
 
-def joined(shards: Sequence[Tensor], place: Place, shape: tuple[int, ...], where: Path) -> Tensor:
-    """A parameter of this shape from what each rank has of the tensor it is in. Raises InvalidFile where that is less.
+def merge_shards(shards: Sequence[Tensor], location: TensorLocation, shape: tuple[int, ...], *, source: Path) -> Tensor:
+    """A parameter of this shape from what each rank has of the tensor it is in. Raises InvalidFileError where that is
+    less.
 
     rank 0 | q0 k0 v0 |     part 1 of it:  k0     joined:  k0
     rank 1 | q1 k1 v1 |                    k1              k1
     """
     ranks = len(shards)
-    check_shapes(shards, place, shape, where)
-    if place.split is None:
-        if any(not torch.equal(shards[0], other) for other in shards[1:]):
-            raise InvalidFile(f"{where}: {place.name} differs from rank to rank, and each should have all of it")
+    check_shapes(shards, location, shape, source=source)
+    if location.split_dim is None:
+        if any(not torch.equal(shards[0], shard) for shard in shards[1:]):
+            raise InvalidFileError(
+                f"{source}: {location.name} differs from rank to rank, and each should have all of it"
+            )
         return shards[0]
-    if place.chunks:
-        shards = [shard.split([chunk // ranks for chunk in place.chunks])[place.part] for shard in shards]
-    return shards[0] if ranks == 1 else torch.cat(list(shards), place.split)
+    if location.chunks:
+        shards = [shard.split([chunk // ranks for chunk in location.chunks])[location.part] for shard in shards]
+    return shards[0] if ranks == 1 else torch.cat(list(shards), location.split_dim)
 
 
-def check_shapes(shards: Sequence[Tensor], place: Place, shape: tuple[int, ...], where: Path) -> None:
-    """Raises InvalidFile where a rank has another share than its part of a parameter of this shape."""
-    ranks, whole = len(shards), list(shape)
-    if place.chunks:
-        whole[0] = sum(place.chunks)
-    if place.split is not None:
-        cut = place.chunks or (whole[place.split],)
-        if any(length % ranks for length in cut):
-            raise InvalidFile(f"{where}: {place.name} cannot be shared out over {ranks} ranks as its {CONFIG} has it")
-        whole[place.split] //= ranks
+def check_shapes(shards: Sequence[Tensor], location: TensorLocation, shape: tuple[int, ...], *, source: Path) -> None:
+    """Raises InvalidFileError where a rank has another share than its part of a parameter of this shape."""
+    ranks, expected = len(shards), list(shape)
+    if location.chunks:
+        expected[0] = sum(location.chunks)
+    if location.split_dim is not None:
+        sizes = location.chunks or (expected[location.split_dim],)
+        if any(length % ranks for length in sizes):
+            raise InvalidFileError(
+                f"{source}: {location.name} cannot be shared out over {ranks} ranks as its {CONFIG} has it"
+            )
+        expected[location.split_dim] //= ranks
     for shard in shards:
-        if list(shard.shape) != whole:
-            raise InvalidFile(
-                f"{where}: {place.name} has shape {tuple(shard.shape)} on one of {ranks} ranks, where its {CONFIG} "
-                f"makes it {tuple(whole)}"
+        if list(shard.shape) != expected:
+            raise InvalidFileError(
+                f"{source}: {location.name} has shape {tuple(shard.shape)} on one of {ranks} ranks, where its {CONFIG} "
+                f"makes it {tuple(expected)}"
             )
 
 
-def halves(weight: Tensor, head_size: int) -> Tensor:
-    """Rows of heads whose pairs are neighbours, as heads whose pairs are half a head apart: 0 1 2 3 -> 0 2 1 3."""
+def deinterleave(weight: Tensor, head_size: int) -> Tensor:
+    """Reorder the rows of heads from paired neighbors to pairs half a head apart: 0 1 2 3 -> 0 2 1 3."""
     heads = weight.unflatten(0, (-1, head_size // 2, 2))
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
-class Files:
-    """The tensors of the files below a checkpoint's model/. Raises InvalidFile for a file that belongs to none."""
+class WeightFiles:
+    """The tensors of the files below a checkpoint's model/. Raises InvalidFileError for a file that belongs to none."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.paths: dict[str, dict[int, Path]] = {}
         self.ranks: dict[str, int] = {}
-        for path in files(root.parent):
-            self._admit(path)
+        for path in weight_files(root.parent):
+            self._add(path)
 
-    def _admit(self, path: Path) -> None:
-        found = WEIGHT_FILE.fullmatch(path.name)
-        if found is None:
-            raise InvalidFile(f"{path} is no file of a nanotron model")
-        last, _, stages, rank, ranks, experts = found.groups()
+    def _add(self, path: Path) -> None:
+        match = WEIGHT_FILE.fullmatch(path.name)
+        if match is None:
+            raise InvalidFileError(f"{path} is no file of a nanotron model")
+        last, _, stages, rank, ranks, experts = match.groups()
         if experts or int(stages or 1) > 1:
-            raise InvalidFile(f"{path} is of pipeline stages or experts, which are not read here")
+            raise InvalidFileError(f"{path} is of pipeline stages or experts, which are not read here")
         name = ".".join([*path.parent.relative_to(self.root).parts, last])
         if self.ranks.setdefault(name, int(ranks or 1)) != int(ranks or 1):
-            raise InvalidFile(f"{path} is of {ranks} ranks, and another file of {name} is of {self.ranks[name]}")
+            raise InvalidFileError(f"{path} is of {ranks} ranks, and another file of {name} is of {self.ranks[name]}")
         self.paths.setdefault(name, {})[int(rank or 0)] = path
 
     def shards(self, name: str) -> list[Tensor]:
         """What each rank has of a parameter."""
-        there = self.paths[name]
-        if absent := set(range(self.ranks[name])) - there.keys():
-            raise InvalidFile(f"{self.root} lacks the part of {name} that rank {min(absent)} of {self.ranks[name]} had")
-        return [read_data(there[rank]) for rank in range(self.ranks[name])]
+        paths = self.paths[name]
+        if missing := set(range(self.ranks[name])) - paths.keys():
+            raise InvalidFileError(
+                f"{self.root} lacks the part of {name} that rank {min(missing)} of {self.ranks[name]} had"
+            )
+        return [read_weight_file(paths[rank]) for rank in range(self.ranks[name])]
 
 
-def read_data(path: Path) -> Tensor:
-    """The tensor of a weight file. Raises InvalidFile where there is none, or more."""
+def read_weight_file(path: Path) -> Tensor:
+    """The tensor of a weight file. Raises InvalidFileError where there is none, or more."""
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InvalidFile(f"{path} cannot be read: {error}") from None
-    if found.keys() != {"data"} or found["data"].dtype not in DTYPES:
-        raise InvalidFile(f"{path} should hold one tensor of weights called data, and has {', '.join(found) or 'none'}")
-    return found["data"]
+        raise InvalidFileError(f"{path} cannot be read: {error}") from None
+    if tensors.keys() != {"data"} or tensors["data"].dtype not in DTYPES:
+        raise InvalidFileError(
+            f"{path} should hold one tensor of weights called data, and has {', '.join(tensors) or 'none'}"
+        )
+    return tensors["data"]

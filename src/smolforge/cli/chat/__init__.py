@@ -1,9 +1,9 @@
-"""`smolforge chat`: a conversation on a terminal; with a base model, texts to go on with.
+"""`smolforge chat`: a conversation on a terminal; with a base model, texts to continue.
 
-keyboard.message -> /word  -> the command of that name
-                 -> a text -> Talk.say -> what of the conversation fits -> Voice -> the screen, and the conversation
+    read_message -> /name  -> the command of that name
+                 -> a text -> TerminalChat.say -> the messages that fit -> ChatSession -> terminal and conversation
 
-What is typed, a message at a time: a line, lines that end in a backslash, a fenced block, or what is pasted.
+A message is a line, lines that end in a backslash, a fenced block, or what is pasted.
 """
 
 import signal
@@ -13,57 +13,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from smolforge.cli import one_line
-from smolforge.cli.chat.session import Talk
-from smolforge.cli.generate import Draw, drawn, loaded, note
+from smolforge.cli.chat.session import TerminalChat
+from smolforge.cli.generate import GenerationFlags, generation_from_flags, load_for_generation, print_note
 from smolforge.config import Generation
-from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped, did_you_mean
-
-FENCE = '"""'
-GOES_ON = "\\"
-
-
-def edited() -> None:
-    """Let lines be edited and called back, where there is a library for it, and a pasted block be one line to it."""
-    if not sys.stdin.isatty():
-        return
-    try:
-        import readline
-    except ImportError:
-        return
-    readline.parse_and_bind("set enable-bracketed-paste on")
-
-
-def message() -> str:
-    """The next message. Raises EOFError where there is none, KeyboardInterrupt for Ctrl-C."""
-    text = _line("> ")
-    if text.lstrip().startswith(FENCE):
-        return _fenced(text.lstrip().removeprefix(FENCE))
-    while text.endswith(GOES_ON):
-        text = text.removesuffix(GOES_ON) + "\n" + _line("... ")
-    return text.strip("\n")
-
-
-def _fenced(text: str) -> str:
-    """All up to the fence that closes; `text` is what stands behind the one that opens."""
-    while not text.rstrip().endswith(FENCE):
-        text += "\n" + _line("... ")
-    return text.rstrip().removesuffix(FENCE).strip("\n")
-
-
-def _line(prompt: str) -> str:
-    while True:
-        try:
-            text = input(prompt if sys.stdin.isatty() else "")
-        except UnicodeDecodeError:
-            note("(that was not UTF-8 text)")
-            continue
-        # In the C locale bytes beyond ASCII come as halves of characters.
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, did_you_mean
 
 if TYPE_CHECKING:
     from smolforge.models.decoder import LanguageModel
 
+FENCE = '"""'
+CONTINUATION = "\\"
 HELP = '''/set                show how answers are drawn; /set temperature 0.2 changes it, /set top_k none turns it off
 /system TEXT        what the model is told first; /system none takes it back
 /retry              another answer to the last message
@@ -79,7 +38,7 @@ def chat(
     model: str,
     *,
     system: str | None = None,
-    draw: Draw | None = None,
+    draw: GenerationFlags | None = None,
     dtype: str = "float32",
     device: str = "auto",
     random: bool = False,
@@ -104,21 +63,21 @@ def chat(
     random
         Let a preset speak with random weights.
     """
-    options = drawn(draw)
-    converse(loaded(model, dtype, device, random), options, system)
+    options = generation_from_flags(draw)
+    converse(load_for_generation(model, dtype, device, random=random), options, system)
 
 
 def converse(model: "LanguageModel", options: Generation, system: str | None = None) -> None:
     """Answer what is typed until the end of input, /exit, or Ctrl-C twice at the prompt."""
-    talk, warned = Talk(model, options), False
+    session, warned = TerminalChat(model, options), False
     if system is not None:
-        talk.system(system)
-    note(talk.greeting)
-    edited()
-    with _ended_by_sigterm():
+        session.system(system)
+    print_note(session.greeting)
+    enable_line_editing()
+    with _stop_on_sigterm():
         while True:
             try:
-                text = message()
+                text = read_message()
             except EOFError:
                 print()
                 return
@@ -126,49 +85,49 @@ def converse(model: "LanguageModel", options: Generation, system: str | None = N
                 print()
                 if warned:
                     return
-                note("(Ctrl-C again, or Ctrl-D, leaves)")
+                print_note("(Ctrl-C again, or Ctrl-D, leaves)")
                 warned = True
                 continue
             warned = False
             if text.partition(" ")[0] == "/exit":
                 return
-            _heard(talk, text)
+            _handle_message(session, text)
 
 
-def _heard(talk: Talk, text: str) -> None:
-    """Do what a message asks for; what cannot be done is said in a sentence."""
+def _handle_message(session: TerminalChat, text: str) -> None:
+    """Run a /command or answer a message; an error is printed as a sentence."""
     try:
         if text.startswith("/") and "\n" not in text:
-            word, _, rest = text[1:].partition(" ")
-            command(talk, word)(rest.strip())
+            name, _, argument = text[1:].partition(" ")
+            find_command(session, name)(argument.strip())
         elif text.strip():
-            talk.say(text)
-    except (SettingError, InvalidFile, MissingResource) as error:
-        note(one_line(str(error)))
+            session.say(text)
+    except (ConfigError, InvalidFileError, MissingResourceError) as error:
+        print_note(one_line(str(error)))
     except KeyboardInterrupt:
-        note("(stopped)")
+        print_note("(stopped)")
 
 
-def command(talk: Talk, word: str) -> Callable[[str], None]:
-    """What a word behind a slash stands for. Raises SettingError."""
-    known: dict[str, Callable[[str], None]] = {
-        "help": lambda _: note(HELP),
-        "set": talk.set,
-        "system": talk.system,
-        "retry": talk.retry,
-        "save": talk.save,
-        "load": talk.load,
-        "clear": talk.clear,
+def find_command(session: TerminalChat, name: str) -> Callable[[str], None]:
+    """Return the function of a /command. Raises ConfigError."""
+    commands: dict[str, Callable[[str], None]] = {
+        "help": lambda _: print_note(HELP),
+        "set": session.set,
+        "system": session.system,
+        "retry": session.retry,
+        "save": session.save,
+        "load": session.load,
+        "clear": session.clear,
     }
-    if word not in known:
-        hint = did_you_mean(word, [*known, "exit"]).replace("mean ", "mean /") or " /help lists all."
-        raise SettingError(f"there is no command /{word}.{hint}")
-    return known[word]
+    if name not in commands:
+        hint = did_you_mean(name, [*commands, "exit"]).replace("mean ", "mean /") or " /help lists all."
+        raise ConfigError(f"there is no command /{name}.{hint}")
+    return commands[name]
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM is no Ctrl-C here, which would not end the program."""
+def _stop_on_sigterm() -> Iterator[None]:
+    """End the chat on SIGTERM, which as a Ctrl-C would only stop an answer."""
 
     def end(*_: object) -> None:
         raise Stopped("the chat was ended by a signal", 130)
@@ -178,3 +137,42 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def enable_line_editing() -> None:
+    """Turn on line editing, history and bracketed paste where readline is installed."""
+    if not sys.stdin.isatty():
+        return
+    try:
+        import readline
+    except ImportError:
+        return
+    readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def read_message() -> str:
+    """Return the next message. Raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C."""
+    text = _read_line("> ")
+    if text.lstrip().startswith(FENCE):
+        return _read_fenced(text.lstrip().removeprefix(FENCE))
+    while text.endswith(CONTINUATION):
+        text = text.removesuffix(CONTINUATION) + "\n" + _read_line("... ")
+    return text.strip("\n")
+
+
+def _read_fenced(text: str) -> str:
+    """Return all text up to the closing fence; `text` is what follows the opening one."""
+    while not text.rstrip().endswith(FENCE):
+        text += "\n" + _read_line("... ")
+    return text.rstrip().removesuffix(FENCE).strip("\n")
+
+
+def _read_line(prompt: str) -> str:
+    while True:
+        try:
+            text = input(prompt if sys.stdin.isatty() else "")
+        except UnicodeDecodeError:
+            print_note("(that was not UTF-8 text)")
+            continue
+        # In the C locale bytes beyond ASCII come as halves of characters.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

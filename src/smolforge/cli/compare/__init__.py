@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from smolforge.errors import MissingResource, SettingError
+from smolforge.errors import ConfigError, MissingResourceError
 from smolforge.training.signals import stop_signals
 
 
@@ -36,75 +36,79 @@ def compare(
         Print the table as one JSON object, with the files that were written; of a study, all its numbers.
     """
     if not what:
-        raise SettingError("compare needs RUN... or STUDY: run folders, a folder of runs, or a study's file")
+        raise ConfigError("compare needs RUN... or STUDY: run folders, a folder of runs, or a study's file")
     with stop_signals():  # also while the imports take their seconds
-        from smolforge.cli.compare.study import study
+        from smolforge.cli.compare.study import compare_study
 
-        studied = is_study(what)
-    if studied:
-        study(what[0], out, json_)
+        study_named = is_study(what)
+    if study_named:
+        compare_study(what[0], out, json_)
         return
-    from smolforge.comparison.page import write
+    from smolforge.comparison.page import write_page
     from smolforge.comparison.select import select
-    from smolforge.comparison.table import rows
+    from smolforge.comparison.table import table_rows
 
-    selection = select([Path(each) for each in what])
+    selection = select([Path(path) for path in what])
     if not selection.runs:
-        raise SettingError(f"no run can be read there: {next(iter(selection.broken.values()))}")
+        raise ConfigError(f"no run can be read there: {next(iter(selection.broken.values()))}")
     if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out} is a file; it should be a folder, which is made where there is none")
+        raise ConfigError(f"--out {out} is a file; it should be a folder, which is made where there is none")
     try:
-        files = write(selection, out)
+        files = write_page(selection, out)
     except OSError as error:
-        raise MissingResource(f"{error.filename or out} could not be written: {error.strerror}") from None
+        raise MissingResourceError(f"{error.filename or out} could not be written: {error.strerror}") from None
     if json_:
-        print(json.dumps({"runs": [row.as_json() for row in rows(selection)], "files": [str(file) for file in files]}))
+        print(
+            json.dumps(
+                {"runs": [row.as_json() for row in table_rows(selection)], "files": [str(file) for file in files]}
+            )
+        )
         return
-    show(rows(selection))
+    print_runs(table_rows(selection))
     print(f"\n{files[0]} has the figures, the samples and the settings")
 
 
-def is_study(what: Sequence[str]) -> bool:
-    """Whether a study is meant: one file of settings, or the name of a shipped one where no run is called so."""
-    from smolforge.config.load import FOLDERS, PARSERS, find
+def is_study(names: Sequence[str]) -> bool:
+    """Return whether a study is meant: one settings file, or the name of a shipped study where no run has that name."""
+    from smolforge.config.load import FOLDERS, PARSERS, find_recipe
 
-    if len(what) != 1 or Path(what[0]).is_dir():
+    if len(names) != 1 or Path(names[0]).is_dir():
         return False
-    if Path(what[0]).suffix in PARSERS:
+    if Path(names[0]).suffix in PARSERS:
         return True
-    with suppress(SettingError):
-        return find(what[0], "study").parent.name == FOLDERS["study"]
+    with suppress(ConfigError):
+        return find_recipe(names[0], "study").parent.name == FOLDERS["study"]
     return False
 
 
-def runs_named(what: str, more: Sequence[str]) -> list[str]:
-    """The folders that `inspect` was given, where they are several, or one that holds runs; else none."""
+def run_folders_named(first: str, more: Sequence[str]) -> list[str]:
+    """Return the run folders given to `inspect`: several, or one that has runs in it; else an empty list."""
     from smolforge.comparison.select import holds_runs
 
-    names = [what, *takewhile(lambda word: not word.startswith("--"), more)]
+    names = [first, *takewhile(lambda argument: not argument.startswith("--"), more)]
     several = len(names) > 1 and any(Path(name).is_dir() for name in names)
-    if not several and not (Path(what).is_dir() and holds_runs(Path(what))):
+    if not several and not (Path(first).is_dir() and holds_runs(Path(first))):
         return []
     if flags := more[len(names) - 1 :]:
-        raise SettingError(f"settings such as {flags[0]} are for recipes; {what} is none")
+        raise ConfigError(f"settings such as {flags[0]} are for recipes; {first} is none")
     return names
 
 
 def inspect_runs(folders: Sequence[str], as_json: bool) -> None:
     """Print the table of some runs."""
     from smolforge.comparison.select import select
-    from smolforge.comparison.table import rows
+    from smolforge.comparison.table import table_rows
 
-    table = rows(select([Path(folder) for folder in folders]))
+    table = table_rows(select([Path(folder) for folder in folders]))
     if as_json:
         print(json.dumps({"runs": [row.as_json() for row in table]}))
     else:
-        show(table)
+        print_runs(table)
 
 
-def show(table: Sequence) -> None:
-    """Print it, with nothing in it that a terminal would obey."""
+def print_runs(table: Sequence) -> None:
+    """Print a table of runs, without control characters."""
     from smolforge.cli import one_line
-    from smolforge.comparison.table import lines
+    from smolforge.comparison.table import format_table
 
-    print("\n".join(lines(table, one_line)))
+    print("\n".join(format_table(table, one_line)))

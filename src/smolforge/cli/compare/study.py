@@ -1,4 +1,4 @@
-"""`smolforge compare STUDY.toml`: a study as people watch it, and what came of it in a table."""
+"""`smolforge compare STUDY.toml`: run a study, show its progress, print its results."""
 
 import os
 from pathlib import Path
@@ -6,76 +6,76 @@ from typing import Any
 
 from smolforge.cli import one_line
 from smolforge.cli.run_display import Display
-from smolforge.comparison.study import conduct
-from smolforge.comparison.study.report import numbers, results, shortfalls, write
-from smolforge.comparison.study.spec import read
+from smolforge.comparison.study import run_variants
+from smolforge.comparison.study.report import failed_runs, results_json, results_table, write_report
+from smolforge.comparison.study.spec import read_study
 from smolforge.config import Recipe
-from smolforge.device.environment import surroundings
-from smolforge.errors import MissingResource
-from smolforge.runs.estimate import Plan
-from smolforge.training.loop import State
+from smolforge.device.environment import describe_environment
+from smolforge.errors import MissingResourceError
+from smolforge.runs.estimate import RunEstimate
+from smolforge.training.loop import TrainState
 from smolforge.training.signals import stop_signals
 
 
-class Watching:
-    """Shows each run of a study, which of how many it is, and what is the same in many of them once."""
+class StudyDisplay:
+    """Show each run of a study with its number; a plan that many runs share is shown once."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
-        self.told: set[tuple[str, ...]] = set()
+        self.printed_shapes: set[tuple[str, ...]] = set()
 
-    def beginning(self, name: str, number: int, of: int) -> None:
+    def on_run_start(self, name: str, number: int, total: int) -> None:
         self.display.stop()
-        self.display.say(f"run {number} of {of}: {name}")
+        self.display.print_line(f"run {number} of {total}: {name}")
 
-    def measuring(self, what: str) -> None:
+    def on_measure_start(self, what: str) -> None:
         self.display.stop()
-        self.display.say(f"measuring {what} of each variant")
+        self.display.print_line(f"measuring {what} of each variant")
 
-    def planned(self, recipe: Recipe, plan: Plan, start: State) -> None:
+    def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None:
         shape = (str(recipe.model), str(recipe.optim), str(start.step))
         console = self.display.console
-        quiet, console.quiet = console.quiet, console.quiet or shape in self.told
-        self.display.planned(recipe, plan, start)
+        quiet, console.quiet = console.quiet, console.quiet or shape in self.printed_shapes
+        self.display.on_plan(recipe, estimate, start)
         console.quiet = quiet
-        self.told.add(shape)
+        self.printed_shapes.add(shape)
 
-    def preparing(self, counts: dict[str, int], source: str = "") -> None:
-        self.display.preparing(counts, source)
+    def on_prepare(self, counts: dict[str, int], source: str = "") -> None:
+        self.display.on_prepare(counts, source)
 
-    def referring(self, pairs: int, of: int) -> None:
-        self.display.referring(pairs, of)
+    def on_reference(self, pairs: int, total: int) -> None:
+        self.display.on_reference(pairs, total)
 
-    def stepped(self, metrics: dict[str, Any]) -> None:
-        self.display.stepped(metrics)
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        self.display.on_step(metrics)
 
-    def sampled(self, text: str) -> None:
-        """Texts are in the runs."""
+    def on_sample(self, text: str) -> None:
+        """Show nothing: samples are in the run folders."""
 
 
-def study(what: str, out: Path, as_json: bool) -> None:
-    """Conduct the study in a file, from wherever it stands in `out`, and show what came of it."""
-    chosen = read(what)
+def compare_study(name_or_path: str, out: Path, as_json: bool) -> None:
+    """Run the study in a file, resume what is in `out`, and print the results."""
+    spec = read_study(name_or_path)
     with stop_signals(), Display(quiet=as_json) as display:
-        found = conduct(chosen, out, Watching(display), surroundings(os.environ))
+        outcome = run_variants(spec, out, StudyDisplay(display), environment=describe_environment(os.environ))
     try:
-        files = write(found, out)
+        files = write_report(outcome, out)
     except OSError as error:
-        raise MissingResource(f"{error.filename or out} could not be written: {error.strerror}") from None
+        raise MissingResourceError(f"{error.filename or out} could not be written: {error.strerror}") from None
     if as_json:
-        print(numbers(found), end="")
+        print(results_json(outcome), end="")
         return
-    print("\n".join(aligned([results(found).head, *results(found).rows])))
-    for said in shortfalls(found):
-        print(f"not finished: {one_line(said)}")
+    print("\n".join(align_columns([results_table(outcome).head, *results_table(outcome).rows])))
+    for shortfall in failed_runs(outcome):
+        print(f"not finished: {one_line(shortfall)}")
     print(f"\n{files[0]} has the figures and what each variant cost")
 
 
-def aligned(cells: list[list[str]]) -> list[str]:
-    """Rows as lines; the first and last column are words."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+def align_columns(rows: list[list[str]]) -> list[str]:
+    """Format rows as lines; the first and last column are left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<", *(">" for _ in widths[2:]), "<"]
     return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
-        for line in cells
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
     ]

@@ -1,6 +1,6 @@
-"""`smolforge inspect`.
+"""`smolforge inspect`: what a model, recipe, corpus, run or machine is, and what it needs.
 
-What `smolforge inspect` knows of speed: where a run's time goes, why it is slow, what hurts on this machine.
+Of a run and of the machine it also reports speed: where the time goes, what slows it down, and how to fix it.
 """
 
 import json
@@ -13,63 +13,16 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli.compare import inspect_runs, runs_named
-from smolforge.cli.flags import parse
+from smolforge.cli.compare import inspect_runs, run_folders_named
+from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import mixture_report
 from smolforge.cli.live_view import bar
-from smolforge.errors import SettingError
+from smolforge.errors import ConfigError
 
-WIDEST, BAR = 100, 40
-PARTS = {"data": "waiting for data", "other": "rest of a step", "between": "between steps"}
-
-
-def of_run(run: Any) -> dict[str, Any]:
-    """`time`, the share of each part, and `slow`, what to do about it, of a run's history."""
-    from smolforge.comparison.diagnosis import diagnose
-    from smolforge.comparison.step_times import time_shares
-
-    start = (run.starts or [{}])[-1]
-    said = diagnose(run.metrics, run.recipe, start, _fastest_dtype(run.recipe, start)) if run.metrics else []
-    return {"time": time_shares(run.metrics, start), "slow": said}
-
-
-def _fastest_dtype(recipe: Any, start: Mapping[str, Any]) -> str | None:
-    """What this machine multiplies fastest in, if it matters and the run was on one like it."""
-    from smolforge.device import describe, fastest_dtype, pick_device
-
-    if recipe.train.dtype != "float32" or not start:
-        return None
-    device = pick_device("auto")
-    here = describe(device)
-    return fastest_dtype(device) if all(here[key] == start.get(key) for key in ("device", "name", "vectors")) else None
-
-
-def of_machine(device: str, threads: int) -> dict[str, Any]:
-    """Cores, load, what is set, and `slow`, what of it hurts."""
-    from smolforge.device.environment import hurting, surroundings
-
-    seen = surroundings(os.environ)
-    return {**seen, "slow": hurting(seen, threads, device)}
-
-
-def lines(facts: Mapping[str, Any]) -> list[str]:
-    """Where the time goes, as bars, and each sentence."""
-    width = min(WIDEST, shutil.get_terminal_size().columns)
-    time, said = facts.get("time", {}), facts.get("slow", [])
-    bars = [
-        f"  {PARTS.get(part, part):<18}{share:>5.0%}  {bar(share, min(BAR, width - 27))}"
-        for part, share in time.items()
-    ]
-    told = [
-        line
-        for each in said
-        for line in textwrap.wrap(each, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-    ]
-    return [*(["", "where the time goes"] if bars else []), *bars, *([""] if told else []), *told]
-
-
-APART = ("table", "time", "slow", "overlap", "mixture", "histogram", "windows", "warnings")
-"""Facts that are more than a line."""
+MAX_WIDTH, MAX_BAR_WIDTH = 100, 40
+PHASE_LABELS = {"data": "waiting for data", "other": "rest of a step", "between": "between steps"}
+MULTILINE_KEYS = ("table", "time", "slow", "overlap", "mixture", "histogram", "windows", "warnings")
+"""Keys whose values are more than a line."""
 
 
 def inspect(
@@ -97,73 +50,81 @@ def inspect(
     """
     for flag, value in (("tasks", tasks), ("figure", figure)):
         if value is not None and not (Path(what) / "corpus.json").is_file():
-            raise SettingError(f"--{flag} is for a prepared corpus; {what} is none")
-    if runs := runs_named(what, settings):
+            raise ConfigError(f"--{flag} is for a prepared corpus; {what} is none")
+    if runs := run_folders_named(what, settings):
         inspect_runs(runs, json_)
         return
-    overrides = parse(settings)
-    facts = _facts(what, overrides)
+    overrides = parse_overrides(settings)
+    report = _build_report(what, overrides)
     if tasks is not None:
         from smolforge.cli.inspect import corpus_report
 
-        facts["overlap"] = corpus_report.of_corpus(Path(what), tasks)
+        report["overlap"] = corpus_report.task_overlap(Path(what), tasks)
     if figure is not None:
         from smolforge.cli.inspect import corpus_report
         from smolforge.data.corpus import Corpus
 
-        corpus_report.draw(Corpus.open(Path(what)), figure)
+        corpus_report.draw_histogram(Corpus.open(Path(what)), figure)
     if json_:
-        print(json.dumps(facts))
+        print(json.dumps(report))
         return
-    shown = facts.pop("picture", None)
-    print("\n".join(_lines(facts)))
-    if shown:
-        from smolforge.cli.inspect.corpus_report import show
+    example = report.pop("picture", None)
+    print("\n".join(_report_lines(report)))
+    if example:
+        from smolforge.cli.inspect.corpus_report import print_mask_example
 
         print()
-        show(shown)
+        print_mask_example(example)
 
 
-def _facts(what: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What is known of it, by the kind of thing it is."""
+def _build_report(target: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return the report on a model, recipe, corpus, run or machine, by its kind."""
     from smolforge.checkpoint.gguf import llama
-    from smolforge.checkpoint.hub import is_id
+    from smolforge.checkpoint.hub import is_hub_id
     from smolforge.checkpoint.huggingface import INDEX, WEIGHTS
     from smolforge.checkpoint.loading import read_config
     from smolforge.config import presets
-    from smolforge.config.load import admitted, find, read_recipe
-    from smolforge.runs.resolve import settle
+    from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
+    from smolforge.runs.resolve import resolve_recipe
     from smolforge.training.run_folder import RECIPE
 
-    path = Path(what)
-    if overrides and (path.is_dir() or what in ("machine", *presets.names())):
-        raise SettingError(f"settings are for recipes; {what} is none")
-    if what == "machine":
-        return _machine()
+    path = Path(target)
+    if overrides and (path.is_dir() or target in ("machine", *presets.names())):
+        raise ConfigError(f"settings are for recipes; {target} is none")
+    if target == "machine":
+        return _machine_report()
     if (path / "corpus.json").is_file():
-        return _corpus(path)
+        return _corpus_report(path)
     if (path / RECIPE).is_file():
-        return _run(path)
-    if path.is_dir() or path.name in (WEIGHTS, INDEX) or llama.is_file(path) or what in presets.names():
-        return _model(read_config(what)) | _integers(what) | _tokenizer(path)
+        return _run_report(path)
+    if path.is_dir() or path.name in (WEIGHTS, INDEX) or llama.is_gguf_file(path) or target in presets.names():
+        return _model_report(read_config(target)) | _quantization_report(target) | _tokenizer_report(path)
     try:
-        recipe = find(what)
-    except SettingError as error:
-        if is_id(what) and not overrides:
-            return _model(read_config(what))
-        raise SettingError(f"{what!r} is no model, corpus or run, and {error}") from None
-    return _recipe(settle(admitted(read_recipe(recipe, overrides), recipe), overrides.keys()))
+        recipe = find_recipe(target)
+    except ConfigError as error:
+        if is_hub_id(target) and not overrides:
+            return _model_report(read_config(target))
+        raise ConfigError(f"{target!r} is no model, corpus or run, and {error}") from None
+    return _recipe_report(
+        resolve_recipe(import_recipe_classes(read_recipe(recipe, overrides), recipe), overrides.keys())
+    )
 
 
-def _model(config: Any) -> dict[str, Any]:
-    from smolforge.models.stats import active_parameters, flops_per_token, kv_bytes_per_token, parameter_counts, table
+def _model_report(config: Any) -> dict[str, Any]:
+    from smolforge.models.stats import (
+        active_parameters,
+        flops_per_token,
+        kv_bytes_per_token,
+        parameter_counts,
+        parameter_table,
+    )
 
     counts = parameter_counts(config)
     total = sum(counts.values())
     untied = counts.get("lm_head", 0)
     return {
-        "config": {name: config.__dict__[name] for name in config.own_fields()},
-        "table": [row._asdict() | {"parameters": row.parameters} for row in table(config)],
+        "config": {name: config.__dict__[name] for name in config.family_fields()},
+        "table": [row._asdict() | {"parameters": row.parameters} for row in parameter_table(config)],
         "parameters": {
             "total": total,
             "embedding": counts["embedding"],
@@ -177,19 +138,19 @@ def _model(config: Any) -> dict[str, Any]:
     }
 
 
-def _integers(what: str) -> dict[str, Any]:
-    """How a folder's weights are kept, and what they take in memory, where they are integers."""
+def _quantization_report(name_or_path: str) -> dict[str, Any]:
+    """Return the quantization of a folder's weights and their bytes in memory; empty where they are not quantized."""
     from smolforge.checkpoint import loading
 
-    scheme = loading.read_scheme(what)
+    scheme = loading.read_scheme(name_or_path)
     if scheme is None:
         return {}
-    sizes = loading.weight_bytes(loading.read_config(what), scheme)
+    sizes = loading.weight_bytes(loading.read_config(name_or_path), scheme)
     return {"quantization": dict(scheme.__dict__), "memory_bytes": sizes}
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
-    """What there is to know of a model's tokenizer, the bytes it silently drops above all."""
+def _tokenizer_report(folder: Path) -> dict[str, Any]:
+    """Return the facts of a model's tokenizer, with the bytes it silently drops."""
     from smolforge.checkpoint.loading import tokenizer_of
 
     tokenizer = tokenizer_of(folder)
@@ -199,7 +160,7 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     return {
         "tokenizer": {
             "ids": len(tokenizer),
-            "special": list(tokenizer.special.known),
+            "special": list(tokenizer.special.by_text),
             "eos": tokenizer.eos_token,
             "bytes_without_a_symbol": f"{missing} (they vanish from a text)" if missing else None,
             "chat_template": tokenizer.template is not None,
@@ -207,16 +168,16 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     }
 
 
-def _recipe(recipe: Any) -> dict[str, Any]:
-    from smolforge.runs.estimate import plan
+def _recipe_report(recipe: Any) -> dict[str, Any]:
+    from smolforge.runs.estimate import estimate_run
 
-    expected = plan(recipe)
+    expected = estimate_run(recipe)
     warnings = expected.warnings()
     if recipe.train.epochs is not None:
         warnings.append(f"how many steps {recipe.train.epochs:g} epochs are is known when train has counted the text")
-    shape = {key: value for key, value in _model(recipe.model).items() if key != "table"}
-    mixed = mixture_report.of_recipe(recipe)
-    warnings += mixture_report.warnings(recipe, mixed)
+    shape = {key: value for key, value in _model_report(recipe.model).items() if key != "table"}
+    mixed = mixture_report.recipe_mixture_report(recipe)
+    warnings += mixture_report.recipe_warnings(recipe, mixed)
     return (
         shape
         | mixed
@@ -232,7 +193,7 @@ def _recipe(recipe: Any) -> dict[str, Any]:
     )
 
 
-def _corpus(path: Path) -> dict[str, Any]:
+def _corpus_report(path: Path) -> dict[str, Any]:
     from smolforge.cli.inspect import corpus_report
     from smolforge.data.corpus import SPLITS, Corpus
 
@@ -244,103 +205,144 @@ def _corpus(path: Path) -> dict[str, Any]:
         **sizes,
         "bytes_per_token": text_bytes / tokens,
         "fingerprint": corpus.fingerprint,
-        "lost_bytes": corpus.facts.get("lost_bytes", {}) or None,
-        "sources": corpus.facts["request"]["data"]["sources"],
-        **(corpus_report.mask_facts(corpus) if corpus.format != "text" else _of_texts(corpus)),
+        "lost_bytes": corpus.metadata.get("lost_bytes", {}) or None,
+        "sources": corpus.metadata["request"]["data"]["sources"],
+        **(corpus_report.mask_report(corpus) if corpus.format != "text" else _text_corpus_report(corpus)),
     }
 
 
-def _of_texts(corpus: Any) -> dict[str, Any]:
+def _text_corpus_report(corpus: Any) -> dict[str, Any]:
     from smolforge.cli.inspect import corpus_report
 
-    dropped = {why: count for why, count in corpus.facts.get("dropped", {}).items() if count}
-    return {"left_out": dropped or None, **corpus_report.length_facts(corpus)}
+    dropped = {reason: count for reason, count in corpus.metadata.get("dropped", {}).items() if count}
+    return {"left_out": dropped or None, **corpus_report.length_report(corpus)}
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _run_report(path: Path) -> dict[str, Any]:
     from smolforge.checkpoint import training_state
     from smolforge.comparison import history
 
-    run = history.read(path)
-    scored = {key.removeprefix("task_") for record in run.metrics for key in record if key.startswith("task_")}
+    run = history.read_history(path)
+    task_keys = {key.removeprefix("task_") for record in run.metrics for key in record if key.startswith("task_")}
     return {
         "state": run.state,
-        "why": run.why,
+        "why": run.reason,
         "step": run.step,
         "steps": run.steps,
         "loss": run.newest("loss"),
         "validation_loss": run.newest("validation_loss"),
-        **({"tasks": {key: run.newest(f"task_{key}") for key in sorted(scored)}} if scored else {}),
-        "checkpoints": [folder.name for folder in training_state.all_of(path)],
-        "parameters": _model(run.recipe.model)["parameters"],
-        **mixture_report.of_run(run),
-        **of_run(run),
+        **({"tasks": {key: run.newest(f"task_{key}") for key in sorted(task_keys)}} if task_keys else {}),
+        "checkpoints": [folder.name for folder in training_state.list_checkpoints(path)],
+        "parameters": _model_report(run.recipe.model)["parameters"],
+        **mixture_report.run_mixture_report(run),
+        **run_speed_report(run),
     }
 
 
-def _machine() -> dict[str, Any]:
+def run_speed_report(run: Any) -> dict[str, Any]:
+    """Return `time`, the fraction of each phase, and `slow`, what to fix, from a run's history."""
+    from smolforge.comparison.diagnosis import diagnose
+    from smolforge.comparison.step_times import time_shares
+
+    start = (run.starts or [{}])[-1]
+    findings = (
+        diagnose(run.metrics, run.recipe, start, fastest_dtype=_fastest_dtype(run.recipe, start)) if run.metrics else []
+    )
+    return {"time": time_shares(run.metrics, start), "slow": findings}
+
+
+def _fastest_dtype(recipe: Any, start: Mapping[str, Any]) -> str | None:
+    """Return this machine's fastest dtype, if it matters and the run was on a machine like it."""
+    from smolforge.device import describe_device, fastest_dtype, pick_device
+
+    if recipe.train.dtype != "float32" or not start:
+        return None
+    device = pick_device("auto")
+    here = describe_device(device)
+    return fastest_dtype(device) if all(here[key] == start.get(key) for key in ("device", "name", "vectors")) else None
+
+
+def _machine_report() -> dict[str, Any]:
     import torch
 
-    from smolforge.device import describe, fastest_dtype, matrix_flops_per_second, memory_bytes, pick_device
+    from smolforge.device import describe_device, fastest_dtype, matmul_flops_per_second, memory_bytes, pick_device
     from smolforge.training.environment import versions
 
     device = pick_device("auto")
     return {
-        **describe(device),
+        **describe_device(device),
         "dtype": fastest_dtype(device),
         "memory_bytes": memory_bytes(device),
-        "float32_flops_per_second": matrix_flops_per_second(device, torch.float32),
-        "bfloat16_flops_per_second": matrix_flops_per_second(device, torch.bfloat16),
+        "float32_flops_per_second": matmul_flops_per_second(device, torch.float32),
+        "bfloat16_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
         "packages": versions(),
-        **of_machine(device.type, torch.get_num_threads()),
+        **machine_speed_report(device.type, torch.get_num_threads()),
     }
 
 
-def _lines(facts: dict[str, Any]) -> list[str]:
-    """The parameter table, where there is one, and then one fact a line, the values below each other."""
-    table = facts.get("table", [])
-    rows = _flat({key: value for key, value in facts.items() if key not in APART})
+def machine_speed_report(device: str, threads: int) -> dict[str, Any]:
+    """Return cores, load, settings, and `slow`, what of it makes training slow."""
+    from smolforge.device.environment import describe_environment, find_slowdowns
+
+    environment = describe_environment(os.environ)
+    return {**environment, "slow": find_slowdowns(environment, threads, device)}
+
+
+def _report_lines(report: dict[str, Any]) -> list[str]:
+    """Return the parameter table, if any, and then one value per line, aligned."""
+    table = report.get("table", [])
+    rows = _flatten({key: value for key, value in report.items() if key not in MULTILINE_KEYS})
     width = max(len(key) for key, _ in rows) + 2
-    told = [*_table(table), *_about_the_head(facts), ""] if table else []
-    facts_told = [f"{key:<{width}}{_said(key, value)}" for key, value in rows]
-    facts_told += [*mixture_report.lines(facts.get("mixture", {})), *_histogram(facts)]
-    facts_told += ["", *(f"warning: {each}" for each in facts["warnings"])] if facts.get("warnings") else []
-    return [*told, *facts_told, *lines(facts), *_overlap(facts)]
+    table_lines = [*_parameter_table_lines(table), *_lm_head_lines(report), ""] if table else []
+    value_lines = [f"{key:<{width}}{_format_value(key, value)}" for key, value in rows]
+    value_lines += [*mixture_report.mixture_lines(report.get("mixture", {})), *_histogram_lines(report)]
+    value_lines += ["", *(f"warning: {warning}" for warning in report["warnings"])] if report.get("warnings") else []
+    return [*table_lines, *value_lines, *speed_lines(report), *_overlap_lines(report)]
 
 
-def _overlap(facts: dict[str, Any]) -> Sequence[str]:
-    if "overlap" not in facts:
-        return []
-    from smolforge.cli.inspect import corpus_report
-
-    return corpus_report.overlap_lines(facts["overlap"])
-
-
-def _histogram(facts: dict[str, Any]) -> list[str]:
-    if "histogram" not in facts:
-        return []
-    from smolforge.cli.inspect import corpus_report
-
-    return corpus_report.length_lines(facts)
+def _flatten(report: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for key, value in report.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): item for number, item in enumerate(value, 1)}
+        rows += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return rows
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Every tensor of the model, what it holds in all layers, and its share."""
+def _format_value(key: str, value: Any) -> str:
+    """Format a value for the user."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if key.endswith("bytes") and value >= 1 << 20:
+        return f"{value:,} ({value / 2**20:,.0f} MiB)"
+    if key == "seconds":
+        from smolforge.cli.run_display import duration
+
+        return f"about {duration(value)}"
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.4g}"
+    return f"{int(value):,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _parameter_table_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one line per tensor: its size over all layers, and its fraction of the total."""
     total = sum(row["parameters"] for row in rows)
-    shapes = [" x ".join(f"{side:,}" for side in row["shape"]) for row in rows]
-    wide = max(len(row["name"]) for row in rows)
-    lines = [f"{'tensor':<{wide}}  {'component':<10}{'shape':>18}{'times':>7}{'parameters':>15}{'share':>9}"]
+    shapes = [" x ".join(f"{dim:,}" for dim in row["shape"]) for row in rows]
+    name_width = max(len(row["name"]) for row in rows)
+    lines = [f"{'tensor':<{name_width}}  {'component':<10}{'shape':>18}{'times':>7}{'parameters':>15}{'share':>9}"]
     lines += [
-        f"{row['name']:<{wide}}  {row['component']:<10}{shape:>18}{row['times']:>7}{row['parameters']:>15,}"
+        f"{row['name']:<{name_width}}  {row['component']:<10}{shape:>18}{row['times']:>7}{row['parameters']:>15,}"
         f"{row['parameters'] / total:>9.2%}"
         for row, shape in zip(rows, shapes, strict=True)
     ]
-    return [*lines, f"{'total':<{wide}}{total:>52,}"]
+    return [*lines, f"{'total':<{name_width}}{total:>52,}"]
 
 
-def _about_the_head(facts: dict[str, Any]) -> list[str]:
-    """Why the same model is quoted with two sizes."""
-    config, parameters = facts["config"], facts["parameters"]
+def _lm_head_lines(report: dict[str, Any]) -> list[str]:
+    """Explain why the same model is quoted with two sizes."""
+    config, parameters = report["config"], report["parameters"]
     matrix, total = config["vocab_size"] * config["hidden_size"], parameters["total"]
     size = f"{config['vocab_size']:,} x {config['hidden_size']:,} = {matrix:,}"
     if config["tie_word_embeddings"]:
@@ -356,27 +358,33 @@ def _about_the_head(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for key, value in facts.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = {str(number): each for number, each in enumerate(value, 1)}
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return rows
+def speed_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the time per phase as bars, and each finding."""
+    width = min(MAX_WIDTH, shutil.get_terminal_size().columns)
+    time, findings = report.get("time", {}), report.get("slow", [])
+    bars = [
+        f"  {PHASE_LABELS.get(phase, phase):<18}{share:>5.0%}  {bar(share, min(MAX_BAR_WIDTH, width - 27))}"
+        for phase, share in time.items()
+    ]
+    finding_lines = [
+        line
+        for finding in findings
+        for line in textwrap.wrap(finding, width, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    ]
+    return [*(["", "where the time goes"] if bars else []), *bars, *([""] if finding_lines else []), *finding_lines]
 
 
-def _said(key: str, value: Any) -> str:
-    """A value as a person reads it."""
-    if value is None:
-        return "none"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    if key.endswith("bytes") and value >= 1 << 20:
-        return f"{value:,} ({value / 2**20:,.0f} MiB)"
-    if key == "seconds":
-        from smolforge.cli.run_display import duration
+def _histogram_lines(report: dict[str, Any]) -> list[str]:
+    if "histogram" not in report:
+        return []
+    from smolforge.cli.inspect import corpus_report
 
-        return f"about {duration(value)}"
-    if isinstance(value, float) and not value.is_integer():
-        return f"{value:.4g}"
-    return f"{int(value):,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return corpus_report.length_lines(report)
+
+
+def _overlap_lines(report: dict[str, Any]) -> Sequence[str]:
+    if "overlap" not in report:
+        return []
+    from smolforge.cli.inspect import corpus_report
+
+    return corpus_report.overlap_lines(report["overlap"])

@@ -1,10 +1,11 @@
-"""An idea against another, with evidence: variants x seeds at an equal budget -> paired differences, a report.
+"""Compare ideas with evidence: variants x seeds at an equal budget -> paired differences, a report.
 
-STUDY.toml -> read -> plan (steps, kept) -> trials (ordinary runs) -> machine -> findings -> report.md, index.html,
-                                            rates first, on seeds of           (law)     study.json
-                                            their own; then scores
+STUDY.toml -> read_study -> plan (steps, "auto") -> trials (ordinary runs) -> cost -> StudyResults -> report.md,
+                                                    learning rates first,             (law)           index.html,
+                                                    on seeds of their own;                            study.json
+                                                    then task scores
 
-Each part of it finds what is done and goes on, so the same command again goes on where a study was stopped.
+Each stage skips what is already done, so the same command resumes a study that was stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,47 +13,70 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.comparison.study import benchmarks
-from smolforge.comparison.study.plan import planned
-from smolforge.comparison.study.results import Findings, findings
-from smolforge.comparison.study.runner import Audience, Exam, Outcome, Trial, Trials, best
+from smolforge.comparison.study.plan import load_or_make_plan
+from smolforge.comparison.study.results import StudyResults, compute_results
+from smolforge.comparison.study.runner import Outcome, StudyListener, TaskEvaluator, Trial, Trials, best_factor
 from smolforge.comparison.study.spec import Study
 
 
-def conduct(
-    study: Study, out: Path, audience: Audience, seen: Mapping[str, Any] | None = None, measuring: bool = True
-) -> Findings:
+def run_variants(
+    study: Study,
+    out: Path,
+    listener: StudyListener,
+    *,
+    environment: Mapping[str, Any] | None = None,
+    measure_costs: bool = True,
+) -> StudyResults:
     """Run what is not run yet, and put numbers to it.
 
-    Raises SettingError or InvalidFile before the first run for what is wrong, Stopped when a signal ended it with
-    everything saved. A run that fails or diverges is among the findings. `seen` is what each
-    run's environment.json should say of the surroundings; `measuring` is whether decoding and memory are measured
+    Raises ConfigError or InvalidFileError before the first run for what is wrong, Stopped when a signal ended it with
+    everything saved. A run that fails or diverges is among the findings. `environment` is what each
+    run's environment.json should say of the surroundings; `measure_costs` is whether decoding and memory are measured
     at the end, where they are not known yet.
     """
-    exam = Exam(study.settings.tasks, study.path.parent, out)
-    exam.prepare([Trial(name, seed).name for seed in study.settings.seeds for name in study.recipes])
-    trials = Trials(study, planned(study, out), out, audience, seen or {}, exam)
-    tried = trials.choosing()
-    judged = trials.judged({name: best(tried[name]) for name in study.recipes})
-    return findings(study, trials.plan, tried, judged, measured(trials, judged, measuring))
+    evaluator = TaskEvaluator(study.settings.tasks, study.path.parent, out)
+    evaluator.prepare([Trial(name, seed).name for seed in study.settings.seeds for name in study.recipes])
+    trials = Trials(study, load_or_make_plan(study, out), out, listener, environment or {}, evaluator)
+    rate_outcomes = trials.search_learning_rates()
+    outcomes = trials.run_all({name: best_factor(rate_outcomes[name]) for name in study.recipes})
+    return compute_results(
+        study,
+        trials.plan,
+        rate_outcomes,
+        outcomes_by_variant=outcomes,
+        measurements=measure_variants(trials, outcomes, measure_costs),
+    )
 
 
-def measured(trials: Trials, judged: Mapping[str, Sequence[Outcome]], measuring: bool) -> benchmarks.Measured:
+def measure_variants(
+    trials: Trials, outcomes_by_variant: Mapping[str, Sequence[Outcome]], measure_costs: bool
+) -> benchmarks.VariantMeasurements:
     """Decoding and memory of the variants that have a finished run."""
-    done = {name: next((each for each in those if each.value is not None), None) for name, those in judged.items()}
-    whole = {name: (each.trial, each.history) for name, each in done.items() if each and each.history}
+    finished = {
+        name: next((outcome for outcome in outcomes if outcome.value is not None), None)
+        for name, outcomes in outcomes_by_variant.items()
+    }
+    measurable = {
+        name: (outcome.trial, outcome.history) for name, outcome in finished.items() if outcome and outcome.history
+    }
     plan, recipe, out = trials.plan, trials.study.recipe, trials.out
 
     def decoding() -> dict[str, list[float]]:
-        trials.audience.measuring("decoding")
-        return benchmarks.decoding({name: (run.path, run.recipe.train.device) for name, (_, run) in whole.items()})
+        trials.listener.on_measure_start("decoding")
+        return benchmarks.decoding_speeds(
+            {name: (run.path, run.recipe.train.device) for name, (_, run) in measurable.items()}
+        )
 
     def memory() -> dict[str, int | None]:
-        trials.audience.measuring("the memory of training")
-        changes = {name: trials.overrides(trial) for name, (trial, _) in whole.items()}
-        beside = trials.study.path.resolve().parent
-        return {name: benchmarks.peak_memory(recipe, each, plan.steps[name], beside) for name, each in changes.items()}
+        trials.listener.on_measure_start("the memory of training")
+        overrides_by_variant = {name: trials.overrides(trial) for name, (trial, _) in measurable.items()}
+        study_dir = trials.study.path.resolve().parent
+        return {
+            name: benchmarks.peak_memory(recipe, overrides, plan.steps[name], classes_dir=study_dir)
+            for name, overrides in overrides_by_variant.items()
+        }
 
-    return benchmarks.Measured(
-        benchmarks.kept(out / benchmarks.DECODING, whole, decoding if measuring else None),
-        benchmarks.kept(out / benchmarks.MEMORY, whole, memory if measuring else None),
+    return benchmarks.VariantMeasurements(
+        benchmarks.load_or_measure(out / benchmarks.DECODING, measurable, decoding if measure_costs else None),
+        benchmarks.load_or_measure(out / benchmarks.MEMORY, measurable, memory if measure_costs else None),
     )

@@ -13,21 +13,21 @@ from typing import Any
 from smolforge import __version__, atomic
 from smolforge.comparison.study.spec import Budget, Study, StudySettings
 from smolforge.config import Recipe
-from smolforge.config.base import leaves, replaced
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.config.base import leaves, replace_settings
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.stats import flops_per_token
-from smolforge.runs.auto import DECIDED
+from smolforge.runs.auto import AUTO_SETTINGS
 from smolforge.runs.estimate import tokens_per_second
-from smolforge.runs.resolve import settle
+from smolforge.runs.resolve import resolve_recipe
 
 PLAN = "plan.json"
-FAIR = 0.05
+BUDGET_TOLERANCE = 0.05
 """Of the budget, that whole steps may miss it by."""
-UNITS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
+BUDGET_UNITS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """Of each variant, by its name."""
 
     steps: dict[str, int]
@@ -35,35 +35,35 @@ class Plan:
     """Values of DECIDED."""
 
 
-def planned(study: Study, out: Path) -> Plan:
-    """The plan in `out`, or a new one written there. Raises SettingError where it is another study's."""
-    told = as_json(study)
+def load_or_make_plan(study: Study, out: Path) -> StudyPlan:
+    """The plan in `out`, or a new one written there. Raises ConfigError where it is another study's."""
+    study_content = study_as_json(study)
     path = out / PLAN
     if path.is_file():
         try:
             stored = json.loads(path.read_text("utf-8"))
-            plan, before = Plan(**stored["plan"]), stored["study"]
+            plan, before = StudyPlan(**stored["plan"]), stored["study"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidFile(f"{path} is broken: {error!r}; give another --out") from None
-        check_same(before, told, out)
+            raise InvalidFileError(f"{path} is broken: {error!r}; give another --out") from None
+        check_same_study(before, study_content, out)
         return plan
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SettingError(f"--out {out} exists and is not a study's folder; give another name")
-    plan = made(study)
-    atomic.make_folder(out)
-    content = {"version": __version__, "study": told, "plan": {"steps": plan.steps, "decided": plan.decided}}
-    atomic.replace(path, json.dumps(content, indent=2) + "\n")
+        raise ConfigError(f"--out {out} exists and is not a study's folder; give another name")
+    plan = make_plan(study)
+    atomic.make_dir_durable(out)
+    content = {"version": __version__, "study": study_content, "plan": {"steps": plan.steps, "decided": plan.decided}}
+    atomic.write_text_atomic(path, json.dumps(content, indent=2) + "\n")
     return plan
 
 
-def as_json(study: Study) -> dict[str, Any]:
+def study_as_json(study: Study) -> dict[str, Any]:
     """All that defines the study, for its folder to be held to."""
     recipes = {name: leaves(recipe) for name, recipe in study.recipes.items()}
     settings = leaves(study.settings) | {"law": study.settings.law and study.settings.law.model_dump()}
     return json.loads(json.dumps({"settings": settings, "variants": recipes}))
 
 
-def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+def check_same_study(stored: Mapping[str, Any], current: Mapping[str, Any], out: Path) -> None:
     """Seeds and tests chosen before the runs stay, or the p values would mean nothing.
 
     A setting that the version which began the study did not have was at its default.
@@ -73,57 +73,65 @@ def check_same(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> 
     study = json.loads(json.dumps(defaults))
     before = {
         "settings": {**study, **stored["settings"]},
-        "variants": {name: {**recipe, **each} for name, each in stored["variants"].items()},
+        "variants": {name: {**recipe, **part} for name, part in stored["variants"].items()},
     }
-    flat_stored, flat_now = ({**each["settings"], **_by_variant(each["variants"])} for each in (before, now))
+    flat_stored, flat_now = ({**part["settings"], **_by_variant(part["variants"])} for part in (before, current))
     differing = [name for name in flat_stored | flat_now if flat_stored.get(name) != flat_now.get(name)]
     if differing:
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise SettingError(
-            f"{out} holds a study that was begun with other settings: {', '.join(differing[:3])}{more}; "
+        more_text = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ConfigError(
+            f"{out} holds a study that was begun with other settings: {', '.join(differing[:3])}{more_text}; "
             "what is chosen before the runs stays, so give another --out"
         )
 
 
 def _by_variant(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {f"variants.{name}.{setting}": value for name, each in variants.items() for setting, value in each.items()}
+    return {
+        f"variants.{name}.{setting}": value
+        for name, settings in variants.items()
+        for setting, value in settings.items()
+    }
 
 
-def made(study: Study) -> Plan:
+def make_plan(study: Study) -> StudyPlan:
     """Steps by the budget, and what `auto` comes to on this machine."""
     steps: dict[str, int] = {}
     decided: dict[str, dict[str, Any]] = {}
     for name, recipe in study.recipes.items():
-        recipe = settle(replaced(recipe, {"optim.schedule.steps": None}))
-        steps[name] = steps_within(study.settings.budget, recipe, f"{study.path}: variants.{name}: ")
-        values = leaves(settle(replaced(study.recipes[name], schedule_of(steps[name]) | dtype_of(recipe))))
-        decided[name] = {setting: values[setting] for setting in DECIDED}
-    return Plan(steps, decided)
+        recipe = resolve_recipe(replace_settings(recipe, {"optim.schedule.steps": None}))
+        steps[name] = steps_for_budget(study.settings.budget, recipe, f"{study.path}: variants.{name}: ")
+        values = leaves(
+            resolve_recipe(
+                replace_settings(study.recipes[name], schedule_overrides(steps[name]) | dtype_override(recipe))
+            )
+        )
+        decided[name] = {setting: values[setting] for setting in AUTO_SETTINGS}
+    return StudyPlan(steps, decided)
 
 
-def schedule_of(steps: int) -> dict[str, Any]:
+def schedule_overrides(steps: int) -> dict[str, Any]:
     """A run of so many steps, whose schedule ends with it."""
     return {"train.steps": steps, "optim.schedule.steps": None}
 
 
-def dtype_of(recipe: Recipe) -> dict[str, Any]:
+def dtype_override(recipe: Recipe) -> dict[str, Any]:
     return {"train.dtype": recipe.train.dtype}
 
 
-def steps_within(budget: Budget, recipe: Recipe, where: str) -> int:
-    """How many steps come nearest to a budget. Raises SettingError where whole steps would miss it by much."""
-    per_step = cost_of_a_step(budget, recipe)
+def steps_for_budget(budget: Budget, recipe: Recipe, prefix: str) -> int:
+    """How many steps come nearest to a budget. Raises ConfigError where whole steps would miss it by much."""
+    per_step = cost_per_step(budget, recipe)
     steps = max(1, round(budget.amount / per_step))
-    if abs(steps * per_step / budget.amount - 1) > FAIR:
-        unit = UNITS[budget.kind]
-        raise SettingError(
-            f"{where}a step takes {per_step:,.4g} {unit}, so no number of steps comes within {FAIR:.0%} of the budget "
-            f"of {budget.amount:,.4g} {unit}; a larger study.budget or a smaller train.batch_tokens would"
+    if abs(steps * per_step / budget.amount - 1) > BUDGET_TOLERANCE:
+        unit = BUDGET_UNITS[budget.kind]
+        raise ConfigError(
+            f"{prefix}a step takes {per_step:,.4g} {unit}, so no number of steps comes within {BUDGET_TOLERANCE:.0%} "
+            f"of the budget of {budget.amount:,.4g} {unit}; a larger study.budget or a smaller train.batch_tokens would"
         )
     return steps
 
 
-def cost_of_a_step(budget: Budget, recipe: Recipe) -> float:
+def cost_per_step(budget: Budget, recipe: Recipe) -> float:
     """In what the budget counts."""
     tokens = recipe.train.batch_tokens
     match budget.kind:

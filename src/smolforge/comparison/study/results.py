@@ -1,9 +1,7 @@
-"""What a study found, as data: study.json is all of it, and reads back as the same, so that a report needs no runs.
+"""Compute the results of a study and hold them as data: losses, differences to the baseline, costs of each variant.
 
-Whatever depends on how fast the machine was stands under `speed`; all else is the same however often a study was
-stopped and went on.
-
-Numbers from what the runs say: of each variant its losses, its difference to the baseline, what it costs.
+study.json holds all of it and reads back as the same data, so a report needs no runs. Whatever depends on the speed of
+the machine is under `speed`; everything else is the same however often a study was stopped and resumed.
 """
 
 import json
@@ -16,20 +14,25 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from smolforge import __version__
-from smolforge.comparison.history import History
-from smolforge.comparison.statistics import FEWEST, POWER, Difference, differences
-from smolforge.comparison.study.benchmarks import Measured
-from smolforge.comparison.study.plan import Plan
-from smolforge.comparison.study.runner import Outcome, best
-from smolforge.comparison.study.scaling_law import LawFound, law
+from smolforge.comparison.history import RunHistory
+from smolforge.comparison.statistics import MIN_PAIRS, POWER, MeanDifference, differences
+from smolforge.comparison.study.benchmarks import VariantMeasurements
+from smolforge.comparison.study.plan import StudyPlan
+from smolforge.comparison.study.runner import Outcome, best_factor
+from smolforge.comparison.study.scaling_law import FittedLaw, fit_law
 from smolforge.comparison.study.spec import Study, StudySettings
-from smolforge.errors import InvalidFile
+from smolforge.errors import InvalidFileError
 from smolforge.models.stats import active_parameters, flops_per_token, kv_bytes_per_token, parameter_counts
 from smolforge.runs.estimate import training_bytes
 
+ACCURACIES = ("acc", "acc_norm", "acc_chars")
+MEASURED = ("step", "tokens", "validation_loss", "validation_bits_per_byte", "validation_accuracy")
+RateOutcomes = Mapping[float, Sequence[Outcome]]
+"""Outcomes by the factor of the learning rate."""
+
 
 @dataclass(frozen=True)
-class Mean:
+class MeanAndSpread:
     """Of a variant's finished runs."""
 
     n: int
@@ -39,7 +42,7 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LearningRateSearch:
     """How a variant came to its learning rate."""
 
     means: dict[float, float | None]
@@ -50,7 +53,7 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunMeasurements:
     """One that came to its end: what it measured on held-out text, and when."""
 
     variant: str
@@ -61,7 +64,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Variant:
+class VariantResult:
     """One line of the table."""
 
     name: str
@@ -73,12 +76,12 @@ class Variant:
     mean: float | None
     spread: float | None
     """Standard deviation over seeds."""
-    also: dict[str, Mean]
+    also: dict[str, MeanAndSpread]
     """What else was measured of the trained models: validation_accuracy, and of each task TASK.acc and so on."""
-    difference: Difference | None
+    difference: MeanDifference | None
     """To the baseline; None of the baseline itself."""
     verdict: str
-    rates: Rates | None
+    rates: LearningRateSearch | None
     steps: int
     cost: dict[str, int]
     """parameters, active, flops_per_token, kv_bytes_per_token, tokens, flops, predicted_memory_bytes."""
@@ -87,7 +90,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Findings:
+class StudyResults:
     """All that a study found."""
 
     study: str
@@ -96,12 +99,12 @@ class Findings:
     common: dict[str, Any]
     """What all variants change in it."""
     settings: StudySettings
-    variants: list[Variant]
-    runs: dict[str, Run]
+    variants: list[VariantResult]
+    runs: dict[str, RunMeasurements]
     """By name."""
-    law: LawFound | None
+    law: FittedLaw | None
 
-    def of(self, variant: str) -> list[Run]:
+    def runs_of(self, variant: str) -> list[RunMeasurements]:
         """Its runs, by seed."""
         return [run for run in self.runs.values() if run.variant == variant]
 
@@ -112,120 +115,132 @@ class Findings:
             **head,
             "common": self.common,
             "settings": self.settings.model_dump(mode="json", exclude_none=True),
-            "variants": {each.name: asdict(each) for each in self.variants},
+            "variants": {variant.name: asdict(variant) for variant in self.variants},
             "law": self.law and asdict(self.law),
             "runs": {name: asdict(run) for name, run in self.runs.items()},
         }
 
 
-def recorded(path: Path) -> Findings:
-    """The findings in a study.json. Raises InvalidFile where it is none."""
+def read_results(path: Path) -> StudyResults:
+    """The findings in a study.json. Raises InvalidFileError where it is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        known = {name: tree[name] for name in ("study", "recipe", "common", "settings", "law", "runs")}
-        return TypeAdapter(Findings).validate_python({**known, "variants": list(tree["variants"].values())})
+        content = {name: tree[name] for name in ("study", "recipe", "common", "settings", "law", "runs")}
+        return TypeAdapter(StudyResults).validate_python({**content, "variants": list(tree["variants"].values())})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise InvalidFile(f"{path} is no study's: {' '.join(str(error).split())[:200]}") from None
+        raise InvalidFileError(f"{path} is no study's: {' '.join(str(error).split())[:200]}") from None
 
 
-ACCURACIES = ("acc", "acc_norm", "acc_chars")
-MEASURED = ("step", "tokens", "validation_loss", "validation_bits_per_byte", "validation_accuracy")
-Tried = Mapping[float, Sequence[Outcome]]
-"""Outcomes by the factor of the learning rate."""
-
-
-def findings(
-    study: Study, plan: Plan, tried: Mapping[str, Tried], judged: Mapping[str, Sequence[Outcome]], here: Measured
-) -> Findings:
+def compute_results(
+    study: Study,
+    plan: StudyPlan,
+    rate_outcomes: Mapping[str, RateOutcomes],
+    *,
+    outcomes_by_variant: Mapping[str, Sequence[Outcome]],
+    measurements: VariantMeasurements,
+) -> StudyResults:
     """Put numbers to what the runs say."""
-    settings, base = study.settings, study.settings.baseline
+    settings, baseline = study.settings, study.settings.baseline
     values = {
-        name: {each.trial.seed: each.value for each in outcomes if each.value is not None}
-        for name, outcomes in judged.items()
+        name: {outcome.trial.seed: outcome.value for outcome in outcomes if outcome.value is not None}
+        for name, outcomes in outcomes_by_variant.items()
     }
-    others = {name: each for name, each in values.items() if name != base}
-    against = differences(others, values[base], settings.test, settings.alpha)
-    done = {name: [each for each in outcomes if each.value is not None] for name, outcomes in judged.items()}
-    histories = {name: [each.history for each in outcomes if each.history] for name, outcomes in done.items()}
+    other_values = {name: losses for name, losses in values.items() if name != baseline}
+    differences_by_variant = differences(other_values, values[baseline], settings.test, alpha=settings.alpha)
+    finished = {
+        name: [outcome for outcome in outcomes if outcome.value is not None]
+        for name, outcomes in outcomes_by_variant.items()
+    }
+    histories = {
+        name: [outcome.history for outcome in outcomes if outcome.history] for name, outcomes in finished.items()
+    }
     variants = [
-        Variant(
+        VariantResult(
             name=name,
             changes=dict(study.own[name]),
             values=values[name],
-            failed=failures([*outcomes, *(each for those in tried.get(name, {}).values() for each in those)]),
+            failed=failures(
+                [*outcomes, *(outcome for tried in rate_outcomes.get(name, {}).values() for outcome in tried)]
+            ),
             mean=statistics.fmean(values[name].values()) if values[name] else None,
             spread=statistics.stdev(values[name].values()) if len(values[name]) > 1 else None,
-            also=also(done[name]),
-            difference=against.get(name),
-            verdict=verdict(against[name]) if name in against else "the baseline",
-            rates=rates(tried.get(name, {})),
+            also=extra_metrics(finished[name]),
+            difference=differences_by_variant.get(name),
+            verdict=verdict(differences_by_variant[name]) if name in differences_by_variant else "the baseline",
+            rates=summarize_rates(rate_outcomes.get(name, {})),
             steps=plan.steps[name],
-            cost=cost(study, plan, name),
-            speed=speed(histories[name], here.decoding.get(name), here.memory.get(name)),
+            cost=variant_cost(study, plan, name),
+            speed=variant_speed(histories[name], measurements.decoding.get(name), measurements.memory.get(name)),
         )
-        for name, outcomes in judged.items()
+        for name, outcomes in outcomes_by_variant.items()
     ]
-    runs = {run.name: of_run(name, run) for name, those in histories.items() for run in those}
-    found = law_through(settings, variants)
-    return Findings(study.name, study.recipe.stem, dict(study.common), settings, variants, runs, found)
+    runs = {run.name: measure_run(name, run) for name, history in histories.items() for run in history}
+    fitted_law = fit_study_law(settings, variants)
+    return StudyResults(study.name, study.recipe.stem, dict(study.common), settings, variants, runs, fitted_law)
 
 
-def of_run(variant: str, run: History) -> Run:
+def measure_run(variant: str, run: RunHistory) -> RunMeasurements:
     """What a run measured on held-out text, and when."""
-    places = [place for place, record in enumerate(run.metrics) if "validation_loss" in record]
-    measured = [{key: run.metrics[place].get(key) for key in MEASURED} for place in places]
-    seconds = [float(run.seconds[place]) for place in places]
+    indices = [index for index, record in enumerate(run.metrics) if "validation_loss" in record]
+    measured = [{key: run.metrics[index].get(key) for key in MEASURED} for index in indices]
+    seconds = [float(run.seconds[index]) for index in indices]
     start = run.starts[-1] if run.starts else {}
     threads = start.get("threads", 0)
-    where = f"{start.get('name', 'unknown')}, {threads} thread{'s' if threads != 1 else ''}"
-    return Run(variant, measured, {"machine": where, "tokens_per_second": run.tokens_per_second, "seconds": seconds})
+    machine = f"{start.get('name', 'unknown')}, {threads} thread{'s' if threads != 1 else ''}"
+    return RunMeasurements(
+        variant, measured, {"machine": machine, "tokens_per_second": run.tokens_per_second, "seconds": seconds}
+    )
 
 
-def law_through(settings: StudySettings, variants: Sequence[Variant]) -> LawFound | None:
+def fit_study_law(settings: StudySettings, variants: Sequence[VariantResult]) -> FittedLaw | None:
     """What the sizes of a ladder say; None of another study."""
     if settings.law is None:
         return None
-    sizes = {each.name: float(each.cost[settings.law.over]) for each in variants}
-    return law(settings.law, sizes, {each.name: each.values for each in variants}, settings.alpha)
+    sizes = {variant.name: float(variant.cost[settings.law.over]) for variant in variants}
+    return fit_law(settings.law, sizes, {variant.name: variant.values for variant in variants}, alpha=settings.alpha)
 
 
-def also(outcomes: Sequence[Outcome]) -> dict[str, Mean]:
+def extra_metrics(outcomes: Sequence[Outcome]) -> dict[str, MeanAndSpread]:
     """Held-out accuracy after the last step, and every accuracy of every task."""
-    runs = [run for each in outcomes if (run := each.history)]
-    found = {"validation_accuracy": [value for run in runs if (value := run.newest("validation_accuracy")) is not None]}
+    runs = [run for outcome in outcomes if (run := outcome.history)]
+    values_by_metric = {
+        "validation_accuracy": [value for run in runs if (value := run.newest("validation_accuracy")) is not None]
+    }
     for outcome in outcomes:
         for task, scores in (outcome.scores or {}).items():
             for name in ACCURACIES:
-                found.setdefault(f"{task}.{name}", []).append(scores[name])
-    return {name: mean_of(values) for name, values in found.items() if values}
+                values_by_metric.setdefault(f"{task}.{name}", []).append(scores[name])
+    return {name: mean_and_spread(values) for name, values in values_by_metric.items() if values}
 
 
-def mean_of(values: Sequence[float]) -> Mean:
-    return Mean(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+def mean_and_spread(values: Sequence[float]) -> MeanAndSpread:
+    return MeanAndSpread(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def failures(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    return {each.trial.name: each.why for each in outcomes if each.value is None}
+    return {outcome.trial.name: outcome.why for outcome in outcomes if outcome.value is None}
 
 
-def rates(tried: Tried) -> Rates | None:
+def summarize_rates(rate_outcomes: RateOutcomes) -> LearningRateSearch | None:
     """What was tried, and whether the best of it may not be the best there is."""
-    if not tried:
+    if not rate_outcomes:
         return None
     means = {}
-    for factor, outcomes in tried.items():
-        known = [each.value for each in outcomes if each.value is not None]
-        means[factor] = statistics.fmean(known) if len(known) == len(outcomes) else None
-    factor = best(tried)
-    return Rates(means, factor, factor in (min(means), max(means)))
+    for factor, outcomes in rate_outcomes.items():
+        values = [outcome.value for outcome in outcomes if outcome.value is not None]
+        means[factor] = statistics.fmean(values) if len(values) == len(outcomes) else None
+    factor = best_factor(rate_outcomes)
+    return LearningRateSearch(means, factor, factor in (min(means), max(means)))
 
 
-def cost(study: Study, plan: Plan, name: str) -> dict[str, int]:
+def variant_cost(study: Study, plan: StudyPlan, name: str) -> dict[str, int]:
     """What follows from shape and plan alone."""
     recipe = study.recipes[name]
     tokens = plan.steps[name] * recipe.train.batch_tokens
     flops = flops_per_token(recipe.model, recipe.train.sequence_length)
-    train = recipe.train.model_copy(update={key.removeprefix("train."): at for key, at in plan.decided[name].items()})
+    train = recipe.train.model_copy(
+        update={key.removeprefix("train."): value for key, value in plan.decided[name].items()}
+    )
     return {
         "parameters": sum(parameter_counts(recipe.model).values()),
         "active": active_parameters(recipe.model),
@@ -237,26 +252,26 @@ def cost(study: Study, plan: Plan, name: str) -> dict[str, int]:
     }
 
 
-def speed(runs: Sequence[History], decoding: Sequence[float] | None, memory: int | None) -> dict[str, Any]:
+def variant_speed(runs: Sequence[RunHistory], decoding: Sequence[float] | None, memory: int | None) -> dict[str, Any]:
     """Of runs one after the other on a machine that may have other things to do, and of measuring in turn."""
-    found: dict[str, Any] = {}
-    if rate := [each for run in runs if (each := run.tokens_per_second) is not None]:
-        found["tokens_per_second"] = asdict(mean_of(rate))
+    speeds: dict[str, Any] = {}
+    if rate := [value for run in runs if (value := run.tokens_per_second) is not None]:
+        speeds["tokens_per_second"] = asdict(mean_and_spread(rate))
     if runs:
-        found["seconds"] = asdict(mean_of([float(run.seconds[-1]) for run in runs]))
+        speeds["seconds"] = asdict(mean_and_spread([float(run.seconds[-1]) for run in runs]))
     if decoding:
-        found["decode_tokens_per_second"] = list(decoding)
-    return found | ({} if memory is None else {"peak_memory_bytes": memory})
+        speeds["decode_tokens_per_second"] = list(decoding)
+    return speeds | ({} if memory is None else {"peak_memory_bytes": memory})
 
 
-def verdict(found: Difference) -> str:
+def verdict(difference: MeanDifference) -> str:
     """What may be said, and no more."""
-    if found.mean is None:
+    if difference.mean is None:
         return "nothing to compare: no seed was finished by both"
-    if found.n < FEWEST:
-        return f"nothing to say: {found.n} of the {FEWEST} pairs of runs that are the fewest"
-    if found.called:
-        return f"{'better' if found.mean < 0 else 'worse'}, by {abs(found.mean):.4f}"
-    if not found.smallest_visible:
+    if difference.n < MIN_PAIRS:
+        return f"nothing to say: {difference.n} of the {MIN_PAIRS} pairs of runs that are the fewest"
+    if difference.called:
+        return f"{'better' if difference.mean < 0 else 'worse'}, by {abs(difference.mean):.4f}"
+    if not difference.smallest_visible:
         return "no difference: each pair of runs is the same"
-    return f"no difference seen; one of {found.smallest_visible:.4f} would have been {POWER:.0%} of the time"
+    return f"no difference seen; one of {difference.smallest_visible:.4f} would have been {POWER:.0%} of the time"

@@ -16,20 +16,20 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from smolforge.comparison.statistics import Test
 from smolforge.config import Recipe, Seed, Share, Text, load
-from smolforge.config.base import Settings, leaves, shown, validated
-from smolforge.config.load import admitted, find, read_recipe
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.config.base import Settings, format_value, leaves, validate_settings
+from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
+from smolforge.errors import ConfigError, did_you_mean
 
 TABLES = ("recipe", "study", "settings", "variants")
-OWNED = {
+STUDY_OWNED = {
     "seed": "study.seeds has them",
     "budget": "study.budget is what all have",
     "train.steps": "they follow from study.budget",
     "optim.schedule.steps": "schedules end where the budget does",
 }
 """What a study decides, and no variant."""
-OF_THE_TEXT = ("data.sources", "data.text_key", "data.group_key", "data.held_out")
-OF_THE_WORDS = ("tokenizer", "special_tokens", "model.vocab_size")
+TEXT_SETTINGS = ("data.sources", "data.text_key", "data.group_key", "data.held_out")
+TOKENIZATION_SETTINGS = ("tokenizer", "special_tokens", "model.vocab_size")
 """What a corpus follows from beside its text. Where variants differ in these, their losses are per different tokens."""
 
 
@@ -44,7 +44,7 @@ class Budget(Settings):
     """Seconds of training on this machine, as measured before the first run."""
 
     @model_validator(mode="after")
-    def _one(self) -> "Budget":
+    def _exactly_one(self) -> "Budget":
         if len(self.model_dump(exclude_none=True)) != 1:
             raise ValueError("it should be one of tokens, flops and seconds, such as { tokens = 1_000_000 }")
         return self
@@ -58,7 +58,7 @@ class Budget(Settings):
         return float(next(iter(self.model_dump(exclude_none=True).values())))
 
 
-class Law(Settings):
+class LawSettings(Settings):
     """The table [study.law]: variants of growing size, and what the loss of the largest follows from.
 
     metric = floor + A / N^alpha, fitted to the means over seeds of all variants but the predicted.
@@ -95,11 +95,11 @@ class StudySettings(Settings):
     """The seeds those are tried with."""
     tasks: tuple[Text, ...] = ()
     """Multiple choice that each finished run is measured on, as evaluate takes it: names, and files of items."""
-    law: Law | None = None
+    law: LawSettings | None = None
     """Sizes that predict a larger one."""
 
     @model_validator(mode="after")
-    def _seeds_are_their_own(self) -> "StudySettings":
+    def _check_seeds(self) -> "StudySettings":
         for name in ("seeds", "learning_rate_seeds", "learning_rates"):
             if len(set(self.__dict__[name])) < len(self.__dict__[name]):
                 raise ValueError(f"study.{name} has something twice")
@@ -135,112 +135,117 @@ class Study:
         return self.path.stem
 
 
-def read(what: str | Path) -> Study:
-    """The study in a file, or a shipped one by its name. Raises SettingError with file, key and suggestion."""
-    path = find(what, "study")
-    tree = load.read(path)
+def read_study(name_or_path: str | Path) -> Study:
+    """The study in a file, or a shipped one by its name. Raises ConfigError with file, key and suggestion."""
+    path = find_recipe(name_or_path, "study")
+    tree = load.read_tree(path)
     for key in tree:
         if key not in TABLES:
-            raise SettingError(f"{path}: there is no table {shown(key)} in a study.{did_you_mean(key, TABLES)}")
+            raise ConfigError(f"{path}: there is no table {format_value(key)} in a study.{did_you_mean(key, TABLES)}")
     head = {key: value for key, value in tree.items() if key in ("recipe", "study")}
-    head = validated(StudyFile, head, f"{path}: ", f"{path}: ")
-    variants, common = tree.get("variants", {}), flat(tree.get("settings", {}))
+    head = validate_settings(StudyFile, head, f"{path}: ", conflict_prefix=f"{path}: ")
+    variants, common = tree.get("variants", {}), flatten(tree.get("settings", {}))
     if not isinstance(variants, dict) or len(variants) < 2:
-        raise SettingError(f"{path}: a study needs two variants or more, each a table [variants.NAME]")
-    check_names(head.study, variants, path)
-    beside = path.parent / head.recipe
-    recipe = beside if beside.is_file() else find(head.recipe)
-    check(common, f"{path}: settings: ")
+        raise ConfigError(f"{path}: a study needs two variants or more, each a table [variants.NAME]")
+    check_variant_names(head.study, variants, path)
+    local_recipe = path.parent / head.recipe
+    recipe = local_recipe if local_recipe.is_file() else find_recipe(head.recipe)
+    check_owned_settings(common, f"{path}: settings: ")
     read_recipe(recipe)
-    own = {name: changes_of(name, table, path) for name, table in variants.items()}
-    changes = {name: common | each for name, each in own.items()}
-    recipes = {name: recipe_of(path, recipe, each, f"{path}: variants.{name}: ") for name, each in changes.items()}
+    own = {name: variant_changes(name, table, path) for name, table in variants.items()}
+    changes = {name: common | settings for name, settings in own.items()}
+    recipes = {
+        name: variant_recipe(path, recipe, overrides, prefix=f"{path}: variants.{name}: ")
+        for name, overrides in changes.items()
+    }
     study = Study(path, recipe, head.study, common, changes, own, recipes)
     check_comparable(study)
     return study
 
 
-def check_names(settings: StudySettings, variants: Mapping[str, Any], path: Path) -> None:
+def check_variant_names(settings: StudySettings, variants: Mapping[str, Any], path: Path) -> None:
     """Refuse variants that are named and not there, and a law through fewer sizes than it has numbers and one more."""
     law = settings.law
-    named = [("study.baseline is", settings.baseline)]
-    named += [("study.law.predicted has", name) for name in (law.predicted if law else ())]
-    for what, name in named:
+    references = [("study.baseline is", settings.baseline)]
+    references += [("study.law.predicted has", name) for name in (law.predicted if law else ())]
+    for label, name in references:
         if name not in variants:
-            raise SettingError(f"{path}: {what} {shown(name)}, which is no variant.{did_you_mean(name, variants)}")
-    fewest = 4 if law and law.floor == "fitted" else 3
-    if law and len(set(variants) - set(law.predicted)) < fewest:
-        raise SettingError(
-            f"{path}: study.law is fitted to the variants that are not predicted, and needs {fewest} of them or more"
+            raise ConfigError(
+                f"{path}: {label} {format_value(name)}, which is no variant.{did_you_mean(name, variants)}"
+            )
+    min_sizes = 4 if law and law.floor == "fitted" else 3
+    if law and len(set(variants) - set(law.predicted)) < min_sizes:
+        raise ConfigError(
+            f"{path}: study.law is fitted to the variants that are not predicted, and needs {min_sizes} of them or more"
         )
 
 
-def flat(table: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(table: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name to value; `optim.name = ...` and a table [optim] are the same."""
     if not isinstance(table, Mapping):
         return {prefix.removesuffix("."): table}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.")
-    if isinstance(found.get("model"), str):
-        found["model.preset"] = found.pop("model")
-    return found
+        flat |= flatten(value, f"{prefix}{key}.")
+    if isinstance(flat.get("model"), str):
+        flat["model.preset"] = flat.pop("model")
+    return flat
 
 
-def changes_of(name: str, table: Any, path: Path) -> dict[str, Any]:
-    """What a variant changes. Raises SettingError for a name or a setting that is not its to choose."""
+def variant_changes(name: str, table: Any, path: Path) -> dict[str, Any]:
+    """What a variant changes. Raises ConfigError for a name or a setting that is not its to choose."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,40}", name, re.ASCII):
         rule = "up to 41 letters, digits, dots, dashes and underscores, a letter or digit first"
-        raise SettingError(f"{path}: variants.{shown(name)} names folders, so it should be {rule}")
+        raise ConfigError(f"{path}: variants.{format_value(name)} names folders, so it should be {rule}")
     if not isinstance(table, dict):
-        raise SettingError(f"{path}: variants.{name} is {shown(table)}; it should be a table of settings")
-    found = flat(table)
-    check(found, f"{path}: variants.{name}: ")
-    return found
+        raise ConfigError(f"{path}: variants.{name} is {format_value(table)}; it should be a table of settings")
+    changes = flatten(table)
+    check_owned_settings(changes, f"{path}: variants.{name}: ")
+    return changes
 
 
-def check(changes: Mapping[str, Any], where: str) -> None:
+def check_owned_settings(changes: Mapping[str, Any], prefix: str) -> None:
     """Refuse what a study decides itself."""
-    for setting, why in OWNED.items():
+    for setting, reason in STUDY_OWNED.items():
         if setting in changes:
-            raise SettingError(f"{where}{setting} is the study's to decide: {why}")
+            raise ConfigError(f"{prefix}{setting} is the study's to decide: {reason}")
 
 
-def recipe_of(path: Path, recipe: Path, changes: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe of a variant of the study at `path`. Raises SettingError that says which."""
+def variant_recipe(path: Path, recipe: Path, changes: Mapping[str, Any], *, prefix: str) -> Recipe:
+    """The recipe of a variant of the study at `path`. Raises ConfigError that says which."""
     try:
-        found = admitted(read_recipe(recipe, changes), path)
-        if found.data.mixture is not None:
-            raise SettingError(
+        parsed = import_recipe_classes(read_recipe(recipe, changes), path)
+        if parsed.data.mixture is not None:
+            raise ConfigError(
                 "data.mixture is no text of a study: all its runs learn from one, which data.sources names"
             )
-        return found
-    except SettingError as error:
-        raise SettingError(f"{where}{error}") from None
+        return parsed
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def check_comparable(study: Study) -> None:
     """Refuse variants that could not be held against each other."""
     values = {name: leaves(recipe) for name, recipe in study.recipes.items()}
-    base = values[study.settings.baseline]
-    for name, each in values.items():
-        where = f"{study.path}: variants.{name}: "
-        if other := next((setting for setting in OF_THE_TEXT if each[setting] != base[setting]), None):
-            raise SettingError(f"{where}{other} differs from the baseline's; all variants learn from the same text")
-        if each["train.evaluate_every"] is None or not each["data.held_out"]:
-            asked = "train.evaluate_every" if each["data.held_out"] else "data.held_out"
-            raise SettingError(f"{where}{asked} is off, and {study.settings.metric} is measured on held-out text")
-        if each["train.evaluate_tokens"] != base["train.evaluate_tokens"]:
-            raise SettingError(f"{where}train.evaluate_tokens differs from the baseline's; all are measured alike")
-        differs = words_of(study.recipes[name]) != words_of(study.recipes[study.settings.baseline])
+    baseline = values[study.settings.baseline]
+    for name, settings in values.items():
+        prefix = f"{study.path}: variants.{name}: "
+        if other := next((setting for setting in TEXT_SETTINGS if settings[setting] != baseline[setting]), None):
+            raise ConfigError(f"{prefix}{other} differs from the baseline's; all variants learn from the same text")
+        if settings["train.evaluate_every"] is None or not settings["data.held_out"]:
+            setting = "train.evaluate_every" if settings["data.held_out"] else "data.held_out"
+            raise ConfigError(f"{prefix}{setting} is off, and {study.settings.metric} is measured on held-out text")
+        if settings["train.evaluate_tokens"] != baseline["train.evaluate_tokens"]:
+            raise ConfigError(f"{prefix}train.evaluate_tokens differs from the baseline's; all are measured alike")
+        differs = tokenization_key(study.recipes[name]) != tokenization_key(study.recipes[study.settings.baseline])
         if differs and study.settings.metric != "validation_bits_per_byte":
-            raise SettingError(
-                f"{where}its tokens are not the baseline's, so losses a token say nothing; "
+            raise ConfigError(
+                f"{prefix}its tokens are not the baseline's, so losses a token say nothing; "
                 'study.metric = "validation_bits_per_byte" compares them'
             )
 
 
-def words_of(recipe: Recipe) -> tuple[Any, ...]:
+def tokenization_key(recipe: Recipe) -> tuple[Any, ...]:
     """What decides a corpus' tokens: runs that agree in it share one."""
     size = recipe.model.vocab_size if recipe.tokenizer is None and recipe.init_from is None else None
     return recipe.tokenizer, recipe.special_tokens, recipe.init_from if recipe.tokenizer is None else None, size

@@ -4,7 +4,7 @@ import tomllib
 from importlib import resources
 from typing import Any
 
-from smolforge.errors import SettingError, did_you_mean
+from smolforge.errors import ConfigError, did_you_mean
 
 
 def names() -> list[str]:
@@ -24,5 +24,5 @@ def hub_id(name: str) -> str | None:
 
 def _read(name: str) -> dict[str, Any]:
     if name not in names():
-        raise SettingError(f"there is no preset {name!r}; there are {', '.join(names())}.{did_you_mean(name, names())}")
+        raise ConfigError(f"there is no preset {name!r}; there are {', '.join(names())}.{did_you_mean(name, names())}")
     return tomllib.loads((resources.files(__name__) / f"{name}.toml").read_text("utf-8"))

@@ -13,12 +13,12 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from smolforge.data.corpus import SPLITS
-from smolforge.data.prepare.tokenize_documents import Encoded
+from smolforge.data.prepare.tokenize_documents import EncodedDocument
 from smolforge.tokenizer import Tokenizer
 
-EDITION = 3
-"""Chunks of another are not gone on with."""
-ROWS = np.dtype(
+CHUNK_VERSION = 3
+"""Chunks of another version are not resumed."""
+ROW_DTYPE = np.dtype(
     [
         ("length", "<i8"),
         ("text_bytes", "<i8"),
@@ -29,59 +29,59 @@ ROWS = np.dtype(
         ("digest", "<u8", (2,)),
     ]
 )
-FACTS, BANDS = "facts.json", "bands.npy"
+METADATA_FILE, BANDS_FILE = "facts.json", "bands.npy"
 
 
-class Mark(NamedTuple):
-    """What a document is known again by."""
+class DocumentKey(NamedTuple):
+    """What a duplicate of a document is recognized by: its digest and, if asked for, its MinHash bands."""
 
     digest: bytes
     bands: np.ndarray | None = None
 
 
-def facts_of(chunk: Path) -> dict[str, Any]:
-    return json.loads((chunk / FACTS).read_text("utf-8"))
+def load_metadata(chunk: Path) -> dict[str, Any]:
+    return json.loads((chunk / METADATA_FILE).read_text("utf-8"))
 
 
-def rows_of(chunk: Path) -> np.ndarray:
+def load_rows(chunk: Path) -> np.ndarray:
     return np.load(chunk / "rows.npy")
 
 
-def bands_in(chunk: Path) -> np.ndarray:
-    """(bands, documents), on disk until it is read."""
-    return np.load(chunk / BANDS, mmap_mode="r")
+def load_bands(chunk: Path) -> np.ndarray:
+    """Return the bands (bands, documents), memory-mapped."""
+    return np.load(chunk / BANDS_FILE, mmap_mode="r")
 
 
-class Chunk:
+class ChunkWriter:
     """The files of one chunk while it is written."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, form: str) -> None:
-        self.folder, self.kind = folder, f"<u{token_bytes(tokenizer)}"
+    def __init__(self, folder: Path, tokenizer: Tokenizer, format_name: str) -> None:
+        self.folder, self.dtype = folder, f"<u{token_bytes(tokenizer)}"
         self.ids: BinaryIO = (folder / "ids").open("wb")
-        self.learned: BinaryIO | None = (folder / "learned").open("wb") if form != "text" else None
+        self.learned: BinaryIO | None = (folder / "learned").open("wb") if format_name != "text" else None
         self.rows: list[tuple[Any, ...]] = []
         self.bands: list[np.ndarray] = []
 
-    def add(self, split: str, each: Encoded, begins: Mark | None) -> None:
-        self.ids.write(np.asarray(each.ids, self.kind).tobytes())
+    def add(self, split: str, encoded: EncodedDocument, key: DocumentKey | None) -> None:
+        self.ids.write(np.asarray(encoded.ids, self.dtype).tobytes())
         if self.learned is not None:
-            self.learned.write(np.asarray(each.learned, "?").tobytes())
-        digest = np.frombuffer(begins.digest if begins else bytes(16), "<u8")
-        sizes = (len(each.ids), each.text_bytes, each.learned_bytes)
-        self.rows.append((*sizes, SPLITS.index(split), begins is not None, each.ends, tuple(digest)))
-        if begins and begins.bands is not None:
-            self.bands.append(begins.bands)
+            self.learned.write(np.asarray(encoded.learned, "?").tobytes())
+        digest = np.frombuffer(key.digest if key else bytes(16), "<u8")
+        sizes = (len(encoded.ids), encoded.text_bytes, encoded.learned_bytes)
+        self.rows.append((*sizes, SPLITS.index(split), key is not None, encoded.ends, tuple(digest)))
+        if key and key.bands is not None:
+            self.bands.append(key.bands)
 
-    def __enter__(self) -> "Chunk":
+    def __enter__(self) -> "ChunkWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ids.close()
         if self.learned is not None:
             self.learned.close()
-        np.save(self.folder / "rows.npy", np.array(self.rows, ROWS))
+        np.save(self.folder / "rows.npy", np.array(self.rows, ROW_DTYPE))
         if self.bands:
-            np.save(self.folder / BANDS, np.stack(self.bands, 1))
+            np.save(self.folder / BANDS_FILE, np.stack(self.bands, 1))
 
 
 def token_bytes(tokenizer: Tokenizer) -> int:

@@ -14,100 +14,103 @@ import numpy as np
 
 from smolforge.config import Data
 from smolforge.data.corpus import SPLITS
-from smolforge.data.prepare.chunks import BANDS, bands_in, rows_of
+from smolforge.data.prepare.chunks import BANDS_FILE, load_bands, load_rows
 from smolforge.data.prepare.documents import Document
-from smolforge.data.prepare.token_budget import Rooms
-from smolforge.data.prepare.tokenize_documents import FORMS
-from smolforge.errors import MissingResource
+from smolforge.data.prepare.token_budget import TokenBudget
+from smolforge.data.prepare.tokenize_documents import DATA_FORMATS
+from smolforge.errors import MissingResourceError
 from smolforge.tokenizer import Tokenizer
 
-COMPARED = 1 << 22
+DIGESTS_PER_SORT = 1 << 22
 """Digests that are sorted at a time."""
-LONGEST = 8 << 20
+MAX_COMPARED_CHARACTERS = 8 << 20
 """Characters of the longest document that is compared with others."""
 NEW, REPEATED, NEAR = range(3)
 
-Compare = Callable[[Document], np.ndarray]
+BandFunction = Callable[[Document], np.ndarray]
 """The bands of a document; zeros where it is like no other."""
 
 
-def comparison(data: Data, tokenizer: Tokenizer | None) -> Compare | None:
-    """What finds near duplicates, if they are to be found. Raises MissingResource where datatrove is not there."""
+def band_function(data: Data, tokenizer: Tokenizer | None) -> BandFunction | None:
+    """Return what computes the MinHash bands of a document, or None for exact deduplication.
+
+    Raises MissingResourceError where datatrove is not installed.
+    """
     if data.deduplication == "exact":
         return None
     try:
         from smolforge.data.prepare.minhash import bands_of
     except ImportError:
-        raise MissingResource(
+        raise MissingResourceError(
             "near duplicates are found by datatrove's MinHash; pip install 'smolforge[data]' brings it"
         ) from None
-    form = FORMS[data.format]
+    data_format = DATA_FORMATS[data.format]
 
     def compare(document: Document) -> np.ndarray:
-        text = form.words(document) if document.ids is None else text_of(document.ids, tokenizer)
-        return bands_of(text if document.ends and len(text) <= LONGEST else "")
+        text = data_format.training_text(document) if document.ids is None else decode_document(document.ids, tokenizer)
+        return bands_of(text if document.ends and len(text) <= MAX_COMPARED_CHARACTERS else "")
 
     return compare
 
 
-def text_of(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
-    """What was tokenised already."""
+def decode_document(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    """Return the text of a document that is tokenized already."""
     assert tokenizer is not None, "tokens are read with the tokenizer that made them"
     return tokenizer.decode(ids[ids != tokenizer.eos_id].tolist())
 
 
-def standings(chunks: Sequence[Path]) -> list[np.ndarray]:
-    """Of each chunk's rows, what the document is that they belong to."""
+def document_status(chunks: Sequence[Path]) -> list[np.ndarray]:
+    """Return for each chunk's rows the status of the document they belong to: NEW, REPEATED or NEAR."""
     firsts, digests = [np.empty(0, "?")], [np.empty((0, 2), "<u8")]
     for chunk in chunks:
-        rows = rows_of(chunk)
+        rows = load_rows(chunk)
         firsts.append(rows["first"].copy())  # not a view, which would hold all of the rows
         digests.append(rows["digest"][rows["first"]])
-    found = judged(chunks, np.concatenate(digests))
-    whose = np.cumsum(np.concatenate(firsts)) - 1
-    borders = np.cumsum([len(each) for each in firsts])[:-1]
-    return np.split(found[whose] if len(whose) else found, borders)[1:]
+    status = dedup_status(chunks, np.concatenate(digests))
+    document_index = np.cumsum(np.concatenate(firsts)) - 1
+    borders = np.cumsum([len(first) for first in firsts])[:-1]
+    return np.split(status[document_index] if len(document_index) else status, borders)[1:]
 
 
-def judged(chunks: Sequence[Path], digests: np.ndarray) -> np.ndarray:
-    """What each document is, of those whose digests are (documents, 2)."""
-    found = np.full(len(digests), NEW, "u1")
-    if banded := [bands_in(chunk) for chunk in chunks if (chunk / BANDS).is_file()]:
-        found[near_one_before(np.concatenate(of_band) for of_band in zip(*banded, strict=True))] = NEAR
-    found[~first_of_each(digests)] = REPEATED
-    return found
+def dedup_status(chunks: Sequence[Path], digests: np.ndarray) -> np.ndarray:
+    """Return the status of each document, given digests (documents, 2)."""
+    status = np.full(len(digests), NEW, "u1")
+    if banded := [load_bands(chunk) for chunk in chunks if (chunk / BANDS_FILE).is_file()]:
+        status[is_near_duplicate(np.concatenate(of_band) for of_band in zip(*banded, strict=True))] = NEAR
+    status[~is_first_occurrence(digests)] = REPEATED
+    return status
 
 
-def first_of_each(digests: np.ndarray) -> np.ndarray:
+def is_first_occurrence(digests: np.ndarray) -> np.ndarray:
     """Whether a row of (n, 2) is the first that is as it is; sorted in buckets, by some bits of it."""
-    new = np.zeros(len(digests), "?")
-    buckets = 1 + len(digests) // COMPARED
+    is_first = np.zeros(len(digests), "?")
+    buckets = 1 + len(digests) // DIGESTS_PER_SORT
     for bucket in range(buckets):
-        places = np.flatnonzero(digests[:, 0] % np.uint64(buckets) == bucket)
-        found = digests[places]
-        order = np.lexsort((places, found[:, 1], found[:, 0]))
+        indices = np.flatnonzero(digests[:, 0] % np.uint64(buckets) == bucket)
+        bucket_digests = digests[indices]
+        order = np.lexsort((indices, bucket_digests[:, 1], bucket_digests[:, 0]))
         differs = np.ones(len(order), "?")
-        differs[1:] = (np.diff(found[order], axis=0) != 0).any(1)
-        new[places[order[differs]]] = True
-    return new
+        differs[1:] = (np.diff(bucket_digests[order], axis=0) != 0).any(1)
+        is_first[indices[order[differs]]] = True
+    return is_first
 
 
-def near_one_before(bands: Iterable[np.ndarray]) -> np.ndarray:
+def is_near_duplicate(bands: Iterable[np.ndarray]) -> np.ndarray:
     """Whether a document has a band, of (n) in each, that one before it has. A band of 0 is none."""
     near = np.empty(0, "?")
     for band in bands:
         near = near if len(near) else np.zeros(len(band), "?")
-        again = band != 0
-        again[np.unique(band, return_index=True)[1]] = False
-        near |= again
+        repeated = band != 0
+        repeated[np.unique(band, return_index=True)[1]] = False
+        near |= repeated
     return near
 
 
-def tokens_of(chunks: Sequence[Path], rooms: Rooms) -> Rooms:
-    """The room that all that is new in these chunks takes."""
-    taken = rooms.copy()
-    for chunk, standing in zip(chunks, standings(chunks), strict=True):
-        rows = rows_of(chunk)[standing == NEW]
+def spent_budget(chunks: Sequence[Path], budget: TokenBudget) -> TokenBudget:
+    """Return a budget from which all new documents in these chunks have been taken."""
+    spent = budget.copy()
+    for chunk, status in zip(chunks, document_status(chunks), strict=True):
+        rows = load_rows(chunk)[status == NEW]
         for number, split in enumerate(SPLITS):
-            taken.take(split, int(rows["length"][rows["split"] == number].sum()))
-    return taken
+            spent.take(split, int(rows["length"][rows["split"] == number].sum()))
+    return spent

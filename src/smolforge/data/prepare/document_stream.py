@@ -6,12 +6,12 @@ from pathlib import Path
 
 from smolforge.config import Data
 from smolforge.data import sources
-from smolforge.data.prepare.documents import Document, group_of, python_docs, whole
-from smolforge.data.prepare.tokenize_documents import FORMS
-from smolforge.data.sources import Part, Row, remote_text
-from smolforge.data.sources.columns import tests
-from smolforge.data.sources.text import characters, is_large
-from smolforge.errors import InvalidFile
+from smolforge.data.prepare.documents import Document, check_surrogates, group_of, python_docs
+from smolforge.data.prepare.tokenize_documents import DATA_FORMATS
+from smolforge.data.sources import SourcePart, SourceRow, remote_text
+from smolforge.data.sources.columns import row_filters
+from smolforge.data.sources.text import count_characters, is_large
+from smolforge.errors import InvalidFileError
 
 FILTERED, MISSING, TOO_SHORT, TOO_LONG = "filtered", "missing", "too_short", "too_long"
 """Why a row makes no document."""
@@ -20,60 +20,65 @@ FILTERED, MISSING, TOO_SHORT, TOO_LONG = "filtered", "missing", "too_short", "to
 def documents(source: str, data: Data) -> Iterator[Document]:
     """All documents of one source.
 
-    Raises InvalidFile, naming file and line, for whatever is missing, binary or malformed.
+    Raises InvalidFileError, naming file and line, for whatever is missing, binary or malformed.
     """
     for part in sources.parts(source, data):
-        yield from (each for each in read(part, data) if isinstance(each, Document))
+        yield from (document for document in read_part(part, data) if isinstance(document, Document))
 
 
-def read(part: Part, data: Data, skip: int = 0) -> Iterator[Document | str]:
-    """What each row of a part after the first `skip` becomes."""
+def read_part(part: SourcePart, data: Data, skip: int = 0) -> Iterator[Document | str]:
+    """Yield for each row of a part, after the first `skip`, a document or why it is dropped."""
     if part.kind == sources.PYTHON_DOCS:
-        found: Iterator[Document | str] = islice(python_docs(), skip, None)
+        results: Iterator[Document | str] = islice(python_docs(), skip, None)
     elif data.text_url is not None:
-        found = fetched_documents(part, data, skip)
+        results = remote_documents(part, data, skip)
     else:
-        conditions, make = tests(data), FORMS[data.format].document
-        found = (
+        conditions, make = row_filters(data), DATA_FORMATS[data.format].parse
+        results = (
             make(row, data) if all(meets(row) for meets in conditions) else FILTERED
             for row in sources.rows(part, data, skip)
         )
     if is_large(part):
-        return as_one(found, part, data, skip)
-    return (within(each, data) if isinstance(each, Document) and each.ids is None else each for each in found)
+        return filter_pieces_by_length(results, part, data, skip=skip)
+    return (
+        filter_by_length(result, data) if isinstance(result, Document) and result.ids is None else result
+        for result in results
+    )
 
 
-def within(document: Document, data: Data) -> Document | str:
-    """The document, unless it is too long or too short."""
-    return misfit(len(document.text), data) or document
+def filter_by_length(document: Document, data: Data) -> Document | str:
+    """Return the document, or why it is dropped if it is too long or too short."""
+    return length_drop_reason(len(document.text), data) or document
 
 
-def as_one(pieces: Iterator[Document | str], part: Part, data: Data, skip: int) -> Iterator[Document | str]:
-    """The pieces of a large text, of which none says how long all of it is; or, once, why it is left out."""
+def filter_pieces_by_length(
+    pieces: Iterator[Document | str], part: SourcePart, data: Data, *, skip: int
+) -> Iterator[Document | str]:
+    """Yield the pieces of a large text, none of which knows the total length; or, once, why it is dropped."""
     limited = data.min_characters or data.max_characters is not None
-    why = misfit(characters(Path(part.place)), data) if limited else None
-    yield from pieces if why is None else [why][skip:]
+    reason = length_drop_reason(count_characters(Path(part.location)), data) if limited else None
+    yield from pieces if reason is None else [reason][skip:]
 
 
-def misfit(length: int, data: Data) -> str | None:
-    """Why a text of so many characters is left out."""
+def length_drop_reason(length: int, data: Data) -> str | None:
+    """Return why a text of `length` characters is dropped, or None."""
     if length < data.min_characters:
         return TOO_SHORT
     return TOO_LONG if data.max_characters is not None and length > data.max_characters else None
 
 
-def fetched_documents(part: Part, data: Data, skip: int) -> Iterator[Document | str]:
-    """Documents whose text stands elsewhere."""
-    conditions = tests(data)
+def remote_documents(part: SourcePart, data: Data, skip: int) -> Iterator[Document | str]:
+    """Yield documents whose text is fetched from data.text_url."""
+    conditions = row_filters(data)
     if data.format != "text":
-        raise InvalidFile(f"data.text_url fetches texts, and data.format is {data.format}")
+        raise InvalidFileError(f"data.text_url fetches texts, and data.format is {data.format}")
 
-    def wanted(row: Row) -> bool:
+    def is_wanted(row: SourceRow) -> bool:
         return all(meets(row) for meets in conditions)
 
-    for row, text in remote_text.texts(sources.rows(part, data, skip), wanted, data):
+    for row, text in remote_text.texts(sources.rows(part, data, skip), is_wanted, data):
         if isinstance(text, str):
             group = group_of(row, data)
-            yield Document(group, whole(text, row.place), row.place, alone=data.group_key is None)
+            yield Document(group, check_surrogates(text, row.location), row.location, ungrouped=data.group_key is None)
         else:
             yield MISSING if text is None else FILTERED

@@ -16,84 +16,86 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smolforge.config import Data
-from smolforge.data.sources.columns import column, filled
+from smolforge.data.sources.columns import column, fill_template
 from smolforge.data.sources.text import read_text
-from smolforge.data.sources.types import Ids, Row, Text
-from smolforge.errors import InvalidFile
+from smolforge.data.sources.types import FileText, SourceRow, TokenIds
+from smolforge.errors import InvalidFileError
 
-__all__ = ["Document", "group_of", "python_docs", "read_text", "text_document", "whole"]
+__all__ = ["Document", "check_surrogates", "group_of", "python_docs", "read_text", "text_document"]
 
 
 class Document(NamedTuple):
     group: str
     text: str
-    place: str = ""
+    location: str = ""
     """Where it is from, for a sentence about it."""
-    alone: bool = False
+    ungrouped: bool = False
     """Whether nothing says what it should be kept together with."""
     ends: bool = True
     """Whether the document ends with this text; a large one comes in pieces."""
     ids: np.ndarray | None = None
-    """Where it is tokenised already; then there is no text."""
+    """Where it is tokenized already; then there is no text."""
 
 
-def text_document(row: Row, data: Data) -> Document:
-    """A text, from whatever kind of file. Raises InvalidFile, naming the place, where the row has none."""
+def text_document(row: SourceRow, data: Data) -> Document:
+    """A text, from whatever kind of file. Raises InvalidFileError, naming the place, where the row has none."""
     match row.record:
-        case Ids(ids):
-            return Document(row.name, "", row.place, alone=True, ids=ids)
-        case Text():
-            return Document(row.name, row.record, row.place, ends=row.ends)
-    text = filled(data.text_template, row, "text_template") if data.text_template else text_of(row, data)
-    return Document(group_of(row, data), whole(text, row.place), row.place, alone=data.group_key is None)
-
-
-def text_of(row: Row, data: Data) -> str:
-    """What stands under text_key; a table's empty field is an empty text, and of a list all texts are joined."""
-    record, key = row.record, data.text_key
-    there = isinstance(record, Mapping)
-    value = column(row, key, "text_key") if there and key not in record and "." in key else None
-    value = record.get(key) if there and key in record else value
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(each, str | None) for each in value):
-        return "\n".join(each for each in value if each)
-    if there and value is None and key in record and ", row " in row.place:
-        return ""
-    raise InvalidFile(
-        f"{row.place} has no text under the key {key!r}; "
-        f"{way_out(record) or 'name the right one with --data.text-key'}{known(record)}"
+        case TokenIds(ids):
+            return Document(row.name, "", row.location, ungrouped=True, ids=ids)
+        case FileText():
+            return Document(row.name, row.record, row.location, ends=row.ends)
+    text = fill_template(data.text_template, row, "text_template") if data.text_template else text_of_row(row, data)
+    return Document(
+        group_of(row, data), check_surrogates(text, row.location), row.location, ungrouped=data.group_key is None
     )
 
 
-def way_out(record: Any) -> str:
-    """Which format reads a row that has no text."""
+def text_of_row(row: SourceRow, data: Data) -> str:
+    """Return the value of text_key; a table's empty field is an empty text, and a list of texts is joined."""
+    record, key = row.record, data.text_key
+    is_mapping = isinstance(record, Mapping)
+    value = column(row, key, "text_key") if is_mapping and key not in record and "." in key else None
+    value = record.get(key) if is_mapping and key in record else value
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str | None) for item in value):
+        return "\n".join(item for item in value if item)
+    if is_mapping and value is None and key in record and ", row " in row.location:
+        return ""
+    raise InvalidFileError(
+        f"{row.location} has no text under the key {key!r}; "
+        f"{format_hint(record) or 'name the right one with --data.text-key'}{list_keys(record)}"
+    )
+
+
+def format_hint(record: Any) -> str:
+    """Return a hint which data.format reads a row that has no text."""
     if not isinstance(record, Mapping):
         return ""
     if {"chosen", "rejected"} <= record.keys():
         return "it is a pair of answers, which --data.format pairs reads"
-    talks = "messages" in record or {"prompt", "completion"} <= record.keys()
+    is_conversation = "messages" in record or {"prompt", "completion"} <= record.keys()
     if "blob_id" in record:
         return "--data.text-url says where the text of its blob_id is"
-    return "it is a conversation, which --data.format chat reads" if talks else ""
+    return "it is a conversation, which --data.format chat reads" if is_conversation else ""
 
 
-def known(record: Any) -> str:
+def list_keys(record: Any) -> str:
     keys = [str(key) for key in record][:12] if isinstance(record, Mapping) else []
     return f" (there are {', '.join(keys)})" if len(keys) > 1 else ""
 
 
-def group_of(row: Row, data: Data) -> str:
+def group_of(row: SourceRow, data: Data) -> str:
     """What a row's document must not be separated from."""
     return row.name if data.group_key is None else str(column(row, data.group_key, "group_key"))
 
 
-def whole(text: str, place: str) -> str:
-    """The text, unless JSON's escapes left half of a character in it."""
+def check_surrogates(text: str, location: str) -> str:
+    """Return the text, or raise InvalidFileError where JSON's escapes left half of a character in it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidFile(f"{place} has half of a surrogate pair, which is no character") from None
+        raise InvalidFileError(f"{location} has half of a surrogate pair, which is no character") from None
     return text
 
 
@@ -106,13 +108,13 @@ def python_docs() -> tuple[Document, ...]:
     """
     from pydoc_data import topics
 
-    found = [Document("pydoc_data", f"{name}\n\n{text.strip()}\n") for name, text in sorted(topics.topics.items())]
+    documents = [Document("pydoc_data", f"{name}\n\n{text.strip()}\n") for name, text in sorted(topics.topics.items())]
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(_modules(library)):
         text = "\n\n".join(_docstrings(path))
         if text:
-            found.append(Document(path.relative_to(library).with_suffix("").parts[0], text + "\n"))
-    return tuple(found)
+            documents.append(Document(path.relative_to(library).with_suffix("").parts[0], text + "\n"))
+    return tuple(documents)
 
 
 def _modules(folder: Path) -> Iterator[Path]:

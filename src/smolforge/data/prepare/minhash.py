@@ -21,51 +21,51 @@ from jaxtyping import UInt64
 from xxhash import xxh64_intdigest
 
 N_GRAMS, NUM_BANDS, BAND_HASHES, SEED = 5, 14, 8, 1
-AT_ONCE = 1024
-"""Runs of words whose hashes are held in memory: 112 of each."""
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-WORD = regex.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
+NGRAMS_PER_BATCH = 1024
+"""N-grams whose hashes are held in memory: 112 of each."""
+UNSPACED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD = regex.compile(rf"[{UNSPACED_SCRIPTS}]|[^\s{UNSPACED_SCRIPTS}]+")
 """What stands between white space; of scripts that have none between words, a character."""
-MARKS = regex.compile(r"\p{Mn}+")
+ACCENTS = regex.compile(r"\p{Mn}+")
 KEEPING_ACCENTS = TextNormConfig(norm_unicode_diacritics=False)
 """They are taken off below, faster than character by character."""
 BITS = np.uint64(61)
 PRIME = np.uint64(2**61 - 1)
-_drawn = np.random.RandomState(SEED)
-FACTORS, SUMMANDS = (_drawn.randint(least, PRIME, NUM_BANDS * BAND_HASHES, np.uint64) for least in (1, 0))
+_generator = np.random.RandomState(SEED)
+FACTORS, SUMMANDS = (_generator.randint(low, PRIME, NUM_BANDS * BAND_HASHES, np.uint64) for low in (1, 0))
 """Of each of the hashes, which are h -> (FACTOR h + SUMMAND) mod PRIME."""
 
 
 def bands_of(text: str) -> UInt64[np.ndarray, " bands"]:
     """A digest of each band, by which two are equal or not; zeros for a text of fewer words than a run has."""
-    hashed = runs(text)
+    hashed = ngram_hashes(text)
     if not len(hashed):
         return np.zeros(NUM_BANDS, np.uint64)
-    bands = minima(hashed).astype("<u8").reshape(NUM_BANDS, BAND_HASHES)
+    bands = min_hashes(hashed).astype("<u8").reshape(NUM_BANDS, BAND_HASHES)
     digests = b"".join(hashlib.blake2b(band.tobytes(), digest_size=8).digest() for band in bands)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def words(text: str) -> list[str]:
-    """What of a text is compared."""
+def normalized_words(text: str) -> list[str]:
+    """Return the words that are compared."""
     text = simplify_text(text, KEEPING_ACCENTS)
     if text.isascii():
         return text.split()
-    return WORD.findall(MARKS.sub("", unicodedata.normalize("NFD", text)))
+    return WORD.findall(ACCENTS.sub("", unicodedata.normalize("NFD", text)))
 
 
-def runs(text: str) -> UInt64[np.ndarray, " runs"]:
-    """A hash of each run of words."""
-    found = (xxh64_intdigest(" ".join(run).encode()) for run in ngrams(words(text), N_GRAMS))
-    return np.fromiter(found, np.uint64)
+def ngram_hashes(text: str) -> UInt64[np.ndarray, " runs"]:
+    """Return a hash of each n-gram of words."""
+    hashes = (xxh64_intdigest(" ".join(run).encode()) for run in ngrams(normalized_words(text), N_GRAMS))
+    return np.fromiter(hashes, np.uint64)
 
 
-def minima(hashed: UInt64[np.ndarray, " runs"]) -> UInt64[np.ndarray, " hashes"]:
-    """Of each of the hashes its least value over all runs."""
-    least = np.full(len(FACTORS), PRIME)
-    for start in range(0, len(hashed), AT_ONCE):
-        values = hashed[start : start + AT_ONCE, None] * FACTORS + SUMMANDS
+def min_hashes(hashed: UInt64[np.ndarray, " runs"]) -> UInt64[np.ndarray, " hashes"]:
+    """Return the minimum of each hash function over all n-grams."""
+    lowest = np.full(len(FACTORS), PRIME)
+    for start in range(0, len(hashed), NGRAMS_PER_BATCH):
+        values = hashed[start : start + NGRAMS_PER_BATCH, None] * FACTORS + SUMMANDS
         values = (values & PRIME) + (values >> BITS)  # as much modulo 2^61 - 1, without a division
         values = np.minimum(values, values - PRIME)  # below the prime the difference wraps to a large number
-        np.minimum(least, values.min(0), out=least)
-    return least
+        np.minimum(lowest, values.min(0), out=lowest)
+    return lowest

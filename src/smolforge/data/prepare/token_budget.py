@@ -1,4 +1,4 @@
-"""How many tokens may still come: a number of them, for each split or for both."""
+"""Count how many tokens may still be written, for each split or for both."""
 
 import math
 from collections import Counter
@@ -7,33 +7,36 @@ from typing import Any
 from smolforge.data.corpus import HELD_OUT, TRAIN
 
 
-class Rooms:
-    """An upper limit, and what was taken of it. `together` the splits share it; else each has its part."""
+class TokenBudget:
+    """An upper limit of tokens, and what is used of it. If `shared`, both splits share it; else each has its part."""
 
-    def __init__(self, limit: int | None = None, held_out: float = 0.0, together: bool = True) -> None:
-        self.limits: tuple[Any, ...] = (limit, held_out, together)
-        self.limit, self.together = math.inf if limit is None else limit, together
-        held = 0 if limit is None else int(limit * held_out)
-        self.of = {TRAIN: self.limit - held, HELD_OUT: held if limit is not None else math.inf}
-        self.taken: Counter[str] = Counter()
+    def __init__(self, limit: int | None = None, held_out: float = 0.0, shared: bool = True) -> None:
+        self.limits: tuple[Any, ...] = (limit, held_out, shared)
+        self.limit, self.shared = math.inf if limit is None else limit, shared
+        held_out_tokens = 0 if limit is None else int(limit * held_out)
+        self.limits_by_split = {
+            TRAIN: self.limit - held_out_tokens,
+            HELD_OUT: held_out_tokens if limit is not None else math.inf,
+        }
+        self.used: Counter[str] = Counter()
 
-    def copy(self) -> "Rooms":
-        """One of which nothing is taken."""
-        return Rooms(*self.limits)
+    def copy(self) -> "TokenBudget":
+        """Return a budget with the same limits, of which nothing is used."""
+        return TokenBudget(*self.limits)
 
-    def left(self, split: str) -> float:
-        return float(self.limit - self.taken.total() if self.together else self.of[split] - self.taken[split])
+    def remaining(self, split: str) -> float:
+        return float(self.limit - self.used.total() if self.shared else self.limits_by_split[split] - self.used[split])
 
     def take(self, split: str, tokens: int) -> None:
-        self.taken[split] += tokens
+        self.used[split] += tokens
 
     def close(self, split: str) -> None:
-        """Let no more come to it: what is put in ends with the first that does not fit, however much is read on."""
-        if self.together:
-            self.limit = self.taken.total()
+        """Accept no more: a split ends with the first document that does not fit, however much is read after it."""
+        if self.shared:
+            self.limit = self.used.total()
         else:
-            self.of[split] = self.taken[split]
+            self.limits_by_split[split] = self.used[split]
 
     @property
-    def full(self) -> bool:
-        return self.left(TRAIN) <= 0 and self.left(HELD_OUT) <= 0
+    def exhausted(self) -> bool:
+        return self.remaining(TRAIN) <= 0 and self.remaining(HELD_OUT) <= 0

@@ -15,22 +15,22 @@ from smolforge.data.prepare.conversations import (
     preference_document,
 )
 from smolforge.data.prepare.documents import Document, text_document
-from smolforge.data.sources.types import Row
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.data.sources.types import SourceRow
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.chat import Turns
-from smolforge.tokenizer.chat_encoding import Learned, encode_turns
+from smolforge.tokenizer.chat import RenderedTurns
+from smolforge.tokenizer.chat_encoding import EncodedConversation, encode_turns
 
-Talk = tuple[list[dict[str, Any]], int]
+Conversation = tuple[list[dict[str, Any]], int]
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A document as it stands in a shard."""
 
     ids: list[int]
     text_bytes: int
     """Of UTF-8."""
-    lost: bytes = b""
+    lost_bytes: bytes = b""
     """What the tokenizer has no symbol for."""
     learned: list[bool] | None = None
     """Of each id, in a conversation; of a text all are."""
@@ -40,106 +40,121 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Form:
+class DataFormat:
     """What data.format chooses."""
 
-    document: Callable[[Row, Data], Document]
-    words: Callable[[Document], str]
+    parse: Callable[[SourceRow, Data], Document]
+    training_text: Callable[[Document], str]
     """What a tokenizer would be trained on."""
-    encode: Callable[[Tokenizer, Sequence[Document]], list[list[Encoded]]]
+    encode: Callable[[Tokenizer, Sequence[Document]], list[list[EncodedDocument]]]
     """What each document becomes; nothing where there is nothing to learn in it."""
-    fitting: Callable[[Tokenizer, list[Encoded], float], list[Encoded]]
-    """What of that is put where there is room for so many ids."""
+    truncate: Callable[[Tokenizer, list[EncodedDocument], float], list[EncodedDocument]]
+    """As much of an encoded document as fits into a number of tokens."""
     divisible: bool
     """Whether a document may be held out in part."""
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[list[Encoded]]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[list[EncodedDocument]]:
     encoded = iter(tokenizer.encode_batch([document.text for document in texts if document.ids is None]))
-    return [[encoded_text(tokenizer, each, next(encoded) if each.ids is None else None)] for each in texts]
+    return [[encode_text(tokenizer, document, next(encoded) if document.ids is None else None)] for document in texts]
 
 
-def encoded_text(tokenizer: Tokenizer, document: Document, ids: list[int] | None) -> Encoded:
-    """With its sizes, and the token that ends it; one that is tokenised already as it is."""
+def encode_text(tokenizer: Tokenizer, document: Document, ids: list[int] | None) -> EncodedDocument:
+    """Return a text encoded, with its sizes and its eos token; one that is tokenized already, as it is."""
     if ids is None:
         assert document.ids is not None
-        if (most := int(document.ids.max(initial=0))) >= len(tokenizer):
-            raise InvalidFile(f"{document.place} has id {most}, and the tokenizer has {len(tokenizer):,}; name its own")
+        if (largest_id := int(document.ids.max(initial=0))) >= len(tokenizer):
+            raise InvalidFileError(
+                f"{document.location} has id {largest_id}, and the tokenizer has {len(tokenizer):,}; name its own"
+            )
         text_ids = document.ids[document.ids != tokenizer.eos_id].tolist()
-        return Encoded(document.ids.tolist(), len(tokenizer.decode(text_ids).encode()))
+        return EncodedDocument(document.ids.tolist(), len(tokenizer.decode(text_ids).encode()))
     text = document.text
     end = [tokenizer.eos_id] if document.ends else []
-    return Encoded(ids + end, len(text.encode()), tokenizer.lost_bytes(text), ends=document.ends)
+    return EncodedDocument(ids + end, len(text.encode()), tokenizer.lost_bytes(text), ends=document.ends)
 
 
-def beginning(tokenizer: Tokenizer, text: list[Encoded], room: float) -> list[Encoded]:
-    """As much of a text as fits, and its end."""
-    (whole,) = text
-    if len(whole.ids) + 2 * (not whole.ends) <= room:  # what a piece leaves has room for a token and the end
+def truncate_text(tokenizer: Tokenizer, text: list[EncodedDocument], max_tokens: float) -> list[EncodedDocument]:
+    """Return as much of a text as fits into `max_tokens`, and its eos token."""
+    (document,) = text
+    # what a piece leaves has room for a token and the end
+    if len(document.ids) + 2 * (not document.ends) <= max_tokens:
         return text
-    ids = whole.ids[: max(0, int(room) - 1)]
-    part = whole._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()), ends=True)
+    ids = document.ids[: max(0, int(max_tokens) - 1)]
+    part = document._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()), ends=True)
     return [part] if ids else []
 
 
-def encode_conversations(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
-    """Raises InvalidFile, naming the line, for a conversation that the chat template refuses."""
-    said = [messages_of(document) for document in found]
-    return encode_talks(tokenizer, [(document, [each]) for document, each in zip(found, said, strict=True)])
+def encode_conversations(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[EncodedDocument]]:
+    """Raises InvalidFileError, naming the line, for a conversation that the chat template refuses."""
+    conversations = [messages_of(document) for document in documents]
+    return encode_by_document(
+        tokenizer, [(document, [conversation]) for document, conversation in zip(documents, conversations, strict=True)]
+    )
 
 
-def encode_pairs(tokenizer: Tokenizer, found: Sequence[Document]) -> list[list[Encoded]]:
+def encode_pairs(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[EncodedDocument]]:
     """Of both conversations of a pair the last message is learned. Nothing is left of a pair in which nothing can be
     preferred: an answer is empty, or the template writes both alike. Raises as `encode_conversations`.
     """
-    both = [[(messages, len(messages) - 1) for messages in pair_of(document)] for document in found]
-    encoded = encode_talks(tokenizer, list(zip(found, both, strict=True)))
+    pairs = [[(messages, len(messages) - 1) for messages in pair_of(document)] for document in documents]
+    encoded = encode_by_document(tokenizer, list(zip(documents, pairs, strict=True)))
     return [
-        [] if chosen.ids == rejected.ids or any(is_empty(messages[-1]) for messages, _ in talks) else [chosen, rejected]
-        for talks, (chosen, rejected) in zip(both, encoded, strict=True)
+        []
+        if chosen.ids == rejected.ids or any(is_empty(messages[-1]) for messages, _ in conversations)
+        else [chosen, rejected]
+        for conversations, (chosen, rejected) in zip(pairs, encoded, strict=True)
     ]
 
 
-def encode_talks(tokenizer: Tokenizer, found: Sequence[tuple[Document, list[Talk]]]) -> list[list[Encoded]]:
-    """The conversations of each document, which are messages and the number of the first to learn."""
+def encode_by_document(
+    tokenizer: Tokenizer, items: Sequence[tuple[Document, list[Conversation]]]
+) -> list[list[EncodedDocument]]:
+    """Encode the conversations of each document: messages, and the number of the first to learn."""
     assert tokenizer.template is not None, "prepare made it a chat tokenizer"
     turns = []
-    for document, talks in found:
+    for document, conversations in items:
         try:
-            turns += [tokenizer.template.render_turns(*talk) for talk in talks]
-        except (SettingError, InvalidFile) as error:
-            raise InvalidFile(f"{document.place}: {error}") from None
+            turns += [tokenizer.template.render_turns(*talk) for talk in conversations]
+        except (ConfigError, InvalidFileError) as error:
+            raise InvalidFileError(f"{document.location}: {error}") from None
     encoded = zip(turns, encode_turns(tokenizer, turns), strict=True)
-    of_each = [[encoded_talk(tokenizer, *next(encoded)) for _ in talks] for _, talks in found]
-    return [[each for each in parts if each is not None] for parts in of_each]
+    parts_by_document = [
+        [encode_conversation(tokenizer, *next(encoded)) for _ in conversations] for _, conversations in items
+    ]
+    return [[part for part in parts if part is not None] for parts in parts_by_document]
 
 
-def encoded_talk(tokenizer: Tokenizer, turns: Turns, there: Learned) -> Encoded | None:
-    """With its sizes; None where nothing is learned."""
-    text = turns.text.translate(turns.back)
-    said = [turns.text[start:stop].rpartition(tokenizer.eos_token)[0] for start, stop in turns.spans]
-    learned_bytes = sum(len(part.translate(turns.back).encode()) for part in said)
-    whole = Encoded(there.ids, len(text.encode()), tokenizer.lost_bytes(text), there.learned, learned_bytes)
-    return whole if turns.spans else None
+def encode_conversation(
+    tokenizer: Tokenizer, turns: RenderedTurns, encoded: EncodedConversation
+) -> EncodedDocument | None:
+    """Return a conversation with its sizes, or None where nothing is learned."""
+    text = turns.text.translate(turns.unescape_table)
+    answers = [turns.text[start:stop].rpartition(tokenizer.eos_token)[0] for start, stop in turns.spans]
+    learned_bytes = sum(len(part.translate(turns.unescape_table).encode()) for part in answers)
+    document = EncodedDocument(
+        encoded.ids, len(text.encode()), tokenizer.lost_bytes(text), encoded.learned, learned_bytes
+    )
+    return document if turns.spans else None
 
 
-def all_or_nothing(_: Tokenizer, whole: list[Encoded], room: float) -> list[Encoded]:
-    return whole if sum(len(each.ids) for each in whole) <= room else []
+def all_or_nothing(_: Tokenizer, parts: list[EncodedDocument], max_tokens: float) -> list[EncodedDocument]:
+    return parts if sum(len(part.ids) for part in parts) <= max_tokens else []
 
 
-def said_in(document: Document) -> str:
-    """What all say in a conversation, for a tokenizer to learn from."""
+def conversation_text(document: Document) -> str:
+    """Return the contents of all messages, to train a tokenizer on."""
     return "\n".join(message.get("content", "") for message in messages_of(document)[0])
 
 
-def said_in_pair(document: Document) -> str:
-    """The same of a pair."""
+def pair_text(document: Document) -> str:
+    """Return the contents of all messages of a pair."""
     chosen, rejected = pair_of(document)
     return "\n".join(message.get("content", "") for message in [*chosen, rejected[-1]])
 
 
-FORMS = {
-    "text": Form(text_document, lambda document: document.text, encode_texts, beginning, divisible=True),
-    "chat": Form(conversation_document, said_in, encode_conversations, all_or_nothing, divisible=False),
-    "pairs": Form(preference_document, said_in_pair, encode_pairs, all_or_nothing, divisible=False),
+DATA_FORMATS = {
+    "text": DataFormat(text_document, lambda document: document.text, encode_texts, truncate_text, divisible=True),
+    "chat": DataFormat(conversation_document, conversation_text, encode_conversations, all_or_nothing, divisible=False),
+    "pairs": DataFormat(preference_document, pair_text, encode_pairs, all_or_nothing, divisible=False),
 }

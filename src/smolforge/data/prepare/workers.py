@@ -1,6 +1,6 @@
-"""Tasks to be done here: one after the other in this process, or by several at a time, each in one of its own.
+"""Run jobs on this machine: one after the other in this process, or several at a time, each in a process of its own.
 
-Tasks are begun in their order, and where there is a limit of tokens no more of them than it takes.
+Jobs are started in order, and no more of them than a limit of tokens needs.
 """
 
 import multiprocessing
@@ -18,123 +18,125 @@ from queue import Empty
 from typing import Any
 
 from smolforge.data.prepare import jobs
-from smolforge.data.prepare.jobs import Task
-from smolforge.errors import MissingResource
+from smolforge.data.prepare.jobs import PrepareJob
+from smolforge.errors import MissingResourceError
 
-Enough = Callable[[Sequence[Task]], bool]
-SECONDS = 0.5
-_told: Any = None
-"""In a worker: where it tells what it did."""
+StopCondition = Callable[[Sequence[PrepareJob]], bool]
+POLL_SECONDS = 0.5
+_progress_queue: Any = None
+"""In a worker process: where it reports its progress."""
 
 
-def do_all(todo: Sequence[Task], enough: Enough, tell: jobs.Tell, workers: int) -> list[Task]:
-    """Do tasks in their order until all, or `enough`, are done; returns those, the first ones.
+def run_jobs(
+    todo: Sequence[PrepareJob], enough: StopCondition, report: jobs.ProgressCallback, *, workers: int
+) -> list[PrepareJob]:
+    """Run jobs in order until all, or `enough`, are done; return the finished ones.
 
-    Raises what a task raises, and then nothing more is begun.
+    Raises what a job raises; then no other is started.
     """
-    several = workers > 1 and sum(not jobs.is_done(task) for task in todo) > 1
-    done: list[Task] = []
-    for task in in_processes(todo, tell, workers) if several else here(todo, tell):
-        done.append(task)
-        if enough(done):
+    several = workers > 1 and sum(not jobs.is_done(job) for job in todo) > 1
+    finished: list[PrepareJob] = []
+    for job in run_in_processes(todo, report, workers) if several else run_sequentially(todo, report):
+        finished.append(job)
+        if enough(finished):
             break
-    return done
+    return finished
 
 
-def here(todo: Sequence[Task], tell: jobs.Tell) -> Iterator[Task]:
-    for task in todo:
-        jobs.run(task, tell)
-        yield task
+def run_sequentially(todo: Sequence[PrepareJob], report: jobs.ProgressCallback) -> Iterator[PrepareJob]:
+    for job in todo:
+        jobs.run_job(job, report)
+        yield job
 
 
-def in_processes(todo: Sequence[Task], tell: jobs.Tell, workers: int) -> Iterator[Task]:
-    """The same, each in the order of the tasks, however they end."""
+def run_in_processes(todo: Sequence[PrepareJob], report: jobs.ProgressCallback, workers: int) -> Iterator[PrepareJob]:
+    """Run jobs in worker processes; yield them in their order, whichever ends first."""
     context = multiprocessing.get_context("spawn")  # the tokenizers' threads do not survive a fork
-    told: Any = context.Queue()
-    waiting: deque[tuple[Task, Future[None]]] = deque()
-    rest = iter(todo)
-    with pool_of(workers, context, told) as pool:
+    progress_queue: Any = context.Queue()
+    pending: deque[tuple[PrepareJob, Future[None]]] = deque()
+    remaining = iter(todo)
+    with worker_pool(workers, context, progress_queue) as pool:
         while True:
-            while len(waiting) < 2 * workers and (task := next(rest, None)) is not None:
-                with uninterrupted():
-                    waiting.append((task, pool.submit(tasks_run, replace(task, alone=False))))
-            if not waiting:
+            while len(pending) < 2 * workers and (job := next(remaining, None)) is not None:
+                with block_sigint():
+                    pending.append((job, pool.submit(run_in_worker, replace(job, exclusive=False))))
+            if not pending:
                 return
-            while not waiting[0][1].done():
-                wait([future for _, future in waiting], SECONDS, FIRST_COMPLETED)
-                pass_on(told, tell)
-                for _, future in waiting:
+            while not pending[0][1].done():
+                wait([future for _, future in pending], POLL_SECONDS, FIRST_COMPLETED)
+                forward_progress(progress_queue, report)
+                for _, future in pending:
                     if future.done():
                         future.result()  # an error ends it now, whosever turn it is
-            task, future = waiting.popleft()
+            job, future = pending.popleft()
             future.result()
-            pass_on(told, tell)
-            yield task
+            forward_progress(progress_queue, report)
+            yield job
 
 
 @contextmanager
-def pool_of(workers: int, context: Any, told: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and at once where it fails."""
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, begin, (told,))
+def worker_pool(workers: int, context: Any, progress_queue: Any) -> Iterator[ProcessPoolExecutor]:
+    """Start processes that end with this one, and at once where it fails."""
+    existing = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, init_worker, (progress_queue,))
     finished = False
     try:
         yield pool
         finished = True
     except BrokenProcessPool:
-        raise MissingResource(
+        raise MissingResourceError(
             "a process that prepared the text was ended from outside, perhaps because the memory was full; "
             "the same command goes on from there, with fewer --workers if need be"
         ) from None
     finally:
         if not finished:
-            for process in set(multiprocessing.active_children()) - others:
+            for process in set(multiprocessing.active_children()) - existing:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Processes that are begun here never hear of Ctrl-C, and this one, which acts on it, hears of it afterwards."""
-    heard: list[int] = []
-    in_main = threading.current_thread() is threading.main_thread()
+def block_sigint() -> Iterator[None]:
+    """Block SIGINT: processes started here never receive Ctrl-C, and this one receives it afterwards."""
+    received: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, lambda *_: heard.append(1)) if in_main else None
+    handler = signal.signal(signal.SIGINT, lambda *_: received.append(1)) if in_main_thread else None
     try:
         yield
     finally:
-        if in_main:
+        if in_main_thread:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if heard:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
-def begin(told: Any) -> None:
-    """In a new worker: end with the parent."""
-    global _told
-    _told = told
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def init_worker(progress_queue: Any) -> None:
+    """Set up a new worker process, so that it ends with its parent."""
+    global _progress_queue
+    _progress_queue = progress_queue
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def tasks_run(task: Task) -> None:
-    jobs.run(task, _told.put)
+def run_in_worker(job: PrepareJob) -> None:
+    jobs.run_job(job, _progress_queue.put)
 
 
-def pass_on(told: Any, tell: jobs.Tell) -> None:
-    """What the workers told since the last time."""
+def forward_progress(progress_queue: Any, report: jobs.ProgressCallback) -> None:
+    """Report what the workers put into the queue since the last call."""
     total: Counter[str] = Counter()
     while True:
         try:
-            total.update(told.get_nowait())
+            total.update(progress_queue.get_nowait())
         except Empty:
             break
     if total:
-        tell(dict(total))
+        report(dict(total))

@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Literal
 
 from smolforge.config import Data
-from smolforge.data.sources.columns import column, filled
-from smolforge.data.sources.types import Row
-from smolforge.errors import InvalidFile, MissingResource
+from smolforge.data.sources.columns import column, fill_template
+from smolforge.data.sources.types import SourceRow
+from smolforge.errors import InvalidFileError, MissingResourceError
 
-AT_ONCE = 32
-AHEAD = 4 * AT_ONCE
-SECONDS = 30
-PAUSES = (0.5, 2.0, 8.0, 30.0)
+MAX_CONNECTIONS = 32
+ROWS_AHEAD = 4 * MAX_CONNECTIONS
+TIMEOUT_SECONDS = 30
+RETRY_SECONDS = (0.5, 2.0, 8.0, 30.0)
 """Seconds between asking again."""
-GONE = (403, 404, 410)
+NOT_FOUND_STATUSES = (403, 404, 410)
 """Answers that say that there is no such object; a bucket that may not be listed says 403."""
-MOST_BYTES = 128 << 20
+MAX_TEXT_BYTES = 128 << 20
 _GZIP = b"\x1f\x8b"
 
 
@@ -44,79 +44,79 @@ def cache_folder() -> Path:
 
 
 def texts(
-    rows: Iterable[Row], wanted: Callable[[Row], bool], data: Data
-) -> Iterator[tuple[Row, str | Literal[False] | None]]:
+    rows: Iterable[SourceRow], is_wanted: Callable[[SourceRow], bool], data: Data
+) -> Iterator[tuple[SourceRow, str | Literal[False] | None]]:
     """Each row with its text; none for what the store does not have, false where it is not wanted.
 
-    Raises MissingResource where the store does not answer, InvalidFile where an object is damaged.
+    Raises MissingResourceError where the store does not answer, InvalidFileError where an object is damaged.
     """
-    waiting: deque[tuple[Row, Future[str | None] | None]] = deque()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    pending: deque[tuple[SourceRow, Future[str | None] | None]] = deque()
+    with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
         try:
             for row in rows:
-                waiting.append((row, pool.submit(text_of, *address(row, data)) if wanted(row) else None))
-                while len(waiting) >= AHEAD:
-                    yield arrived(*waiting.popleft())
-            while waiting:
-                yield arrived(*waiting.popleft())
+                pending.append((row, pool.submit(fetch_text, *url_and_encoding(row, data)) if is_wanted(row) else None))
+                while len(pending) >= ROWS_AHEAD:
+                    yield wait_for_text(*pending.popleft())
+            while pending:
+                yield wait_for_text(*pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def address(row: Row, data: Data) -> tuple[str, str]:
-    """Where a row's text is, and its encoding."""
+def url_and_encoding(row: SourceRow, data: Data) -> tuple[str, str]:
+    """Return the URL of a row's text, and its encoding."""
     assert data.text_url is not None
     encoding = str(column(row, data.encoding_key, "encoding_key")) if data.encoding_key else "utf-8"
-    return filled(data.text_url, row, "text_url"), encoding
+    return fill_template(data.text_url, row, "text_url"), encoding
 
 
-def arrived(row: Row, text: Future[str | None] | None) -> tuple[Row, str | Literal[False] | None]:
+def wait_for_text(row: SourceRow, text: Future[str | None] | None) -> tuple[SourceRow, str | Literal[False] | None]:
     return row, False if text is None else text.result()
 
 
-def text_of(url: str, encoding: str) -> str | None:
-    """The text at an address; none where there is nothing. Raises as `texts`."""
-    path = cached(url)
-    content = content_of(url, path)
+def fetch_text(url: str, encoding: str) -> str | None:
+    """Return the text at a URL, or None where there is nothing. Raises as `texts`."""
+    path = cache_path(url)
+    content = fetch_content(url, path)
     if content is None:
         return None
     try:
-        known = codecs.lookup(encoding).name
+        codec = codecs.lookup(encoding).name
     except LookupError:
-        known = "utf-8"
+        codec = "utf-8"
     try:
-        return unpacked(content, url).decode(known, "ignore")
-    except InvalidFile:
+        return gunzip(content, url).decode(codec, "ignore")
+    except InvalidFileError:
         path.unlink(missing_ok=True)  # so that the same command asks again
         raise
 
 
-def unpacked(content: bytes, url: str) -> bytes:
-    """Raises InvalidFile for a broken gzip, and one that would fill the memory."""
+def gunzip(content: bytes, url: str) -> bytes:
+    """Decompress content that is gzip. Raises InvalidFileError where it is broken or too large."""
     if not content.startswith(_GZIP):
         return content
     unpacking = zlib.decompressobj(wbits=31)
     try:
-        found = unpacking.decompress(content, MOST_BYTES)
+        decompressed = unpacking.decompress(content, MAX_TEXT_BYTES)
     except zlib.error as error:
-        raise InvalidFile(f"{url} is broken: {error}") from None
+        raise InvalidFileError(f"{url} is broken: {error}") from None
     if not unpacking.eof:
-        raise InvalidFile(f"{url} is broken: it is cut short, or of more than {MOST_BYTES >> 20} MiB")
-    return found
+        raise InvalidFileError(f"{url} is broken: it is cut short, or of more than {MAX_TEXT_BYTES >> 20} MiB")
+    return decompressed
 
 
-def cached(url: str) -> Path:
-    """Where in the cache its content is, or will be."""
+def cache_path(url: str) -> Path:
+    """Return where in the cache the content of a URL is, or will be."""
     name = hashlib.sha256(url.encode()).hexdigest()
     return cache_folder() / name[:2] / name
 
 
-def content_of(url: str, path: Path) -> bytes | None:
-    """As it is stored, from the cache if it is there; none where there is no such object."""
+def fetch_content(url: str, path: Path) -> bytes | None:
+    """Return the stored bytes, from the cache if possible; None where there is no such object."""
     with suppress(OSError):
         if content := path.read_bytes():  # a power cut leaves empty files
             return content
-    content = got(url)
+    content = download(url)
     with suppress(OSError):  # a cache that cannot be written is none
         if content:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,25 +126,25 @@ def content_of(url: str, path: Path) -> bytes | None:
     return content
 
 
-def got(url: str) -> bytes | None:
-    """Ask as often as it takes."""
+def download(url: str) -> bytes | None:
+    """Download a URL, with retries; return None where there is no such object."""
     if not url.startswith(("http://", "https://")):
-        raise InvalidFile(f"{url!r} (data.text_url) is no address: it should begin with https://")
-    for pause in (*PAUSES, None):
+        raise InvalidFileError(f"{url!r} (data.text_url) is no address: it should begin with https://")
+    for pause in (*RETRY_SECONDS, None):
         try:
-            with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            if error.code in GONE:
+            if error.code in NOT_FOUND_STATUSES:
                 return None
-            said = f"it answers with status {error.code}"
+            problem = f"it answers with status {error.code}"
             if error.code < 500 and error.code not in (408, 429):
                 pause = None
         except (ValueError, InvalidURL) as error:
-            raise InvalidFile(f"{url!r} (data.text_url) is no address: {error}") from None
+            raise InvalidFileError(f"{url!r} (data.text_url) is no address: {error}") from None
         except (OSError, HTTPException) as error:
-            said = str(error) or type(error).__name__
+            problem = str(error) or type(error).__name__
         if pause is None:
             break
         time.sleep(pause)
-    raise MissingResource(f"{url} cannot be fetched: {said}; the same command goes on from where it was")
+    raise MissingResourceError(f"{url} cannot be fetched: {problem}; the same command goes on from where it was")

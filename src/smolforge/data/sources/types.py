@@ -13,12 +13,12 @@ LONGEST_LINE = 128 << 20
 """Bytes without a line end that are taken for text; it has to be held in memory many times over."""
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """A run of a source's rows: a file, or what lies between two places of it."""
 
     kind: str
     source: str
-    place: str
+    location: str
     start: int = 0
     stop: int | None = None
     stamp: tuple[int, ...] = ()
@@ -27,29 +27,29 @@ class Part(NamedTuple):
     """Bytes of text in it, or nearly, where that is known beforehand."""
 
 
-class Row(NamedTuple):
+class SourceRow(NamedTuple):
     """Columns, the text of a file, or its ids."""
 
     record: Any
     name: str
     """Of what the held-out split keeps together, where no key says so."""
-    place: str
+    location: str
     """For a sentence about it."""
     ends: bool = True
     """Whether the document ends with it; a large text comes in pieces."""
 
 
-class Text(str):
+class FileText(str):
     """A text that stands in a file by itself, not in a column."""
 
 
-class Ids(NamedTuple):
-    """A document that is tokenised already, with the token that ends it."""
+class TokenIds(NamedTuple):
+    """A document that is tokenized already, with the token that ends it."""
 
     ids: np.ndarray
 
 
-class Size(NamedTuple):
+class SourceSize(NamedTuple):
     """What a source holds, as far as it is known without reading it."""
 
     rows: int | None
@@ -57,9 +57,9 @@ class Size(NamedTuple):
     download_bytes: int | None = None
 
     def __str__(self) -> str:
-        said = [
-            f"{count:,} {what}" if what == "rows" else f"{count / 1e9:,.2f} GB {what}"
-            for count, what in ((self.rows, "rows"), (self.text_bytes, "of data"), (self.download_bytes, "to download"))
+        parts = [
+            f"{count:,} {unit}" if unit == "rows" else f"{count / 1e9:,.2f} GB {unit}"
+            for count, unit in ((self.rows, "rows"), (self.text_bytes, "of data"), (self.download_bytes, "to download"))
             if count is not None
         ]
-        return ", ".join(said) or "unknown"
+        return ", ".join(parts) or "unknown"

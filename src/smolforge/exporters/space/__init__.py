@@ -14,89 +14,94 @@ import yaml
 
 from smolforge import atomic
 from smolforge.checkpoint import loading, nanotron, peft_adapter
-from smolforge.checkpoint.hub import split_id
-from smolforge.errors import MissingResource, SettingError
+from smolforge.checkpoint.hub import split_hub_id
+from smolforge.errors import ConfigError, MissingResourceError
 from smolforge.exporters.transformers import to_transformers
 
 GRADIO = "6.31.0"
 """What the apps were tried with."""
 FOLDER = "model"
-CONSTANTS = 'MODEL, REVISION, TITLE = "model", "main", "A model"'
+CONSTANTS_LINE = 'MODEL, REVISION, TITLE = "model", "main", "A model"'
 """The line of an app that says what it shows."""
 
 
-def to_space(model: str | Path, out: Path, dtype: str | None = None, licence: str = "apache-2.0") -> dict[str, int]:
+def to_space(
+    model: str | Path, out: Path, dtype: str | None = None, *, license_id: str = "apache-2.0"
+) -> dict[str, int]:
     """Write `out`, whole or not at all; returns its files' sizes.
 
-    Raises SettingError where `out` has something in it, the model has no tokenizer, or a dtype is asked of one that the
+    Raises ConfigError where `out` has something in it, the model has no tokenizer, or a dtype is asked of one that the
     app loads from the Hub, and what to_transformers raises.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out} is there already; name a new folder, or delete it first")
-    source = loading.find(model)
-    tokenizer = loading.tokenizer_of(loading.with_tokenizer(source))
+        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    source = loading.resolve_model_path(model)
+    tokenizer = loading.tokenizer_of(loading.tokenizer_folder(source))
     if tokenizer is None:
-        raise SettingError(f"{model} has no tokenizer, so nobody could write to it")
+        raise ConfigError(f"{model} has no tokenizer, so nobody could write to it")
     chats = tokenizer.template is not None
-    repo, revision = _on_hub(model, source) or (FOLDER, "main")
+    repo, revision = _hub_source(model, source) or (FOLDER, "main")
     if dtype is not None and repo != FOLDER:
-        raise SettingError(f"dtype is {dtype!r}, but the app loads {model} from the Hub, as it is there; leave it out")
+        raise ConfigError(f"dtype is {dtype!r}, but the app loads {model} from the Hub, as it is there; leave it out")
     title = repo.rpartition("/")[2] if repo != FOLDER else out.name
 
     def fill(folder: Path) -> None:
         if repo == FOLDER:
             to_transformers(model, folder / FOLDER, dtype)
-        (folder / "app.py").write_text(app(chats, repo, revision, title), "utf-8")
+        (folder / "app.py").write_text(app_code(chats, repo, revision, title=title), "utf-8")
         (folder / "requirements.txt").write_text(requirements(), "utf-8")
-        (folder / "README.md").write_text(card(title, chats, repo, licence), "utf-8")
+        (folder / "README.md").write_text(space_readme(title, chats, repo, license_id=license_id), "utf-8")
 
-    atomic.write_whole(out, fill)
+    atomic.write_dir_atomic(out, fill)
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def _on_hub(model: str | Path, source: Path) -> tuple[str, str] | None:
+def _hub_source(model: str | Path, source: Path) -> tuple[str, str] | None:
     """The repository and the commit that Transformers loads a MODEL from by itself."""
     if Path(model).exists() or peft_adapter.is_adapter(source) or nanotron.is_checkpoint(source):
         return None
-    return split_id(str(model))[0], source.name
+    return split_hub_id(str(model))[0], source.name
 
 
-def app(chats: bool, model: str, revision: str, title: str) -> str:
+def app_code(chats: bool, model: str, revision: str, *, title: str) -> str:
     """The page's code."""
     code = Path(__file__).with_name("chat.py" if chats else "completion.py").read_text("utf-8")
-    assert code.count(CONSTANTS) == 1
+    assert code.count(CONSTANTS_LINE) == 1
     quoted = (f'"{model}"', f'"{revision}"', '"' + re.sub(r"[^\w .+-]", "-", title) + '"')
-    return code.replace(CONSTANTS, f"MODEL, REVISION, TITLE = {', '.join(quoted)}")
+    return code.replace(CONSTANTS_LINE, f"MODEL, REVISION, TITLE = {', '.join(quoted)}")
 
 
 def requirements() -> str:
-    """Exact versions, of torch its build for processors. Raises MissingResource where Transformers is not installed."""
+    """Return exact versions; of torch, its CPU build.
+
+    Raises MissingResourceError where Transformers is not installed.
+    """
     try:
         pins = {"gradio": GRADIO} | {
             name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers")
         }
     except metadata.PackageNotFoundError:
-        raise MissingResource(
+        raise MissingResourceError(
             "a Space runs with the version of Transformers that is here, and none is; pip install 'smolforge[verify]'"
         ) from None
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     return "".join(f"{line}\n" for line in (index, *(f"{name}=={version}" for name, version in pins.items())))
 
 
-def card(title: str, chats: bool, model: str, licence: str) -> str:
+def space_readme(title: str, chats: bool, model: str, *, license_id: str) -> str:
     """README.md, whose head tells the Hub how to run it: https://huggingface.co/docs/hub/spaces-config-reference."""
     head = {
         "title": title,
         "sdk": "gradio",
         "sdk_version": GRADIO,
         "app_file": "app.py",
-        "license": licence,
+        "license": license_id,
         **({"models": [model]} if model != FOLDER else {}),
     }
-    does = "Chat with" if chats else "Continue a text with"
-    named = f"[{model}](https://huggingface.co/{model})" if model != FOLDER else f"the model in `{FOLDER}/`"
+    verb = "Chat with" if chats else "Continue a text with"
+    model_link = f"[{model}](https://huggingface.co/{model})" if model != FOLDER else f"the model in `{FOLDER}/`"
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{does} {named}. Here as on the Hub:\n\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{verb} {model_link}. Here as on the Hub:\n\n"
         "```\npip install -r requirements.txt\npython app.py\n```\n"
     )

@@ -14,14 +14,14 @@ from importlib.resources import files
 
 from starlette.responses import Response
 
-SCRIPTS = ("script", "chat", "completion", "answer", "api", "tokens", "settings", "elements")
+SCRIPT_NAMES = ("script", "chat", "completion", "answer", "api", "tokens", "settings", "elements")
 FILES = {
     "/": ("index.html", "text/html"),
     "/page/style.css": ("style.css", "text/css"),
-    **{f"/page/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPTS},
+    **{f"/page/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPT_NAMES},
 }
 """Route to file and kind. These need no key, as whoever has one has to be asked for it."""
-POLICY = "; ".join(
+CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
@@ -35,8 +35,8 @@ POLICY = "; ".join(
         "trusted-types 'none'",
     )
 )
-HEADERS = {
-    "Content-Security-Policy": POLICY,
+PAGE_HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
@@ -48,7 +48,7 @@ HEADERS = {
 
 
 def respond(route: str) -> Response:
-    """One of FILES, with its headers."""
+    """Return one of FILES, with its headers."""
     name, kind = FILES[route]
     content = (files(__name__) / name).read_bytes()
-    return Response(content, media_type=f"{kind}; charset=utf-8", headers=HEADERS)
+    return Response(content, media_type=f"{kind}; charset=utf-8", headers=PAGE_HEADERS)

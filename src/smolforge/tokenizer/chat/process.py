@@ -15,16 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 
-SECONDS = 1.0
+RENDER_SECONDS = 1.0
 """For one render. The official template takes a thousandth of it."""
-CHARACTERS = 1 << 20
+MAX_CHARACTERS = 1 << 20
 MEMORY_BYTES = 128 << 20
 START_SECONDS = 30.0
 """For Python and Jinja to start: a tenth of a second, but more on a machine that is busy."""
 
-SENTENCES = {
+ERROR_MESSAGES = {
     "syntax": "the chat template is not valid Jinja ({})",
     "forbidden": "the chat template tried what no template may ({})",
     "undefined": "the chat template wants something that is not there ({})",
@@ -34,11 +34,11 @@ SENTENCES = {
     "gone": "the chat template ended the process it ran in",
     "failed": "the chat template does not work with these messages ({})",
 }
-WAY_OUT = "; use a model whose template you trust, or correct its chat_template.jinja"
+HINT = "; use a model whose template you trust, or correct its chat_template.jinja"
 
 
-class Late(Exception):
-    """No answer in time."""
+class RenderTimeoutError(Exception):
+    """A render took longer than it may."""
 
 
 class Worker:
@@ -48,19 +48,19 @@ class Worker:
         self.lock = threading.Lock()
         self.child: subprocess.Popen[bytes] | None = None
 
-    def render(self, source: str, variables: dict[str, Any], seconds: float = SECONDS) -> str:
-        """The template's text. Raises SettingError in the template's own words, InvalidFile for a bad template."""
-        request = {"source": source, "variables": variables, "seconds": seconds, "characters": CHARACTERS}
+    def render(self, source: str, variables: dict[str, Any], seconds: float = RENDER_SECONDS) -> str:
+        """The template's text. Raises ConfigError in the template's own words, InvalidFileError for a bad template."""
+        request = {"source": source, "variables": variables, "seconds": seconds, "characters": MAX_CHARACTERS}
         line = json.dumps(request).encode() + b"\n"
         with self.lock:
-            said = self._ask(line, seconds)
-        if "text" in said:
-            return said["text"]
-        kind, why = said["error"], said["says"]
+            reply = self._ask(line, seconds)
+        if "text" in reply:
+            return reply["text"]
+        kind, detail = reply["error"], reply["says"]
         if kind == "refused":
-            raise SettingError(f"the chat template says: {why}")
-        short = why if len(why) <= 200 else why[:200] + "..."
-        raise InvalidFile(SENTENCES[kind].format(short, characters=CHARACTERS, seconds=seconds) + WAY_OUT)
+            raise ConfigError(f"the chat template says: {detail}")
+        short = detail if len(detail) <= 200 else detail[:200] + "..."
+        raise InvalidFileError(ERROR_MESSAGES[kind].format(short, characters=MAX_CHARACTERS, seconds=seconds) + HINT)
 
     def close(self) -> None:
         """End the child, if there is one. The next render starts another."""
@@ -85,7 +85,7 @@ class Worker:
             child = self.child if self.child and self.child.poll() is None else self._start()
             try:
                 answer = _exchange(child, line, seconds)
-            except Late:
+            except RenderTimeoutError:
                 self.close()
                 return {"error": "late", "says": ""}
             except BaseException:  # Ctrl-C between question and answer: the next question must not read this answer
@@ -111,37 +111,37 @@ class Worker:
         )
         try:
             ready = _exchange(self.child, json.dumps({"memory_bytes": MEMORY_BYTES}).encode() + b"\n", START_SECONDS)
-        except Late:
+        except RenderTimeoutError:
             ready = b""
         if not ready:
             self.close()
-            raise MissingResource(
+            raise MissingResourceError(
                 "the process that chat templates run in does not start; it needs Jinja: pip install 'jinja2>=3.1.6'"
             )
         return self.child
 
 
 def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
-    """Write a line, read a line; nothing where the child ends instead. Raises Late."""
+    """Write a line, read a line; nothing where the child ends instead. Raises RenderTimeout."""
     assert child.stdin and child.stdout
     to_child, from_child = child.stdin.fileno(), child.stdout.fileno()
     os.set_blocking(to_child, False)
-    deadline, answer, rest = time.monotonic() + seconds, bytearray(), memoryview(line)
-    with selectors.DefaultSelector() as waiting:
-        waiting.register(from_child, selectors.EVENT_READ)
-        waiting.register(to_child, selectors.EVENT_WRITE)
+    deadline, answer, unsent = time.monotonic() + seconds, bytearray(), memoryview(line)
+    with selectors.DefaultSelector() as selector:
+        selector.register(from_child, selectors.EVENT_READ)
+        selector.register(to_child, selectors.EVENT_WRITE)
         while not answer.endswith(b"\n"):
             # What is there is read even when it is late: this process may have been the one that slept.
-            ready = {key.fd for key, _ in waiting.select(max(0.0, deadline - time.monotonic()))}
+            ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
             if not ready and time.monotonic() >= deadline:
-                raise Late
+                raise RenderTimeoutError
             if to_child in ready:
                 try:
-                    rest = rest[os.write(to_child, rest) :]
+                    unsent = unsent[os.write(to_child, unsent) :]
                 except BrokenPipeError:
                     return b""
-                if not rest:
-                    waiting.unregister(to_child)
+                if not unsent:
+                    selector.unregister(to_child)
             if from_child in ready:
                 piece = os.read(from_child, 1 << 20)
                 if not piece:

@@ -24,18 +24,18 @@ import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
 
-CACHED = 8
+MAX_CACHED_TEMPLATES = 8
 
 
-class Refused(Exception):
-    """The template itself said no, with raise_exception."""
+class TemplateRefusalError(Exception):
+    """The template refused the messages, with raise_exception."""
 
 
-class TooLong(Exception):
+class OutputTooLongError(Exception):
     """The template wrote more than it may."""
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; the text is the same without."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -81,7 +81,7 @@ def check_name(name: object) -> None:
 
 
 def refuse(message: object = "") -> NoReturn:
-    raise Refused(str(message))
+    raise TemplateRefusalError(str(message))
 
 
 def to_json(
@@ -92,15 +92,15 @@ def to_json(
 
 
 def compile_template(source: str) -> jinja2.Template:
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols])
     sandbox.filters["tojson"] = to_json
-    ours: dict[str, Any] = {
+    template_globals: dict[str, Any] = {
         "raise_exception": refuse,
         "strftime_now": lambda form: datetime.now().strftime(form),
         "dict": Dictionary(),
         "namespace": Namespace,
     }
-    sandbox.globals.update(ours)
+    sandbox.globals.update(template_globals)
     return sandbox.from_string(source)
 
 
@@ -110,19 +110,19 @@ def render(template: jinja2.Template, variables: dict[str, Any], characters: int
         pieces.append(piece)
         written += len(piece)
         if written > characters:
-            raise TooLong
+            raise OutputTooLongError
     return "".join(pieces)
 
 
-def answer(request: dict[str, Any], cache: dict[str, jinja2.Template]) -> dict[str, str]:
+def handle_request(request: dict[str, Any], cache: dict[str, jinja2.Template]) -> dict[str, str]:
     """{"text": ...}, or {"error": kind, "says": why}. The kinds are put into sentences by the parent."""
     try:
         if request["source"] not in cache:
-            if len(cache) >= CACHED:
+            if len(cache) >= MAX_CACHED_TEMPLATES:
                 cache.clear()
             cache[request["source"]] = compile_template(request["source"])
         return {"text": render(cache[request["source"]], request["variables"], request["characters"])}
-    except Refused as error:
+    except TemplateRefusalError as error:
         return {"error": "refused", "says": str(error)}
     except jinja2.TemplateSyntaxError as error:
         return {"error": "syntax", "says": f"line {error.lineno}: {error.message}"}
@@ -132,7 +132,7 @@ def answer(request: dict[str, Any], cache: dict[str, jinja2.Template]) -> dict[s
         return {"error": "forbidden", "says": str(error)}
     except jinja2.UndefinedError as error:
         return {"error": "undefined", "says": str(error.message)}
-    except TooLong:
+    except OutputTooLongError:
         return {"error": "long", "says": ""}
     except (MemoryError, RecursionError, OverflowError) as error:
         return {"error": "large", "says": type(error).__name__}
@@ -140,24 +140,24 @@ def answer(request: dict[str, Any], cache: dict[str, jinja2.Template]) -> dict[s
         return {"error": "failed", "says": f"{type(error).__name__}: {error}"}
 
 
-def limit(memory_bytes: int) -> None:
-    """No file, no process and little memory from here on; what is open stays open."""
+def limit_resources(memory_bytes: int) -> None:
+    """Forbid new files and processes, and limit memory, from here on; what is open stays open."""
     try:
         import resource
     except ImportError:  # not a POSIX system; smolforge's templates run on none of those
         return
     status = Path("/proc/self/statm")
     pages = int(status.read_text().split()[0]) if status.exists() else 0
-    wanted = {
+    limits = {
         resource.RLIMIT_AS: pages * resource.getpagesize() + memory_bytes,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_NOFILE: 0,
     }
-    for kind, most in wanted.items():
+    for kind, maximum in limits.items():
         try:
-            resource.setrlimit(kind, (most, most))
+            resource.setrlimit(kind, (maximum, maximum))
         except (ValueError, OSError):  # macOS refuses some
             continue
 
@@ -167,19 +167,19 @@ def main() -> None:
     cache: dict[str, jinja2.Template] = {}
     first = json.loads(sys.stdin.buffer.readline())
     # Once through everything that is imported or opened at first use.
-    answer({"source": "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}", "variables": {}, "characters": 99}, {})
-    limit(first["memory_bytes"])
+    handle_request({"source": "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}", "variables": {}, "characters": 99}, {})
+    limit_resources(first["memory_bytes"])
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # Should the parent be gone, nobody else ends a loop without end.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
-        said = answer(request, cache)
+        reply = handle_request(request, cache)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
-        if said.get("error") == "large":
+        if reply.get("error") == "large":
             os._exit(0)  # memory that ran out once is not trusted again
 
 

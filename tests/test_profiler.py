@@ -11,10 +11,10 @@ import torch
 from torch.autograd import DeviceType
 
 from smolforge.models.decoder import build
-from smolforge.runs.profiler import IDLE, REST, Profile, Spent, kind, spent, summary
+from smolforge.runs.profiler import IDLE, REST, OperatorTime, Profiler, format_summary, kind, time_by_operator
 from smolforge.testing import tiny_config
 from smolforge.training.loss import loss_sum
-from smolforge.training.step_timer import HostClock, Meter, Work
+from smolforge.training.step_timer import HostClock, StepCost, StepTimer
 
 CUTLASS = "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>"
 
@@ -59,7 +59,7 @@ CUTLASS = "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>"
         (("MmBackward0", "backward"), IDLE),
     ],
 )
-def test_operators_are_of_the_kind_they_are_spent_on(names, expected):
+def test_kind_classifies_operators_and_kernels(names, expected):
     assert kind(names) == expected
 
 
@@ -76,10 +76,10 @@ def event(name, seconds, parent=None, kernels=(), device=DeviceType.CPU, annotat
     )
 
 
-def test_on_a_processor_time_is_an_operators_own():
+def test_spent_on_cpu_is_the_time_of_each_operator():
     step = event("ProfilerStep*", 1.0)
     graph = event("## Call CompiledFxGraph fadamwsdpamm ##", 2.0, step, annotation=True)
-    found = spent([step, graph, event("aten::mm", 3.0, graph), event("late", 9.0, asynchronous=True)])
+    found = time_by_operator([step, graph, event("aten::mm", 3.0, graph), event("late", 9.0, asynchronous=True)])
     assert found == [
         (("ProfilerStep*",), 1.0),
         (("CompiledFxGraph", "ProfilerStep*"), 2.0),
@@ -87,7 +87,7 @@ def test_on_a_processor_time_is_an_operators_own():
     ]
 
 
-def test_on_an_accelerator_time_is_its_kernels_whoever_launched_them():
+def test_spent_on_gpu_is_the_time_of_each_kernel():
     """A range has a shadow on the device, which is no work; a kernel of a CUDA graph was launched by no operator."""
     chunked = event("aten::linear_cross_entropy", 5.0, kernels=[("vectorized_elementwise", 0.25)])
     ranged = event("optimizer", 4.0, kernels=[("optimizer", 3.0), ("gemm", 0.5)])
@@ -99,15 +99,15 @@ def test_on_an_accelerator_time_is_its_kernels_whoever_launched_them():
         event("optimizer", 3.0, device=DeviceType.CUDA, annotation=True),
     ]
     kinds = {}
-    for names, seconds in spent(events):
+    for names, seconds in time_by_operator(events):
         kinds[kind(names)] = kinds.get(kind(names), 0) + seconds
     expected = {"loss": 0.25, "optimizer": 0.5, REST: 0.75, "matrix products": 1.5}
     assert kinds == pytest.approx(expected)
 
 
-def test_a_summary_adds_up_to_the_wall_time():
+def test_summary_adds_up_to_the_wall_time():
     taken = [("aten::mm", 0.5), ("aten::mm", 0.3), ("aten::add", 0.2), ("data", 0.1), ("backward", 0.4)]
-    text = summary([Spent((name,), seconds) for name, seconds in taken], 2.0, 2)
+    text = format_summary([OperatorTime((name,), seconds) for name, seconds in taken], 2.0, 2)
     assert text.startswith("2 steps of 1000.00 ms")
     assert re.findall(r"([\d.]+)% +([\d.]+) ms  (.*)", text) == [
         ("45.0", "450.00", IDLE),
@@ -124,21 +124,21 @@ def steps(profile, count):
     """So many steps of a tiny model, their parts shown."""
     model, ids = build(tiny_config()), torch.randint(320, (2, 32))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    meter = Meter(Work(64, 1, 1, 1.0), count, HostClock(), torch.profiler.record_function)
+    meter = StepTimer(StepCost(64, 1, 1, 1.0), count, HostClock(), annotate=torch.profiler.record_function)
     for _ in range(count):
         with meter.step():
-            with meter.part("forward"):
-                loss, _ = loss_sum(model.hidden(ids), model.head, ids)
-            with meter.part("backward"):
+            with meter.phase("forward"):
+                loss, _ = loss_sum(model.hidden_states(ids), model.lm_head_weight, ids)
+            with meter.phase("backward"):
                 loss.backward()
-            with meter.part("optimizer"):
+            with meter.phase("optimizer"):
                 optimizer.step()
         profile.step(None, {})
 
 
 @pytest.mark.parametrize(("count", "timed"), [(3, 2), (6, 3)])
-def test_three_steps_after_one_are_profiled(tmp_path, count, timed):
-    with Profile(tmp_path, 3) as profile:
+def test_profile_covers_three_steps_after_the_first(tmp_path, count, timed):
+    with Profiler(tmp_path, 3) as profile:
         steps(profile, count)
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "trace.json.gz").read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
@@ -152,8 +152,8 @@ def test_three_steps_after_one_are_profiled(tmp_path, count, timed):
     assert longest.count(" x\n") == 10
 
 
-def test_a_run_that_ends_with_its_first_step_has_no_profile(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "smolforge"), Profile(tmp_path, 3) as profile:
+def test_profile_of_a_one_step_run_warns_and_writes_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "smolforge"), Profiler(tmp_path, 3) as profile:
         steps(profile, 1)
     assert "nothing was profiled" in caplog.text
     assert not (tmp_path / "profile").exists()

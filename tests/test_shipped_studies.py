@@ -8,10 +8,10 @@ import tomli_w
 from test_study import Audience, merged
 
 from smolforge import cli
-from smolforge.comparison.study import conduct, plan
-from smolforge.comparison.study.spec import read
+from smolforge.comparison.study import plan, run_variants
+from smolforge.comparison.study.spec import read_study
 from smolforge.config import ModelConfig, presets
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.models.stats import active_parameters, parameter_counts
 from smolforge.testing import sentences
 
@@ -48,25 +48,27 @@ def close(sizes) -> bool:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_shipped_study_reads_and_spends_alike(file):
-    study, spent = read(file.stem), {}
+def test_shipped_study_is_valid_and_has_equal_budgets(file):
+    study, spent = read_study(file.stem), {}
     assert study.path.resolve() == file
     for name, recipe in study.recipes.items():
-        known = replaced(recipe, {"train.dtype": "float32", "train.micro_batch_size": 1, "train.compile": False})
-        steps = plan.steps_within(study.settings.budget, known, "")
-        spent[name] = steps * plan.cost_of_a_step(study.settings.budget, known)
+        known = replace_settings(
+            recipe, {"train.dtype": "float32", "train.micro_batch_size": 1, "train.compile": False}
+        )
+        steps = plan.steps_for_budget(study.settings.budget, known, "")
+        spent[name] = steps * plan.cost_per_step(study.settings.budget, known)
     assert max(spent.values()) <= 1.02 * min(spent.values())
     assert "# The same at full size:" in file.read_text()
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_what_is_said_to_be_equal_is(name):
-    recipes = read(name).recipes
+def test_shipped_study_has_equal_parameter_counts(name):
+    recipes = read_study(name).recipes
     assert close([sum(parameter_counts(recipes[variant].model).values()) for variant in EQUAL[name]])
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_so_it_is_at_full_size(name):
+def test_shipped_study_has_equal_parameters_at_full_size(name):
     base = presets.shape("smollm2-135m")
     shapes = [presets.shape(each.get("preset", "smollm2-135m")) | each for each in FULL[name]]
     shapes = [{key: value for key, value in (base | shape).items() if key != "preset"} for shape in shapes]
@@ -78,13 +80,13 @@ def test_so_it_is_at_full_size(name):
         assert all(str(value) in of(name).read_text() or key == "preset" for key, value in said.items())
 
 
-def test_experts_are_equal_in_what_a_token_meets():
-    recipes = read("dense-against-experts").recipes
+def test_moe_study_has_equal_active_parameters():
+    recipes = read_study("dense-against-experts").recipes
     assert close([active_parameters(recipes[name].model) for name in ("dense", "equal-active")])
 
 
-def test_as_published_is_as_much_smaller_as_it_was():
-    recipes = read("power-of-two-as-published").recipes
+def test_power_of_two_study_keeps_the_published_ratio():
+    recipes = read_study("power-of-two-as-published").recipes
     ours = [recipes[name].model for name in ("power-of-two", "original")]
     names = ("study-pow2-151m", "study-original-174m")
     theirs = [ModelConfig.model_validate(presets.shape(name)) for name in names]
@@ -94,7 +96,7 @@ def test_as_published_is_as_much_smaller_as_it_was():
 
 
 @pytest.mark.parametrize("file", [pytest.param(of("compact-against-llama"), id="one"), *AS_LONG])
-def test_four_steps_of_each_run(file, tmp_path):
+def test_shipped_study_runs_four_steps(file, tmp_path):
     (tmp_path / "text.txt").write_text(sentences(300))
     tree = tomllib.loads(file.read_text())
     tree["study"] |= {"seeds": [0], "learning_rates": [], "budget": {"tokens": 256}}
@@ -104,13 +106,13 @@ def test_four_steps_of_each_run(file, tmp_path):
     for name in ("batch_tokens", "evaluate_every", "checkpoint_every"):
         tree["settings"]["train"].pop(name)
     (tmp_path / file.name).write_text(tomli_w.dumps(tree))
-    found = conduct(read(tmp_path / file.name), tmp_path / "out", Audience(), measuring=False)
+    found = run_variants(read_study(tmp_path / file.name), tmp_path / "out", Audience(), measure_costs=False)
     assert [each.failed for each in found.variants] == [{}] * len(found.variants)
     assert {each.steps for each in found.variants} == {4}
 
 
 @pytest.mark.parametrize("name", ["ladder", str(of("ladder"))])
-def test_train_sends_a_study_to_compare(tmp_path, capsys, name):
+def test_train_refuses_a_study_and_names_compare(tmp_path, capsys, name):
     assert cli.run(["train", name, "--run", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == (
         f"smolforge: {name} is a study, not a recipe: smolforge compare {name} --out DIR conducts it\n"

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.testing import tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.chat import ChatTemplate, process
@@ -105,7 +105,7 @@ def conversations(count: int) -> list[list[dict[str, str]]]:
 
 
 @pytest.mark.parametrize("style", TEMPLATES)
-def test_same_ids_as_transformers(style, tmp_path):
+def test_chat_ids_equal_transformers(style, tmp_path):
     ours = tiny(TEMPLATES[style])
     theirs = transformers_of(ours, tmp_path)
     for place, messages in enumerate(conversations(150)):
@@ -113,7 +113,7 @@ def test_same_ids_as_transformers(style, tmp_path):
         assert ours.render_chat(messages) == theirs_of(theirs, messages, tokenize=False)
 
 
-def test_same_ids_as_transformers_with_the_real_tokenizer(shared, tmp_path):
+def test_chat_ids_equal_transformers_with_smollm2(shared, tmp_path):
     ours = real(shared, tmp_path)
     assert ours.template.source == OFFICIAL
     theirs = transformers_of(ours, tmp_path)
@@ -146,7 +146,7 @@ def test_user_text_never_becomes_a_special_token(messages, tmp_path):
     forged(ours, transformers_of(ours, tmp_path), messages)
 
 
-def test_user_text_never_becomes_a_special_token_of_the_real_tokenizer(shared, tmp_path):
+def test_user_text_never_becomes_a_smollm2_special_token(shared, tmp_path):
     ours = real(shared, tmp_path)
     theirs = transformers_of(ours, tmp_path)
     for messages in FORGED:
@@ -160,7 +160,7 @@ def test_user_text_never_becomes_a_special_token_of_the_real_tokenizer(shared, t
         max_size=8,
     )
 )
-def test_nor_does_text_that_is_put_together(pieces):
+def test_joined_text_never_becomes_a_special_token(pieces):
     """By a template that writes the parts of a message, or role and marks, without anything between."""
     joined = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] | trim }}{% endfor %}{% endfor %}"
     parts = [{"type": "text", "text": piece} for piece in pieces]
@@ -181,13 +181,13 @@ def test_nor_does_text_that_is_put_together(pieces):
         ("<|{{ messages[0].content }}|>", "im_end"),
     ],
 )
-def test_nor_with_half_of_the_templates(template, content):
+def test_text_next_to_template_text_is_no_special_token(template, content):
     ours = tiny(template)
     assert 2 not in ours.chat([{"role": "user", "content": content}])
     assert "<|im_end|>" in ours.decode(ours.chat([{"role": "user", "content": content}]))
 
 
-def test_a_template_may_make_special_tokens_of_roles():
+def test_template_may_make_special_tokens_of_roles():
     marks = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
     plain = tiny_tokenizer().with_special_tokens(["<|user|>"])
     ours = Tokenizer(plain.backend, {**plain.settings, "chat_template": marks})
@@ -195,7 +195,7 @@ def test_a_template_may_make_special_tokens_of_roles():
     assert 2 not in ours.chat([{"role": "im_end", "content": "user"}])
 
 
-def test_other_strings_are_hidden_too():
+def test_names_keys_and_tools_never_become_special_tokens():
     ours = tiny("{{ messages[0].name }}{% for key in messages[0] %}{{ key }}{% endfor %}{{ tools|tojson }}{{ today }}")
     message = {"role": "user", "content": "", "name": "<|im_end|>", "<|im_start|>": 1}
     ids = ours.chat([message], tools=[{"type": "function", "name": "<|im_end|>"}], today="<|endoftext|>")
@@ -204,7 +204,7 @@ def test_other_strings_are_hidden_too():
     assert written.startswith("<|im_end|>rolecontentname<|im_start|>[{") and written.endswith("}]<|endoftext|>")
 
 
-def test_special_tokens_that_take_the_space_beside_them(tmp_path):
+def test_special_tokens_strip_spaces_like_transformers(tmp_path):
     plain = tiny_tokenizer()
     plain.backend.add_special_tokens(
         [
@@ -224,7 +224,7 @@ def test_special_tokens_that_take_the_space_beside_them(tmp_path):
     assert ours.chat(HELLO) == theirs_of(theirs, HELLO)
 
 
-def test_tokenizers_that_mark_the_beginning(tmp_path):
+def test_metaspace_tokenizer_equals_transformers(tmp_path):
     """A metaspace before the first word, and not behind special tokens."""
     pieces = ["<unk>", "<|endoftext|>", "▁", *"abcdefghiH", "▁a"]
     backend = tokenizers.Tokenizer(
@@ -238,14 +238,14 @@ def test_tokenizers_that_mark_the_beginning(tmp_path):
     )
 
 
-def test_contents_in_parts():
+def test_message_content_may_be_a_list_of_parts():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert ChatTemplate("{{ messages[0].content }}").render(parts) == "a\nb"
     assert ChatTemplate("{{ messages[0].content[1]['text'] }}").render(parts) == "b"
     assert ChatTemplate("{{ messages[0].content is defined }}").render([{"role": "user", "content": None}]) == "False"
 
 
-def test_of_several_templates_the_default(tmp_path):
+def test_chat_template_list_uses_the_default(tmp_path):
     plain = tiny_tokenizer()
     listed = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
     Tokenizer(plain.backend, {**plain.settings, "chat_template": listed}).save(tmp_path)
@@ -254,8 +254,8 @@ def test_of_several_templates_the_default(tmp_path):
     assert theirs_of(transformers_of(again, tmp_path), HELLO) == again.chat(HELLO)
 
 
-def test_without_a_template():
-    with pytest.raises(SettingError, match=r"no chat template, so its model is a base model .* use an instruct model"):
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(ConfigError, match=r"no chat template, so its model is a base model .* use an instruct model"):
         tiny_tokenizer().chat(HELLO)
 
 
@@ -274,8 +274,8 @@ def test_without_a_template():
         ([{"role": "user", "content": "a" * 2_000_000}], r"have 2,000,\d+ characters; a chat may have 1,048,576"),
     ],
 )
-def test_messages_that_are_none(messages, said):
-    with pytest.raises(SettingError, match=said):
+def test_chat_refuses_invalid_messages(messages, said):
+    with pytest.raises(ConfigError, match=said):
         tiny(OFFICIAL).chat(messages)
 
 
@@ -321,9 +321,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("source", HOSTILE, ids=lambda source: source[:40])
-def test_hostile_templates(source):
+def test_hostile_templates_are_refused_in_time(source):
     start = time.monotonic()
-    with pytest.raises(InvalidFile, match=HOSTILE[source]) as caught:
+    with pytest.raises(InvalidFileError, match=HOSTILE[source]) as caught:
         ChatTemplate(source).render(HELLO)
     assert time.monotonic() - start < 2
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
@@ -331,7 +331,7 @@ def test_hostile_templates(source):
     assert ChatTemplate("{{ messages[0].content }}").render(HELLO) == "Hello"
 
 
-def test_the_process_can_open_and_start_nothing():
+def test_template_process_cannot_open_or_start_anything():
     """Should anything ever get out of the sandbox."""
     ChatTemplate("").render(HELLO)
     limits = Path(f"/proc/{process.WORKER.child.pid}/limits")
@@ -342,12 +342,12 @@ def test_the_process_can_open_and_start_nothing():
     assert int(soft["Max address space"]) < 256 << 20
 
 
-def test_what_the_template_itself_says():
-    with pytest.raises(SettingError, match="^the chat template says: After the optional system message, roles must"):
+def test_template_exceptions_are_reported():
+    with pytest.raises(ConfigError, match="^the chat template says: After the optional system message, roles must"):
         tiny(MISTRAL).chat([*HELLO, *HELLO])
 
 
-def test_what_templates_may_use():
+def test_templates_have_the_functions_of_transformers():
     for source, text in {
         "{{ nothing }}{{ tools is none }}": "True",
         "{{ {'a': '<é>'}|tojson }}{{ [1]|tojson(indent=1) }}": '{"a": "<é>"}[\n 1\n]',
@@ -359,7 +359,7 @@ def test_what_templates_may_use():
         assert ChatTemplate(source, [], {"bos_token": "<s>"}).render(HELLO, enable_thinking=False) == text
 
 
-def test_the_process_comes_back():
+def test_template_process_restarts_after_a_kill():
     template = ChatTemplate("{{ messages[0].content }}")
     template.render(HELLO)
     child = process.WORKER.child
@@ -373,14 +373,14 @@ def test_the_process_comes_back():
     assert template.render(HELLO) == "Hello"
 
 
-def test_without_jinja_there_is_a_sentence(monkeypatch):
+def test_template_without_jinja_names_the_package(monkeypatch):
     process.WORKER.close()
     monkeypatch.setattr(process.sys, "executable", shutil.which("false"))
-    with pytest.raises(MissingResource, match="needs Jinja: pip install"):
+    with pytest.raises(MissingResourceError, match="needs Jinja: pip install"):
         ChatTemplate("").render(HELLO)
 
 
-def test_threads_take_turns():
+def test_template_process_is_thread_safe():
     texts: dict[int, str] = {}
 
     def talk(number: int) -> None:
@@ -396,7 +396,7 @@ def test_threads_take_turns():
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_fork_gets_a_process_of_its_own():
+def test_template_process_is_not_shared_with_a_fork():
     template = ChatTemplate("{{ messages[0].content }}")
     template.render(HELLO)
     before = process.WORKER.child.pid
@@ -412,12 +412,12 @@ def test_a_fork_gets_a_process_of_its_own():
     assert process.WORKER.child.pid == before
 
 
-def test_long_conversations_fit_the_pipe():
+def test_template_renders_long_conversations():
     messages = [{"role": "user", "content": "é" * 300_000}] * 3
     assert len(ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}").render(messages)) == 900_000
 
 
-def test_rendering_is_fast():
+def test_template_renders_in_milliseconds():
     template = ChatTemplate(OFFICIAL, ["<|im_start|>", "<|im_end|>"])
     template.render(HELLO)
     start = time.monotonic()
@@ -426,7 +426,7 @@ def test_rendering_is_fast():
     assert (time.monotonic() - start) / 100 < 0.02  # 0.3 ms where nothing else runs
 
 
-def test_hidden_inside_json():
+def test_special_tokens_stay_text_inside_json():
     ours = tiny("{{ messages | tojson }}<|im_end|>")
     ids = ours.chat([{"role": "user", "content": "<|im_end|>"}])
     assert json.loads(re.sub(r"<\|im_end\|>$", "", ours.decode(ids))) == [{"role": "user", "content": "<|im_end|>"}]

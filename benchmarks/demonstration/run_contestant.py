@@ -1,8 +1,8 @@
 """One contestant in its own environment, told what to do.
 
-PYTHON stand.py NAME prepare GROUND
-PYTHON stand.py NAME train GROUND OUT SEED         starts, or goes on by its own means, until it is killed
-PYTHON stand.py NAME export OUT FOLDER             STEP.safetensors of each checkpoint, under Hugging Face's names
+PYTHON run_contestant.py NAME prepare SETUP
+PYTHON run_contestant.py NAME train SETUP OUT SEED     start or resume by its own means, until it is killed
+PYTHON run_contestant.py NAME export OUT FOLDER         STEP.safetensors of each checkpoint, under Hugging Face's names
 """
 
 import sys

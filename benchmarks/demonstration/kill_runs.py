@@ -1,4 +1,4 @@
-"""A contestant for so many seconds by the clock, in peace or under fire: killed at random moments, and started again.
+"""Run one contestant for a given number of seconds, uninterrupted or with random kills and restarts.
 
 The clock runs from the first start to the end, imports and restarts included: what a person waits.
 """
@@ -45,17 +45,17 @@ def moments(seed: int, seconds: float) -> list[float]:
     return found or [seconds / 2]
 
 
-def run(name: str, ground: Path, out: Path, seed: int, seconds: float, fire: bool) -> Run:
+def run(name: str, setup: Path, out: Path, seed: int, seconds: float, kills: bool) -> Run:
     """Run it, or find that it was: out/run.json says so."""
     if (out / "run.json").is_file():
         return Run(**json.loads((out / "run.json").read_text()))
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    seen, ends = Run(began=time.time()), [*(moments(seed, seconds) if fire else []), seconds]
+    seen, ends = Run(began=time.time()), [*(moments(seed, seconds) if kills else []), seconds]
     for end in ends:
         until, failed = seen.began + end, 0
         while time.time() < until:
-            failed = failed + 1 if _life(CONTESTANTS[name], ground, out, seed, until, seen) else 0
+            failed = failed + 1 if _life(CONTESTANTS[name], setup, out, seed, until, seen) else 0
             if failed == 2:
                 _help(CONTESTANTS[name], out, seen)
                 failed = 0
@@ -65,12 +65,12 @@ def run(name: str, ground: Path, out: Path, seed: int, seconds: float, fire: boo
     return seen
 
 
-def _life(contestant: Contestant, ground: Path, out: Path, seed: int, until: float, seen: Run) -> bool:
+def _life(contestant: Contestant, setup: Path, out: Path, seed: int, until: float, seen: Run) -> bool:
     """One process from its start to its kill, or to its own end; whether that came soon."""
     begun = time.time()
     seen.starts.append(begun - seen.began)
     with (out / "output.log").open("ab") as log:
-        command = contestant.command("train", str(ground), str(out), str(seed))
+        command = contestant.command("train", str(setup), str(out), str(seed))
         child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=Path(__file__).parent)
     seen.peak_bytes = max(seen.peak_bytes, _waited(child, until))
     if time.time() >= until:

@@ -28,15 +28,15 @@ from transformers import TextIteratorStreamer
 import smolforge
 from smolforge import cli
 from smolforge.checkpoint import huggingface, loading
-from smolforge.config.base import replaced
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.config.base import replace_settings
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.evaluation.multiple_choice import standard_error
 from smolforge.exporters import hub as pushing
 from smolforge.exporters import model_card
 from smolforge.exporters.gguf import to_gguf
-from smolforge.exporters.model_card import duration, table
-from smolforge.exporters.provenance import Origin, Run, origin, scores
-from smolforge.exporters.space import GRADIO, app, to_space
+from smolforge.exporters.model_card import format_duration, markdown_table
+from smolforge.exporters.provenance import Origin, RunProvenance, read_origin, read_scores
+from smolforge.exporters.space import GRADIO, app_code, to_space
 from smolforge.testing import sentences, tiny_model
 from smolforge.testing.hub import READ_TOKEN, TOKEN
 
@@ -87,7 +87,7 @@ def sent(hub):
 # The card
 
 
-def test_the_card_says_what_the_run_says(run, folder):
+def test_model_card_reports_the_run(run, folder):
     found = ModelCard.load(folder / "README.md")
     text = str(found)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -112,7 +112,7 @@ def test_the_card_says_what_the_run_says(run, folder):
     assert json.loads((run / "environment.json").read_text())[0]["packages"]["torch"] in text
 
 
-def test_nothing_of_where_it_lay_is_told(run, folder):
+def test_model_card_has_no_local_paths(run, folder):
     text = (folder / "README.md").read_text()
     assert str(run.parent) not in text
     recipe = tomllib.loads(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
@@ -134,26 +134,29 @@ def test_nothing_of_where_it_lay_is_told(run, folder):
         (f"org/model@{'a' * 40}", f"org/model@{'a' * 40}"),
     ],
 )
-def test_of_a_place_only_the_name_is_told(run, tmp_path, monkeypatch, named, told):
+def test_model_card_shortens_paths_to_names(run, tmp_path, monkeypatch, named, told):
     (tmp_path / "clients" / "notes").mkdir(parents=True)  # which looks like an id of the Hub
     monkeypatch.chdir(tmp_path)
-    assert origin(run).run.short(named) == told
+    assert read_origin(run).run.portable_name(named) == told
 
 
-def test_what_the_run_knows_to_be_a_file_is_one_wherever_it_is_told(run):
-    known = origin(run).run
+def test_model_card_shortens_paths_known_to_be_files(run):
+    known = read_origin(run).run
     files = {"clients/notes": [3, 20, 300], "clients/notes.txt": ["a" * 40]}
-    told = Run(**{**known.__dict__, "corpora": {"": {"request": {"files": files}}}})
-    assert (told.short("clients/notes"), told.short("clients/notes.txt")) == ("notes", "clients/notes.txt")
+    told = RunProvenance(**{**known.__dict__, "corpora": {"": {"request": {"files": files}}}})
+    assert (told.portable_name("clients/notes"), told.portable_name("clients/notes.txt")) == (
+        "notes",
+        "clients/notes.txt",
+    )
 
 
-def test_what_is_no_place_stays_in_the_recipe(run, tmp_path):
+def test_model_card_recipe_keeps_text_that_is_no_path(run, tmp_path):
     place = shutil.copytree(run, tmp_path / "run")
     recipe = tomllib.loads((place / "recipe.toml").read_text())
     recipe["train"]["sample_prompts"] = ["/ and ../either/or", "~"]
     recipe["data"]["cache"] = "/home/me/corpora"
     (place / "recipe.toml").write_text(tomli_w.dumps(recipe))
-    text = model_card.training(origin(place).run, False)
+    text = model_card.training_section(read_origin(place).run, False)
     told = tomllib.loads(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
     assert told["train"]["sample_prompts"] == ["/ and ../either/or", "~"]
     assert told["data"]["cache"] == "corpora"
@@ -165,43 +168,43 @@ def corpus(run, tmp_path):
     return shutil.copytree(run / "corpus", tmp_path / "prepared")
 
 
-def test_a_corpus_that_was_prepared_before_is_told_as_well(run, corpus, tmp_path, monkeypatch):
+def test_model_card_reports_a_prepared_corpus(run, corpus, tmp_path, monkeypatch):
     (tmp_path / "recipe.json").write_text(json.dumps({**NANO, "data": {"sources": ["prepared"]}}))
     monkeypatch.chdir(tmp_path)
     smolforge.train(tmp_path / "recipe.json", tmp_path / "run")
     tokens = json.loads((corpus / "corpus.json").read_text())["train_tokens_of_sources"]
-    text = model_card.data(origin(tmp_path / "run").run)
+    text = model_card.data_section(read_origin(tmp_path / "run").run)
     assert [f"| `{Path(source).name}` | {count:,} |" in text for source, count in tokens.items()] == [True, True]
     shutil.rmtree(corpus)
-    assert "| `prepared` | not counted alone |" in model_card.data(origin(tmp_path / "run").run)
+    assert "| `prepared` | not counted alone |" in model_card.data_section(read_origin(tmp_path / "run").run)
 
 
-def test_of_a_mixture_the_corpora_are_found(run, corpus, tmp_path):
+def test_origin_finds_the_corpora_of_a_mixture(run, corpus, tmp_path):
     mixture = {"one": {"source": str(corpus)}, "other": {"source": str(run / "corpus")}}
     (tmp_path / "recipe.json").write_text(json.dumps({**NANO, "data": {"mixture": mixture}}))
     smolforge.train(tmp_path / "recipe.json", tmp_path / "run")
-    assert origin(tmp_path / "run").run.corpora.keys() == {"one", "other"}
+    assert read_origin(tmp_path / "run").run.corpora.keys() == {"one", "other"}
     shutil.rmtree(corpus)
-    assert origin(tmp_path / "run").run.corpora == {}
+    assert read_origin(tmp_path / "run").run.corpora == {}
 
 
-def test_the_base_of_an_adapter_is_told_without_its_place(tmp_path):
+def test_model_card_of_an_adapter_hides_the_base_path(tmp_path):
     model = tiny_model()
     huggingface.save(model, tmp_path / "clients" / "base", model.tokenizer)
     base = {"base_model_name_or_path": str(tmp_path / "clients" / "base"), "peft_type": "LORA"}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(base))
-    known = origin(tmp_path / "adapter")
+    known = read_origin(tmp_path / "adapter")
     assert known.base == "base"
-    assert str(tmp_path) not in model_card.card(known, [], "me/it", "apache-2.0", False)
+    assert str(tmp_path) not in model_card.render_card(known, [], "me/it", license_id="apache-2.0", figure=False)
 
 
 @pytest.mark.parametrize("form", ["plain", "it.gguf", "adapter"])
-def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
+def test_model_card_tags_chat_models_in_every_format(tmp_path, form):
     """Of a .gguf the template is in the file, of an adapter it may be in the base alone."""
     model = tiny_model()
     huggingface.save(model, tmp_path / "plain", model.tokenizer)
-    chatml = Path(smolforge.__file__).parent / "chat" / "chatml.jinja"
+    chatml = Path(smolforge.__file__).parent / "tokenizer" / "chat" / "chatml.jinja"
     shutil.copyfile(chatml, tmp_path / "plain" / "chat_template.jinja")
     if form == "it.gguf":
         to_gguf(tmp_path / "plain", tmp_path / form, "f32")
@@ -209,12 +212,12 @@ def test_a_chat_model_is_one_in_whatever_form_it_comes(tmp_path, form):
         base = {"base_model_name_or_path": str(tmp_path / "plain"), "peft_type": "LORA"}
         (tmp_path / form).mkdir()
         (tmp_path / form / "adapter_config.json").write_text(json.dumps(base))
-    text = model_card.card(origin(tmp_path / form), [], "me/it", "apache-2.0", False)
+    text = model_card.render_card(read_origin(tmp_path / form), [], "me/it", license_id="apache-2.0", figure=False)
     assert ModelCard(text).data.tags == ["smolforge", "conversational"]
     assert "apply_chat_template" in text
 
 
-def test_its_figure_is_there_and_is_drawn(folder):
+def test_model_card_has_a_loss_figure(folder):
     text = (folder / "README.md").read_text()
     (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     picture = imread(folder / name)
@@ -222,23 +225,23 @@ def test_its_figure_is_there_and_is_drawn(folder):
     assert picture[..., :3].std() > 0.01
 
 
-def test_the_same_model_makes_the_same_card(run, folder, tmp_path):
+def test_model_card_is_deterministic(run, folder, tmp_path):
     assert cli.run(["export", str(run), "--to", "transformers", "--out", str(tmp_path / "small")]) == 0
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
 
 
-def test_of_a_checkpoint_only_what_was_before_it(run):
-    known = origin(run / "checkpoints" / "step-00000004")
+def test_origin_of_a_checkpoint_ends_at_its_step(run):
+    known = read_origin(run / "checkpoints" / "step-00000004")
     assert known.run.step == known.run.metrics[-1]["step"] == 4
-    assert {each.how for each in scores(known)} == {"step 4"}
-    assert origin(run).run.seconds > known.run.seconds > 0
+    assert {each.source for each in read_scores(known)} == {"step 4"}
+    assert read_origin(run).run.seconds > known.run.seconds > 0
 
 
-def test_a_folder_without_a_run_says_what_is_known(tmp_path):
+def test_model_card_without_a_run_reports_what_is_known(tmp_path):
     model = tiny_model()
     huggingface.save(model, tmp_path / "model", model.tokenizer)
-    model_card.write(tmp_path, tmp_path / "model", "me/it", lambda *_: pytest.fail("there is no curve"))
+    model_card.write_model_card(tmp_path, tmp_path / "model", "me/it", draw=lambda *_: pytest.fail("there is no curve"))
     text = (tmp_path / "README.md").read_text()
     assert "How it was trained is not known" in text
     assert "Not evaluated." in text
@@ -251,72 +254,80 @@ BASE = "HuggingFaceTB/SmolLM2-135M"
 
 
 @pytest.mark.parametrize(("base", "repo"), [(f"{BASE}@{'a' * 40}", BASE), ("runs/mine", None), ("small", None)])
-def test_a_base_is_named_where_it_is_one_of_the_hub(run, base, repo):
-    known = origin(run)
+def test_model_card_names_a_base_model_from_the_hub(run, base, repo):
+    known = read_origin(run)
     known = Origin(known.folder, known.config, known.run, base)
-    text = model_card.card(known, [], "me/it", "apache-2.0", False)
+    text = model_card.render_card(known, [], "me/it", license_id="apache-2.0", figure=False)
     assert ModelCard(text).data.base_model == repo
     assert ("2502.02737" in text) == (repo is not None)
     assert "from random weights" not in text
 
 
-def test_data_sets_of_the_hub_are_named_and_files_that_look_alike_are_not(run):
-    known = origin(run)
+def test_model_card_lists_hub_datasets_but_not_local_files(run):
+    known = read_origin(run)
     files = {"org/texts:en": ["a" * 40], "org/notes": [1, 20, 300], "my.txt": [1, 20, 300]}
-    told = Run(**{**known.run.__dict__, "corpora": {"web": {"request": {"files": files}}, "own": {}}})
-    text = model_card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
+    told = RunProvenance(**{**known.run.__dict__, "corpora": {"web": {"request": {"files": files}}, "own": {}}})
+    text = model_card.render_card(
+        Origin(known.folder, known.config, told, None), [], "me/it", license_id="apache-2.0", figure=False
+    )
     assert ModelCard(text).data.datasets == ["org/texts"]
 
 
-def test_a_mixture_is_told_source_by_source(run):
-    known = origin(run)
+def test_model_card_lists_tokens_per_mixture_source(run):
+    known = read_origin(run)
     mixture = {"web": {"source": "org/web:en", "weight": 3}, "own": {"source": "my.txt"}}
-    recipe = replaced(known.run.recipe, {"data.mixture": mixture, "data.sources": ()})
+    recipe = replace_settings(known.run.recipe, {"data.mixture": mixture, "data.sources": ()})
     last = known.run.metrics[-1] | {"tokens_from_web": 300, "tokens_from_own": 100, "tokens": 400}
-    told = Run(**{**known.run.__dict__, "recipe": recipe, "metrics": [*known.run.metrics, last], "corpora": {}})
-    text = model_card.card(Origin(known.folder, known.config, told, None), [], "me/it", "apache-2.0", False)
+    told = RunProvenance(
+        **{**known.run.__dict__, "recipe": recipe, "metrics": [*known.run.metrics, last], "corpora": {}}
+    )
+    text = model_card.render_card(
+        Origin(known.folder, known.config, told, None), [], "me/it", license_id="apache-2.0", figure=False
+    )
     assert "| web | `org/web:en` | 300 | 75.0% |" in text
     assert "| own | `my.txt` | 100 | 25.0% |" in text
 
 
-def test_scores_measured_since_are_told_with_their_errors(run, tmp_path, capsys, monkeypatch):
+def test_scores_from_evaluate_are_added_with_errors(run, tmp_path, capsys, monkeypatch):
     told = tmp_path / "scores.json"
     assert cli.run(["evaluate", str(run), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
     told.write_text(capsys.readouterr().out)
     measured = json.loads(told.read_text())["tasks"]["items"]
-    (found,) = [each for each in scores(origin(run), told) if each.metric == "acc" and each.how != "step 8"]
+    (found,) = [
+        each for each in read_scores(read_origin(run), told) if each.metric == "acc" and each.source != "step 8"
+    ]
     assert (found.value, found.stderr, found.n) == (measured["acc"], measured["acc_stderr"], 5)
-    assert found.how == "smolforge evaluate, 0-shot"
+    assert found.source == "smolforge evaluate, 0-shot"
     monkeypatch.chdir(run.parent)
-    assert scores(origin(run.name), told) == scores(origin(run), told)  # however it is spelled
-    with pytest.raises(SettingError, match="with other weights than those in"):
-        scores(origin(run / "checkpoints" / "step-00000004"), told)
+    assert read_scores(read_origin(run.name), told) == read_scores(read_origin(run), told)  # however it is spelled
+    with pytest.raises(ConfigError, match="with other weights than those in"):
+        read_scores(read_origin(run / "checkpoints" / "step-00000004"), told)
     told.write_text("[]")
-    with pytest.raises(InvalidFile, match="is not what smolforge evaluate MODEL --json prints"):
-        scores(origin(run), told)
+    with pytest.raises(InvalidFileError, match="is not what smolforge evaluate MODEL --json prints"):
+        read_scores(read_origin(run), told)
 
 
-def test_scores_of_a_run_that_has_gone_on_are_not_its_newest_checkpoints(run, tmp_path, capsys):
+def test_scores_of_older_weights_are_refused(run, tmp_path, capsys):
     place = shutil.copytree(run, tmp_path / "run")
     newest = place / "checkpoints" / "step-00000008"
     newest.rename(tmp_path / "later")
     assert cli.run(["evaluate", str(place), "--tasks", str(run.parent / "items.jsonl"), "--json"]) == 0
     (tmp_path / "scores.json").write_text(capsys.readouterr().out)
     (tmp_path / "later").rename(newest)
-    with pytest.raises(SettingError, match="with other weights than those in .*step-00000008"):
-        scores(origin(place), tmp_path / "scores.json")
-    assert scores(origin(place / "checkpoints" / "step-00000004"), tmp_path / "scores.json")
+    with pytest.raises(ConfigError, match="with other weights than those in .*step-00000008"):
+        read_scores(read_origin(place), tmp_path / "scores.json")
+    assert read_scores(read_origin(place / "checkpoints" / "step-00000004"), tmp_path / "scores.json")
 
 
-def test_hostile_names_stay_within_their_cells():
-    assert table(("a", "b"), [("x|y\nz", 1)]).splitlines()[-1] == "| x\\|y z | 1 |"
-    assert [duration(each) for each in (5.2, 65.0, 7260.0)] == ["5 s", "1 min 5 s", "2 h 1 min"]
+def test_model_card_escapes_table_cells():
+    assert markdown_table(("a", "b"), [("x|y\nz", 1)]).splitlines()[-1] == "| x\\|y z | 1 |"
+    assert [format_duration(each) for each in (5.2, 65.0, 7260.0)] == ["5 s", "1 min 5 s", "2 h 1 min"]
 
 
 # The repository
 
 
-def test_it_arrives_private_whole_and_loads_again(hub, run, folder, capsys):
+def test_upload_is_private_complete_and_loads_again(hub, run, folder, capsys):
     assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 0
     assert re.search(rf"{REPO} has it, private, at [0-9a-f]{{12}}", capsys.readouterr().out)
     assert hub.repositories["model", REPO].private
@@ -331,7 +342,7 @@ def test_it_arrives_private_whole_and_loads_again(hub, run, folder, capsys):
     assert not [each for each in hub.requests[requests:] if each.method in ("PUT", "POST")]
 
 
-def test_a_dry_run_shows_all_and_sends_nothing(hub, run, capsys):
+def test_upload_dry_run_sends_nothing(hub, run, capsys):
     assert cli.run(["export", str(run), "--to", "hub", "--out", REPO, "--dry-run"]) == 0
     said = capsys.readouterr().out
     for part in ("someone/small/model.safetensors", "library_name: transformers", "nothing was sent", "private"):
@@ -339,14 +350,14 @@ def test_a_dry_run_shows_all_and_sends_nothing(hub, run, capsys):
     assert hub.requests == []
 
 
-def test_interrupted_it_sends_only_what_is_missing(hub, folder, tmp_path):
+def test_upload_resumes_with_only_the_missing_files(hub, folder, tmp_path):
     sharded = tmp_path / "sharded"
     shutil.copytree(folder, sharded)
     (sharded / "more.safetensors").write_bytes(b"another large file")
     size = (folder / "model.safetensors").stat().st_size
-    large = pushing._hashes(folder / "model.safetensors")[1]
+    large = pushing._file_hashes(folder / "model.safetensors")[1]
     hub.fail(times=99, cut_after=size // 2, method="PUT", path_contains=large)
-    with pytest.raises(MissingResource, match="was not uploaded: .* the same command goes on") as caught:
+    with pytest.raises(MissingResourceError, match="was not uploaded: .* the same command goes on") as caught:
         pushing.upload(sharded, REPO)
     assert "\n" not in str(caught.value)
     assert list(content(hub)) == [".gitattributes"]
@@ -360,9 +371,9 @@ def test_interrupted_it_sends_only_what_is_missing(hub, folder, tmp_path):
     assert content(hub)["more.safetensors"] == b"another large file"
 
 
-def test_a_commit_that_fails_leaves_large_files_behind_that_are_not_sent_again(hub, folder):
+def test_upload_after_a_failed_commit_resends_no_large_file(hub, folder):
     hub.fail(times=99, status=500, path_contains="/commit/")
-    with pytest.raises(MissingResource, match="status 500"):
+    with pytest.raises(MissingResourceError, match="status 500"):
         pushing.upload(folder, REPO)
     hub.faults.clear()
     hub.requests.clear()
@@ -372,7 +383,7 @@ def test_a_commit_that_fails_leaves_large_files_behind_that_are_not_sent_again(h
 
 
 @pytest.mark.parametrize("fault", [{"status": 500}, {"status": 503}, {"cut_after": 100}])
-def test_what_passes_is_waited_for(hub, folder, fault):
+def test_upload_retries_transient_errors(hub, folder, fault):
     hub.fail(times=2, path_contains="/lfs/", method="PUT", **fault)
     pushing.upload(folder, REPO)
     assert len(sent(hub)) == 3
@@ -380,17 +391,17 @@ def test_what_passes_is_waited_for(hub, folder, fault):
 
 
 REFUSED = [
-    (None, "someone/small", MissingResource, "there is no token to write"),
-    ("hf_wrong", "someone/small", MissingResource, "the Hub refuses the token"),
-    (READ_TOKEN, "someone/small", MissingResource, "may not write .* needs the right to write"),
-    (TOKEN, "small", SettingError, "is no name of a repository; --out takes org/name, as in you/small"),
-    (TOKEN, "a/b--c", SettingError, "is no name of a repository; --out takes org/name, as in you/mine"),
-    (TOKEN, "someone/small@main", SettingError, "is no name of a repository"),
+    (None, "someone/small", MissingResourceError, "there is no token to write"),
+    ("hf_wrong", "someone/small", MissingResourceError, "the Hub refuses the token"),
+    (READ_TOKEN, "someone/small", MissingResourceError, "may not write .* needs the right to write"),
+    (TOKEN, "small", ConfigError, "is no name of a repository; --out takes org/name, as in you/small"),
+    (TOKEN, "a/b--c", ConfigError, "is no name of a repository; --out takes org/name, as in you/mine"),
+    (TOKEN, "someone/small@main", ConfigError, "is no name of a repository"),
 ]
 
 
 @pytest.mark.parametrize(("token", "name", "kind", "match"), REFUSED)
-def test_refusals(hub, folder, monkeypatch, token, name, kind, match):
+def test_upload_refuses_invalid_tokens_and_names(hub, folder, monkeypatch, token, name, kind, match):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(kind, match=match) as caught:
@@ -400,19 +411,19 @@ def test_refusals(hub, folder, monkeypatch, token, name, kind, match):
     assert hub.repositories == {}
 
 
-def test_without_a_token_nothing_is_made(hub, run, monkeypatch, capsys):
+def test_export_to_hub_checks_the_token_before_exporting(hub, run, monkeypatch, capsys):
     """The check of a large model takes minutes."""
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr("smolforge.exporters.transformers.to_transformers", lambda *_: pytest.fail("it was made"))
+    monkeypatch.setattr("smolforge.exporters.transformers.to_transformers", lambda *_, **__: pytest.fail("it was made"))
     assert cli.run(["export", str(run), "--to", "hub", "--out", REPO]) == 4
     assert "there is no token to write someone/small with" in capsys.readouterr().err
 
 
-def test_a_network_that_is_gone_is_one_sentence(hub, folder, monkeypatch):
+def test_upload_reports_an_unreachable_hub(hub, folder, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(HfApi, "__init__", gone(HfApi.__init__))
-    with pytest.raises(MissingResource, match="was not uploaded: .*cannot be reached") as caught:
+    with pytest.raises(MissingResourceError, match="was not uploaded: .*cannot be reached") as caught:
         pushing.upload(folder, REPO)
     assert "\n" not in str(caught.value)
 
@@ -421,43 +432,45 @@ def gone(real):
     return lambda api, *args, **given: real(api, *args, **{**given, "endpoint": "http://127.0.0.1:9"})
 
 
-def test_a_card_the_hub_does_not_take(hub, folder, tmp_path):
+def test_upload_reports_a_card_the_hub_refuses(hub, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "bad")
     (tmp_path / "bad" / "README.md").write_text("---\n[broken\n---\n")
-    with pytest.raises(InvalidFile, match="the Hub does not take the card"):
+    with pytest.raises(InvalidFileError, match="the Hub does not take the card"):
         pushing.upload(tmp_path / "bad", REPO)
     assert "config.json" not in content(hub)
 
 
-def test_other_contents_are_not_overwritten_unless_that_is_meant(hub, folder):
+def test_upload_overwrites_other_files_only_with_replace(hub, folder):
     hub.add(REPO, {"config.json": b"{}", "notes.md": b"theirs"}, private=True)
-    with pytest.raises(SettingError, match=r"other contents \(notes.md, config.json\); .* --replace"):
+    with pytest.raises(ConfigError, match=r"other contents \(notes.md, config.json\); .* --replace"):
         pushing.upload(folder, REPO)
     assert content(hub)["notes.md"] == b"theirs"
     pushing.upload(folder, REPO, replace=True)
     assert content(hub).keys() == {path.name for path in folder.iterdir()}
 
 
-def test_what_is_public_is_written_only_where_that_is_meant(hub, folder):
+def test_upload_to_a_public_repository_needs_public(hub, folder):
     hub.add(REPO, {".gitattributes": b""})
-    with pytest.raises(SettingError, match="public; --public says that this is meant"):
+    with pytest.raises(ConfigError, match="public; --public says that this is meant"):
         pushing.upload(folder, REPO)
     assert not pushing.upload(folder, REPO, public=True).private
     assert "model.safetensors" in content(hub)
 
 
-def test_what_is_private_does_not_become_public(hub, folder):
+def test_upload_never_makes_a_private_repository_public(hub, folder):
     hub.add(REPO, {".gitattributes": b""}, private=True)
-    with pytest.raises(SettingError, match="private; leave --public out, or open it in its settings"):
+    with pytest.raises(ConfigError, match="private; leave --public out, or open it in its settings"):
         pushing.upload(folder, REPO, public=True)
     assert content(hub).keys() == {".gitattributes"}
 
 
-def test_what_another_person_put_there_meanwhile_is_not_lost(hub, folder, monkeypatch):
+def test_upload_does_not_overwrite_a_concurrent_commit(hub, folder, monkeypatch):
     hub.add(REPO, {".gitattributes": b""}, private=True)
-    real = pushing._files
-    monkeypatch.setattr(pushing, "_files", lambda folder: hub.add(REPO, {"new.md": b"theirs"}) and real(folder))
-    with pytest.raises(MissingResource, match="was changed while this was sent; the same command looks at it again"):
+    real = pushing._list_files
+    monkeypatch.setattr(pushing, "_list_files", lambda folder: hub.add(REPO, {"new.md": b"theirs"}) and real(folder))
+    with pytest.raises(
+        MissingResourceError, match="was changed while this was sent; the same command looks at it again"
+    ):
         pushing.upload(folder, REPO)
     assert content(hub).keys() == {"new.md"}
 
@@ -470,13 +483,14 @@ def space_of(tmp_path, chats):
     huggingface.save(model, tmp_path / "model", model.tokenizer)
     if chats:
         shutil.copyfile(
-            Path(smolforge.__file__).parent / "chat" / "chatml.jinja", tmp_path / "model" / "chat_template.jinja"
+            Path(smolforge.__file__).parent / "tokenizer" / "chat" / "chatml.jinja",
+            tmp_path / "model" / "chat_template.jinja",
         )
     return to_space(tmp_path / "model", tmp_path / "space")
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_a_space_is_a_short_app_with_pins_beside_its_model(tmp_path, chats):
+def test_space_is_a_short_app_with_pinned_packages(tmp_path, chats):
     files = space_of(tmp_path, chats)
     assert {"app.py", "requirements.txt", "README.md", "model/config.json", "model/model.safetensors"} <= files.keys()
     code = (tmp_path / "space" / "app.py").read_text()
@@ -493,7 +507,7 @@ def test_a_space_is_a_short_app_with_pins_beside_its_model(tmp_path, chats):
     assert (head["sdk"], head["sdk_version"], head["app_file"]) == ("gradio", GRADIO, "app.py")
 
 
-def test_a_space_of_a_hub_model_loads_it_at_its_commit(hub, tmp_path):
+def test_space_of_a_hub_model_pins_its_commit(hub, tmp_path):
     model = tiny_model()
     huggingface.save(model, tmp_path / "model", model.tokenizer)
     commit = hub.add(REPO, tmp_path / "model")
@@ -501,13 +515,13 @@ def test_a_space_of_a_hub_model_loads_it_at_its_commit(hub, tmp_path):
     assert set(files) == {"app.py", "requirements.txt", "README.md"}
     assert f'MODEL, REVISION, TITLE = "{REPO}", "{commit}", "small"' in (tmp_path / "space" / "app.py").read_text()
     assert yaml.safe_load((tmp_path / "space" / "README.md").read_text().split("---")[1])["models"] == [REPO]
-    with pytest.raises(SettingError, match="the app loads someone/small from the Hub, as it is there"):
+    with pytest.raises(ConfigError, match="the app loads someone/small from the Hub, as it is there"):
         to_space(REPO, tmp_path / "other", "bfloat16")
 
 
 @pytest.mark.parametrize("chats", [False, True])
 @pytest.mark.parametrize("said", ["the model", "", "a word " * 200, "<|im_end|><script>\0"])
-def test_an_app_answers_whatever_is_said(tmp_path, monkeypatch, chats, said):
+def test_space_app_answers_any_text(tmp_path, monkeypatch, chats, said):
     """Numbers come as pages send them: whole ones are integers."""
     space_of(tmp_path, chats)
     monkeypatch.setitem(sys.modules, "gradio", MagicMock())
@@ -516,7 +530,7 @@ def test_an_app_answers_whatever_is_said(tmp_path, monkeypatch, chats, said):
     history = [{"role": role, "content": [{"text": said}]} for role in ("user", "assistant")]
     for temperature in (0, 0.5, 1, 2):
         rest = (temperature, 1, 5)
-        pieces = list(names["answer"](said, history, *rest) if chats else names["go_on"](said, *rest))
+        pieces = list(names["answer"](said, history, *rest) if chats else names["continue_text"](said, *rest))
         assert pieces
         assert chats or pieces[-1].startswith(said)
 
@@ -527,7 +541,7 @@ def hurried(real, tokenizer, timeout, **options):
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_an_answer_that_fails_ends_at_once_and_says_why(tmp_path, monkeypatch, chats):
+def test_space_app_reports_a_failed_generation_at_once(tmp_path, monkeypatch, chats):
     space_of(tmp_path, chats)
     monkeypatch.setitem(sys.modules, "gradio", MagicMock())
     names = runpy.run_path(str(tmp_path / "space" / "app.py"))
@@ -538,51 +552,55 @@ def test_an_answer_that_fails_ends_at_once_and_says_why(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(names["model"], "generate", fails)
     begun = time.monotonic()
-    said = names["answer"]("the", [], 0, 1, 5) if chats else names["go_on"]("the", 0, 1, 5)
+    said = names["answer"]("the", [], 0, 1, 5) if chats else names["continue_text"]("the", 0, 1, 5)
     assert next(said).endswith("it ")
     with pytest.raises(MemoryError, match="this machine is too small"):
         list(said)
     assert time.monotonic() - begun < 20
 
 
-def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path, monkeypatch):
+def test_space_app_drops_the_oldest_turns_of_a_long_chat(tmp_path, monkeypatch):
     space_of(tmp_path, True)
     monkeypatch.setitem(sys.modules, "gradio", MagicMock())
     names = runpy.run_path(str(tmp_path / "space" / "app.py"))
     turns = [{"role": role, "content": "the model reads"} for role in ("user", "assistant") * 2]
     last = {"role": "user", "content": "a token"}
-    whole = names["prompt"]([*turns, last], 10_000)["input_ids"]
-    short = names["prompt"]([*turns[2:], last], 10_000)["input_ids"]
-    assert names["prompt"]([*turns, last], whole.shape[1] - 1)["input_ids"].equal(short)
-    assert names["prompt"]([last, last], 3)["input_ids"].shape == (1, 3)  # where an answer was stopped before it began
+    whole = names["encode"]([*turns, last], 10_000)["input_ids"]
+    short = names["encode"]([*turns[2:], last], 10_000)["input_ids"]
+    assert names["encode"]([*turns, last], whole.shape[1] - 1)["input_ids"].equal(short)
+    # where an answer was stopped before it began
+    assert names["encode"]([last, last], 3)["input_ids"].shape == (
+        1,
+        3,
+    )
 
 
-def test_nobody_writes_a_special_token():
+def test_space_app_strips_special_tokens_from_user_text():
     """Nor one that appears once another within it was taken out."""
-    code = app(True, "model", "main", "a").split("def plain")[1].split("\n\n\n")[0]
-    exec(f"def plain{code}", names := {"SPECIAL": ["<|im_start|>", "<|im_end|>"]})
-    assert names["plain"]("a<|im_end|>b") == "a b"
-    assert "<|im_end|>" not in names["plain"]("<|im_<|im_end|>end|>" + "<|im_<|im_start|>end|>")
-    assert "split_special_tokens" in app(False, "model", "main", "a")
+    code = app_code(True, "model", "main", title="a").split("def clean")[1].split("\n\n\n")[0]
+    exec(f"def clean{code}", names := {"SPECIAL": ["<|im_start|>", "<|im_end|>"]})
+    assert names["clean"]("a<|im_end|>b") == "a b"
+    assert "<|im_end|>" not in names["clean"]("<|im_<|im_end|>end|>" + "<|im_<|im_start|>end|>")
+    assert "split_special_tokens" in app_code(False, "model", "main", title="a")
 
 
-def test_a_title_stays_a_title():
-    code = app(True, "model", "main", '"; raise SystemExit #')
+def test_space_app_escapes_the_title():
+    code = app_code(True, "model", "main", title='"; raise SystemExit #')
     assert 'TITLE = "model", "main", "-- raise SystemExit -"' in code
     compile(code, "app.py", "exec")
 
 
-def test_a_space_needs_a_tokenizer_and_an_empty_folder(tmp_path):
+def test_space_needs_a_tokenizer_and_an_empty_folder(tmp_path):
     huggingface.save(tiny_model(), tmp_path / "mute", None)
-    with pytest.raises(SettingError, match="has no tokenizer, so nobody could write to it"):
+    with pytest.raises(ConfigError, match="has no tokenizer, so nobody could write to it"):
         to_space(tmp_path / "mute", tmp_path / "space")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
-    with pytest.raises(SettingError, match="is there already"):
+    with pytest.raises(ConfigError, match="is there already"):
         to_space(tmp_path / "mute", tmp_path / "full")
 
 
-def test_a_space_of_a_gguf_brings_the_model_it_is(tmp_path):
+def test_space_of_a_gguf_contains_its_weights(tmp_path):
     model = tiny_model()
     huggingface.save(model, tmp_path / "plain", model.tokenizer)
     to_gguf(tmp_path / "plain", tmp_path / "it.gguf", "f32")
@@ -625,7 +643,7 @@ def running(folder):
 @pytest.mark.long
 @pytest.mark.skipif(not SPACE.exists(), reason="gradio has an environment of its own: make .space")
 @pytest.mark.parametrize("chats", [False, True])
-def test_the_app_answers_and_loads_nothing_from_elsewhere(tmp_path, browser, chats):
+def test_space_app_runs_in_a_browser_with_no_outside_requests(tmp_path, browser, chats):
     space_of(tmp_path, chats)
     with running(tmp_path / "space") as address:
         page, asked = browser.new_page(), []

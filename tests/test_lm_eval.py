@@ -10,7 +10,7 @@ import pytest
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface, loading
-from smolforge.errors import InvalidFile, MissingResource, SettingError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import tiny_model
 
@@ -106,7 +106,7 @@ def by_name(path, model, **arguments):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_answers_as_the_hf_model_does(local, folder, tmp_path, kind):
+def test_harness_model_equals_the_hf_model(local, folder, tmp_path, kind):
     path = local(kind)
     to_transformers(folder, tmp_path / "exported")
     theirs = by_name(path, "hf", pretrained=str(tmp_path / "exported"), device="cpu", dtype="float32", batch_size=4)
@@ -125,15 +125,15 @@ def test_it_answers_as_the_hf_model_does(local, folder, tmp_path, kind):
         assert mine[key] == (pytest.approx(other[key], rel=1e-4) if isinstance(other[key], float) else other[key])
 
 
-def test_rows_share_a_context_within_reason():
+def test_harness_rows_share_a_context_up_to_the_limit():
     context, others = [1, 2, 3], [([1, 2, 3], [number] * 4) for number in range(6)]
-    rows = harness.rows_of([([7], [8]), *others], tokens=10)
+    rows = harness.token_rows([([7], [8]), *others], tokens=10)
     assert [list(row.continuations) for row in rows] == [[0], [1, 2], [3, 4], [5, 6]]
     assert all(row.length <= 10 for row in rows)
     assert all(row.context == context for row in rows[1:])
 
 
-def test_asking_again_draws_again(folder):
+def test_harness_samples_repeated_requests_anew(folder):
     """A task that takes the most frequent of several answers asks with the same words."""
     import torch
     from lm_eval.api.instance import Instance
@@ -149,7 +149,7 @@ def test_asking_again_draws_again(folder):
     assert len(set(written[0])) == 3
 
 
-def test_a_conversation_is_left_open_for_its_last_message(folder):
+def test_harness_chat_template_leaves_the_last_message_open(folder):
     model = loading.load(folder)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -171,7 +171,7 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-def test_the_command(capsys, local, folder, tmp_path):
+def test_evaluate_harness_prints_and_logs_scores(capsys, local, folder, tmp_path):
     path, log = local("choice"), tmp_path / "log.jsonl"
     tasks = f"{path},{local('writing')}"
     words = [folder, "--harness", tasks, "--tasks", tmp_path / "items.jsonl", "--limit", 3, "--log", log]
@@ -195,45 +195,45 @@ def test_the_command(capsys, local, folder, tmp_path):
     assert "local_writing  exact_match 0.0000 ± 0.0000  n 3  (lm_eval" in out
 
 
-def test_examples_are_as_many_as_a_task_says_unless_asked(local, folder):
+def test_harness_few_shot_follows_the_task_unless_set(local, folder):
     path, model = local("choice", fewshot_split="test", num_fewshot=2), loading.load(folder)
     for asked, shown in ((None, 2), (1, 1)):
-        values, logged = harness.run(model, harness.find([path]), limit=2, few_shot=asked)
+        values, logged = harness.run_tasks(model, harness.load_tasks([path]), limit=2, few_shot=asked)
         assert values["local_choice"]["few_shot"] == shown
         assert logged["local_choice"][0]["arguments"][0][0].count("\n\n") >= shown
     never = local("choice", fewshot_split="test", num_fewshot=0)
-    assert harness.run(model, harness.find([never]), 2, 3)[0]["local_choice"]["few_shot"] == 0
+    assert harness.run_tasks(model, harness.load_tasks([never]), 2, few_shot=3)[0]["local_choice"]["few_shot"] == 0
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"doc_to_text": "{{quary}}"}, InvalidFile, "'quary' is undefined"),
-        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, InvalidFile, "gone.jsonl"),
-        ({"generation_kwargs": {"num_beams": 4}}, SettingError, "num_beams 4, which our generation lacks"),
-        ({"generation_kwargs": {"max_gen_toks": 128}}, SettingError, "asks for 128 tokens, and this model's context"),
+        ({"doc_to_text": "{{quary}}"}, InvalidFileError, "'quary' is undefined"),
+        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, InvalidFileError, "gone.jsonl"),
+        ({"generation_kwargs": {"num_beams": 4}}, ConfigError, "num_beams 4, which our generation lacks"),
+        ({"generation_kwargs": {"max_gen_toks": 128}}, ConfigError, "asks for 128 tokens, and this model's context"),
     ],
 )
-def test_mistakes_of_a_task_are_sentences(local, folder, changes, error, said):
+def test_harness_task_errors_are_one_sentence(local, folder, changes, error, said):
     with pytest.raises(error, match=said) as caught:
-        harness.run(loading.load(folder), harness.find([local("writing", **changes)]))
+        harness.run_tasks(loading.load(folder), harness.load_tasks([local("writing", **changes)]))
     assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_none_and_a_hub_that_is_away(monkeypatch, local):
+def test_harness_reports_unknown_tasks_and_an_offline_hub(monkeypatch, local):
     from lm_eval.tasks import TaskManager
 
     path = local("choice", dataset_path="org/nowhere", dataset_kwargs={})
     here = TaskManager(include_path=path.rpartition("/")[0], include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: here)  # the others are thousands of files
-    with pytest.raises(SettingError, match="no task 'local_choise'. Did you mean local_choice\\? `lm_eval ls"):
-        harness.find(["local_choise"])
+    with pytest.raises(ConfigError, match="no task 'local_choise'. Did you mean local_choice\\? `lm_eval ls"):
+        harness.load_tasks(["local_choise"])
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingResource, match="cannot read local_choice: .*org/nowhere"):
-        harness.find(["local_choice"])
+    with pytest.raises(MissingResourceError, match="cannot read local_choice: .*org/nowhere"):
+        harness.load_tasks(["local_choice"])
 
 
-def test_without_the_package(capsys, monkeypatch, folder):
+def test_harness_without_lm_eval_names_the_extra(capsys, monkeypatch, folder):
     monkeypatch.delitem(sys.modules, "smolforge.evaluation.harness")
     monkeypatch.delattr("smolforge.evaluation.harness")
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)

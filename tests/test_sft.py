@@ -19,21 +19,21 @@ from smolforge import atomic, cli
 from smolforge.checkpoint import huggingface, loading, training_state
 from smolforge.config import Data
 from smolforge.config.load import read_recipe
-from smolforge.data.batches import IGNORED, stream
+from smolforge.data.batches import IGNORE_INDEX, iterate_batches
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.data.packing import PackedRows, best_fit
 from smolforge.data.prepare.build import ShardWriter, prepare
-from smolforge.data.prepare.tokenize_documents import Encoded
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.data.prepare.tokenize_documents import EncodedDocument
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation import measure_corpus
 from smolforge.generation.stream import generate
 from smolforge.runs import train
-from smolforge.runs.resolve import settle
+from smolforge.runs.resolve import resolve_recipe
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.chat import CHATML
 from smolforge.tokenizer.chat_encoding import chat_tokenizer, encode_turns
-from smolforge.training.loop import backward
+from smolforge.training.loop import forward_backward
 from smolforge.training.objective import Objective
 from smolforge.training.run_folder import read_records
 
@@ -154,7 +154,7 @@ TALK = st.lists(st.tuples(st.sampled_from(["user", "assistant", "tool"]), CONTEN
 
 @settings(max_examples=150)
 @given(TALK, st.none() | CONTENT, st.integers(0, 4), st.booleans())
-def test_masks_are_exact_on_nasty_conversations(talk, system, first, strip):
+def test_loss_mask_is_exact_for_hard_conversations(talk, system, first, strip):
     try:
         json.dumps(talk, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -167,7 +167,7 @@ def test_masks_are_exact_on_nasty_conversations(talk, system, first, strip):
     assert special == [START, END] * (len(special) // 2)  # nobody's words became one
 
 
-def test_the_ids_are_those_of_the_chat_that_asks_and_answers():
+def test_training_ids_equal_the_chat_prompts():
     """Before each turn stands the very prompt that will ask for it."""
     messages = [turn("system", "s"), *asked("a", "b\n", " c <|im_end|>", "", "d", "e")]
     ids, learned = encoded(TALKING, messages)
@@ -179,7 +179,7 @@ def test_the_ids_are_those_of_the_chat_that_asks_and_answers():
     assert sum(learned) == len(TALKING.encode("b\n")) + len(TALKING.encode("e")) + 3  # and three ends of turn
 
 
-def test_our_template_writes_what_the_official_one_does(shared):
+def test_chat_template_equals_smollm2_instruct(shared):
     real = Tokenizer.load(shared / "smollm2-tokenizer")
     ours = chat_tokenizer(real)
     official = (shared / "smollm2-tokenizer" / "chat_template_instruct.jinja").read_text()
@@ -192,7 +192,7 @@ def test_our_template_writes_what_the_official_one_does(shared):
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == tuple(told[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
 
 
-def test_a_template_of_its_own_says_what_ends_a_turn():
+def test_custom_chat_template_sets_the_end_of_turn_token():
     tokenizer = PLAIN.with_special_tokens(["<|eot|>"])
     source = CHATML.replace("<|im_end|>", "<|eot|>")
     made = chat_tokenizer(Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": source}))
@@ -211,23 +211,23 @@ def test_a_template_of_its_own_says_what_ends_a_turn():
         ),
     ],
 )
-def test_templates_that_cannot_be_learned_from_are_refused(source, said):
-    with pytest.raises(InvalidFile, match=said):
+def test_chat_template_without_stable_turns_is_refused(source, said):
+    with pytest.raises(InvalidFileError, match=said):
         encoded(with_template(source), asked("a", "b", "c", "d"))
 
 
-def test_a_tokenizer_without_the_tokens_is_told_how_to_get_them(tmp_path):
+def test_chat_tokenizer_names_missing_special_tokens(tmp_path):
     settings = {**PLAIN.settings, "eos_token": "a", "bos_token": None, "unk_token": None}
     bare = Tokenizer(PLAIN.backend, settings)
-    bare.special.known.clear()
-    with pytest.raises(SettingError, match=r"no <\|im_start\|> and no <\|im_end\|>.*--special-tokens"):
+    bare.special.by_text.clear()
+    with pytest.raises(ConfigError, match=r"no <\|im_start\|> and no <\|im_end\|>.*--special-tokens"):
         chat_tokenizer(bare)
 
 
 # Files
 
 
-def test_conversations_in_every_form_become_shards(tmp_path):
+def test_chat_corpus_accepts_every_conversation_form(tmp_path):
     history = [*asked("p", "not learned"), turn("user", "q")]
     source = written(
         tmp_path / "chats.jsonl",
@@ -248,7 +248,7 @@ def test_conversations_in_every_form_become_shards(tmp_path):
     assert corpus.learned(TRAIN)[:].tolist() == [each for _, learned in wanted for each in learned]
     assert corpus.ends(TRAIN).tolist() == np.cumsum([len(ids) for ids, _ in wanted]).tolist()
     assert (tmp_path / "corpus" / "train" / "00000.ds.loss").stat().st_size == len(corpus.tokens(TRAIN))
-    assert corpus.facts["dropped"] == {"repeated": 1, "unanswered": 2}
+    assert corpus.metadata["dropped"] == {"repeated": 1, "unanswered": 2}
     size = corpus.size(TRAIN)
     assert size["learned_tokens"] == sum(sum(learned) for _, learned in wanted)
     assert size["learned_bytes"] == len("b") + len("answer") + len("learned")
@@ -256,7 +256,7 @@ def test_conversations_in_every_form_become_shards(tmp_path):
     assert chat_corpus(tmp_path / "corpus", source, held_out=0).fingerprint == corpus.fingerprint
 
 
-def test_a_call_of_a_tool_needs_no_words(tmp_path):
+def test_tool_calls_need_no_content(tmp_path):
     """As OpenAI's clients write it, with null for what is said; learned is what the template makes of it."""
     calls = "(message.content or '') + ((message.tool_calls | tojson) if message.tool_calls else '')"
     tokenizer = with_template(CHATML.replace("message['content']", calls))
@@ -267,23 +267,23 @@ def test_a_call_of_a_tool_needs_no_words(tmp_path):
     assert corpus.tokenizer().decode(learned) == '[{"type": "function"}]<|im_end|>'
 
 
-def test_a_changed_mask_or_template_is_noticed(tmp_path):
+def test_chat_corpus_detects_a_changed_mask_or_template(tmp_path):
     source = written(tmp_path / "chats.jsonl", *chats(30))
     corpus = chat_corpus(tmp_path / "corpus", source)
     file = tmp_path / "corpus" / "train" / "00000.ds.loss"
     mask = bytearray(file.read_bytes())
     file.write_bytes(bytes([1 - mask[0]]) + mask[1:])
-    with pytest.raises(InvalidFile, match="are damaged"):
+    with pytest.raises(InvalidFileError, match="are damaged"):
         corpus.check()
     file.write_bytes(mask[1:])
-    with pytest.raises(InvalidFile, match="bytes of what is learned"):
+    with pytest.raises(InvalidFileError, match="bytes of what is learned"):
         Corpus.open(tmp_path / "corpus")
-    with pytest.raises(SettingError, match="made with other settings"):
+    with pytest.raises(ConfigError, match="made with other settings"):
         file.write_bytes(mask)
         prepare(Data(sources=(str(source),), format="chat"), tmp_path / "corpus", with_template(STRIPPING))
 
 
-def test_few_conversations_are_held_out_whole(tmp_path):
+def test_validation_split_keeps_few_conversations_whole(tmp_path):
     corpus = chat_corpus(tmp_path / "corpus", written(tmp_path / "few.jsonl", *chats(5)), held_out=0.2)
     found = [corpus.size(split)["documents"] for split in (TRAIN, HELD_OUT)]
     assert sum(found) == 5 and found[1] >= 1
@@ -318,25 +318,25 @@ TALKS = {"messages": asked("a", "b")}
         ({"messages": [turn("user", "a" * (1 << 20)), turn("assistant", "b")]}, "line 2: the messages have 1,048,"),
     ],
 )
-def test_bad_conversations_are_named(tmp_path, bad, said):
-    with pytest.raises(InvalidFile, match=said):
+def test_chat_corpus_names_bad_conversations_by_line(tmp_path, bad, said):
+    with pytest.raises(InvalidFileError, match=said):
         chat_corpus(tmp_path / "corpus", written(tmp_path / "x.jsonl", TALKS, bad))
     assert not (tmp_path / "corpus").exists()
 
 
-def test_one_format_taken_for_the_other_is_told_apart(tmp_path):
+def test_data_format_mismatch_is_reported(tmp_path):
     source = written(tmp_path / "x.jsonl", TALKS)
-    with pytest.raises(InvalidFile, match=r"line 1 .* it is a conversation, which --data\.format chat reads"):
+    with pytest.raises(InvalidFileError, match=r"line 1 .* it is a conversation, which --data\.format chat reads"):
         prepare(Data(sources=(str(source),)), tmp_path / "corpus", PLAIN)
     for other in ("python-docs", str(tmp_path / "a.txt")):
         (tmp_path / "a.txt").write_text("a")
-        with pytest.raises(InvalidFile, match="there are no conversations in"):
+        with pytest.raises(InvalidFileError, match="there are no conversations in"):
             prepare(Data(sources=(other,), format="chat"), tmp_path / "corpus", PLAIN)
-    with pytest.raises(InvalidFile, match="no conversation in which an assistant answers"):
+    with pytest.raises(InvalidFileError, match="no conversation in which an assistant answers"):
         chat_corpus(tmp_path / "corpus", written(tmp_path / "y.jsonl", {"messages": [turn("user", "a")]}))
     refusing = with_template("{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}" + STRIPPING)
     long = written(tmp_path / "z.jsonl", TALKS, {"messages": asked("a", "b", "c", "d")})
-    with pytest.raises(InvalidFile, match="z.jsonl, line 2: the chat template says: too long"):
+    with pytest.raises(InvalidFileError, match="z.jsonl, line 2: the chat template says: too long"):
         prepare(Data(sources=(str(long),), format="chat"), tmp_path / "corpus", refusing)
 
 
@@ -363,7 +363,7 @@ def made_corpus(folder: Path, conversations) -> Corpus:
     writer, number = ShardWriter(folder / TRAIN, PLAIN, 4), count(1000)
     for turns in conversations:
         learned = [flag for asked, said in turns for flag in [False] * asked + [True] * said + [False]]
-        writer.add(Encoded([next(number) for _ in learned], 1, learned=learned))
+        writer.add(EncodedDocument([next(number) for _ in learned], 1, learned=learned))
     writer.close()
     sizes = {TRAIN: writer.size, HELD_OUT: dict.fromkeys(writer.size, 0)}
     return Corpus(folder, {"fingerprint": "", "token_bytes": 4, "eos_id": 7, "format": "chat", "splits": sizes})
@@ -376,10 +376,10 @@ LENGTHS = st.lists(
 
 @settings(max_examples=60)
 @given(LENGTHS, st.integers(11, 40), st.integers(0, 2**40))
-def test_each_conversation_once_an_epoch_and_whole(conversations, length, seed):
+def test_packed_rows_have_each_conversation_once_per_epoch(conversations, length, seed):
     with tempfile.TemporaryDirectory() as folder:
         corpus = made_corpus(Path(folder), conversations)
-        rows = PackedRows(corpus, TRAIN, length, seed)
+        rows = PackedRows(corpus, TRAIN, length, seed=seed)
         first, second = (rows.batch(epoch, rows.count) for epoch in (0, 1))
         tokens, learned, ends = corpus.tokens(TRAIN)[:], corpus.learned(TRAIN)[:], corpus.ends(TRAIN)
         wanted = []
@@ -394,51 +394,54 @@ def test_each_conversation_once_an_epoch_and_whole(conversations, length, seed):
                 for part in np.split(np.arange(length), np.flatnonzero(positions == 0)[1:]):
                     assert positions[part].tolist() == list(range(len(part)))
                     if ids[part[0]] == 7:  # filled up
-                        assert (ids[part] == 7).all() and (labels[part] == IGNORED).all() and part[-1] == length - 1
+                        assert (
+                            (ids[part] == 7).all() and (labels[part] == IGNORE_INDEX).all() and part[-1] == length - 1
+                        )
                         continue
                     found.append(ids[part].tolist())
-                    after = [*ids[part][1:], IGNORED]
+                    after = [*ids[part][1:], IGNORE_INDEX]
                     flags = [*learned[ids[part][1:] - 1000], 0]
                     assert labels[part].tolist() == [
-                        each if flag else IGNORED for each, flag in zip(after, flags, strict=True)
+                        each if flag else IGNORE_INDEX for each, flag in zip(after, flags, strict=True)
                     ]
             assert sorted(found) == sorted(wanted)
-        assert rows.cut + rows.left_out == sum(
+        assert rows.num_truncated + rows.num_dropped == sum(
             end - start > length for start, end in zip([0, *ends[:-1]], ends, strict=True)
         )
 
 
-def test_rows_are_the_same_for_any_workers_and_ranks_and_come_in_other_orders(tmp_path):
+def test_packed_rows_do_not_depend_on_workers_or_ranks(tmp_path):
     corpus = made_corpus(tmp_path, [[(3, 2 + n % 7)] for n in range(90)])
     rows = PackedRows(corpus, TRAIN, 24, seed=5)
-    whole = [batch.ids for batch in islice(stream(rows, count(), 4, 0), 12)]
-    ahead = [batch.ids for batch in islice(stream(rows, count(), 4, 3), 12)]
+    whole = [batch.input_ids for batch in islice(iterate_batches(rows, count(), 4, num_workers=0), 12)]
+    ahead = [batch.input_ids for batch in islice(iterate_batches(rows, count(), 4, num_workers=3), 12)]
     shares = [
-        [batch.ids for batch in islice(stream(rows, count(), 4, 1, part), 12)] for part in (range(1), range(1, 4))
+        [batch.input_ids for batch in islice(iterate_batches(rows, count(), 4, num_workers=1, share=part), 12)]
+        for part in (range(1), range(1, 4))
     ]
     assert all(torch.equal(one, other) for one, other in zip(whole, ahead, strict=True))
     assert all(torch.equal(one, torch.cat(parts)) for one, *parts in zip(whole, *shares, strict=True))
-    assert not torch.equal(rows.batch(0, rows.count).ids, rows.batch(1, rows.count).ids)
-    assert not torch.equal(rows.batch(0, 4).ids, PackedRows(corpus, TRAIN, 24, 6).batch(0, 4).ids)
-    assert rows.padding == pytest.approx((rows.batch(0, rows.count).ids == 7).double().mean().item())
+    assert not torch.equal(rows.batch(0, rows.count).input_ids, rows.batch(1, rows.count).input_ids)
+    assert not torch.equal(rows.batch(0, 4).input_ids, PackedRows(corpus, TRAIN, 24, seed=6).batch(0, 4).input_ids)
+    assert rows.padding == pytest.approx((rows.batch(0, rows.count).input_ids == 7).double().mean().item())
 
 
-def test_little_is_filled_up_where_lengths_are_as_chats_have_them():
+def test_best_fit_fills_over_99_percent_of_tokens():
     drawn = np.random.default_rng(0).lognormal(6, 1, 20_000).astype(int) + 20
     for capacity in (1024, 8192):
         lengths = np.sort(np.minimum(drawn, capacity))[::-1]
         assert lengths.sum() / ((best_fit(lengths, capacity).max() + 1) * capacity) > 0.99
 
 
-def test_no_room_for_an_answer_is_said(tmp_path):
-    with pytest.raises(InvalidFile, match=r"no conversation whose first answer begins within a row .* \(8\)"):
-        PackedRows(made_corpus(tmp_path, [[(20, 2)]]), TRAIN, 8, 0)
+def test_packed_rows_refuse_answers_beyond_the_row(tmp_path):
+    with pytest.raises(InvalidFileError, match=r"no conversation whose first answer begins within a row .* \(8\)"):
+        PackedRows(made_corpus(tmp_path, [[(20, 2)]]), TRAIN, 8, seed=0)
 
 
 # Loss
 
 
-def test_loss_and_gradients_are_those_of_trl(tmp_path):
+def test_sft_loss_and_gradients_equal_trl(tmp_path):
     """On the same conversations and weights: its collator, Transformers' model and mask, a conversation a row."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -448,11 +451,11 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path):
     corpus = chat_corpus(
         tmp_path / "c", written(tmp_path / "x.jsonl", *({"messages": m} for m in conversations)), held_out=0
     )
-    rows = PackedRows(corpus, TRAIN, 192, 0)
+    rows = PackedRows(corpus, TRAIN, 192, seed=0)
     batch = rows.batch(0, rows.count)
     assert rows.count < len(conversations) - 2
-    labels = int((batch.labels != IGNORED).sum())
-    loss = backward(Objective(model), batch, labels, 1)["loss"]
+    labels = int((batch.labels != IGNORE_INDEX).sum())
+    loss = forward_backward(Objective(model), batch, labels, rows=1)["loss"]
 
     TALKING.save(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
@@ -476,13 +479,13 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path):
         assert torch.allclose(ours, weight.grad, rtol=1e-5, atol=1e-5 * weight.grad.abs().max().item()), name
 
 
-def test_ragged_labels_are_one_mean_however_a_batch_is_cut(tmp_path):
-    rows = PackedRows(made_corpus(tmp_path, [[(3, 20)], [(20, 1)], [(9, 9)], [(2, 2)]]), TRAIN, 24, 0)
-    batch = rows.batch(0, rows.count).each(lambda side: side.where(side < 0, side % 320))
-    labels, gradients = int((batch.labels != IGNORED).sum()), []
+def test_sft_loss_does_not_depend_on_micro_batch_size(tmp_path):
+    rows = PackedRows(made_corpus(tmp_path, [[(3, 20)], [(20, 1)], [(9, 9)], [(2, 2)]]), TRAIN, 24, seed=0)
+    batch = rows.batch(0, rows.count).map(lambda side: side.where(side < 0, side % 320))
+    labels, gradients = int((batch.labels != IGNORE_INDEX).sum()), []
     for size in (rows.count, 1):
         model = tiny_model().train()
-        backward(Objective(model), batch, labels, size)
+        forward_backward(Objective(model), batch, labels, rows=size)
         gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
 
@@ -511,7 +514,7 @@ def recipe_file(tmp_path):
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    files = atomic.check(training_state.folder_of(run, step))["files"]
+    files = atomic.check_manifest(training_state.checkpoint_dir(run, step))["files"]
     return {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
 
 
@@ -526,7 +529,7 @@ def tuned(tmp_path_factory):
     return train(folder / "tune.json", folder / "run", **sampled)
 
 
-def test_a_tuned_model_answers_and_stops(tuned):
+def test_tuned_model_answers_and_stops(tuned):
     model = loading.load(tuned.folder)
     prompts = [[turn("system", "s"), turn("user", question)] for question in ANSWERS]
     found = generate(model, prompts, temperature=0)
@@ -537,13 +540,13 @@ def test_a_tuned_model_answers_and_stops(tuned):
     assert sample["prompt"] == "ping"
 
 
-def test_what_is_written_stops_and_speaks_by_itself(tuned, tmp_path):
+def test_tuned_model_answers_in_transformers(tuned, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from smolforge.exporters.transformers import to_transformers
 
     to_transformers(tuned.folder, tmp_path / "out")
-    for folder in (training_state.folder_of(tuned.folder, 60), tmp_path / "out"):
+    for folder in (training_state.checkpoint_dir(tuned.folder, 60), tmp_path / "out"):
         assert (folder / "chat_template.jinja").read_text() == CHATML
         for name in ("generation_config.json", "config.json"):
             said = json.loads((folder / name).read_text())
@@ -556,7 +559,7 @@ def test_what_is_written_stops_and_speaks_by_itself(tuned, tmp_path):
     assert tokenizer.decode(answer) == "blue<|im_end|>"
 
 
-def test_chat_on_a_terminal(tuned, monkeypatch, capsys):
+def test_generate_chats_on_a_terminal(tuned, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Typed(["ping", "", "two"]))
     assert cli.run(["generate", str(tuned.folder), "--temperature", "0", "--max-new-tokens", "9"]) == 0
     caught = capsys.readouterr()
@@ -565,11 +568,11 @@ def test_chat_on_a_terminal(tuned, monkeypatch, capsys):
     assert "ping" not in caught.out and "<|im_end|>" not in caught.out
 
 
-def test_killed_and_resumed_is_the_same_run(recipe_file, tmp_path):
+def test_resume_equals_an_uninterrupted_run(recipe_file, tmp_path):
     same = {"optim.schedule.steps": 12, "train.checkpoint_every": 5, "train.evaluate_every": None}
     train(recipe_file, tmp_path / "once", steps=12, **same)
     train(recipe_file, tmp_path / "twice", steps=7, **same)
-    shutil.rmtree(training_state.folder_of(tmp_path / "twice", 7))  # as a kill after step 5's checkpoint leaves it
+    shutil.rmtree(training_state.checkpoint_dir(tmp_path / "twice", 7))  # as a kill after step 5's checkpoint leaves it
     train(recipe_file, tmp_path / "twice", steps=12, **same, **{"data.num_workers": 3, "train.micro_batch_size": 4})
     assert hashes(tmp_path / "once", 12) == hashes(tmp_path / "twice", 12)
     losses = [
@@ -579,58 +582,58 @@ def test_killed_and_resumed_is_the_same_run(recipe_file, tmp_path):
     assert losses[0] == losses[1]
     labels = read_records(tmp_path / "once" / "metrics.jsonl")[-1]["tokens"]
     corpus = Corpus.open(tmp_path / "once" / "corpus")
-    rows = PackedRows(corpus, TRAIN, 48, 3)
-    assert labels == sum(int((rows.batch(step, 4).labels != IGNORED).sum()) for step in range(12))
+    rows = PackedRows(corpus, TRAIN, 48, seed=3)
+    assert labels == sum(int((rows.batch(step, 4).labels != IGNORE_INDEX).sum()) for step in range(12))
 
 
-def test_epochs_decide_the_steps_at_the_first_start(recipe_file, tmp_path):
+def test_epochs_set_the_steps_at_the_first_start(recipe_file, tmp_path):
     source = str(written(tmp_path / "many.jsonl", *chats(60)))
     given = {"train.epochs": 1.5, "train.evaluate_every": 3, "data.held_out": 0.1, "train.sequence_length": 96}
     given |= {"train.batch_tokens": 192}
     run = train(recipe_file, tmp_path / "run", source, **given)
     corpus = Corpus.open(run.folder / "corpus")
-    rows = PackedRows(corpus, TRAIN, 96, 3)
+    rows = PackedRows(corpus, TRAIN, 96, seed=3)
     steps = -(-int(rows.count * 1.5 + 0.999999) // 2)
     assert run.metrics["step"] == steps == run.recipe.optim.schedule.steps
     assert run.recipe.optim.schedule.warmup_steps == int(0.1 * steps)
-    found = measure_corpus(run.model, corpus, 96, 65_536)
+    found = measure_corpus(run.model, corpus, 96, max_tokens=65_536)
     assert run.metrics["validation_loss"] == pytest.approx(found["loss"], rel=1e-5)
     assert found["tokens"] == corpus.size(HELD_OUT)["learned_tokens"]
     bits = found["loss"] * found["tokens"] / np.log(2) / corpus.size(HELD_OUT)["learned_bytes"]
     assert found["bits_per_byte"] == pytest.approx(bits)
     assert train(recipe_file, tmp_path / "run", source, **given).metrics["step"] == steps
-    with pytest.raises(SettingError, match=r"must not change: train\.epochs \(1\.5, now 3"):
+    with pytest.raises(ConfigError, match=r"must not change: train\.epochs \(1\.5, now 3"):
         train(recipe_file, tmp_path / "run", source, **given | {"train.epochs": 3})
 
 
-def test_a_budget_goes_through_the_text_no_more_often_than_its_epochs(recipe_file):
+def test_budget_is_limited_by_epochs(recipe_file):
     recipe = read_recipe(recipe_file, {"budget": "100K-tokens", "train.epochs": 2, "train.dtype": "float32"})
-    assert settle(recipe, count_rows=lambda _: 10).train.steps == 20  # a row a step
-    assert settle(recipe, count_rows=lambda _: 10**9).train.steps == 100_000 // 192
-    by_hand = settle(recipe, {"train.steps"}, count_rows=lambda _: 10).train
+    assert resolve_recipe(recipe, count_rows=lambda _: 10).train.steps == 20  # a row a step
+    assert resolve_recipe(recipe, count_rows=lambda _: 10**9).train.steps == 100_000 // 192
+    by_hand = resolve_recipe(recipe, {"train.steps"}, count_rows=lambda _: 10).train
     assert by_hand.steps == recipe.train.steps
 
 
-def test_what_does_not_fit_together_is_said(recipe_file, tmp_path, caplog):
+def test_train_reports_dropped_chats_and_wrong_format(recipe_file, tmp_path, caplog):
     source = written(tmp_path / "long.jsonl", *chats(30), {"messages": [turn("system", "s"), *asked("a " * 60, "b")]})
-    train(recipe_file, tmp_path / "cut", str(source), 1)
+    train(recipe_file, tmp_path / "cut", str(source), steps=1)
     assert "conversations" in caplog.text and "are left out" in caplog.text
     corpus = chat_corpus(tmp_path / "corpus", source)
-    with pytest.raises(SettingError, match=r"is chat; --data\.format chat learns from it as such"):
-        train(recipe_file, tmp_path / "other", str(corpus.folder), 1, **{"data.format": "text"})
+    with pytest.raises(ConfigError, match=r"is chat; --data\.format chat learns from it as such"):
+        train(recipe_file, tmp_path / "other", str(corpus.folder), steps=1, **{"data.format": "text"})
 
 
-def test_held_out_conversations_too_long_to_measure_are_refused_at_once(recipe_file, tmp_path):
+def test_validation_refuses_too_long_conversations_at_start(recipe_file, tmp_path):
     long = {"messages": [turn("system", "s"), *asked("a " * 60, "b")], "kind": "long"}
     source = written(tmp_path / "x.jsonl", *(each | {"kind": "short"} for each in chats(30)), long)
     given = {"data.group_key": "kind", "data.held_out": 0.5}
-    with pytest.raises(InvalidFile, match="held_out has no conversation whose first answer begins within a row"):
+    with pytest.raises(InvalidFileError, match="held_out has no conversation whose first answer begins within a row"):
         train(recipe_file, tmp_path / "run", str(source), **given)
     told = tmp_path / "run" / "metrics.jsonl"
     assert not told.is_file() or not told.read_text()
 
 
-def test_inspect_shows_what_is_learned(tmp_path, capsys):
+def test_inspect_shows_the_loss_mask(tmp_path, capsys):
     source = written(tmp_path / "x.jsonl", *chats(30), {"messages": [turn("user", "alone")]})
     command = ["prepare", str(source), "--out", str(tmp_path / "corpus"), "--format", "chat", "--vocab-size", "320"]
     assert cli.run(command) == 0
@@ -649,7 +652,7 @@ def test_inspect_shows_what_is_learned(tmp_path, capsys):
     )
 
 
-def test_the_page_does_what_it_says(tmp_path, monkeypatch, hub, capsys):
+def test_docs_tuning_page_commands_run(tmp_path, monkeypatch, hub, capsys):
     """Its commands and its Python, on a Hub of our own where the name stands for a small model."""
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))

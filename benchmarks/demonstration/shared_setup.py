@@ -1,8 +1,8 @@
-"""What all contestants stand on: one text, one tokenizer, one shape, one optimizer, and one beginning.
+"""The setup that all contestants share: one text, one tokenizer, one shape, one optimizer, the same initial weights.
 
-GROUND/text/*.txt        a document each, to train on       GROUND/tokenizer/        trained on them
-GROUND/held_out.txt      to measure on                      GROUND/model/            random weights
-GROUND/ground.json       the settings below, and the hash of all text
+SETUP/text/*.txt        a document each, to train on       SETUP/tokenizer/        trained on them
+SETUP/held_out.txt      to measure on                      SETUP/model/            random weights
+SETUP/setup.json       the settings below, and the hash of all text
 """
 
 import hashlib
@@ -30,9 +30,9 @@ ENDLESS = 5000
 
 
 def prepare(folder: Path) -> dict[str, Any]:
-    """Make the ground, or find that it is there; returns ground.json."""
-    if (folder / "ground.json").is_file():
-        return json.loads((folder / "ground.json").read_text())
+    """Write the shared setup, or reuse the one in the folder; return the content of setup.json."""
+    if (folder / "setup.json").is_file():
+        return json.loads((folder / "setup.json").read_text())
     from smolforge.data.prepare.documents import python_docs
     from smolforge.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     content = hashlib.sha256("\0".join([*train, held_out]).encode()).hexdigest()
     sizes = {"documents": len(train), "bytes": sum(len(text.encode()) for text in train)}
     found = {**SETTINGS, **sizes, "sha256": content, "held_out_bytes": len(held_out.encode())}
-    (folder / "ground.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "setup.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 
@@ -67,4 +67,4 @@ def _weights(folder: Path, tokenizer: Path) -> None:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "ground.json").read_text())
+    return json.loads((folder / "setup.json").read_text())

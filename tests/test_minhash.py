@@ -30,14 +30,14 @@ from test_data import texts_of
 from test_sources import NAME, all_texts, gz, made, on_hub, packed, quick, small_parts, table, write
 
 from smolforge import cli
-from smolforge.cli.prepare import EXPLAINED
+from smolforge.cli.prepare import DROP_REASONS
 from smolforge.config import Data
-from smolforge.config.base import validated
+from smolforge.config.base import validate_settings
 from smolforge.data.corpus import HELD_OUT, TRAIN
 from smolforge.data.prepare import dedup, jobs, minhash
 from smolforge.data.prepare.build import prepare, work_folder
-from smolforge.data.prepare.dedup import near_one_before
-from smolforge.errors import MissingResource, SettingError
+from smolforge.data.prepare.dedup import is_near_duplicate
+from smolforge.errors import ConfigError, MissingResourceError
 from smolforge.testing import tiny_tokenizer
 from smolforge.testing.processes import die, in_child
 
@@ -134,19 +134,19 @@ TEXTS = [
 
 @pytest.mark.parametrize("at_once", [7, 1024])
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_signatures_are_datatroves(text, at_once, monkeypatch):
-    monkeypatch.setattr(minhash, "AT_ONCE", at_once)
-    theirs, ours = datatrove_signatures(), minhash.runs(text)
+def test_minhash_signatures_equal_datatrove(text, at_once, monkeypatch):
+    monkeypatch.setattr(minhash, "NGRAMS_PER_BATCH", at_once)
+    theirs, ours = datatrove_signatures(), minhash.ngram_hashes(text)
     shingles = theirs.get_shingles(text)
     assert np.array_equal(ours, shingles[:, 0])
     if not len(ours):
         assert not minhash.bands_of(text).any(), "there is nothing to compare"
         return
-    assert np.array_equal(minhash.minima(ours).reshape(14, 8), theirs.get_signature(shingles))
+    assert np.array_equal(minhash.min_hashes(ours).reshape(14, 8), theirs.get_signature(shingles))
     assert minhash.bands_of(text).all() and len(minhash.bands_of(text)) == 14
 
 
-def test_remainders_are_exact_at_the_border():
+def test_minhash_modulo_is_exact_at_the_prime():
     """Runs whose first hash comes to just below a multiple of 2^61 - 1, to it, and to just above."""
     prime, two = 2**61 - 1, 2**64
     odd = next(place for place, factor in enumerate(minhash.FACTORS.tolist()) if factor % 2)
@@ -154,10 +154,10 @@ def test_remainders_are_exact_at_the_border():
     for value in [border + near for border in (prime, 3 * prime, 8 * prime) for near in (-1, 0, 1, 6)]:
         run = (value - summand) * pow(factor, -1, two) % two
         assert (run * factor + summand) % two == value
-        assert int(minhash.minima(np.array([run], np.uint64))[odd]) == value % prime
+        assert int(minhash.min_hashes(np.array([run], np.uint64))[odd]) == value % prime
 
 
-def test_datatrove_has_the_same_clusters_and_finds_nothing_in_what_stays(tmp_path, tokenizer):
+def test_minhash_clusters_equal_datatrove(tmp_path, tokenizer):
     texts = families()
     clusters = clusters_of(texts, tmp_path / "before")
     assert len(clusters) == 10 and sum(map(len, clusters)) == 25
@@ -165,13 +165,13 @@ def test_datatrove_has_the_same_clusters_and_finds_nothing_in_what_stays(tmp_pat
     kept = [text for number, text in enumerate(texts) if number not in gone]
     corpus = made(tmp_path / "corpus", tokenizer, write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(texts)))))
     assert sorted(all_texts(corpus)) == sorted(kept), "the first of each cluster stays, and whatever is in none"
-    assert corpus.facts["dropped"] == {"repeated": 0, "near_duplicates": 15, "unanswered": 0}
-    assert corpus.facts["request"]["data"]["deduplication"] == "minhash"
-    assert set(corpus.facts["dropped"]) <= set(EXPLAINED)
+    assert corpus.metadata["dropped"] == {"repeated": 0, "near_duplicates": 15, "unanswered": 0}
+    assert corpus.metadata["request"]["data"]["deduplication"] == "minhash"
+    assert set(corpus.metadata["dropped"]) <= set(DROP_REASONS)
     assert clusters_of(all_texts(corpus), tmp_path / "after") == []
 
 
-def test_as_many_pairs_are_found_as_their_similarity_says():
+def test_minhash_hit_rate_follows_similarity():
     expected, variance, found = 0.0, 0.0, Counter()
     for number in range(280):
         one = written(number)
@@ -196,32 +196,32 @@ documents = st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), max_si
 
 
 @given(documents)
-def test_who_stays_follows_from_those_before_and_no_two_that_stay_share_a_band(found):
+def test_is_near_duplicate_compares_with_all_earlier_documents(found):
     """Small numbers stand for bands, 0 for none."""
     bands = np.array(found, np.uint64).reshape(-1, 3)
-    near = near_one_before(bands.T)
+    near = is_near_duplicate(bands.T)
     share = lambda one, two: bool(((bands[one] == bands[two]) & (bands[one] != 0)).any())  # noqa: E731
     assert near.tolist() == [any(share(before, each) for before in range(each)) for each in range(len(bands))]
     for length in range(len(bands)):
-        assert near_one_before(bands[:length].T).tolist() == near[:length].tolist()
-    assert not near_one_before(bands[~near].T).any(), "nothing more is left out the second time"
+        assert is_near_duplicate(bands[:length].T).tolist() == near[:length].tolist()
+    assert not is_near_duplicate(bands[~near].T).any(), "nothing more is left out the second time"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_parts_chunks_and_workers_change_nothing(tmp_path, tokenizer, small_parts, workers, monkeypatch):
+def test_minhash_does_not_depend_on_parts_or_workers(tmp_path, tokenizer, small_parts, workers, monkeypatch):
     texts = families()
     source = table(tmp_path / "a.parquet", rows_of(texts + texts[:5]), row_group_size=7)
     corpus = made(tmp_path / "corpus", tokenizer, source, workers=workers, held_out=0.3)
     monkeypatch.undo()
     assert corpus.fingerprint == made(tmp_path / "whole", tokenizer, source, held_out=0.3).fingerprint
-    assert corpus.facts["dropped"]["near_duplicates"] == 15 and corpus.facts["dropped"]["repeated"] == 5
+    assert corpus.metadata["dropped"]["near_duplicates"] == 15 and corpus.metadata["dropped"]["repeated"] == 5
     assert texts_of(corpus, HELD_OUT), "of which none is near one that is trained on"
     assert shared(all_texts(corpus)) == []
     kept = set(all_texts(corpus))
     assert all({texts[one], texts[two]} - kept for one, two in shared(texts))
 
 
-def test_files_stand_in_the_order_of_their_names(tmp_path, tokenizer):
+def test_minhash_keeps_the_first_file_in_name_order(tmp_path, tokenizer):
     text = written(1, 200)
     for name, number in (("b", 0), ("a", 1), ("c", 2)):
         write(tmp_path / f"{name}.txt", changed(text, number, number).encode())
@@ -232,7 +232,7 @@ def test_files_stand_in_the_order_of_their_names(tmp_path, tokenizer):
     assert texts_of(made(tmp_path / "other", tokenizer, *given, held_out=0), TRAIN) == [changed(text, 2, 2)]
 
 
-def test_a_document_that_is_cut_is_compared_as_a_whole(tmp_path, tokenizer):
+def test_minhash_compares_a_split_document_as_a_whole(tmp_path, tokenizer):
     """Its end is held out; a near duplicate of all of it stays in neither part."""
     text = "\n".join(written(number, 8) for number in range(40))
     paths = [write(tmp_path / f"{name}.txt", each.encode()) for name, each in (("a", text), ("b", text + "\nend"))]
@@ -241,16 +241,16 @@ def test_a_document_that_is_cut_is_compared_as_a_whole(tmp_path, tokenizer):
     assert len(texts_of(corpus, TRAIN)) == len(texts_of(corpus, HELD_OUT)) == 1
 
 
-def test_what_is_too_short_or_too_long_is_like_no_other(tmp_path, tokenizer, monkeypatch):
+def test_minhash_skips_too_short_and_too_long_documents(tmp_path, tokenizer, monkeypatch):
     long = written(1, 400)
-    monkeypatch.setattr(dedup, "LONGEST", len(long) - 1)
+    monkeypatch.setattr(dedup, "MAX_COMPARED_CHARACTERS", len(long) - 1)
     texts = ["Two words.", "two words", long, long + "er", written(2), written(2) + "."]
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(texts))))
     assert texts_of(made(tmp_path / "corpus", tokenizer, source, held_out=0), TRAIN) == texts[:-1]
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.2])
-def test_near_duplicates_take_no_room(tmp_path, tokenizer, monkeypatch, held_out):
+def test_near_duplicates_use_no_token_budget(tmp_path, tokenizer, monkeypatch, held_out):
     """However much is read at a time: with less room the beginning of what stays with more."""
     texts = [changed(written(number // 4), number % 4, number) for number in range(100)]
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(texts))))
@@ -264,11 +264,11 @@ def test_near_duplicates_take_no_room(tmp_path, tokenizer, monkeypatch, held_out
         assert len({corpus.fingerprint for corpus in found}) == 1
         assert sum(found[0].size(split)["tokens"] for split in (TRAIN, HELD_OUT)) == limit
         assert texts_of(found[0], TRAIN)[:-1] == texts_of(everything, TRAIN)[: len(texts_of(found[0], TRAIN)) - 1]
-        assert found[0].facts["dropped"]["near_duplicates"] > 0
+        assert found[0].metadata["dropped"]["near_duplicates"] > 0
 
 
 @pytest.mark.parametrize("held_out", [0.05, 0.3])
-def test_a_source_that_is_counted_fills_both_parts(tmp_path, tokenizer, held_out):
+def test_token_limit_fills_both_splits_after_minhash(tmp_path, tokenizer, held_out):
     texts = [changed(written(number // 4), number % 4, number) for number in range(240)]
     source = write(tmp_path / "a.jsonl", packed(rows_of(texts)))
     corpus = made(tmp_path / "corpus", tokenizer, source, limit=3000, held_out=held_out)
@@ -287,7 +287,7 @@ def dying(data, folder, reports):
     prepare(data, folder, tiny_tokenizer(), report=lambda _: None if next(told, None) is not None else die())
 
 
-def test_a_killed_prepare_goes_on(tmp_path):
+def test_prepare_with_minhash_resumes_after_sigkill(tmp_path):
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(families()))))
     data = Data(sources=(str(source),), deduplication="minhash")
     assert in_child(dying, data, tmp_path / "corpus", 12) == -signal.SIGKILL
@@ -295,19 +295,19 @@ def test_a_killed_prepare_goes_on(tmp_path):
     corpus = prepare(data, tmp_path / "corpus", tiny_tokenizer())
     whole = made(tmp_path / "whole", tiny_tokenizer(), source)
     assert corpus.fingerprint == whole.fingerprint
-    assert corpus.facts["dropped"] == whole.facts["dropped"]
+    assert corpus.metadata["dropped"] == whole.metadata["dropped"]
 
 
-def test_exact_and_minhash_are_not_mixed(tmp_path, tokenizer):
+def test_prepare_refuses_to_mix_exact_and_minhash(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(families()))))
     exact = made(tmp_path / "corpus", tokenizer, source, deduplication="exact")
-    assert "near_duplicates" not in exact.facts["dropped"] and len(all_texts(exact)) == 45
-    assert "deduplication" not in exact.facts["request"]["data"], "corpora made before are still the same"
-    with pytest.raises(SettingError, match="made with other settings"):
+    assert "near_duplicates" not in exact.metadata["dropped"] and len(all_texts(exact)) == 45
+    assert "deduplication" not in exact.metadata["request"]["data"], "corpora made before are still the same"
+    with pytest.raises(ConfigError, match="made with other settings"):
         made(tmp_path / "corpus", tokenizer, source)
 
 
-def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
+def test_docs_corpora_page_shows_the_real_output(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text()
     block, _, behind = page.partition("```bash\n")[2].partition("```")
     *before, prepared = block.strip().splitlines()
@@ -322,20 +322,20 @@ def test_the_page_says_what_happens(tmp_path, monkeypatch, capsys):
 # Other sources
 
 
-def test_conversations_are_compared_by_what_is_said(tmp_path, tokenizer):
+def test_minhash_compares_conversations_by_their_text(tmp_path, tokenizer):
     said = [written(1), changed(written(1), 1, 1), written(2)]
     talks = [{"prompt": "So?" if number else "And?", "completion": each} for number, each in enumerate(said)]
     source = write(tmp_path / "a.jsonl", packed(talks))
     corpus = made(tmp_path / "corpus", tokenizer, source, format="chat", held_out=0)
-    assert corpus.size(TRAIN)["documents"] == 2 and corpus.facts["dropped"]["near_duplicates"] == 1
+    assert corpus.size(TRAIN)["documents"] == 2 and corpus.metadata["dropped"]["near_duplicates"] == 1
 
 
-def test_pairs_are_refused(tmp_path):
-    with pytest.raises(SettingError, match="pairs of one long prompt are nearly the same"):
-        validated(Data, {"sources": ["a.jsonl"], "format": "pairs", "deduplication": "minhash"})
+def test_minhash_refuses_preference_pairs(tmp_path):
+    with pytest.raises(ConfigError, match="pairs of one long prompt are nearly the same"):
+        validate_settings(Data, {"sources": ["a.jsonl"], "format": "pairs", "deduplication": "minhash"})
 
 
-def test_tokens_that_are_ready_are_compared_as_their_text(tmp_path, tokenizer):
+def test_minhash_works_on_datatrove_tokens(tmp_path, tokenizer):
     texts = families()
     source = write(tmp_path / "a.jsonl.gz", gz(packed(rows_of(texts))))
     ready = made(tmp_path / "ready", tokenizer, source, deduplication="exact", held_out=0)
@@ -343,7 +343,7 @@ def test_tokens_that_are_ready_are_compared_as_their_text(tmp_path, tokenizer):
     assert again.fingerprint == made(tmp_path / "whole", tokenizer, source, held_out=0).fingerprint
 
 
-def test_a_stream_is_compared_row_by_row(on_hub, tmp_path, tokenizer):
+def test_minhash_works_on_streamed_datasets(on_hub, tmp_path, tokenizer):
     texts, files = families(), {}
     for number, part in enumerate((texts[:20], texts[20:])):
         path = table(tmp_path / f"{number}.parquet", rows_of(part), row_group_size=5)
@@ -355,9 +355,9 @@ def test_a_stream_is_compared_row_by_row(on_hub, tmp_path, tokenizer):
     assert corpus.fingerprint == whole.fingerprint
 
 
-def test_without_datatrove_there_is_a_sentence(tmp_path, tokenizer, monkeypatch):
+def test_minhash_without_datatrove_names_the_extra(tmp_path, tokenizer, monkeypatch):
     monkeypatch.delitem(sys.modules, "smolforge.data.prepare.minhash")
     monkeypatch.setitem(sys.modules, "datatrove.utils.text", None)
     source = write(tmp_path / "a.jsonl", json.dumps({"text": "x"}).encode())
-    with pytest.raises(MissingResource, match=r"pip install 'smolforge\[data\]' brings it"):
+    with pytest.raises(MissingResourceError, match=r"pip install 'smolforge\[data\]' brings it"):
         made(tmp_path / "corpus", tokenizer, source)

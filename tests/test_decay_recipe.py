@@ -4,14 +4,14 @@ import pytest
 from conftest import NANO
 
 from smolforge.checkpoint import huggingface
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.config.load import read_recipe, to_recipe, write_recipe
-from smolforge.errors import SettingError
+from smolforge.errors import ConfigError
 from smolforge.runs import train
 from smolforge.runs.estimate import within_budget
-from smolforge.runs.resolve import with_schedule_over
+from smolforge.runs.resolve import with_resolved_schedule
 from smolforge.testing import tiny_model
-from smolforge.training.optim import learning_rate
+from smolforge.training.optim import lr_at_step
 from smolforge.training.run_folder import read_records
 
 CHECKPOINTS = "HuggingFaceTB/SmolLM2-135M-intermediate-checkpoints"
@@ -27,11 +27,11 @@ SMALL = {
 
 def rates(recipe):
     """The learning rate of every step."""
-    settled = with_schedule_over(recipe, recipe.train.steps).optim
-    return [learning_rate(step, settled.learning_rate, settled.schedule) for step in range(recipe.train.steps)]
+    settled = with_resolved_schedule(recipe, recipe.train.steps).optim
+    return [lr_at_step(step, settled.learning_rate, settled.schedule) for step in range(recipe.train.steps)]
 
 
-def test_it_is_the_published_decay_and_nothing_else():
+def test_decay_recipe_equals_the_published_decay():
     """Step k of n has the rate of the published run's step 1,600,000 + 400,000 k / n; so has what follows a warm-up."""
     ours, published = read_recipe("decay-on-yours"), read_recipe("smollm2-135m")
     optim = {name: value for name, value in ours.optim if name != "schedule"}
@@ -40,11 +40,11 @@ def test_it_is_the_published_decay_and_nothing_else():
     assert ours.train.sequence_length == published.train.sequence_length
     assert ours.train.micro_batch_size == "auto", "no device holds a step of 512 rows at once"
     length, begin = 400_000, published.train.steps - 400_000
-    whole = rates(replaced(ours, {"optim.schedule.warmup_steps": 0}))
-    schedule = published.optim.schedule.over(published.train.steps)
+    whole = rates(replace_settings(ours, {"optim.schedule.warmup_steps": 0}))
+    schedule = published.optim.schedule.resolved(published.train.steps)
     for step, rate in enumerate(whole):
         there = begin + length * step // len(whole)
-        assert rate == pytest.approx(learning_rate(there, published.optim.learning_rate, schedule))
+        assert rate == pytest.approx(lr_at_step(there, published.optim.learning_rate, schedule))
     assert whole[0] == 3e-3
     assert len(rates(ours)) == 1000
     warm, rest = rates(ours)[:40], rates(ours)[40:]
@@ -53,7 +53,7 @@ def test_it_is_the_published_decay_and_nothing_else():
     assert ours.optim.schedule.warmup_steps == round(2 / (1 - ours.optim.betas[1]))
 
 
-def test_its_start_is_the_last_that_was_published_before_the_decay():
+def test_decay_recipe_starts_at_the_last_plateau_checkpoint():
     recipe = read_recipe("decay-on-yours")
     assert recipe.init_from == f"{CHECKPOINTS}@{PLATEAU}"
     step, decay = int(PLATEAU.removeprefix("step-")), 1_600_000
@@ -63,17 +63,17 @@ def test_its_start_is_the_last_that_was_published_before_the_decay():
 
 @pytest.mark.parametrize("tokens", ["30K", "500K", "20M", "5B"])
 @pytest.mark.parametrize("warmup", [0, 40])
-def test_within_any_budget_it_stays_a_decay(tokens, warmup):
+def test_decay_recipe_decays_within_any_budget(tokens, warmup):
     changes = {"budget": f"{tokens}-tokens", "optim.schedule.warmup_steps": warmup}
-    recipe = within_budget(replaced(read_recipe("decay-on-yours"), changes))
+    recipe = within_budget(replace_settings(read_recipe("decay-on-yours"), changes))
     found = rates(recipe)
     rise = max(step for step, rate in enumerate(found) if rate == pytest.approx(3e-3))  # the fall starts at the peak
     assert rise <= (len(found) / 10 if warmup else 0)
     assert max(found) == pytest.approx(3e-3)
     assert all(a > b for a, b in zip(found[rise:], found[rise + 1 :], strict=False))
-    settled = with_schedule_over(recipe, recipe.train.steps).optim
+    settled = with_resolved_schedule(recipe, recipe.train.steps).optim
     assert found[-1] < 1.5 * 3e-3 / (len(found) - rise)
-    assert learning_rate(recipe.train.steps, 3e-3, settled.schedule) == 0.0
+    assert lr_at_step(recipe.train.steps, 3e-3, settled.schedule) == 0.0
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def published(hub, tmp_path):
     return commit
 
 
-def test_it_finishes_what_the_hub_has_at_that_step(published, tmp_path, text_file):
+def test_decay_recipe_finishes_the_hub_checkpoint(published, tmp_path, text_file):
     run = train("decay-on-yours", tmp_path / "run", data=str(text_file), budget="2K-tokens", **SMALL)
     assert run.recipe.init_from == f"{CHECKPOINTS}@{published}"
     assert run.recipe.model.num_hidden_layers == 2
@@ -95,11 +95,11 @@ def test_it_finishes_what_the_hub_has_at_that_step(published, tmp_path, text_fil
     assert found == pytest.approx([3e-3 * (1 - step / 15) for step in range(15)])
     again = train("decay-on-yours", tmp_path / "run", data=str(text_file), budget="2K-tokens", **SMALL)
     assert again.metrics["step"] == 15
-    with pytest.raises(SettingError, match="goes beyond the schedule's 15 steps, where the learning rate is 0"):
+    with pytest.raises(ConfigError, match="goes beyond the schedule's 15 steps, where the learning rate is 0"):
         train("decay-on-yours", tmp_path / "run", data=str(text_file), steps=20, **SMALL)
 
 
-def test_it_starts_from_the_weights_of_that_step(published, tmp_path, text_file):
+def test_decay_recipe_starts_from_the_named_revision(published, tmp_path, text_file):
     """The first loss is the one model's, not the other's."""
     losses = {}
     for name, revision in (("a", PLATEAU), ("b", "main")):
@@ -111,7 +111,7 @@ def test_it_starts_from_the_weights_of_that_step(published, tmp_path, text_file)
     assert run.metrics["loss"] == losses[PLATEAU] != losses["main"]
 
 
-def test_a_run_of_ones_own_is_finished(tmp_path, text_file):
+def test_decay_recipe_finishes_a_local_run(tmp_path, text_file):
     """Stopped on its plateau; with its moments the first rate is the peak, and the last all but none."""
     plateau = to_recipe(NANO | {"optim": {"learning_rate": 3e-3, "schedule": {"warmup_steps": 2, "decay": "none"}}})
     (tmp_path / "plateau.toml").write_text(write_recipe(plateau))

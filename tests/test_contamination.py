@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.config import Data
-from smolforge.data.corpus import SPLITS, Pieces
+from smolforge.data.corpus import SPLITS, DocumentDecoder
 from smolforge.data.prepare.build import prepare
-from smolforge.evaluation.contamination import overlap, words_of
+from smolforge.evaluation.contamination import find_overlaps, words_of
 from smolforge.evaluation.multiple_choice import Item
 from smolforge.evaluation.tasks import Task
 from smolforge.testing import sentences, tiny_tokenizer
@@ -48,30 +48,30 @@ def plainly(item, documents, size):
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.lists(TEXTS, max_size=4), st.integers(1, 5), st.integers(1, 9))
-def test_it_is_the_plain_search(queries, documents, size, at_once):
+def test_overlap_equals_a_plain_search(queries, documents, size, at_once):
     items = [Item(str(number), (query,), ("wrong", "b a"), 1) for number, query in enumerate(queries)]
     texts = []
     for document in documents:
         starts = range(0, max(1, len(document)), at_once)
         texts += [(document[at : at + at_once], at + at_once >= len(document)) for at in starts]
-    found = overlap([Task("one", items[:1], ""), Task("rest", items[1:] or items, "")], texts, size)
+    found = find_overlaps([Task("one", items[:1], ""), Task("rest", items[1:] or items, "")], texts, size)
     expected = {item.id: plainly(item, documents, size) for item in items}
     for name, group in (("one", items[:1]), ("rest", items[1:] or items)):
-        shared = {each.id: (each.found, each.total) for each in found[name].shared}
+        shared = {each.id: (each.matched, each.total) for each in found[name].shared}
         assert shared == {item.id: expected[item.id] for item in group if expected[item.id][0]}
-        worst = [each.found / each.total for each in found[name].shared]
+        worst = [each.matched / each.total for each in found[name].shared]
         assert worst == sorted(worst, reverse=True)
         assert found[name].items == len(group)
 
 
-def test_punctuation_and_case_do_not_hide_a_text():
+def test_words_of_ignores_punctuation_and_case():
     assert words_of("It's  \u00abSO\u00bb, 3.5 % -- \u00c9t\u00e9!") == ["its", "so", "35", "\u00e9t\u00e9"]
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=30), st.text(max_size=40))
-def test_pieces_are_the_text(sizes, text):
+def test_pieces_join_to_the_text(sizes, text):
     tokenizer = tiny_tokenizer()
-    ids, pieces, told = tokenizer.encode(text), Pieces(tokenizer), ""
+    ids, pieces, told = tokenizer.encode(text), DocumentDecoder(tokenizer), ""
     for size in sizes:
         told += pieces.push(ids[:size], False)
         ids = ids[size:]
@@ -105,14 +105,14 @@ def items(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [3, 1 << 16])
-def test_planted_items_are_found(corpus, items, at_once):
-    from smolforge.evaluation.tasks import find
+def test_overlap_finds_planted_items(corpus, items, at_once):
+    from smolforge.evaluation.tasks import load_task
 
     texts = [(text, ends) for split in SPLITS for text, ends, _ in corpus.texts(split, at_once)]
-    found = overlap([find(items)], texts)["mine"]
+    found = find_overlaps([load_task(items)], texts)["mine"]
     assert [each.id for each in found.shared] == ["short", "planted"]
     assert found.shared[1].ngram == re.sub(r"[,.]", "", PLANTED.lower()).removesuffix(" fourteen")
-    assert (found.shared[1].found, found.shared[1].total) == (2, 3)
+    assert (found.shared[1].matched, found.shared[1].total) == (2, 3)
     assert (found.size, found.items, found.short, found.share) == (13, 4, 2, 0.5)
 
 
@@ -122,7 +122,7 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-def test_the_command(capsys, corpus, items, tmp_path):
+def test_inspect_tasks_reports_the_overlap(capsys, corpus, items, tmp_path):
     code, out, _ = call(capsys, corpus.folder, "--tasks", items, "--json")
     assert code == 0
     mine = json.loads(out)["overlap"]["mine"]
@@ -140,12 +140,12 @@ def test_the_command(capsys, corpus, items, tmp_path):
         (",", 2, "there is no task to look for"),
     ],
 )
-def test_mistakes_are_sentences(capsys, corpus, tasks, code, said):
+def test_inspect_tasks_reports_mistakes_in_one_sentence(capsys, corpus, tasks, code, said):
     found, _, err = call(capsys, corpus.folder, "--tasks", tasks)
     assert (found, said in err) == (code, True)
 
 
-def test_only_a_corpus_has_items_in_it(capsys, items):
+def test_inspect_tasks_needs_a_corpus(capsys, items):
     code, _, err = call(capsys, "nano", "--tasks", items)
     assert code == 2
     assert "--tasks is for a prepared corpus; nano is none" in err

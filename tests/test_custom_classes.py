@@ -13,19 +13,26 @@ from children import of_a_rank, without_permission
 from conftest import NANO
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ranks import free_port
+from test_distributed import free_port
 from torch import nn
 from transformers import AutoConfig
 
 from smolforge import cli, load, train
-from smolforge.comparison.study import benchmarks, conduct
-from smolforge.comparison.study.spec import read
+from smolforge.comparison.study import benchmarks, run_variants
+from smolforge.comparison.study.spec import read_study
 from smolforge.config import Optim, custom_classes
-from smolforge.models.attention import Branches, Cache, Causal, Documents, Within, masked
+from smolforge.models.attention import (
+    CausalAttention,
+    DocumentAttention,
+    KVCache,
+    SharedPrefixAttention,
+    SlidingWindow,
+    masked_attention,
+)
 from smolforge.models.decoder import build
-from smolforge.runs.callbacks import Silent
+from smolforge.runs.context import NullListener
 from smolforge.testing import in_child, tiny_config
-from smolforge.testing.processes import ended, start
+from smolforge.testing.processes import start, wait_for_exit
 from smolforge.training import optim
 from smolforge.training.run_folder import read_records
 from smolforge.verification.custom_classes import verify_classes
@@ -35,44 +42,44 @@ SLIDING = "mylab:SlidingAttention"
 LAB = '''
 import torch
 from torch import nn
-from smolforge.models.attention import Within
-from smolforge.models.decoder import MLP, Attention, RMSNorm, rotate
+from smolforge.models.attention import SlidingWindow
+from smolforge.models.decoder import MLP, Attention, RMSNorm, apply_rope
 
 class Sliding(Attention):
-    def forward(self, x, angles, memory):
-        return super().forward(x, angles, Within(memory, 8))
+    def forward(self, x, cos_sin, context):
+        return super().forward(x, cos_sin, SlidingWindow(context, 8))
 
 class Same(nn.Module):
     """Ours, written again."""
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.d = layer, config.head_size
+        self.layer, self.d = layer, config.resolved_head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.d, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.d, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.d, config.hidden_size, bias=False)
 
-    def forward(self, x, angles, memory):
+    def forward(self, x, cos_sin, context):
         q, k, v = (p(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = memory.attend(self.layer, rotate(q, angles), rotate(k, angles), v)
+        out = context.attend(self.layer, apply_rope(q, cos_sin), apply_rope(k, cos_sin), v)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 class Leaky(Attention):
-    def forward(self, x, angles, memory):
-        return super().forward(x, angles, memory) + x.mean(1, keepdim=True)
+    def forward(self, x, cos_sin, context):
+        return super().forward(x, cos_sin, context) + x.mean(1, keepdim=True)
 
 class Forgetful(Attention):
     """Looks at the tokens of this call alone."""
-    def forward(self, x, angles, memory):
-        from smolforge.models.attention import Causal
-        return super().forward(x, angles, Causal())
+    def forward(self, x, cos_sin, context):
+        from smolforge.models.attention import CausalAttention
+        return super().forward(x, cos_sin, CausalAttention())
 
 class Unsaved(Attention):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.scale = torch.rand(())
-    def forward(self, x, angles, memory):
-        return super().forward(x, angles, memory) * self.scale
+    def forward(self, x, cos_sin, context):
+        return super().forward(x, cos_sin, context) * self.scale
 
 class Idle(Attention):
     def __init__(self, config, layer):
@@ -80,7 +87,7 @@ class Idle(Attention):
         self.nothing = nn.Parameter(torch.ones(3))
 
 class Broken(Attention):
-    def forward(self, x, angles, memory):
+    def forward(self, x, cos_sin, context):
         return self.missing(x)
 
 class Crashing(nn.Module):
@@ -118,7 +125,7 @@ not_a_class = 3
 
 @pytest.fixture(autouse=True)
 def nothing_admitted(monkeypatch):
-    monkeypatch.setattr(custom_classes, "_admitted", {})
+    monkeypatch.setattr(custom_classes, "_classes", {})
 
 
 @pytest.fixture
@@ -172,19 +179,19 @@ def close(one, other):
 
 
 @given(st.integers(1, 12), st.sets(st.integers(1, 11)))
-def test_a_window_over_rows_and_documents(window, starts):
+def test_sliding_window_is_exact_over_rows_and_documents(window, starts):
     q, k, v = heads(12)
     near = lambda i, j: 0 <= i - j < window  # noqa: E731
-    close(Within(Causal(), window).attend(0, q, k, v), direct(q, k, v, lambda b, i, j: near(i, j)))
+    close(SlidingWindow(CausalAttention(), window).attend(0, q, k, v), direct(q, k, v, lambda b, i, j: near(i, j)))
     document = torch.tensor([[sum(start <= i for start in starts) for i in range(12)]])
     sees = lambda b, i, j: near(i, j) and document[0, i] == document[0, j]  # noqa: E731
-    packed = Documents(document)
-    close(Within(packed, window).attend(0, q, k, v), direct(q, k, v, sees))
-    close(masked(packed.positions, q, k, v, window), direct(q, k, v, sees))
+    packed = DocumentAttention(document)
+    close(SlidingWindow(packed, window).attend(0, q, k, v), direct(q, k, v, sees))
+    close(masked_attention(packed.positions, q, k, v=v, window=window), direct(q, k, v, sees))
 
 
 @given(st.integers(1, 12), st.integers(0, 5), st.lists(st.integers(1, 3), max_size=3))
-def test_a_window_over_branches(window, beginning, ends):
+def test_sliding_window_is_exact_over_shared_prefixes(window, beginning, ends):
     branch = [0] * (beginning + 1) + [number for number, length in enumerate(ends, 1) for _ in range(length)]
     place = [i if not name else beginning + branch[: i + 1].count(name) for i, name in enumerate(branch)]
 
@@ -192,34 +199,34 @@ def test_a_window_over_branches(window, beginning, ends):
         return j <= i and branch[j] in (0, branch[i]) and place[i] - place[j] < window
 
     q, k, v = heads(len(branch))
-    found = Within(Branches(torch.tensor([branch])), window).attend(0, q, k, v)
+    found = SlidingWindow(SharedPrefixAttention(torch.tensor([branch])), window).attend(0, q, k, v)
     close(found, direct(q, k, v, sees))
 
 
 @given(st.integers(1, 12), st.integers(1, 9))
-def test_a_window_over_a_cache(window, first):
+def test_sliding_window_is_exact_over_a_kv_cache(window, first):
     q, k, v = heads(10)
-    whole = Within(Causal(), window).attend(0, q, k, v)
+    whole = SlidingWindow(CausalAttention(), window).attend(0, q, k, v)
     config = tiny_config(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    cache = Cache(config, 1, 10, q)
+    cache = KVCache(config, 1, 10, like=q)
     for begin, end in ((0, first), *((i, i + 1) for i in range(first, 10))):
-        memory = Within(cache.at(torch.arange(begin, end)[None]), window)
+        memory = SlidingWindow(cache.view(torch.arange(begin, end)[None]), window)
         found = memory.attend(0, q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end])
         close(found, whole[:, :, begin:end])
 
 
-def test_windows_in_each_other_are_the_narrower():
+def test_nested_sliding_windows_use_the_narrower():
     q, k, v = heads(12)
-    narrow = Within(Causal(), 2).attend(0, q, k, v)
-    assert torch.equal(Within(Within(Causal(), 2), 5).attend(0, q, k, v), narrow)
-    assert torch.equal(Within(Within(Causal(), 5), 2).attend(0, q, k, v), narrow)
+    narrow = SlidingWindow(CausalAttention(), 2).attend(0, q, k, v)
+    assert torch.equal(SlidingWindow(SlidingWindow(CausalAttention(), 2), 5).attend(0, q, k, v), narrow)
+    assert torch.equal(SlidingWindow(SlidingWindow(CausalAttention(), 5), 2).attend(0, q, k, v), narrow)
 
 
 # Running
 
 
 @pytest.mark.heavy
-def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys, monkeypatch):
+def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in EXAMPLES.iterdir():
         if file.is_file():
@@ -235,16 +242,16 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
     text = path.read_text().replace("300_000", "1024").replace("train.batch_tokens = 2048", "")
     text = text.replace("train.evaluate_every = 12", tomli_w.dumps(small)).replace("[0, 1, 2, 3, 4]", "[0]")
     path.write_text(text)
-    monkeypatch.setattr(benchmarks, "DECODED", 2)
+    monkeypatch.setattr(benchmarks, "DECODE_TOKENS", 2)
     monkeypatch.chdir(Path(__file__).parent)  # its module is beside the study, and not here
-    study = read(path)
+    study = read_study(path)
     assert study.recipes["sliding"].model.attention == SLIDING
     assert study.recipes["full"].model.attention is None
 
-    class Nobody(Silent):
+    class Nobody(NullListener):
         beginning = measuring = lambda *given: None
 
-    found = conduct(study, tmp_path / "out", Nobody())
+    found = run_variants(study, tmp_path / "out", Nobody())
     assert not any(variant.failed for variant in found.variants)
     assert all(variant.speed["peak_memory_bytes"] for variant in found.variants)
     monkeypatch.chdir(tmp_path)
@@ -261,7 +268,7 @@ def test_the_example_runs_in_a_study_and_is_verified(tmp_path, text_file, capsys
 
 
 @pytest.mark.usefixtures("compiling")
-def test_a_run_resumes_to_the_bit_and_speaks_with_permission(lab, capsys):
+def test_custom_class_run_resumes_and_needs_permission(lab, capsys):
     both = {"model_attention": "lab:Sliding", "optim_name": "lab:Plain"}
     recipe = recipe_with(lab, **both)
     whole = train(recipe, lab / "whole", steps=8)
@@ -274,7 +281,7 @@ def test_a_run_resumes_to_the_bit_and_speaks_with_permission(lab, capsys):
     again = load(lab / "parts", own=["lab:Sliding"])
     ids = torch.arange(20)[None]
     assert torch.equal(again(ids), parts.model(ids))
-    custom_classes._admitted.clear()
+    custom_classes._classes.clear()
     code, _, err = call(capsys, "generate", lab / "parts", "--prompt", "a")
     assert code == 3
     assert "--own lab:Sliding" in err
@@ -293,16 +300,16 @@ def test_a_run_resumes_to_the_bit_and_speaks_with_permission(lab, capsys):
     assert "classes of your own (lab:Sliding), which transformers cannot know" in err
 
 
-def test_a_changed_class_is_noticed(lab, caplog):
+def test_changed_custom_class_gives_a_warning(lab, caplog):
     recipe = recipe_with(lab, model_attention="lab:Sliding")
     train(recipe, lab / "run", steps=4)
-    (lab / "lab.py").write_text(LAB.replace("memory, 8", "memory, 9"))
+    (lab / "lab.py").write_text(LAB.replace("context, 8", "context, 9"))
     train(recipe, lab / "run", steps=5)
     assert "own_classes changed since the last start" in caplog.text
 
 
-def test_all_parts_at_once_save_and_load(lab):
-    custom_classes.admit(["lab:Same", "lab:Relu2", "lab:Unscaled"], [lab])
+def test_custom_classes_of_all_parts_save_and_load(lab):
+    custom_classes.import_classes(["lab:Same", "lab:Relu2", "lab:Unscaled"], [lab])
     for family in ("llama", "mixtral"):
         parts = {"attention": "lab:Same", "feed_forward": "lab:Relu2", "normalization": "lab:Unscaled"}
         config = tiny_config(model_type=family, **parts)
@@ -311,27 +318,27 @@ def test_all_parts_at_once_save_and_load(lab):
         torch.manual_seed(2)
         other = build(config, 5)  # whatever the class draws follows from the seed of the model alone
         assert torch.equal(one.model.layers[1].mlp.gain, other.model.layers[1].mlp.gain)
-        assert verify_classes("x", config, False, lambda check: None).holds
+        assert verify_classes("x", config, False, on_check=lambda check: None).holds
 
 
-def test_a_norm_without_parameters_trains(lab):
+def test_custom_norm_without_parameters_trains(lab):
     """What a token costs is asked of its shape before the first step."""
     run = train(recipe_with(lab, model_normalization="lab:Unscaled"), lab / "run", steps=2)
     assert run.metrics["step"] == 2
 
 
-def test_python_looks_where_it_did_before(lab, monkeypatch):
+def test_import_classes_keeps_sys_path(lab, monkeypatch):
     monkeypatch.syspath_prepend(str(lab))
     before = list(sys.path)
-    custom_classes.admit(["lab:Same"], [lab, lab])
+    custom_classes.import_classes(["lab:Same"], [lab, lab])
     assert sys.path == before
 
 
-def test_every_rank_knows_them(lab):
+def test_custom_classes_work_on_every_rank(lab):
     recipe = recipe_with(lab, model_attention="lab:Sliding")
     port = free_port()
     children = [start(of_a_rank, rank, port, recipe, lab / "two") for rank in range(2)]
-    assert [ended(child) for child in children] == [0, 0]
+    assert [wait_for_exit(child) for child in children] == [0, 0]
     one = train(recipe, lab / "one")
     assert read_records(lab / "two" / "metrics.jsonl")[-1]["loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)
 
@@ -339,13 +346,13 @@ def test_every_rank_knows_them(lab):
 # Refusals
 
 
-def test_files_have_no_code_run(lab):
+def test_checkpoint_files_never_import_code(lab):
     """Neither a checkpoint's files nor a run's own recipe import anything; a person's flag does."""
     train(recipe_with(lab, model_attention="lab:Sliding"), lab / "run", steps=4)
     assert in_child(without_permission, lab) == 0
 
 
-def test_transformers_does_not_take_it_for_a_llama(lab, capsys):
+def test_transformers_refuses_custom_class_checkpoints(lab, capsys):
     run = train(recipe_with(lab, model_attention="lab:Same"), lab / "run", steps=4)
     checkpoint = next((run.folder / "checkpoints").iterdir())
     with pytest.raises(ValueError, match="smolforge"):
@@ -372,7 +379,7 @@ def test_transformers_does_not_take_it_for_a_llama(lab, capsys):
         ({"model_type": "smolforge", "smolforge": {"model_type": "llama", "attention": "os:x"}}, "--own os:x"),
     ],
 )
-def test_config_files_that_name_code(lab, content, said, capsys):
+def test_config_json_that_names_code_is_refused(lab, content, said, capsys):
     train(lab / "recipe.toml", lab / "run", steps=4)
     file = next((lab / "run" / "checkpoints").iterdir()) / "config.json"
     folder = lab / "model"
@@ -400,7 +407,7 @@ def test_config_files_that_name_code(lab, content, said, capsys):
         ("optim.name", "lab:Counting", "keeps count as int; a checkpoint can hold tensors only"),
     ],
 )
-def test_a_class_that_is_none_is_one_sentence(lab, capsys, setting, name, said):
+def test_invalid_custom_class_gives_one_sentence(lab, capsys, setting, name, said):
     (lab / "syntax.py").write_text("def\n")
     (lab / "needs.py").write_text("import unheard_of\n")
     code, _, err = call(capsys, "train", lab / "recipe.toml", "--run", lab / "run", f"--{setting}", name)
@@ -423,14 +430,14 @@ def test_a_class_that_is_none_is_one_sentence(lab, capsys, setting, name, said):
         ("Sliding", {"built-in"}),
     ],
 )
-def test_verify_finds_what_is_wrong(lab, name, failing):
-    custom_classes.admit([f"lab:{name}"], [lab])
+def test_verify_finds_errors_in_custom_classes(lab, name, failing):
+    custom_classes.import_classes([f"lab:{name}"], [lab])
     config = tiny_config(attention=f"lab:{name}")
-    found = verify_classes(name, config, True, lambda check: None)
+    found = verify_classes(name, config, True, on_check=lambda check: None)
     assert {check.name for check in found.checks if not check.holds} == failing
 
 
-def test_a_recipe_without_classes_has_nothing_to_verify(lab, capsys):
+def test_verify_refuses_a_recipe_without_custom_classes(lab, capsys):
     code, _, err = call(capsys, "verify", lab / "recipe.toml")
     assert code == 2
     assert "names no class of your own" in err
@@ -443,15 +450,15 @@ def test_a_recipe_without_classes_has_nothing_to_verify(lab, capsys):
 # Optimizers
 
 
-def test_an_optimizer_is_not_called_for_updates_that_are_left_out(lab):
-    custom_classes.admit(["lab:Plain"], [lab])
+def test_custom_optimizer_is_not_called_for_skipped_updates(lab):
+    custom_classes.import_classes(["lab:Plain"], [lab])
     model = nn.Linear(3, 2)
-    chosen = optim.optimizers(model, Optim(name="lab:Plain", learning_rate=0.1))
+    chosen = optim.build_optimizers(model, Optim(name="lab:Plain", learning_rate=0.1))
     assert chosen[0].param_groups[0]["momentum"] == Optim().momentum
 
     def step(unwanted):
         model(torch.ones(1, 3)).sum().backward()
-        optim.leave_out(chosen, unwanted)
+        optim.set_found_inf(chosen, unwanted)
         before = model.weight.detach().clone()
         chosen[0].step()
         return not torch.equal(before, model.weight)
@@ -464,13 +471,15 @@ def test_an_optimizer_is_not_called_for_updates_that_are_left_out(lab):
     assert step(None)
 
 
-def test_the_example_lion_learns_as_written(tmp_path):
+def test_example_lion_equals_the_paper(tmp_path):
     """Against the paper's own lines, on scalars."""
     shutil.copy(EXAMPLES / "mylab.py", tmp_path)
-    custom_classes.admit(["mylab:Lion"], [tmp_path])
+    custom_classes.import_classes(["mylab:Lion"], [tmp_path])
     weight = nn.Parameter(torch.tensor([[0.5]]))
     holder = nn.ParameterDict({"w": weight})
-    chosen = optim.optimizers(holder, Optim(name="mylab:Lion", learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.2))
+    chosen = optim.build_optimizers(
+        holder, Optim(name="mylab:Lion", learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.2)
+    )
     w, m = 0.5, 0.0
     for g in (1.0, -3.0, 0.5, -0.25):
         weight.grad = torch.tensor([[g]])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge.training.step_timer import WINDOW, HostClock, Meter, StreamClock, Work, clock
+from smolforge.training.step_timer import WINDOW, HostClock, StepCost, StepTimer, StreamClock, clock
 
 PARTS = ("data", "forward", "backward", "optimizer", "other")
-WORK = Work(tokens=1000, flops_per_token=600, flops_per_token_full_attention=900, peak_flops_per_second=1e6)
+WORK = StepCost(tokens=1000, flops_per_token=600, flops_per_token_full_attention=900, peak_flops_per_second=1e6)
 
 
 class Hand:
@@ -34,7 +34,7 @@ class Hand:
                 if name == "other":
                     self.time += seconds
                     continue
-                with meter.part(name):
+                with meter.phase(name):
                     self.time += seconds
 
 
@@ -43,21 +43,21 @@ def hand():
     return Hand()
 
 
-def test_parts_of_a_step_with_micro_batches(hand):
-    meter = Meter(WORK, 10, hand.clock())
+def test_step_timer_sums_phases_over_micro_batches(hand):
+    meter = StepTimer(WORK, 10, hand.clock())
     with meter.step():
         hand.time += 0.5
-        with meter.part("data"):
+        with meter.phase("data"):
             hand.time += 1
         for _ in range(3):
-            with meter.part("forward"):
+            with meter.phase("forward"):
                 hand.time += 2
-            with meter.part("backward"):
+            with meter.phase("backward"):
                 hand.time += 4
         hand.time += 0.25
-        with meter.part("optimizer"):
+        with meter.phase("optimizer"):
             hand.time += 8
-            with meter.part("other"):
+            with meter.phase("other"):
                 hand.time += 16
             hand.time += 32
     figures = meter.read()
@@ -66,8 +66,8 @@ def test_parts_of_a_step_with_micro_batches(hand):
     assert figures["tokens_per_second"] == pytest.approx(1000 / 75.75)
 
 
-def test_the_first_step_has_no_running_figures_and_is_in_none(hand):
-    meter = Meter(WORK, 4, hand.clock())
+def test_step_timer_medians_exclude_the_first_step(hand):
+    meter = StepTimer(WORK, 4, hand.clock())
     hand.step(meter, forward=100)
     assert not {"tokens_per_second_median", "seconds_left"} & meter.read().keys()
     hand.step(meter, forward=2)
@@ -82,16 +82,16 @@ def test_the_first_step_has_no_running_figures_and_is_in_none(hand):
     assert figures["seconds_left"] == 0
 
 
-def test_the_median_forgets_what_is_long_ago(hand):
-    meter = Meter(WORK, 100, hand.clock())
+def test_step_timer_median_covers_a_recent_window(hand):
+    meter = StepTimer(WORK, 100, hand.clock())
     for seconds in [1] + [10] * WINDOW + [2] * WINDOW:
         hand.step(meter, forward=seconds)
         figures = meter.read()
     assert figures["tokens_per_second_median"] == 500
 
 
-def test_a_long_action_between_steps_counts_for_the_time_left_and_not_for_the_rate(hand):
-    meter = Meter(WORK, 105, hand.clock())
+def test_step_timer_gaps_count_for_time_left_not_for_rate(hand):
+    meter = StepTimer(WORK, 105, hand.clock())
     for step in range(5):
         hand.step(meter, forward=2)
         figures = meter.read()
@@ -101,8 +101,8 @@ def test_a_long_action_between_steps_counts_for_the_time_left_and_not_for_the_ra
     assert figures["seconds_left"] == pytest.approx(100 * (2 + 30 / 4))
 
 
-def test_what_passes_between_steps_is_said_of_the_step_after(hand):
-    meter, between = Meter(WORK, 9, hand.clock()), []
+def test_seconds_between_belong_to_the_next_step(hand):
+    meter, between = StepTimer(WORK, 9, hand.clock()), []
     for seconds in (7, 0, 3):
         hand.step(meter, data=1, forward=2)
         between.append(meter.read()["seconds_between"])
@@ -111,21 +111,21 @@ def test_what_passes_between_steps_is_said_of_the_step_after(hand):
     assert [*between, meter.read()["seconds_between"]] == [0, 7, 0, 3]
 
 
-def test_steps_to_go_are_those_of_this_start(hand):
+def test_seconds_left_count_the_steps_of_this_start(hand):
     """A run resumed at 990 of 1000: its first step compiles again and is left out again."""
-    meter = Meter(WORK, 1000 - 990, hand.clock())
+    meter = StepTimer(WORK, 1000 - 990, hand.clock())
     hand.step(meter, forward=50)
     assert "seconds_left" not in meter.read()
     hand.step(meter, forward=2)
     assert meter.read()["seconds_left"] == 8 * 2
 
 
-def test_steps_may_be_read_later_than_they_end(hand):
+def test_step_timer_may_be_read_late(hand):
     """As on a GPU, where the next step is begun before this one's loss is known."""
-    prompt, late = Meter(WORK, 9, hand.clock()), Meter(WORK, 9, hand.clock())
+    prompt, late = StepTimer(WORK, 9, hand.clock()), StepTimer(WORK, 9, hand.clock())
     at_once, afterwards = [], []
     for seconds in (3, 1, 2, 5):
-        with prompt.step(), late.step(), prompt.part("forward"), late.part("forward"):
+        with prompt.step(), late.step(), prompt.phase("forward"), late.phase("forward"):
             hand.time += seconds
         at_once.append(prompt.read())
         afterwards += [late.read()] if seconds != 3 else []
@@ -134,9 +134,9 @@ def test_steps_may_be_read_later_than_they_end(hand):
     assert at_once == afterwards
 
 
-def test_a_step_that_fails_is_forgotten(hand):
-    meter = Meter(WORK, 9, hand.clock())
-    with pytest.raises(ZeroDivisionError), meter.step(), meter.part("forward"):
+def test_step_timer_forgets_a_failed_step(hand):
+    meter = StepTimer(WORK, 9, hand.clock())
+    with pytest.raises(ZeroDivisionError), meter.step(), meter.phase("forward"):
         raise ZeroDivisionError
     hand.step(meter, forward=2)
     assert meter.read()["tokens_per_second"] == 500
@@ -144,16 +144,18 @@ def test_a_step_that_fails_is_forgotten(hand):
         meter.read()
 
 
-def test_a_part_belongs_to_a_step(hand):
-    meter = Meter(WORK, 9, hand.clock())
+def test_phase_outside_a_step_is_refused(hand):
+    meter = StepTimer(WORK, 9, hand.clock())
     hand.step(meter, forward=2)
-    with pytest.raises(AssertionError, match="a part belongs to a step"), meter.part("data"):
+    with pytest.raises(AssertionError, match="a part belongs to a step"), meter.phase("data"):
         pass
 
 
-SMOLLM2 = Work(524_288, 1_019_215_872, 1_231_552_512, 790e12)
+SMOLLM2 = StepCost(524_288, 1_019_215_872, 1_231_552_512, 790e12)
 """At 2048 tokens, on a GPU that multiplies at 790 TFLOP/s."""
-GPT2 = Work(524_288, 6 * 124_475_904 + 6 * 12 * 768 * 1024, 6 * 124_475_904 + 12 * 12 * 768 * 1024, 312e12, devices=8)
+GPT2 = StepCost(
+    524_288, 6 * 124_475_904 + 6 * 12 * 768 * 1024, 6 * 124_475_904 + 12 * 12 * 768 * 1024, 312e12, devices=8
+)
 """llm.c's run on eight A100s, 300 ms a step."""
 
 
@@ -166,8 +168,8 @@ GPT2 = Work(524_288, 6 * 124_475_904 + 6 * 12 * 768 * 1024, 6 * 124_475_904 + 12
         (GPT2, 0.3, 1_747_627, 0.5626, 0.6022),
     ],
 )
-def test_mfu_of_known_cases(hand, work, seconds, rate, mfu, full):
-    meter = Meter(work, 9, hand.clock())
+def test_mfu_equals_known_cases(hand, work, seconds, rate, mfu, full):
+    meter = StepTimer(work, 9, hand.clock())
     hand.step(meter, forward=seconds)
     figures = meter.read()
     assert figures["tokens_per_second"] == pytest.approx(rate, rel=1e-6)
@@ -180,10 +182,10 @@ STEPS = st.lists(st.tuples(st.dictionaries(st.sampled_from(PARTS), SECONDS, min_
 
 
 @given(STEPS, st.floats(1e3, 1e15), st.integers(1, 512))
-def test_whatever_the_steps(steps, peak, devices):
+def test_step_timer_figures_are_consistent_for_any_steps(steps, peak, devices):
     hand = Hand()
     work = replace(WORK, peak_flops_per_second=peak, devices=devices)
-    meter, plain = Meter(work, len(steps), hand.clock()), Meter(WORK, len(steps), hand.clock())
+    meter, plain = StepTimer(work, len(steps), hand.clock()), StepTimer(WORK, len(steps), hand.clock())
     wholes, rates, before = [], [], 0.0
     for parts, between in steps:
         start = hand.time
@@ -221,19 +223,19 @@ class FakeEvent:
         return 1000 * (end.at - self.at)
 
 
-def test_a_gpus_time_is_its_streams_and_only_reading_waits_for_it(monkeypatch):
+def test_stream_clock_waits_only_when_read(monkeypatch):
     class Stream:
         time = queued = 0.0
 
     streams = {0: Stream(), 1: Stream()}
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
-    meter, stream = Meter(WORK, 9, clock(torch.device("cuda:1"))), streams[1]
+    meter, stream = StepTimer(WORK, 9, clock(torch.device("cuda:1"))), streams[1]
     for seconds in (4.0, 2.0, 3.0):
         with meter.step():
-            with meter.part("forward"):
+            with meter.phase("forward"):
                 stream.queued += seconds
-            with meter.part("optimizer"):
+            with meter.phase("optimizer"):
                 stream.queued += 1
         stream.queued += 0.5
     assert stream.time == 0
@@ -244,12 +246,12 @@ def test_a_gpus_time_is_its_streams_and_only_reading_waits_for_it(monkeypatch):
     assert streams[0].time == 0
 
 
-def test_a_device_has_its_clock():
+def test_clock_is_chosen_by_device():
     assert clock(torch.device("cpu")) == HostClock(time.perf_counter)
     assert isinstance(clock(torch.device("cuda")), StreamClock)
 
 
-def test_parts_can_be_shown_to_a_profiler(hand):
+def test_phases_are_annotated_for_a_profiler(hand):
     shown = []
 
     @contextmanager
@@ -257,19 +259,19 @@ def test_parts_can_be_shown_to_a_profiler(hand):
         shown.append(name)
         yield
 
-    hand.step(Meter(WORK, 9, hand.clock(), annotate), data=1, forward=1)
+    hand.step(StepTimer(WORK, 9, hand.clock(), annotate=annotate), data=1, forward=1)
     assert shown == ["data", "forward"]
 
 
-def test_it_costs_nothing_that_one_could_measure():
+def test_step_timer_overhead_is_small():
     """A step of eight micro-batches, marked and read; it takes a tenth of this."""
-    meter = Meter(WORK, 9, clock(torch.device("cpu")))
+    meter = StepTimer(WORK, 9, clock(torch.device("cpu")))
 
     def once():
         start = time.perf_counter()
         with meter.step():
             for name in ["data"] + ["forward", "backward"] * 8 + ["optimizer"]:
-                with meter.part(name):
+                with meter.phase(name):
                     pass
         meter.read()
         return time.perf_counter() - start

@@ -20,22 +20,22 @@ from conftest import NANO
 
 from smolforge import cli
 from smolforge.checkpoint import training_state
-from smolforge.config.base import replaced
+from smolforge.config.base import replace_settings
 from smolforge.config.load import to_recipe
-from smolforge.data.batches import Windows, stream
+from smolforge.data.batches import TokenWindows, iterate_batches
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
 from smolforge.data.mixture import Mixture
 from smolforge.device import pick_device
-from smolforge.errors import MissingResource, SettingError
+from smolforge.errors import ConfigError, MissingResourceError
 from smolforge.runs import run as run_module
 from smolforge.runs import train
-from smolforge.runs.dataset import rows_of
-from smolforge.runs.estimate import plan, plan_of_ranks
-from smolforge.runs.resolve import check_shares
+from smolforge.runs.dataset import build_row_source
+from smolforge.runs.estimate import estimate_of_ranks, estimate_run
+from smolforge.runs.resolve import check_ranks
 from smolforge.testing import sentences, tiny_config, tiny_tokenizer
-from smolforge.testing.processes import ended, start
+from smolforge.testing.processes import start, wait_for_exit
 from smolforge.training import distributed, loop
-from smolforge.training.distributed import ALONE, Ranks, World, joined, world_of
+from smolforge.training.distributed import SINGLE_PROCESS, RankGroup, World, rank_group, world_from_env
 from smolforge.training.objective import Objective
 from smolforge.training.run_folder import RunFolder, read_records
 
@@ -78,7 +78,7 @@ class Bench:
         """Train on so many ranks; returns their exit codes."""
         given = {name.replace("__", "."): value for name, value in settings.items()}
         children = self.start(size, run, list(faults), given)
-        codes = [ended(child) for child in children]
+        codes = [wait_for_exit(child) for child in children]
         self.said = [self.output(rank).read_text() for rank in range(size)]
         return codes
 
@@ -92,7 +92,7 @@ class Bench:
         return [record["loss"] for record in records]
 
     def hashes(self, run: str) -> list[str]:
-        files = training_state.check(training_state.all_of(self.run(run))[-1])["files"]
+        files = training_state.check_checkpoint(training_state.list_checkpoints(self.run(run))[-1])["files"]
         return [files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")]
 
 
@@ -131,14 +131,14 @@ def one_rank(said: Path, environment: dict[str, str], words: list[str], faults: 
 
 def at(who: int, step: int, act: Callable[[], None], rank: int) -> None:
     """One rank does something when it is about to begin the step that follows so many."""
-    launch = loop.launch
+    launch = loop.train_step
 
-    def launching(*given):
-        if rank == who and given[4] == step:
+    def launching(*given, **named):
+        if rank == who and named["completed"] == step:
             act()
-        return launch(*given)
+        return launch(*given, **named)
 
-    loop.launch = launching
+    loop.train_step = launching
 
 
 def signalled(number: int) -> None:
@@ -147,20 +147,20 @@ def signalled(number: int) -> None:
 
 def noted(folder: Path, rank: int) -> None:
     """Write down every row this rank learns from, and what its weights are at the end."""
-    backward, trained = loop.backward, run_module.train
+    backward, trained = loop.forward_backward, run_module.train
 
-    def noting(objective, batch, *rest):
+    def noting(objective, batch, *rest, **options):
         with (folder / f"rows-{rank}").open("ab") as file:
-            file.write(batch.ids.numpy().tobytes())
-        return backward(objective, batch, *rest)
+            file.write(batch.input_ids.numpy().tobytes())
+        return backward(objective, batch, *rest, **options)
 
-    def training_(objective, *rest):
-        end = trained(objective, *rest)
+    def training_(objective, *rest, **options):
+        end = trained(objective, *rest, **options)
         weights = b"".join(weight.detach().numpy().tobytes() for weight in objective.parameters())
         (folder / f"weights-{rank}").write_text(hashlib.sha256(weights).hexdigest())
         return end
 
-    loop.backward, run_module.train = noting, training_
+    loop.forward_backward, run_module.train = noting, training_
 
 
 # The same numbers
@@ -175,25 +175,25 @@ def noted(folder: Path, rank: int) -> None:
         ({"train.dtype": "float64", "train.micro_batch_size": 1}, 6, 1e-12),
     ],
 )
-def test_one_two_and_four_ranks_train_the_same(bench, settings, rows, tolerance):
+def test_ranks_1_2_and_4_train_the_same(bench, settings, rows, tolerance):
     """20 steps over a whole epoch and its ragged end, shares of different length, any number of workers."""
     settings = settings | {"train.steps": 20, "train.batch_tokens": 32 * rows, "train.evaluate_every": "none"}
     run = train(bench.recipe, bench.run("1"), **settings)
     assert len({record["tokens"] for record in read_records(run.folder / "metrics.jsonl")}) == 20
-    windows = Windows(Corpus.open(run.folder / "corpus").tokens(TRAIN), 32, run.recipe.seed)
+    windows = TokenWindows(Corpus.open(run.folder / "corpus").tokens(TRAIN), 32, run.recipe.seed)
     for size, workers in ((2, 4), (4, 0)):
         note, given = partial(noted, bench.folder), settings | {"data.num_workers": workers}
         assert bench.train(size, str(size), note, **given) == [0] * size, bench.said
         assert bench.losses(str(size)) == pytest.approx(bench.losses("1"), rel=tolerance, abs=0)
         read = [np.fromfile(bench.folder / f"rows-{rank}", np.int64).reshape(20, -1, 32) for rank in range(size)]
         for step, shares in enumerate(zip(*read, strict=True)):
-            assert np.array_equal(np.concatenate(shares), windows.batch(step, rows).ids.numpy())
+            assert np.array_equal(np.concatenate(shares), windows.batch(step, rows).input_ids.numpy())
         assert len({(bench.folder / f"weights-{rank}").read_text() for rank in range(size)}) == 1
         for rank in range(size):
             (bench.folder / f"rows-{rank}").unlink()
 
 
-def test_a_mixture_on_two_ranks_is_that_on_one(bench):
+def test_ranks_train_a_mixture_like_one_process(bench):
     """Rows, losses and what is counted, over borders of stages, also where one rank is killed on the way."""
     for name, begin, lines in (("web", 0, 300), ("code", 5000, 8)):
         (bench.folder / f"{name}.txt").write_text(sentences(lines, begin))
@@ -211,11 +211,11 @@ def test_a_mixture_on_two_ranks_is_that_on_one(bench):
     killed = partial(at, 1, 7, partial(signalled, signal.SIGKILL))
     assert bench.train(2, "2", killed, partial(noted, bench.folder), **given)[1] == -signal.SIGKILL
     assert bench.train(2, "2", **given, **{"data.num_workers": 3}) == [0, 0], bench.said
-    rows = rows_of(Mixture.open(bench.run("2")), alone.recipe)
-    sizes = [len(Ranks(World(rank, 2)).share(5)) for rank in range(2)]
+    rows = build_row_source(Mixture.open(bench.run("2")), alone.recipe)
+    sizes = [len(RankGroup(World(rank, 2)).rows_of_rank(5)) for rank in range(2)]
     read = [np.fromfile(bench.folder / f"rows-{n}", np.int64).reshape(-1, size, 32)[:7] for n, size in enumerate(sizes)]
     for step, shares in enumerate(zip(*read, strict=True)):
-        assert np.array_equal(np.concatenate(shares), rows.batch(step, 5).ids.numpy())
+        assert np.array_equal(np.concatenate(shares), rows.batch(step, 5).input_ids.numpy())
     assert bench.losses("2") == pytest.approx(bench.losses("1"), rel=1e-6, abs=0)
     one, two = (
         [[each[key] for key in ("stage", "tokens", "tokens_from_web", "tokens_from_code")] for each in found]
@@ -227,19 +227,19 @@ def test_a_mixture_on_two_ranks_is_that_on_one(bench):
 
 @pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_shares_are_the_batch(size, workers):
-    windows = Windows(Tokens([np.arange(1000)]), 16, seed=5)
-    shares = [Ranks(World(rank, size)).share(5) for rank in range(size)]
+def test_rank_rows_join_to_the_batch(size, workers):
+    windows = TokenWindows(Tokens([np.arange(1000)]), 16, seed=5)
+    shares = [RankGroup(World(rank, size)).rows_of_rank(5) for rank in range(size)]
     assert [row for share in shares for row in share] == list(range(5))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     for number, parts in enumerate(
-        zip(*(stream(windows, range(30), 5, workers, each) for each in shares), strict=True)
+        zip(*(iterate_batches(windows, range(30), 5, num_workers=workers, share=each) for each in shares), strict=True)
     ):
-        assert torch.equal(torch.cat([part.ids for part in parts]), windows.batch(number, 5).ids)
+        assert torch.equal(torch.cat([part.input_ids for part in parts]), windows.batch(number, 5).input_ids)
         assert torch.equal(torch.cat([part.labels for part in parts]), windows.batch(number, 5).labels)
 
 
-def test_experts_are_balanced_over_the_same_rows(bench):
+def test_moe_aux_loss_is_the_same_on_every_rank_count(bench):
     model = tiny_config(model_type="mixtral", num_local_experts=8, num_experts_per_tok=1).model_dump()
     recipe = json.loads(bench.recipe.read_text()) | {"model": model}
     bench.recipe.write_text(json.dumps(recipe))
@@ -249,27 +249,27 @@ def test_experts_are_balanced_over_the_same_rows(bench):
     balance = [read_records(bench.run(name) / "metrics.jsonl")[-1]["balance_loss"] for name in ("1", "2")]
     assert balance[0] == pytest.approx(balance[1], rel=1e-5)
     experts = to_recipe(recipe)
-    check_shares(replaced(experts, {"train.micro_batch_size": 2}), 2)
+    check_ranks(replace_settings(experts, {"train.micro_batch_size": 2}), 2)
     for micro, size in ((None, 2), (3, 2), (2, 4)):
-        with pytest.raises(SettingError, match=f"the {size} ranks needs a whole number of such micro-batches of the 4"):
-            check_shares(replaced(experts, {"train.micro_batch_size": micro}), size)
+        with pytest.raises(ConfigError, match=f"the {size} ranks needs a whole number of such micro-batches of the 4"):
+            check_ranks(replace_settings(experts, {"train.micro_batch_size": micro}), size)
 
 
-def test_rates_are_of_all_ranks(pair):
+def test_run_estimate_counts_all_ranks(pair):
     first = json.loads((pair.run("once") / "environment.json").read_text())[0]
     assert first["ranks"] == 2
-    recipe = replaced(to_recipe(NANO), {"train.batch_tokens": 32 * 100})
-    alone, together = plan(recipe), plan_of_ranks(recipe, 0, 4)
+    recipe = replace_settings(to_recipe(NANO), {"train.batch_tokens": 32 * 100})
+    alone, together = estimate_run(recipe), estimate_of_ranks(recipe, 0, 4)
     assert together.memory_bytes < alone.memory_bytes
     assert together.device == "4 x cpu"
     assert together.tokens == alone.tokens
-    assert run_module.work(recipe, torch.device("cpu"), 4).devices == 4
+    assert run_module.step_cost(recipe, torch.device("cpu"), 4).devices == 4
 
 
 # One folder
 
 
-def test_rank_0_alone_writes_and_speaks(pair):
+def test_rank_0_alone_writes_and_prints(pair):
     run = pair.run("once")
     assert [record["step"] for record in read_records(run / "samples.jsonl")] == [4, 8]
     assert (run / "run.log").read_text().count("saved step-00000004") == 1
@@ -279,7 +279,7 @@ def test_rank_0_alone_writes_and_speaks(pair):
     assert pair.said[1] == ""
 
 
-def test_checkpoints_move_between_numbers_of_ranks(bench):
+def test_checkpoints_resume_on_another_number_of_ranks(bench):
     whole = {"optim.schedule.steps": 9}
     train(bench.recipe, bench.run("once"), steps=9, **whole)
     for size, steps in ((2, 3), (1, 5), (4, 7), (2, 9)):
@@ -291,7 +291,7 @@ def test_checkpoints_move_between_numbers_of_ranks(bench):
     assert [(each["step"], each["ranks"]) for each in starts] == [(0, 2), (3, 1), (5, 4), (7, 2)]
 
 
-def test_moments_are_brought_to_every_rank(bench):
+def test_init_moments_reach_every_rank(bench):
     train(bench.recipe, bench.run("first"))
     given = {"init_from": str(bench.run("first")), "train.evaluate_every": "none"}
     train(bench.recipe, bench.run("1"), **given, init_moments=True)
@@ -302,7 +302,7 @@ def test_moments_are_brought_to_every_rank(bench):
     assert (bench.folder / "weights-0").read_text() == (bench.folder / "weights-1").read_text()
 
 
-def test_what_rank_0_refuses_ends_all_with_one_sentence(bench):
+def test_rank_0_error_ends_all_ranks_with_one_message(bench):
     with RunFolder.open(bench.run("run")):
         assert bench.train(2, "run") == [2, 2]
     assert f"is being trained by process {os.getpid()}" in bench.said[0]
@@ -319,7 +319,7 @@ def test_what_rank_0_refuses_ends_all_with_one_sentence(bench):
     ("size", "who", "number", "code"),
     [(2, 1, signal.SIGUSR1, 75), (2, 0, signal.SIGINT, 130), (4, 2, signal.SIGTERM, 75)],
 )
-def test_a_signal_to_one_rank_saves_once_and_ends_all(pair, size, who, number, code):
+def test_signal_to_one_rank_saves_once_and_ends_all(pair, size, who, number, code):
     run = f"{number.name}"
     assert pair.train(size, run, partial(at, who, 5, partial(signalled, number))) == [code] * size, pair.said
     assert f"stopped by {number.name} after step 6, everything is saved" in pair.said[0]
@@ -333,7 +333,7 @@ def test_a_signal_to_one_rank_saves_once_and_ends_all(pair, size, who, number, c
 
 
 @pytest.mark.parametrize(("size", "who"), [(2, 1), (4, 0)])
-def test_a_dead_rank_ends_the_others(pair, size, who):
+def test_killed_rank_ends_the_others(pair, size, who):
     run = f"dead-{who}"
     codes = pair.train(size, run, partial(at, who, 6, partial(signalled, signal.SIGKILL)))
     assert codes == [-signal.SIGKILL if rank == who else 4 for rank in range(size)], pair.said
@@ -347,20 +347,20 @@ def test_a_dead_rank_ends_the_others(pair, size, who):
     assert pair.losses(run) == pytest.approx(pair.losses("once"), rel=1e-6)
 
 
-def test_a_rank_that_hangs_ends_the_others(bench):
+def test_hanging_rank_ends_the_others(bench):
     fault = partial(at, 1, 5, partial(signalled, signal.SIGSTOP))
     first, second = bench.start(2, "run", [fault], {"train.rank_timeout_seconds": 1})
-    assert ended(first) == 4
+    assert wait_for_exit(first) == 4
     assert "heard nothing of another for 1 s (train.rank_timeout_seconds): it hangs" in bench.output(0).read_text()
     second.kill()
-    ended(second)
+    wait_for_exit(second)
 
 
 def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank: int) -> None:
     """On one rank, these micro-batches, counted as they come, lose what is no number, before or after backward."""
     if rank != who:
         return
-    forward, backward, count = Objective.forward, loop.backward, iter(range(10**6))
+    forward, backward, count = Objective.forward, loop.forward_backward, iter(range(10**6))
     number = 0
 
     def losing(self, *batch):
@@ -369,14 +369,14 @@ def poisoned(who: int, losses: tuple[int, ...], gradients: tuple[int, ...], rank
         found = forward(self, *batch)
         return found if number not in gradients else {name: value * float("nan") for name, value in found.items()}
 
-    def after(*given):
-        found = backward(*given)
+    def after(*given, **options):
+        found = backward(*given, **options)
         return found if number not in losses else {name: value * float("nan") for name, value in found.items()}
 
-    Objective.forward, loop.backward = losing, after
+    Objective.forward, loop.forward_backward = losing, after
 
 
-def test_what_is_no_number_on_one_rank_is_left_out_on_all(bench):
+def test_non_finite_loss_on_one_rank_is_skipped_on_all(bench):
     """A loss alone, then three in a row whose gradients are none either: back to the checkpoint, on with other data."""
     settings = {"train.steps": 12, "train.evaluate_every": "none"}
     faults = [partial(poisoned, 1, (2,), (5, 6, 7)), partial(noted, bench.folder)]
@@ -389,7 +389,7 @@ def test_what_is_no_number_on_one_rank_is_left_out_on_all(bench):
     assert (bench.folder / "weights-0").read_text() == (bench.folder / "weights-1").read_text()
 
 
-def test_too_many_rewinds_end_all(bench):
+def test_too_many_rewinds_end_all_ranks(bench):
     faults = [partial(poisoned, 1, (), tuple(range(4, 100)))]
     assert bench.train(2, "run", *faults, **{"guard.max_rewinds": 1}) == [1, 1]
     assert "It was taken back 1 times before" in bench.said[0]
@@ -424,8 +424,8 @@ STEP = {
         (STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, World()),
     ],
 )
-def test_the_environment_says_which_rank_this_is(environment, world):
-    assert world_of(environment) == world
+def test_world_from_env_reads_torchrun_and_slurm(environment, world):
+    assert world_from_env(environment) == world
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_the_environment_says_which_rank_this_is(environment, world):
         ({"MASTER_PORT": "99999"}, "MASTER_ADDR and MASTER_PORT do not say where"),
     ],
 )
-def test_an_environment_that_contradicts_itself_is_refused(changes, said, bench, monkeypatch, capsys):
+def test_world_from_env_refuses_contradictions(changes, said, bench, monkeypatch, capsys):
     """With the line to use."""
     for name, value in (TORCHRUN | changes).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
@@ -452,32 +452,30 @@ def test_an_environment_that_contradicts_itself_is_refused(changes, said, bench,
     assert not bench.run("run").exists()
 
 
-def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
+def test_ranks_need_one_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(SettingError, match="no GPU for local rank 1: this process sees 1, and each rank needs its own"):
+    with pytest.raises(ConfigError, match="no GPU for local rank 1: this process sees 1, and each rank needs its own"):
         pick_device("auto", 1)
     for name in ("mps", "cuda:1"):
-        with pytest.raises(
-            SettingError, match=f"device is '{name}'; where several ranks train, it should be auto, cpu"
-        ):
+        with pytest.raises(ConfigError, match=f"device is '{name}'; where several ranks train, it should be auto, cpu"):
             pick_device(name, 0)
     assert pick_device("cpu", 1) == torch.device("cpu")
 
 
-def test_ranks_that_do_not_come_are_not_waited_for_for_ever(monkeypatch):
+def test_rendezvous_times_out(monkeypatch):
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
     meeting = f"localhost:{free_port()}"
     with (
-        pytest.raises(MissingResource, match=f"rank 0 could not meet the other 1 at {meeting}: "),
-        joined(World(0, 2, 0, meeting)),
+        pytest.raises(MissingResourceError, match=f"rank 0 could not meet the other 1 at {meeting}: "),
+        rank_group(World(0, 2, 0, meeting)),
     ):
         pass
 
 
-def test_alone_nobody_is_asked():
-    with joined(World()) as alone:
-        assert alone is ALONE
-    assert alone.tell(lambda: 3) == 3
-    assert alone.gather(1, 2) == [(1, 2)]
+def test_single_process_needs_no_communication():
+    with rank_group(World()) as alone:
+        assert alone is SINGLE_PROCESS
+    assert alone.on_rank_zero(lambda: 3) == 3
+    assert alone.all_gather(1, 2) == [(1, 2)]
     assert alone.local_rank is None

@@ -12,7 +12,7 @@ from test_server import KEY, Running, slow
 
 from smolforge.config import Generation
 from smolforge.server import web as served
-from smolforge.server.middleware import PUBLIC
+from smolforge.server.middleware import PUBLIC_ROUTES
 
 SOURCES = {path.name: path.read_text() for path in files(served).iterdir() if path.suffix in (".html", ".css", ".js")}
 HOSTILE = '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script>&lt;b&gt;'
@@ -115,11 +115,11 @@ def look(chromium):
 # Without a browser
 
 
-def test_its_files_and_no_others_are_public(chatty, keyed):
-    assert set(PUBLIC) == {"/health", *served.FILES}
+def test_web_files_are_the_only_public_routes(chatty, keyed):
+    assert set(PUBLIC_ROUTES) == {"/health", *served.FILES}
     assert {name for name, _ in served.FILES.values()} == set(SOURCES)
     said = (DOCS / "serving.md").read_text()
-    assert all(f"`{route}`" in said for route in PUBLIC if not route.startswith("/page/"))
+    assert all(f"`{route}`" in said for route in PUBLIC_ROUTES if not route.startswith("/page/"))
     for route, (_, kind) in served.FILES.items():
         response = keyed.http.get(route)
         assert (response.status_code, response.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
@@ -142,11 +142,11 @@ def test_its_files_and_no_others_are_public(chatty, keyed):
         assert chatty.http.get(chatty.url + route).status_code == 404, route
 
 
-def test_a_page_of_another_host_name_is_refused(chatty):
+def test_web_refuses_a_foreign_host_header(chatty):
     assert chatty.http.get("/", headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_its_source_has_no_way_to_make_html_of_text_or_to_ask_elsewhere():
+def test_web_sources_use_no_html_injection_or_outside_urls():
     for name, source in SOURCES.items():
         for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "@import"):
             assert word not in source, name
@@ -157,7 +157,7 @@ def test_its_source_has_no_way_to_make_html_of_text_or_to_ask_elsewhere():
     assert {"/", *linked, *imported} == set(served.FILES)
 
 
-def test_its_defaults_are_those_of_generate():
+def test_web_defaults_equal_generate():
     options, fields = Generation(), dict(re.findall(r'<input id="(\w+)"[^>]* value="([^"]*)"', SOURCES["index.html"]))
     for name in ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "seed"):
         expected = getattr(options, name)
@@ -167,7 +167,7 @@ def test_its_defaults_are_those_of_generate():
 # Talking
 
 
-def test_an_answer_streams_and_is_what_the_server_says(chatty, look, monkeypatch):
+def test_web_chat_streams_the_answer_of_the_server(chatty, look, monkeypatch):
     slow(chatty.engine, monkeypatch)
     seen = look(chatty)
     seen.page.fill("#temperature", "0")
@@ -192,7 +192,7 @@ def test_an_answer_streams_and_is_what_the_server_says(chatty, look, monkeypatch
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
-def test_stop_frees_the_slot_and_keeps_what_was_said(chatty, look, monkeypatch, how):
+def test_web_stop_frees_the_slot_and_keeps_the_text(chatty, look, monkeypatch, how):
     slow(chatty.engine, monkeypatch)
     seen = look(chatty)
     seen.most(120)
@@ -209,7 +209,7 @@ def test_stop_frees_the_slot_and_keeps_what_was_said(chatty, look, monkeypatch, 
     assert seen.page.get_by_role("button", name="Send").is_visible()
 
 
-def test_one_answer_at_a_time_in_both_views(chatty, look, monkeypatch):
+def test_web_runs_one_generation_at_a_time_in_both_views(chatty, look, monkeypatch):
     """While the chat is answering, the document's Regenerate asks for nothing, and Stop still stops."""
     seen = look(chatty)
     seen.page.fill("#temperature", "0")
@@ -231,7 +231,7 @@ def test_one_answer_at_a_time_in_both_views(chatty, look, monkeypatch):
     assert "stopped" in seen.page.locator(".assistant .stats").text_content()
 
 
-def test_every_control_reaches_the_server(chatty, look):
+def test_web_settings_all_reach_the_server(chatty, look):
     seen = look(chatty)
     given = {
         "temperature": 0.5,
@@ -261,7 +261,7 @@ def test_every_control_reaches_the_server(chatty, look):
     assert seen.page.input_value("#temperature") == "0.8"
 
 
-def test_a_conversation_is_kept_edited_regenerated_copied_and_cleared(chatty, look):
+def test_web_chat_can_edit_regenerate_copy_clear_and_undo(chatty, look):
     seen = look(chatty)
     seen.context.grant_permissions(["clipboard-read", "clipboard-write"])
     seen.most(4)
@@ -295,7 +295,7 @@ def test_a_conversation_is_kept_edited_regenerated_copied_and_cleared(chatty, lo
 # Tokens
 
 
-def test_tokens_show_what_else_was_likely(chatty, look):
+def test_web_tokens_show_their_alternatives(chatty, look):
     seen = look(chatty)
     seen.most(12)
     seen.say("hi")
@@ -326,7 +326,7 @@ def test_tokens_show_what_else_was_likely(chatty, look):
     assert "logprobs" not in seen.bodies()[-1]
 
 
-def test_tints_are_the_probabilities(base, look):
+def test_web_token_colors_equal_the_probabilities(base, look):
     seen = look(base, "#document")
     seen.page.fill("#temperature", "0")
     seen.page.fill("#max_tokens", "6")
@@ -342,7 +342,7 @@ def test_tints_are_the_probabilities(base, look):
     assert seen.page.input_value("#document") == "the" + told["text"]
 
 
-def test_a_base_model_goes_on_with_a_document(base, look):
+def test_web_completion_continues_a_document(base, look):
     seen = look(base, "#document")
     assert seen.page.locator("#chat").is_hidden()
     assert seen.page.get_by_role("button", name="Chat").is_disabled()
@@ -377,7 +377,7 @@ def test_a_base_model_goes_on_with_a_document(base, look):
     assert seen.page.locator("#printed .token").all_text_contents() == before
 
 
-def test_tokens_stand_where_their_text_does(chatty, look):
+def test_web_tokens_are_aligned_with_the_text(chatty, look):
     """Characters of two tokens, characters of two UTF-16 units, text that is held back behind its tokens, and edits."""
     run = """async ([choices, after]) => {
         const { Growing, edited } = await import("/page/tokens.js");
@@ -400,7 +400,7 @@ def test_tokens_stand_where_their_text_does(chatty, look):
     assert seen.page.evaluate(run, [completion, "so: 🙂é bend"])[1] == ["🙂", "é"]
 
 
-def test_text_behind_an_answer_is_no_part_of_its_last_token(chatty, look):
+def test_web_last_token_excludes_text_typed_after_it(chatty, look):
     """What was typed between two answers stays text, whether the second tells of tokens or not."""
     run = """async (choice) => {
         const { Growing } = await import("/page/tokens.js");
@@ -414,7 +414,7 @@ def test_text_behind_an_answer_is_no_part_of_its_last_token(chatty, look):
     assert seen.page.evaluate(run, {"text": " so", "logprobs": None}) == [" model"]
 
 
-def test_a_document_ends_its_lines_as_a_field_does(base, look):
+def test_web_document_normalizes_line_ends(base, look):
     """Wherever a token ends: between the two characters of a line's end as well."""
     seen = look(base, "#document")
     parts = ["a", "\r\n", "b", "\r", "\nc", "\r", "d\r"]
@@ -443,7 +443,7 @@ def answer_of(text):
     return f"data: {json.dumps({**head, 'choices': choices})}\n\ndata: [DONE]\n\n"
 
 
-def test_hostile_text_stays_text_wherever_it_comes_from(chatty, look):
+def test_web_shows_html_as_plain_text(chatty, look):
     seen = look(chatty)
     events = {"content-type": "text/event-stream"}
     seen.page.route("**/v1/chat/completions", lambda route: route.fulfill(headers=events, body=answer_of(HOSTILE)))
@@ -468,7 +468,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from(chatty, look):
     seen.complaints = [said for said in seen.complaints if "400" not in said and "TrustedHTML" not in said]
 
 
-def test_what_goes_wrong_is_a_sentence(chatty, look, monkeypatch):
+def test_web_reports_every_error_in_one_sentence(chatty, look, monkeypatch):
     seen = look(chatty)
     seen.page.fill("#temperature", "3")
     seen.page.focus("#message")
@@ -498,7 +498,7 @@ def test_what_goes_wrong_is_a_sentence(chatty, look, monkeypatch):
     seen.complaints = [said for said in seen.complaints if "Failed to load resource" not in said]
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab_only(keyed, look):
+def test_web_key_is_kept_only_for_the_tab(keyed, look):
     seen = look(keyed, "#key-form:not([hidden])")
     for key in ("wrong", KEY):
         seen.page.get_by_label("This server wants its key").fill(key)
@@ -517,7 +517,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(keyed, look):
     seen.complaints = []
 
 
-def test_events_are_read_however_they_are_cut(chatty, look):
+def test_web_event_stream_is_parsed_at_any_chunk_size(chatty, look):
     """Between any two bytes, those of one character among them."""
     seen = look(chatty)
     text = 'data: {"a":"é 漢 🙂"}\r\n\r\n: comment\n\ndata:two\ndata: lines\n\ndata: [DONE]\n\ndata: unfinished'
@@ -545,7 +545,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_dark_and_light_as_the_system_or_as_one_likes(chatty, look):
+def test_web_follows_the_color_scheme_or_the_user(chatty, look):
     style = "getComputedStyle(document.{}).{}"
     for scheme, other in (("light", "Dark"), ("dark", "Light")):
         seen = look(chatty, color_scheme=scheme)
@@ -562,7 +562,7 @@ def test_dark_and_light_as_the_system_or_as_one_likes(chatty, look):
         )
 
 
-def test_a_narrow_screen_has_all_and_scrolls_one_way(chatty, look):
+def test_web_fits_a_narrow_screen(chatty, look):
     seen = look(chatty, viewport={"width": 360, "height": 640})
     seen.most(8)
     seen.say("a" * 70)
@@ -585,7 +585,7 @@ def test_a_narrow_screen_has_all_and_scrolls_one_way(chatty, look):
         assert button["y"] + button["height"] <= 640
 
 
-def test_a_keyboard_is_enough(chatty, look):
+def test_web_works_with_the_keyboard_alone(chatty, look):
     """Say something, stop it, walk to an answer's tokens, change a setting and the view, without a mouse."""
     seen = look(chatty)
     press = seen.page.keyboard.press

@@ -19,18 +19,18 @@ from smolforge import atomic, cli
 from smolforge.checkpoint import huggingface, loading, training_state
 from smolforge.config import Data
 from smolforge.config.load import read_recipe, to_recipe
-from smolforge.data.batches import IGNORED, stream
+from smolforge.data.batches import IGNORE_INDEX, iterate_batches
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
-from smolforge.data.preference_pairs import PairRows, shortened
+from smolforge.data.preference_pairs import PairRows, truncate_pairs
 from smolforge.data.prepare.build import ShardWriter, prepare
-from smolforge.data.prepare.tokenize_documents import Encoded
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.data.prepare.tokenize_documents import EncodedDocument
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.runs import reference_logprobs, train
-from smolforge.runs.estimate import imagined
+from smolforge.runs.estimate import synthetic_batch
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
-from smolforge.training.dpo import Preference
-from smolforge.training.loop import backward
+from smolforge.training.dpo import DPOLoss
+from smolforge.training.loop import forward_backward
 from smolforge.training.loss import label_log_probs
 from smolforge.training.objective import Objective
 from smolforge.training.run_folder import read_records
@@ -72,7 +72,7 @@ def corpus_of(folder: Path, records, tokenizer: Tokenizer = PLAIN, **data) -> Co
 # Lines
 
 
-def test_every_form_of_a_pair_is_the_same_pair(tmp_path):
+def test_pairs_of_every_form_give_the_same_corpus(tmp_path):
     whole = {"prompt": "Hi", "prompt_id": "7", "score_chosen": 8.0, "score_rejected": 3.0}
     whole |= {"messages": said("Hi", "yes"), "chosen": said("Hi", "yes"), "rejected": said("Hi", "no")}
     forms = [
@@ -92,13 +92,13 @@ def test_every_form_of_a_pair_is_the_same_pair(tmp_path):
     assert decode(ids[:middle].tolist()).replace("yes", "no") == decode(ids[middle:].tolist())
 
 
-def test_a_pair_is_told_as_one(tmp_path):
+def test_prepare_counts_a_pair_as_one_document(tmp_path):
     source, told = written(tmp_path / "p.jsonl", pairs(5)), []
     prepare(Data(sources=(str(source),), format="pairs"), tmp_path / "c", PLAIN, report=told.append)
     assert told[-1]["documents"] == 5
 
 
-def test_of_several_turns_the_last_is_learned(tmp_path):
+def test_pairs_learn_only_the_last_turn(tmp_path):
     long = {"chosen": said("a", "b", "c", "yes"), "rejected": said("a", "b", "c", "no")}
     corpus = corpus_of(tmp_path / "c", [long], held_out=0)
     learned = corpus.tokens(TRAIN)[:][corpus.learned(TRAIN)[:] == 1].tolist()
@@ -124,12 +124,12 @@ def test_of_several_turns_the_last_is_learned(tmp_path):
         ({"prompt": "Hi", "chosen": "\ud800", "rejected": "b"}, "has half of a surrogate pair"),
     ],
 )
-def test_a_bad_line_gets_a_sentence(line, sentence, tmp_path):
-    with pytest.raises(InvalidFile, match=rf"bad\.jsonl, line 2.* ?{sentence}"):
+def test_pairs_errors_name_the_line(line, sentence, tmp_path):
+    with pytest.raises(InvalidFileError, match=rf"bad\.jsonl, line 2.* ?{sentence}"):
         corpus_of(tmp_path / "bad", [pairs(1)[0], line])
 
 
-def test_pairs_in_which_nothing_can_be_preferred_are_left_out_and_counted(tmp_path):
+def test_pairs_without_a_preference_are_dropped_and_counted(tmp_path):
     """Of the same answer twice there is no gradient, and a row of a published set nobody can correct."""
     scored = {key: [said("", "a")[1] | {"score": score}] for score, key in enumerate(KEYS)}
     useless = [
@@ -139,16 +139,16 @@ def test_pairs_in_which_nothing_can_be_preferred_are_left_out_and_counted(tmp_pa
         {"prompt": "Hi", "chosen": "", "rejected": "b"},
     ]
     corpus = corpus_of(tmp_path / "c", [pairs(1)[0], *useless], held_out=0)
-    assert corpus.facts["dropped"]["unanswered"] == len(useless)
+    assert corpus.metadata["dropped"]["unanswered"] == len(useless)
     assert corpus.fingerprint == corpus_of(tmp_path / "d", pairs(1), held_out=0).fingerprint
-    with pytest.raises(InvalidFile, match="hold no pair of answers"):
+    with pytest.raises(InvalidFileError, match="hold no pair of answers"):
         corpus_of(tmp_path / "e", useless)
 
 
-def test_other_formats_name_this_one_and_a_prompt_is_held_out_whole(tmp_path):
+def test_pairs_need_their_format_and_are_split_by_prompt(tmp_path):
     source = written(tmp_path / "p.jsonl", pairs(1))
     for form in ("text", "chat"):
-        with pytest.raises(InvalidFile, match=r"line 1 .*--data\.format pairs reads"):
+        with pytest.raises(InvalidFileError, match=r"line 1 .*--data\.format pairs reads"):
             prepare(Data(sources=(str(source),), format=form), tmp_path / form, PLAIN)
     many = [each | {"prompt": str(place % 10)} for place, each in enumerate(pairs(60))]
     corpus = corpus_of(tmp_path / "many", many, held_out=0.3)
@@ -169,7 +169,7 @@ def made_corpus(folder: Path, lengths) -> Corpus:
     for prompt, *both in lengths:
         for answer in both:
             learned = [False] * prompt + [True] * answer + [False]
-            writer.add(Encoded(list(range(number, number + len(learned))), 1, learned=learned))
+            writer.add(EncodedDocument(list(range(number, number + len(learned))), 1, learned=learned))
             number += len(learned)
     writer.close()
     facts = {"fingerprint": "", "token_bytes": 4, "eos_id": 7, "format": "pairs"}
@@ -181,11 +181,11 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(
 
 @settings(max_examples=60)
 @given(LENGTHS, st.integers(6, 24), st.integers(0, 2**40))
-def test_each_pair_once_an_epoch_and_together(lengths, most, seed):
+def test_pair_rows_have_each_pair_once_per_epoch(lengths, most, seed):
     with tempfile.TemporaryDirectory() as folder:
         corpus = made_corpus(Path(folder), lengths)
         known = np.arange(2 * len(lengths), dtype=np.float32) - 100
-        rows = PairRows(corpus, TRAIN, 2 * most + 3, (most, most // 2), seed, known)
+        rows = PairRows(corpus, TRAIN, 2 * most + 3, lengths=(most, most // 2), seed=seed, reference=known)
         wanted, place = [], 1000
         for number, (prompt, chosen, rejected) in enumerate(lengths):
             kept = prompt  # the rule of TRL 0.9, said once more
@@ -200,12 +200,12 @@ def test_each_pair_once_an_epoch_and_together(lengths, most, seed):
         for epoch in (0, 1):
             found = []
             batch = rows.batch(epoch, rows.count)
-            assert batch.counted == len(lengths) and batch.learned == sum(len(answer) for _, answer, _ in wanted)
+            assert batch.num_targets == len(lengths) and batch.num_labels == sum(len(answer) for _, answer, _ in wanted)
             for ids, labels, positions, value in zip(*(side.numpy() for side in batch), strict=True):
                 for part in np.split(np.arange(len(ids)), np.flatnonzero(positions == 0)[1:]):
                     assert positions[part].tolist() == list(range(len(part)))
                     assert (value[part[1:]] == 0).all()
-                    answer = labels[part][labels[part] != IGNORED].tolist()
+                    answer = labels[part][labels[part] != IGNORE_INDEX].tolist()
                     end = ids[part].tolist().index(answer[-1]) + 1
                     assert (ids[part][end:] == 7).all()
                     found.append((ids[part][:end].tolist(), answer, float(value[part[0]])))
@@ -214,36 +214,38 @@ def test_each_pair_once_an_epoch_and_together(lengths, most, seed):
             assert both == sorted(zip(wanted[0::2], wanted[1::2], strict=True))
 
 
-def test_rows_are_the_same_for_any_workers_and_ranks(tmp_path):
-    rows = PairRows(made_corpus(tmp_path, [(3, 2 + n % 7, 4) for n in range(60)]), TRAIN, 48, (24, 12), 5)
+def test_pair_rows_do_not_depend_on_workers_or_ranks(tmp_path):
+    rows = PairRows(made_corpus(tmp_path, [(3, 2 + n % 7, 4) for n in range(60)]), TRAIN, 48, lengths=(24, 12), seed=5)
     whole = rows.batch(1, 4)
     parts = [rows.batch(1, 4, share) for share in (range(1), range(1, 4))]
-    (ahead,) = stream(rows, [1], 4, 3)
+    (ahead,) = iterate_batches(rows, [1], 4, num_workers=3)
     for side in range(4):
         assert torch.equal(whole[side], torch.cat([part[side] for part in parts]))
         assert torch.equal(whole[side], ahead[side])
-    assert not torch.equal(rows.batch(0, rows.count).ids, rows.batch(1, rows.count).ids)
+    assert not torch.equal(rows.batch(0, rows.count).input_ids, rows.batch(1, rows.count).input_ids)
     assert rows.padding < 0.2
 
 
-def test_what_is_too_long_is_cut_as_published():
-    kept = shortened(np.array([600, 600, 300, 300, 900, 900]), np.array([500, 9, 900, 5, 100, 50]), 1024, 512)
+def test_long_pairs_are_cut_as_published():
+    kept = truncate_pairs(
+        np.array([600, 600, 300, 300, 900, 900]), np.array([500, 9, 900, 5, 100, 50]), 1024, max_prompt_length=512
+    )
     assert [each.tolist() for each in kept] == [[512, 512, 300, 300, 900, 900], [500, 9, 512, 5, 100, 50]]
 
 
 # Loss
 
 
-def test_log_probabilities_and_gradients_are_those_of_whole_logits():
+def test_label_log_probs_equal_full_logits():
     hidden, head = torch.randn(2, 300, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
     labels, weight = torch.randint(50, (2, 300)), torch.randn(2, 300, dtype=torch.float64)
-    labels[0, 3:40] = IGNORED
+    labels[0, 3:40] = IGNORE_INDEX
     found = []
     for whole in (True, False):
         given = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
         if whole:
             log_p = (given[0] @ given[1].T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-            log_p = log_p.where(labels != IGNORED, 0)
+            log_p = log_p.where(labels != IGNORE_INDEX, 0)
         else:
             log_p = label_log_probs(*given, labels)
         (log_p * weight).sum().backward()
@@ -253,12 +255,12 @@ def test_log_probabilities_and_gradients_are_those_of_whole_logits():
 
 def reference_of(model, batch) -> torch.Tensor:
     """Of each sequence by itself, where it begins."""
-    found = torch.zeros(batch.ids.shape)
+    found = torch.zeros(batch.input_ids.shape)
     for row, column in (batch.positions == 0).nonzero().tolist():
-        stop = next((n for n in range(column + 1, batch.ids.shape[1]) if batch.positions[row, n] == 0), None)
-        ids, labels = batch.ids[row, column:stop], batch.labels[row, column:stop]
+        stop = next((n for n in range(column + 1, batch.input_ids.shape[1]) if batch.positions[row, n] == 0), None)
+        ids, labels = batch.input_ids[row, column:stop], batch.labels[row, column:stop]
         log_p = model(ids[None])[0].log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-        found[row, column] = log_p[labels != IGNORED].sum()
+        found[row, column] = log_p[labels != IGNORE_INDEX].sum()
     return found
 
 
@@ -268,7 +270,7 @@ def batch_of_pairs(tmp_path_factory):
     bare = Tokenizer(PLAIN.backend, {**PLAIN.settings, "chat_template": BARE, "pad_token": "<|im_end|>"})
     records = [*pairs(9), {"chosen": said("x", "y", "naïve", "yes 12"), "rejected": said("x", "y", "naïve", "no")}]
     corpus = corpus_of(tmp_path_factory.mktemp("trl") / "c", records, bare, held_out=0)
-    rows = PairRows(corpus, TRAIN, 300, (64, 32), 0)
+    rows = PairRows(corpus, TRAIN, 300, lengths=(64, 32), seed=0)
     model, policy = tiny_model(seed=1).eval(), tiny_model(seed=1).train()
     torch.manual_seed(4)
     with torch.no_grad():
@@ -279,14 +281,14 @@ def batch_of_pairs(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")
-def test_loss_rewards_and_gradients_are_those_of_trl(batch_of_pairs, tmp_path):
+def test_dpo_loss_rewards_and_gradients_equal_trl(batch_of_pairs, tmp_path):
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     records, corpus, batch, model, policy = batch_of_pairs
     policy.zero_grad()
-    found = backward(Objective(policy, preference=Preference(0.5)), batch, batch.counted, 1)
+    found = forward_backward(Objective(policy, preference=DPOLoss(0.5)), batch, batch.num_targets, rows=1)
 
     corpus.tokenizer().save(tmp_path / "tokenizer")
     theirs = []
@@ -321,22 +323,22 @@ def test_loss_rewards_and_gradients_are_those_of_trl(batch_of_pairs, tmp_path):
         assert torch.allclose(ours, weight.grad, rtol=1e-5, atol=1e-5 * weight.grad.abs().max().item()), name
 
 
-def test_the_mean_over_pairs_is_one_however_a_batch_is_cut(batch_of_pairs):
+def test_dpo_loss_does_not_depend_on_micro_batch_size(batch_of_pairs):
     *_, batch, _, policy = batch_of_pairs
-    assert len(batch.ids) > 2 and len({int((row == 0).sum()) for row in batch.positions}) > 1
+    assert len(batch.input_ids) > 2 and len({int((row == 0).sum()) for row in batch.positions}) > 1
     found = []
-    for size in (len(batch.ids), 1, 2):
+    for size in (len(batch.input_ids), 1, 2):
         policy.zero_grad()
-        means = backward(Objective(policy, preference=Preference(0.5)), batch, batch.counted, size)
+        means = forward_backward(Objective(policy, preference=DPOLoss(0.5)), batch, batch.num_targets, rows=size)
         found.append([*means.values(), *(weight.grad for weight in policy.parameters())])
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             assert torch.allclose(one, two, rtol=1e-5, atol=1e-6)
 
 
-def test_what_begins_as_the_reference_has_no_margin(batch_of_pairs):
+def test_dpo_loss_of_the_reference_model_is_log_2(batch_of_pairs):
     *_, batch, model, _ = batch_of_pairs
-    found = backward(Objective(model, preference=Preference(0.5)), batch, batch.counted, 1)
+    found = forward_backward(Objective(model, preference=DPOLoss(0.5)), batch, batch.num_targets, rows=1)
     assert found["loss"].item() == pytest.approx(math.log(2), abs=1e-5)
     assert found["reward_margin"].item() == pytest.approx(0, abs=1e-5)
 
@@ -367,7 +369,7 @@ def once(begun):
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    files = atomic.check(training_state.folder_of(run, step))["files"]
+    files = atomic.check_manifest(training_state.checkpoint_dir(run, step))["files"]
     return {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
 
 
@@ -375,7 +377,7 @@ def references(run: Path) -> list[Path]:
     return sorted((run / "corpus" / "reference").iterdir())
 
 
-def test_a_model_learns_to_prefer_what_was_chosen(once):
+def test_dpo_training_raises_the_reward_margin(once):
     lines = read_records(once.folder / "metrics.jsonl")
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert lines[0]["reward_margin"] == pytest.approx(0, abs=1e-4)
@@ -389,10 +391,10 @@ def test_a_model_learns_to_prefer_what_was_chosen(once):
     )
 
 
-def test_killed_and_resumed_is_the_same_run(begun, once):
+def test_resume_equals_an_uninterrupted_run(begun, once):
     same = {"optim.schedule.steps": 12}
     train(begun / "dpo.json", begun / "twice", steps=7, **same)
-    shutil.rmtree(training_state.folder_of(begun / "twice", 7))  # as a kill after step 5's checkpoint leaves it
+    shutil.rmtree(training_state.checkpoint_dir(begun / "twice", 7))  # as a kill after step 5's checkpoint leaves it
     (known,) = references(begun / "twice")
     stamp = (known / reference_logprobs.FILE).stat().st_mtime_ns
     train(begun / "dpo.json", begun / "twice", steps=12, **same, **{"data.num_workers": 3})
@@ -405,31 +407,31 @@ def test_killed_and_resumed_is_the_same_run(begun, once):
     assert losses[0] == losses[1]
 
 
-def test_the_reference_is_what_the_model_says_and_shared_beside_a_corpus(begun, tmp_path):
+def test_reference_logprobs_equal_the_model_and_are_shared(begun, tmp_path):
     corpus = prepare(Data(sources=(str(begun / "p.jsonl"),), format="pairs", held_out=0.2), tmp_path / "c", PLAIN)
-    run = train(begun / "dpo.json", tmp_path / "run", str(corpus.folder), 1)
+    run = train(begun / "dpo.json", tmp_path / "run", str(corpus.folder), steps=1)
     (known,) = sorted((corpus.folder / "reference").iterdir())
     found = reference_logprobs.read(known)
     model = tiny_model(seed=1).eval()
     for split in (TRAIN, HELD_OUT):
-        rows = reference_logprobs.rows_of(corpus, split, run.recipe, found)
+        rows = reference_logprobs.rows_of(corpus, split, run.recipe, ref_logprobs=found)
         batch = rows.batch(0, rows.count)
         with torch.no_grad():
             assert torch.allclose(batch.reference, reference_of(model, batch), rtol=1e-5, atol=1e-5)
     low_rank = {"lora.rank": 2, "dpo.beta": 0.1, "optim.learning_rate": 1e-2}
-    again = train(begun / "dpo.json", tmp_path / "low", str(corpus.folder), 2, **low_rank)
+    again = train(begun / "dpo.json", tmp_path / "low", str(corpus.folder), steps=2, **low_rank)
     assert sorted((corpus.folder / "reference").iterdir()) == [known]
     assert again.metrics["validation_loss"] < math.log(2)
     wide = read_recipe(begun / "dpo.json", {"train.dtype": "float64"})
     base = loading.fingerprint(run.recipe.init_from)
     assert (
-        reference_logprobs.place_of(wide, corpus, base)
+        reference_logprobs.path_for(wide, corpus, base)
         != known
-        == reference_logprobs.place_of(run.recipe, corpus, base)
+        == reference_logprobs.path_for(run.recipe, corpus, base)
     )
 
 
-def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, caplog):
+def test_reference_logprobs_are_remade_if_corrupted(begun, tmp_path, caplog):
     shutil.copytree(begun / "base", tmp_path / "base")
     given = {"init_from": str(tmp_path / "base"), "optim.schedule.steps": 4, "train.checkpoint_every": 1}
     run = train(begun / "dpo.json", tmp_path / "run", steps=1, **given)
@@ -439,7 +441,7 @@ def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, 
     shutil.copytree(known, half)
     shutil.rmtree(known)  # as a kill while it was written leaves it
     corpus, made = Corpus.open(tmp_path / "run" / "corpus"), []
-    again = partial(reference_logprobs.make_unless_there, known, run.recipe, corpus, torch.device("cpu"))
+    again = partial(reference_logprobs.compute_unless_there, known, run.recipe, corpus, device=torch.device("cpu"))
     again(lambda pairs, of: made.append((pairs, of)))
     assert made[-1] == (80, 80) and references(tmp_path / "run") == [known]
     assert (known / reference_logprobs.FILE).read_bytes() == content
@@ -452,7 +454,7 @@ def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, 
     model = tiny_model(seed=2)
     shutil.rmtree(tmp_path / "base")
     huggingface.save(model, tmp_path / "base", model.tokenizer)
-    with pytest.raises(InvalidFile, match="was trained against another reference than init_from is now"):
+    with pytest.raises(InvalidFileError, match="was trained against another reference than init_from is now"):
         train(begun / "dpo.json", tmp_path / "run", steps=2, **given)
     assert references(tmp_path / "run") == [known]
 
@@ -468,30 +470,30 @@ def test_half_a_reference_is_made_again_and_another_is_refused(begun, tmp_path, 
         ({"model.max_position_embeddings": 60}, r"dpo\.max_length \(64\) is beyond"),
     ],
 )
-def test_what_does_not_fit_together_is_said(begun, given, sentence):
-    with pytest.raises(SettingError, match=sentence):
+def test_dpo_config_refuses_contradictory_settings(begun, given, sentence):
+    with pytest.raises(ConfigError, match=sentence):
         read_recipe(begun / "dpo.json", given)
 
 
-def test_a_corpus_of_pairs_is_no_other(begun, once, tmp_path, capsys):
+def test_pairs_corpus_refuses_other_formats_and_evaluate(begun, once, tmp_path, capsys):
     corpus = begun / "once" / "corpus"
-    with pytest.raises(SettingError, match=r"is pairs; --data\.format pairs learns from it as such"):
-        train(begun / "dpo.json", tmp_path / "run", str(corpus), 1, **{"data.format": "chat"})
+    with pytest.raises(ConfigError, match=r"is pairs; --data\.format pairs learns from it as such"):
+        train(begun / "dpo.json", tmp_path / "run", str(corpus), steps=1, **{"data.format": "chat"})
     assert cli.run(["evaluate", str(once.folder), "--text", str(corpus)]) == 3
     assert "holds pairs, which only train measures" in capsys.readouterr().err
     assert cli.run(["inspect", str(corpus), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"] == 80
 
 
-def test_long_pairs_are_counted(begun, tmp_path, caplog):
+def test_long_pairs_are_counted_in_the_log(begun, tmp_path, caplog):
     long = written(tmp_path / "long.jsonl", [*pairs(9), {"prompt": "a " * 99, "chosen": "b " * 99, "rejected": "c"}])
-    train(begun / "dpo.json", tmp_path / "run", str(long), 1, **{"data.held_out": 0.0})
+    train(begun / "dpo.json", tmp_path / "run", str(long), steps=1, **{"data.held_out": 0.0})
     assert "of 10 pairs 1 are longer than dpo.max_length (64) tokens" in caplog.text
     assert "32 tokens, and of the answers" in caplog.text
 
 
-def test_two_ranks_take_the_same_steps(begun, once):
-    from test_ranks import Bench
+def test_dpo_takes_the_same_steps_on_two_ranks(begun, once):
+    from test_distributed import Bench
 
     bench = Bench(begun)
     shutil.copy(begun / "dpo.json", begun / "tiny.json")
@@ -501,17 +503,17 @@ def test_two_ranks_take_the_same_steps(begun, once):
     assert [each.name for each in references(begun / "ranks")] == [each.name for each in references(begun / "once")]
 
 
-def test_the_recipe_and_its_budget(begun):
+def test_dpo_recipe_has_the_published_settings(begun):
     recipe = read_recipe("smollm2-135m-dpo")
     assert (recipe.dpo.beta, recipe.dpo.lengths(recipe.train.sequence_length)) == (0.5, (1024, 512))
-    assert (recipe.optim.learning_rate, recipe.train.epochs, recipe.train.rows) == (1e-6, 2, 64)
-    tried = imagined(to_recipe(read_recipe(begun / "dpo.json").model_dump()), 3)
-    assert tried.counted == 3
-    sums = Objective(tiny_model(), preference=Preference(0.1))(*tried)
+    assert (recipe.optim.learning_rate, recipe.train.epochs, recipe.train.sequences_per_step) == (1e-6, 2, 64)
+    tried = synthetic_batch(to_recipe(read_recipe(begun / "dpo.json").model_dump()), 3)
+    assert tried.num_targets == 3
+    sums = Objective(tiny_model(), preference=DPOLoss(0.1))(*tried)
     assert sums["loss"].isfinite()
 
 
-def test_the_page_does_what_it_says(begun, tmp_path, monkeypatch, capsys):
+def test_docs_dpo_commands_run(begun, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE))
     monkeypatch.chdir(tmp_path)

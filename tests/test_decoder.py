@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge.config import ModelConfig, presets
-from smolforge.models.attention import Cache
-from smolforge.models.decoder import adapted, allocate, build
+from smolforge.models.attention import KVCache
+from smolforge.models.decoder import adapt_to_config, build, empty_model
 from smolforge.models.stats import component, parameter_counts
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.training.loss import loss_sum
@@ -36,14 +36,14 @@ def test_presets_have_their_published_parameter_count(name):
     assert set(PUBLISHED) == set(presets.names())
 
 
-def test_components_of_smollm2():
+def test_parameter_counts_of_smollm2_equal_a_hand_count():
     counts = parameter_counts(ModelConfig())
     assert counts["embedding"] == 28_311_552
     assert (counts["attention"] + counts["mlp"] + 30 * 2 * 576) // 30 == 3_540_096
 
 
 @pytest.mark.parametrize(("tied", "std"), [(True, 1 / 24), (True, 0.02), (False, 1 / 24)])
-def test_initial_loss_is_what_the_rule_predicts(tied, std):
+def test_initial_loss_equals_its_formula(tied, std):
     """ln V + half the variance of a logit, which is hidden_size std^2 behind a norm of unit mean square."""
     config = tiny_config(
         vocab_size=8192, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, initializer_range=std,
@@ -52,20 +52,20 @@ def test_initial_loss_is_what_the_rule_predicts(tied, std):
     model = build(config)
     ids = torch.randint(8192, (4, 64))
     with torch.no_grad():
-        loss = loss_sum(model.hidden(ids), model.head, torch.randint(8192, ids.shape))[0] / ids.numel()
+        loss = loss_sum(model.hidden_states(ids), model.lm_head_weight, torch.randint(8192, ids.shape))[0] / ids.numel()
     assert loss.item() == pytest.approx(math.log(8192) + 576 * std**2 / 2, abs=0.08)
 
 
-def test_smollm2_135m_begins_where_it_should():
+def test_initial_loss_of_smollm2_135m_is_11_30():
     """11.26 was measured on wikitext for this scheme, and the rule gives ln 49152 + 1/2 = 11.30."""
     model = build(ModelConfig())
     ids = torch.randint(49152, (1, 257))
     with torch.no_grad():
-        loss = loss_sum(model.hidden(ids[:, :-1]), model.head, ids[:, 1:])[0] / 256
+        loss = loss_sum(model.hidden_states(ids[:, :-1]), model.lm_head_weight, ids[:, 1:])[0] / 256
     assert loss.item() == pytest.approx(11.30, abs=0.08)
 
 
-def test_initialisation_is_nanotrons():
+def test_initialization_equals_nanotron():
     model = build(tiny_config(hidden_size=256, num_attention_heads=8, num_hidden_layers=8, initializer_range=0.04))
     residual = 0.04 / math.sqrt(16)
     for name, weight in model.named_parameters():
@@ -83,10 +83,10 @@ def test_initial_weights_depend_on_seed_alone():
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, same.state_dict()[name])
         assert torch.equal(weight.double(), wide.state_dict()[name])
-    assert not torch.equal(one.head, other.head)
+    assert not torch.equal(one.lm_head_weight, other.lm_head_weight)
 
 
-def test_causality():
+def test_logits_do_not_depend_on_later_tokens():
     """Changing token t leaves every logit before t as it was, to the bit."""
     model = tiny_model()
     ids = torch.randint(320, (1, 40))
@@ -101,16 +101,16 @@ def test_causality():
 
 @settings(deadline=None, max_examples=20)
 @given(shift=st.integers(0, 60))
-def test_only_distance_between_positions_matters(shift):
+def test_rope_depends_only_on_relative_positions(shift):
     model = tiny_model()
     ids = torch.arange(30)[None] * 7 % 320
     positions = torch.arange(30)[None]
     with torch.no_grad():
-        there = model.hidden(ids, positions + shift)
-        torch.testing.assert_close(model.hidden(ids, positions), there, atol=2e-5, rtol=1e-4)
+        there = model.hidden_states(ids, positions + shift)
+        torch.testing.assert_close(model.hidden_states(ids, positions), there, atol=2e-5, rtol=1e-4)
 
 
-def test_order_matters():
+def test_rope_makes_token_order_matter():
     """Positions are applied at all: attention without them would not see a swap of earlier tokens."""
     model = tiny_model(num_hidden_layers=1)
     one, two = torch.tensor([[5, 9, 7]]), torch.tensor([[9, 5, 7]])
@@ -119,60 +119,60 @@ def test_order_matters():
 
 
 @pytest.mark.parametrize("chunks", [(40,), (1,) * 40, (7, 1, 20, 1, 11)])
-def test_cached_equals_uncached(chunks):
+def test_kv_cache_equals_full_forward(chunks):
     model = tiny_model()
     ids = torch.randint(320, (3, 40))
-    cache, start, states = Cache(model.config, 3, 64, model.head), 0, []
+    cache, start, states = KVCache(model.config, 3, 64, like=model.lm_head_weight), 0, []
     with torch.no_grad():
         for length in chunks:
             positions = torch.arange(start, start + length).expand(3, -1)
-            states.append(model.hidden(ids[:, start : start + length], positions, cache.at(positions)))
+            states.append(model.hidden_states(ids[:, start : start + length], positions, cache.view(positions)))
             start += length
-        torch.testing.assert_close(torch.cat(states, 1), model.hidden(ids), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.cat(states, 1), model.hidden_states(ids), atol=1e-5, rtol=1e-4)
 
 
-def test_a_row_of_a_cache_moves_whole():
+def test_kv_cache_move_copies_a_whole_row():
     model = tiny_model()
     ids = torch.randint(320, (3, 10))
     positions = torch.arange(10).expand(3, -1)
-    cache = Cache(model.config, 3, 16, model.head)
+    cache = KVCache(model.config, 3, 16, like=model.lm_head_weight)
     with torch.no_grad():
-        model.hidden(ids, positions, cache.at(positions))
+        model.hidden_states(ids, positions, cache.view(positions))
         cache.move(2, 1, 10)
         step = torch.tensor([[10]])
-        one = model.hidden(torch.tensor([[4]]), step, cache.at(step, first=1))
-        whole = model.hidden(torch.cat([ids[2:], torch.tensor([[4]])], 1))[:, -1:]
+        one = model.hidden_states(torch.tensor([[4]]), step, cache.view(step, first=1))
+        whole = model.hidden_states(torch.cat([ids[2:], torch.tensor([[4]])], 1))[:, -1:]
     torch.testing.assert_close(one, whole, atol=1e-5, rtol=1e-4)
 
 
-def test_a_tied_head_is_the_embedding_after_every_move():
+def test_tied_lm_head_stays_the_embedding_after_moves():
     model = build(tiny_config())
-    for moved in (model.to(torch.float64), model.to(torch.bfloat16), allocate(tiny_config())):
-        assert moved.head is moved.model.embed_tokens.weight
+    for moved in (model.to(torch.float64), model.to(torch.bfloat16), empty_model(tiny_config())):
+        assert moved.lm_head_weight is moved.model.embed_tokens.weight
         assert "lm_head.weight" not in moved.state_dict()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_larger_vocabulary_changes_nothing_that_was(tied):
+def test_larger_vocabulary_keeps_the_old_logits(tied):
     model = tiny_model(tie_word_embeddings=tied)
-    larger = adapted(model, tiny_config(tie_word_embeddings=tied, vocab_size=330))
+    larger = adapt_to_config(model, tiny_config(tie_word_embeddings=tied, vocab_size=330))
     ids = torch.randint(320, (1, 20))
     with torch.no_grad():
         assert torch.equal(larger(ids)[..., :320], model(ids))
         torch.testing.assert_close(larger(ids)[0, :, 325], model(ids)[0].mean(-1), atol=1e-5, rtol=0)
-    assert larger.head.shape == (330, 32)
+    assert larger.lm_head_weight.shape == (330, 32)
     assert larger.tokenizer is model.tokenizer
 
 
-def test_the_compact_shape_is_gpt2s_vocabulary_and_one_more():
+def test_compact_124m_has_the_gpt2_vocabulary_plus_one():
     config = ModelConfig.model_validate(presets.shape("compact-124m"))
     smaller = config.model_copy(update={"vocab_size": 50_257, "num_hidden_layers": 1})
-    grown = adapted(build(smaller), smaller.model_copy(update={"vocab_size": 50_258}))
-    assert grown.head.shape == (50_258, 768)
+    grown = adapt_to_config(build(smaller), smaller.model_copy(update={"vocab_size": 50_258}))
+    assert grown.lm_head_weight.shape == (50_258, 768)
     assert 50_258 * 768 == 38_598_144 == parameter_counts(config)["embedding"]
 
 
-def test_bfloat16_stays_near():
+def test_bfloat16_logits_are_close_to_float32():
     model, ids = tiny_model(), torch.randint(320, (1, 60))
     with torch.no_grad():
         exact = model(ids)

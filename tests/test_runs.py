@@ -22,24 +22,24 @@ from safetensors.torch import load_file
 from smolforge import __version__, atomic
 from smolforge.checkpoint import loading, training_state
 from smolforge.config import Data, Recipe, Train
-from smolforge.config.base import replaced
-from smolforge.config.load import find, read_recipe, to_recipe, write_recipe
-from smolforge.data.batches import IGNORED, Windows
+from smolforge.config.base import replace_settings
+from smolforge.config.load import find_recipe, read_recipe, to_recipe, write_recipe
+from smolforge.data.batches import IGNORE_INDEX, TokenWindows
 from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.prepare.build import prepare
-from smolforge.errors import InvalidFile, MissingResource, SettingError, Stopped
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.runs import resume_or_start, train
 from smolforge.runs.estimate import (
     checkpoint_bytes,
+    estimate_run,
     head_bytes,
     parse_budget,
-    plan,
     tokens_per_second,
     training_bytes,
     within_budget,
 )
-from smolforge.runs.resolve import check_going_on, resumed, settle
+from smolforge.runs.resolve import check_resume_step, merge_resume_overrides, resolve_recipe
 from smolforge.testing import Crash, crashing, failing, flip_bit, in_child, sentences, tiny_config
 from smolforge.tokenizer import Tokenizer
 from smolforge.training import environment
@@ -66,8 +66,8 @@ def once(tmp_path_factory) -> Path:
 
 def hashes(run: Path, step: int) -> dict[str, str]:
     """sha256 of weights, optimizer and torch's random state of a checkpoint that is sound."""
-    folder = training_state.folder_of(run, step)
-    files = atomic.check(folder)["files"]
+    folder = training_state.checkpoint_dir(run, step)
+    files = atomic.check_manifest(folder)["files"]
     # Python's own generator is left out here: the shape checks of the tests draw from it.
     drawn = load_file(folder / "training" / "random.safetensors")["torch"].numpy().tobytes()
     named = {name: files[name]["sha256"] for name in ("model.safetensors", "training/optimizer.safetensors")}
@@ -81,7 +81,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 # Reading
 
 
-def test_toml_yaml_and_json_are_the_same(tmp_path):
+def test_recipe_is_the_same_in_toml_yaml_and_json(tmp_path):
     tree = {"model": {"preset": "smollm2-nano", "num_hidden_layers": 3}, "train": {"sample_every": "none"}}
     (tmp_path / "a.toml").write_text(
         '[model]\npreset = "smollm2-nano"\nnum_hidden_layers = 3\n'
@@ -98,7 +98,7 @@ def test_toml_yaml_and_json_are_the_same(tmp_path):
     assert (one.model.hidden_size, one.model.num_hidden_layers) == (192, 3)
 
 
-def test_written_recipes_read_back(tmp_path):
+def test_recipe_survives_write_and_read(tmp_path):
     recipe = to_recipe(NANO | {"data": {"sources": ["a,b", 'quo"te']}, "sample": {"stop": ["\n"]}})
     (tmp_path / "r.toml").write_text(write_recipe(recipe))
     assert read_recipe(tmp_path / "r.toml") == recipe
@@ -109,12 +109,13 @@ def shipped():
 
 
 @pytest.mark.parametrize("path", shipped(), ids=lambda path: path.stem)
-def test_shipped_recipes_are_valid_and_explained(path):
-    recipe = replaced(read_recipe(path), {"init_from": None, "data.format": "text"})  # the first may be on the Hub
-    assert find(path.stem) == path
+def test_shipped_recipes_are_valid_and_commented(path):
+    # the first may be on the Hub
+    recipe = replace_settings(read_recipe(path), {"init_from": None, "data.format": "text"})
+    assert find_recipe(path.stem) == path
     assert path.read_text().startswith("# ")
-    alone = replaced(recipe, {"init_from": None})  # and nobody asks the Hub
-    assert plan(settle(alone)).tokens == recipe.train.steps * recipe.train.batch_tokens
+    alone = replace_settings(recipe, {"init_from": None})  # and nobody asks the Hub
+    assert estimate_run(resolve_recipe(alone)).tokens == recipe.train.steps * recipe.train.batch_tokens
 
 
 @pytest.mark.parametrize(
@@ -132,14 +133,14 @@ def test_shipped_recipes_are_valid_and_explained(path):
         ("r.toml", '[model]\npreset = "smollm2-135n"\n', "Did you mean smollm2-135m"),
     ],
 )
-def test_broken_recipes_are_named(tmp_path, name, content, said):
+def test_recipe_file_errors_name_the_problem(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
-    with pytest.raises(SettingError, match=said):
+    with pytest.raises(ConfigError, match=said):
         read_recipe(tmp_path / name)
 
 
-def test_missing_recipes_are_named():
-    with pytest.raises(SettingError, match=r"there is no recipe 'nanno'.*Did you mean nano\?"):
+def test_missing_recipe_suggests_a_similar_name():
+    with pytest.raises(ConfigError, match=r"there is no recipe 'nanno'.*Did you mean nano\?"):
         read_recipe("nanno")
 
 
@@ -147,7 +148,7 @@ def test_missing_recipes_are_named():
 
 
 @given(st.integers(1, 10**9), st.sampled_from("smhd"))
-def test_budgets_are_understood(number, unit):
+def test_budget_accepts_times_and_token_counts(number, unit):
     seconds, tokens = parse_budget(f"{number}{unit}")
     assert seconds == number * {"s": 1, "m": 60, "h": 3600, "d": 86400}[unit]
     assert tokens is None
@@ -155,26 +156,26 @@ def test_budgets_are_understood(number, unit):
 
 
 @pytest.mark.parametrize("budget", ["5", "m", "5 m", "10M", "-5m", "1e3s"])
-def test_budgets_that_are_none(budget):
-    with pytest.raises(SettingError, match="a time like 5m or 1h, or a count like 10M-tokens"):
+def test_budget_refuses_other_forms(budget):
+    with pytest.raises(ConfigError, match="a time like 5m or 1h, or a count like 10M-tokens"):
         parse_budget(budget)
 
 
 @pytest.mark.parametrize("tokens", ["20K", "1M", "50M"])
-def test_a_budget_is_kept(tokens):
-    recipe = within_budget(replaced(read_recipe("smollm2-135m"), {"budget": f"{tokens}-tokens"}))
+def test_token_budget_sets_steps_and_schedule(tokens):
+    recipe = within_budget(replace_settings(read_recipe("smollm2-135m"), {"budget": f"{tokens}-tokens"}))
     spent, given = recipe.train.steps * recipe.train.batch_tokens, parse_budget(f"{tokens}-tokens")[1]
     assert given - recipe.train.batch_tokens < spent <= given
-    schedule = recipe.optim.schedule.over(recipe.train.steps)
+    schedule = recipe.optim.schedule.resolved(recipe.train.steps)
     assert schedule.steps == recipe.train.steps
     assert schedule.decay_steps == pytest.approx(recipe.train.steps / 5, abs=1)
-    assert recipe.train.steps >= 200 or recipe.train.rows == 1
+    assert recipe.train.steps >= 200 or recipe.train.sequences_per_step == 1
 
 
-def test_a_budget_of_time_is_measured():
+def test_time_budget_sets_steps_from_measured_speed():
     schedule = {"warmup_steps": 0.1, "decay": "linear", "decay_steps": 0.3}
     recipe = to_recipe(NANO | {"budget": "3s", "optim": {"schedule": schedule}})
-    recipe = within_budget(replaced(recipe, {"train.sequence_length": 64, "train.batch_tokens": 64}))
+    recipe = within_budget(replace_settings(recipe, {"train.sequence_length": 64, "train.batch_tokens": 64}))
     tokens = recipe.train.steps * recipe.train.batch_tokens
     assert recipe.optim.schedule.steps == recipe.train.steps
     assert 0.3 < tokens / tokens_per_second(recipe) < 30
@@ -195,13 +196,13 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("name", "settings", "gigabytes"), MEASURED)
-def test_memory_is_what_was_measured(name, settings, gigabytes):
+def test_training_bytes_are_near_measured_memory(name, settings, gigabytes):
     usual = {"sequence_length": 512, "batch_tokens": 2048, "micro_batch_size": 4, "dtype": "float32", "compile": False}
     usual |= {"activation_checkpointing": None, "device": "cpu", "checkpoint_in_background": False}
-    recipe = replaced(read_recipe(name), {f"train.{key}": value for key, value in (usual | settings).items()})
+    recipe = replace_settings(read_recipe(name), {f"train.{key}": value for key, value in (usual | settings).items()})
     assert training_bytes(recipe) / 2**30 == pytest.approx(gigabytes, rel=0.15)
-    copied = replaced(recipe, {"train.checkpoint_in_background": True})
-    assert plan(copied).memory_bytes - plan(recipe).memory_bytes == checkpoint_bytes(recipe)
+    copied = replace_settings(recipe, {"train.checkpoint_in_background": True})
+    assert estimate_run(copied).memory_bytes - estimate_run(recipe).memory_bytes == checkpoint_bytes(recipe)
 
 
 HEAVY_HEAD = """
@@ -211,23 +212,23 @@ from smolforge.data.batches import Batch
 from smolforge.models.decoder import build
 from smolforge.training.objective import Objective
 from smolforge.config.load import read_recipe
-from smolforge.training import backward
+from smolforge.training.loop import forward_backward
 
 def kilobytes(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
 recipe = read_recipe("recipe.toml")
 objective, train = Objective(build(recipe.model)), recipe.train
-ids = torch.randint(recipe.model.vocab_size, (train.rows, train.sequence_length))
-backward(objective, Batch(ids[:1, :2], ids[:1, :2]), 2, 1)
+ids = torch.randint(recipe.model.vocab_size, (train.sequences_per_step, train.sequence_length))
+forward_backward(objective, Batch(ids[:1, :2], ids[:1, :2]), 2, rows=1)
 before = kilobytes("VmRSS")
-backward(objective, Batch(ids, ids), ids.numel(), train.micro_batch_size)
+forward_backward(objective, Batch(ids, ids), ids.numel(), rows=train.micro_batch_size)
 print(kilobytes("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_the_head_is_what_is_measured(tmp_path):
+def test_head_bytes_are_near_measured_memory(tmp_path):
     """A chunk's logits are 101 MB, and those of all 2048 tokens would be 403."""
     shape = tiny_config(vocab_size=49152, hidden_size=16, num_hidden_layers=1, max_position_embeddings=512)
     train = {"sequence_length": 512, "batch_tokens": 4096, "micro_batch_size": 4, "device": "cpu", "dtype": "float32"}
@@ -237,42 +238,42 @@ def test_memory_of_the_head_is_what_is_measured(tmp_path):
     assert head_bytes(recipe, 2048, 4, accumulates=True) == pytest.approx(int(done.stdout) * 1024, rel=0.15)
 
 
-def test_the_pace_is_measured_without_a_text_where_documents_are_kept_apart(monkeypatch):
+def test_tokens_per_second_works_with_document_masking(monkeypatch):
     monkeypatch.setattr("smolforge.runs.estimate.PROBE_SECONDS", 0)
     assert tokens_per_second(to_recipe(NANO | {"data": {"intra_document_masking": True}})) > 0
 
 
-def test_what_will_not_fit_or_take_days_is_said():
-    warnings = plan(replaced(read_recipe("smollm2-135m"), {"train.micro_batch_size": None})).warnings()
+def test_run_estimate_warns_of_low_memory_and_long_runs():
+    warnings = estimate_run(replace_settings(read_recipe("smollm2-135m"), {"train.micro_batch_size": None})).warnings()
     assert any("--train.micro-batch-size needs less" in warning for warning in warnings)
     assert any("days here" in warning for warning in warnings)
-    assert plan(to_recipe(NANO)).warnings() == []
+    assert estimate_run(to_recipe(NANO)).warnings() == []
 
 
 # What may change on resume
 
 
-def test_fixed_settings_are_refused_by_name():
-    stored = settle(to_recipe(NANO))
-    written = replaced(to_recipe(NANO), {"seed": 9})
+def test_resume_refuses_changed_fixed_settings():
+    stored = resolve_recipe(to_recipe(NANO))
+    written = replace_settings(to_recipe(NANO), {"seed": 9})
     with pytest.raises(
-        SettingError, match=r"seed \(3, now 9\), optim\.learning_rate \(0\.003, now 0\.004\).*--init-from"
+        ConfigError, match=r"seed \(3, now 9\), optim\.learning_rate \(0\.003, now 0\.004\).*--init-from"
     ):
-        resumed(stored, written, {"optim.learning_rate": 4e-3, "train.steps": 20})
-    with pytest.raises(SettingError, match=r"train\.dtype \('float32', now 'float64'\)"):
-        resumed(stored, to_recipe(NANO), {"train.dtype": "float64"})
+        merge_resume_overrides(stored, written, {"optim.learning_rate": 4e-3, "train.steps": 20})
+    with pytest.raises(ConfigError, match=r"train\.dtype \('float32', now 'float64'\)"):
+        merge_resume_overrides(stored, to_recipe(NANO), {"train.dtype": "float64"})
 
 
-def test_another_shape_by_name_is_refused_too(tmp_path, text_file):
+def test_resume_refuses_another_model_preset(tmp_path, text_file):
     given = {"model.preset": "smollm2-nano", "model.num_hidden_layers": 1, "model.vocab_size": 400}
     short = {"train.sequence_length": 32, "train.batch_tokens": 64, "train.sample_every": "none"}
     train("nano", tmp_path / "run", data=str(text_file), steps=2, **given, **short)
     assert train("nano", tmp_path / "run", data=str(text_file), steps=3, **given, **short).metrics["step"] == 3
-    with pytest.raises(SettingError, match=r"must not change: model\.hidden_size \(192, now 576\)"):
+    with pytest.raises(ConfigError, match=r"must not change: model\.hidden_size \(192, now 576\)"):
         train("nano", tmp_path / "run", steps=3, **given | {"model.preset": "smollm2-135m"}, **short)
 
 
-def test_a_shape_changed_by_flags_resumes_with_the_same_flags(tmp_path, text_file):
+def test_resume_accepts_the_same_model_flags(tmp_path, text_file):
     """Also where the width of a head follows from them."""
     given = {"model.preset": "smollm2-nano", "model.hidden_size": 48, "model.num_hidden_layers": 1}
     given |= {"model.num_attention_heads": 4, "model.num_key_value_heads": 2, "model.vocab_size": 400}
@@ -280,60 +281,60 @@ def test_a_shape_changed_by_flags_resumes_with_the_same_flags(tmp_path, text_fil
     for steps in (2, 3):
         run = train("nano", tmp_path / "run", data=str(text_file), steps=steps, **given, **short)
     assert (run.metrics["step"], run.recipe.model.head_dim) == (3, 12)
-    with pytest.raises(SettingError, match=r"must not change: model\.head_dim \(12, now 16\)"):
+    with pytest.raises(ConfigError, match=r"must not change: model\.head_dim \(12, now 16\)"):
         train("nano", tmp_path / "run", data=str(text_file), steps=4, **given, **{"model.head_dim": 16}, **short)
 
 
-def test_free_settings_are_taken_from_flags_and_the_stored_recipe_wins_otherwise():
-    stored = replaced(settle(to_recipe(NANO)), {"train.steps": 30})
+def test_resume_takes_free_settings_only_from_flags():
+    stored = replace_settings(resolve_recipe(to_recipe(NANO)), {"train.steps": 30})
     assert stored.optim.schedule.steps == 8
     by_hand = {"train.steps": "20", "train.micro_batch_size": 1, "train.evaluate_every": "none"}
-    now = resumed(stored, to_recipe(NANO), by_hand)
+    now = merge_resume_overrides(stored, to_recipe(NANO), by_hand)
     assert (now.train.steps, now.train.micro_batch_size, now.train.evaluate_every) == (20, 1, None)
     assert now.optim.schedule.steps == 8
-    assert resumed(stored, to_recipe(NANO), {}) == stored
+    assert merge_resume_overrides(stored, to_recipe(NANO), {}) == stored
 
 
-def test_where_to_stop_is_free_whatever_the_schedule():
+def test_resume_accepts_fewer_steps_than_the_schedule():
     lengths = {"optim.schedule.warmup_steps": 3, "optim.schedule.decay_steps": 4}
-    recipe = replaced(to_recipe(NANO), lengths)
-    assert resumed(settle(recipe), recipe, {"train.steps": 5}).train.steps == 5
+    recipe = replace_settings(to_recipe(NANO), lengths)
+    assert merge_resume_overrides(resolve_recipe(recipe), recipe, {"train.steps": 5}).train.steps == 5
 
 
-def test_a_budget_typed_twice_resumes():
-    asked = replaced(to_recipe(NANO), {"budget": "1K-tokens"})
-    stored = settle(asked)
+def test_resume_accepts_the_same_budget_again():
+    asked = replace_settings(to_recipe(NANO), {"budget": "1K-tokens"})
+    stored = resolve_recipe(asked)
     assert stored.train.steps < 32
-    assert resumed(stored, asked, {"budget": "1K-tokens"}) == stored
-    assert resumed(stored, asked, {"budget": "1K-tokens", "train.steps": 50}).train.steps == 50
-    long = replaced(read_recipe("wikitext"), {"budget": "300K-tokens"})
-    stored = settle(long)
-    assert resumed(stored, long, {}) == stored
+    assert merge_resume_overrides(stored, asked, {"budget": "1K-tokens"}) == stored
+    assert merge_resume_overrides(stored, asked, {"budget": "1K-tokens", "train.steps": 50}).train.steps == 50
+    long = replace_settings(read_recipe("wikitext"), {"budget": "300K-tokens"})
+    stored = resolve_recipe(long)
+    assert merge_resume_overrides(stored, long, {}) == stored
 
 
-def test_a_budget_respects_what_is_given_by_hand():
-    asked = replaced(read_recipe("smollm2-135m"), {"budget": "10M-tokens"})
-    assert settle(asked).train.batch_tokens < 2**20
-    by_hand = settle(asked, frozenset({"train.batch_tokens"}))
+def test_budget_keeps_settings_given_by_hand():
+    asked = replace_settings(read_recipe("smollm2-135m"), {"budget": "10M-tokens"})
+    assert resolve_recipe(asked).train.batch_tokens < 2**20
+    by_hand = resolve_recipe(asked, frozenset({"train.batch_tokens"}))
     assert (by_hand.train.batch_tokens, by_hand.train.steps) == (2**20, 9)
-    fewer = settle(replaced(asked, {"train.steps": 7}), frozenset({"train.steps"}))
+    fewer = resolve_recipe(replace_settings(asked, {"train.steps": 7}), frozenset({"train.steps"}))
     assert (fewer.train.steps, fewer.optim.schedule.steps) == (7, 7)
 
 
-def test_going_on_without_learning_is_refused():
-    recipe = settle(replaced(to_recipe(NANO), {"optim.schedule.final_learning_rate": 0.0}))
-    further = replaced(recipe, {"train.steps": 9})
-    with pytest.raises(SettingError, match=r"nothing would be learned.*final_learning_rate"):
-        check_going_on(further, 8)
-    with pytest.raises(SettingError, match="at step 8 already"):
-        check_going_on(replaced(recipe, {"train.steps": 4}), 8)
-    check_going_on(recipe, 8)
+def test_resume_refuses_steps_with_zero_learning_rate():
+    recipe = resolve_recipe(replace_settings(to_recipe(NANO), {"optim.schedule.final_learning_rate": 0.0}))
+    further = replace_settings(recipe, {"train.steps": 9})
+    with pytest.raises(ConfigError, match=r"nothing would be learned.*final_learning_rate"):
+        check_resume_step(further, 8)
+    with pytest.raises(ConfigError, match="at step 8 already"):
+        check_resume_step(replace_settings(recipe, {"train.steps": 4}), 8)
+    check_resume_step(recipe, 8)
 
 
 # Runs
 
 
-def test_a_run_writes_itself_down(tmp_path, recipe_file):
+def test_run_writes_metrics_checkpoints_and_environment(tmp_path, recipe_file):
     run = train(recipe_file, tmp_path / "run")
     assert run.metrics["step"] == 8
     assert {"loss", "tokens", "learning_rate", "grad_norm", "validation_loss", "validation_bits_per_byte"} <= set(
@@ -342,7 +343,7 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     records = read_records(run.folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 9))
     assert [record["step"] for record in records if "validation_loss" in record] == [4, 8]
-    assert [folder.name for folder in training_state.all_of(run.folder)] == ["step-00000004", "step-00000008"]
+    assert [folder.name for folder in training_state.list_checkpoints(run.folder)] == ["step-00000004", "step-00000008"]
     assert read_recipe(run.folder / "recipe.toml") == run.recipe
     (start,) = json.loads((run.folder / "environment.json").read_text())
     assert start["packages"]["torch"] == torch.__version__
@@ -350,36 +351,36 @@ def test_a_run_writes_itself_down(tmp_path, recipe_file):
     assert "finished at step 8" in (run.folder / "run.log").read_text()
 
 
-def test_a_start_that_cannot_be_written_down_is_the_error(tmp_path, recipe_file, monkeypatch):
+def test_run_reports_an_environment_it_cannot_write(tmp_path, recipe_file, monkeypatch):
     """And nothing else that then cannot be written either."""
-    replace = atomic.replace
+    replace = atomic.write_text_atomic
 
     def refuse(path, text):
         if path.name == "environment.json":
-            raise atomic.unwritten(path, OSError(28, "No space left on device"), len(text))
+            raise atomic.write_error(path, OSError(28, "No space left on device"), len(text))
         replace(path, text)
 
-    monkeypatch.setattr(atomic, "replace", refuse)
-    with pytest.raises(MissingResource, match=r"environment.json needs [\d,]+ bytes"):
+    monkeypatch.setattr(atomic, "write_text_atomic", refuse)
+    with pytest.raises(MissingResourceError, match=r"environment.json needs [\d,]+ bytes"):
         train(recipe_file, tmp_path / "run", steps=2)
 
 
 @pytest.mark.parametrize("content", ["{", "3", '["x"]'])
-def test_a_damaged_environment_is_said(tmp_path, recipe_file, content):
+def test_run_refuses_a_corrupted_environment_file(tmp_path, recipe_file, content):
     train(recipe_file, tmp_path / "run", steps=2)
     (tmp_path / "run" / "environment.json").write_text(content)
-    with pytest.raises(InvalidFile, match=r"environment.json is not (JSON|a list of starts)"):
+    with pytest.raises(InvalidFileError, match=r"environment.json is not (JSON|a list of starts)"):
         train(recipe_file, tmp_path / "run", steps=4)
 
 
-def test_source_that_is_not_installed_runs(monkeypatch):
+def test_environment_versions_include_uninstalled_packages(monkeypatch):
     assert environment.versions()["smolforge"] == __version__
     monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
     assert environment.versions() == {"torch": torch.__version__, "no-such-package": "not installed"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stopped_and_continued_equals_run_at_once(tmp_path, recipe_file, optimizer):
+def test_resume_equals_an_uninterrupted_run(tmp_path, recipe_file, optimizer):
     """5000 + 50 in small: to step 8, on to 13, against 13 at once with the same horizon."""
     same = {"optim.schedule.steps": 8, "optim.name": optimizer}
     train(recipe_file, tmp_path / "once", steps=13, **same)
@@ -389,41 +390,41 @@ def test_stopped_and_continued_equals_run_at_once(tmp_path, recipe_file, optimiz
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
 
 
-def test_documents_in_one_row_train_and_resume_exactly(tmp_path, recipe_file):
+def test_document_masking_trains_and_resumes_exactly(tmp_path, recipe_file):
     """Of a text with many borders, so that masking them changes the first loss already; the data are the same."""
     lines = sentences(300).splitlines()
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     masked = {"optim.schedule.steps": 8, "data.intra_document_masking": True}
     text = str(tmp_path / "many.jsonl")
-    train(recipe_file, tmp_path / "plain", text, 2, **{"optim.schedule.steps": 8})
-    train(recipe_file, tmp_path / "once", text, 4, **masked)
-    train(recipe_file, tmp_path / "twice", text, 2, **masked)
-    train(recipe_file, tmp_path / "twice", text, 4, **masked)
+    train(recipe_file, tmp_path / "plain", text, steps=2, **{"optim.schedule.steps": 8})
+    train(recipe_file, tmp_path / "once", text, steps=4, **masked)
+    train(recipe_file, tmp_path / "twice", text, steps=2, **masked)
+    train(recipe_file, tmp_path / "twice", text, steps=4, **masked)
     assert hashes(tmp_path / "once", 4) == hashes(tmp_path / "twice", 4)
     assert losses(tmp_path / "once") == losses(tmp_path / "twice")
     (_, without), (_, within) = losses(tmp_path / "plain")[0], losses(tmp_path / "once")[0]
     assert within != pytest.approx(without, rel=1e-5)
     for name, masking in (("plain", False), ("once", True)):
         run = tmp_path / name
-        last = training_state.folder_of(run, 2 if name == "plain" else 4)
+        last = training_state.checkpoint_dir(run, 2 if name == "plain" else 4)
         model, corpus = loading.load(last), Corpus.open(run / "corpus")
         found = measure_corpus(model, corpus, 32, intra_document_masking=masking)
         assert read_records(run / "metrics.jsonl")[-1]["validation_loss"] == pytest.approx(found["loss"], rel=1e-5)
-    with pytest.raises(SettingError, match=r"must not change: data\.intra_document_masking \(False, now True\)"):
-        train(recipe_file, tmp_path / "plain", text, 4, **masked)
+    with pytest.raises(ConfigError, match=r"must not change: data\.intra_document_masking \(False, now True\)"):
+        train(recipe_file, tmp_path / "plain", text, steps=4, **masked)
     masking = Data(sources=(text,), intra_document_masking=True)
-    assert prepare(masking, tmp_path / "plain" / "corpus", None, 320).fingerprint == corpus.fingerprint
+    assert prepare(masking, tmp_path / "plain" / "corpus", None, vocab_size=320).fingerprint == corpus.fingerprint
 
 
-def test_the_same_command_twice_does_nothing_more(tmp_path, recipe_file):
+def test_finished_run_is_not_trained_again(tmp_path, recipe_file):
     first = train(recipe_file, tmp_path / "run")
-    saved = training_state.folder_of(first.folder, 8).stat().st_mtime_ns
+    saved = training_state.checkpoint_dir(first.folder, 8).stat().st_mtime_ns
     again = train(recipe_file, tmp_path / "run")
     assert again.metrics == first.metrics
-    assert training_state.folder_of(first.folder, 8).stat().st_mtime_ns == saved
+    assert training_state.checkpoint_dir(first.folder, 8).stat().st_mtime_ns == saved
 
 
-def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
+def test_intervals_and_workers_do_not_change_the_weights(tmp_path, recipe_file):
     changed = {
         "train.evaluate_every": None,
         "train.checkpoint_every": 3,
@@ -435,27 +436,27 @@ def test_intervals_and_workers_change_nothing(tmp_path, recipe_file):
     assert hashes(tmp_path / "one", 8) == hashes(tmp_path / "two", 8)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe_file, once, caplog):
+def test_resume_skips_a_corrupted_checkpoint(tmp_path, recipe_file, once, caplog):
     """And made again, sound, when its step comes again."""
     train(recipe_file, tmp_path / "run")
-    flip_bit(training_state.folder_of(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
+    flip_bit(training_state.checkpoint_dir(tmp_path / "run", 8) / "training" / "optimizer.safetensors", 50_001)
     train(recipe_file, tmp_path / "run")
     assert "step-00000008 is skipped" in caplog.text
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
     assert losses(tmp_path / "run") == losses(once)
 
 
-def test_all_checkpoints_damaged_is_said(tmp_path, recipe_file):
+def test_resume_reports_that_all_checkpoints_are_corrupted(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run")
-    for folder in training_state.all_of(tmp_path / "run"):
+    for folder in training_state.list_checkpoints(tmp_path / "run"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(InvalidFile, match="no checkpoint of .* is sound"):
+    with pytest.raises(InvalidFileError, match="no checkpoint of .* is sound"):
         train(recipe_file, tmp_path / "run")
 
 
-def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
+def test_init_from_takes_only_the_weights(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "first")
-    first = training_state.folder_of(tmp_path / "first", 8)
+    first = training_state.checkpoint_dir(tmp_path / "first", 8)
     run = train(recipe_file, tmp_path / "second", steps=2, init_from=str(tmp_path / "first"))
     record = read_records(run.folder / "metrics.jsonl")[0]
     assert record["step"] == 1
@@ -465,23 +466,25 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "second", steps=3, init_from=str(tmp_path / "first"))
 
 
-def test_the_first_loss_after_init_from_is_the_models_own(tmp_path, recipe_file):
+def test_init_from_first_loss_equals_transformers(tmp_path, recipe_file):
     """As Transformers computes it on the same batch, and so does this code afterwards."""
     from transformers import AutoModelForCausalLM
 
     train(recipe_file, tmp_path / "first")
     run = train(recipe_file, tmp_path / "second", steps=2, init_from=str(tmp_path / "first"))
     text = Corpus.open(run.folder / "corpus")
-    windows = Windows(text.tokens(TRAIN), run.recipe.train.sequence_length, run.recipe.seed)
-    batch = windows.batch(0, run.recipe.train.rows)
-    theirs = AutoModelForCausalLM.from_pretrained(training_state.folder_of(tmp_path / "first", 8), dtype=torch.float32)
+    windows = TokenWindows(text.tokens(TRAIN), run.recipe.train.sequence_length, run.recipe.seed)
+    batch = windows.batch(0, run.recipe.train.sequences_per_step)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        training_state.checkpoint_dir(tmp_path / "first", 8), dtype=torch.float32
+    )
     with torch.no_grad():
-        logits = theirs(batch.ids).logits.flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED)
+        logits = theirs(batch.input_ids).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE_INDEX)
     assert losses(run.folder)[0][1] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_init_from_may_change_theta_and_context_and_nothing_else(tmp_path, recipe_file):
+def test_init_from_allows_only_new_rope_theta_and_context(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "first")
     changes = {"model.rope_theta": 5e4, "model.max_position_embeddings": 512, "train.sequence_length": 64}
     given = {"init_from": str(tmp_path / "first"), "train.batch_tokens": 128, **changes}
@@ -490,11 +493,11 @@ def test_init_from_may_change_theta_and_context_and_nothing_else(tmp_path, recip
     assert (saved.rope_theta, saved.max_position_embeddings) == (5e4, 512)
     assert run.recipe.model.num_hidden_layers == 2
     assert train(recipe_file, tmp_path / "second", steps=3, **given).metrics["step"] == 3
-    with pytest.raises(SettingError, match=r"model\.vocab_size is 400, but the model of --init-from has 320"):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 400, but the model of --init-from has 320"):
         train(recipe_file, tmp_path / "third", init_from=str(tmp_path / "first"), **{"model.vocab_size": 400})
 
 
-def test_a_recipe_file_may_say_so_too_and_is_heard(tmp_path, recipe_file, caplog):
+def test_init_from_logs_where_the_recipe_differs(tmp_path, recipe_file, caplog):
     """The long-context step as a file; what it says of another shape is passed over aloud."""
     train(recipe_file, tmp_path / "first")
     content = json.loads(recipe_file.read_text())
@@ -507,20 +510,20 @@ def test_a_recipe_file_may_say_so_too_and_is_heard(tmp_path, recipe_file, caplog
     assert "model.intermediate_size is 64 in the recipe and 48 in --init-from; 48 is used" in caplog.text
 
 
-def test_a_run_that_goes_on_needs_nothing_it_began_from(tmp_path, recipe_file, text_file, tokenizer):
+def test_resume_works_after_the_initial_model_is_deleted(tmp_path, recipe_file, text_file, tokenizer):
     """Also where its corpus was prepared: the model it started from may be gone."""
     train(recipe_file, tmp_path / "first")
     own = Corpus.open(tmp_path / "first" / "corpus").tokenizer()
-    prepare(replaced(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", own)
+    prepare(replace_settings(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", own)
     given = {"init_from": str(tmp_path / "first"), "data.sources": [str(tmp_path / "corpus")]}
     train(recipe_file, tmp_path / "second", steps=3, **given)
     shutil.rmtree(tmp_path / "first")
     assert train(recipe_file, tmp_path / "second", steps=4, **given).metrics["step"] == 4
 
 
-def test_a_model_from_the_hub_is_written_down_with_its_commit(tmp_path, recipe_file, hub):
+def test_init_from_records_the_hub_commit(tmp_path, recipe_file, hub):
     train(recipe_file, tmp_path / "first")
-    commit = hub.add("someone/first", training_state.folder_of(tmp_path / "first", 8))
+    commit = hub.add("someone/first", training_state.checkpoint_dir(tmp_path / "first", 8))
     given = {"init_from": "someone/first"}
     run = train(recipe_file, tmp_path / "second", steps=3, **given)
     assert run.recipe.init_from == f"someone/first@{commit}"
@@ -529,17 +532,17 @@ def test_a_model_from_the_hub_is_written_down_with_its_commit(tmp_path, recipe_f
     assert hub.requests == []
 
 
-def test_the_micro_batch_of_experts_is_fixed(tmp_path, recipe_file):
+def test_resume_refuses_another_micro_batch_size_for_moe(tmp_path, recipe_file):
     shape = {"model.model_type": "mixtral", "train.micro_batch_size": 2}
     train(recipe_file, tmp_path / "run", steps=3, **shape)
-    with pytest.raises(SettingError, match=r"train\.micro_batch_size \(2, now 1\)"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size \(2, now 1\)"):
         train(recipe_file, tmp_path / "run", steps=4, **shape | {"train.micro_batch_size": 1})
     unbalanced = shape | {"model.router_aux_loss_coef": 0.0}
     train(recipe_file, tmp_path / "free", steps=3, **unbalanced)
     train(recipe_file, tmp_path / "free", steps=4, **unbalanced | {"train.micro_batch_size": 1})
 
 
-def test_special_tokens_grow_the_model_they_are_added_to(tmp_path, recipe_file, tokenizer):
+def test_special_tokens_grow_the_initial_model(tmp_path, recipe_file, tokenizer):
     count = len(tokenizer)
     tokenizer.save(tmp_path / "tokenizer")
     own = {"tokenizer": str(tmp_path / "tokenizer"), "model.vocab_size": count}
@@ -548,15 +551,15 @@ def test_special_tokens_grow_the_model_they_are_added_to(tmp_path, recipe_file, 
     run = train(recipe_file, tmp_path / "second", steps=2, **given)
     assert run.recipe.model.vocab_size == count + 2
     again = loading.load(tmp_path / "second")
-    assert again.head.shape[0] == len(again.tokenizer) == count + 2
+    assert again.lm_head_weight.shape[0] == len(again.tokenizer) == count + 2
     assert again.tokenizer.encode_with_special_tokens("<|done|>") == [count + 1]
     assert count + 1 not in again.tokenizer.encode("<|done|>")
     assert train(recipe_file, tmp_path / "second", steps=3, **given).metrics["step"] == 3
-    with pytest.raises(SettingError, match="special_tokens are added to a tokenizer that was named"):
+    with pytest.raises(ConfigError, match="special_tokens are added to a tokenizer that was named"):
         train(recipe_file, tmp_path / "third", special_tokens=["<|think|>"])
 
 
-def test_a_mixture_of_experts_trains_and_resumes_exactly(tmp_path, recipe_file):
+def test_moe_trains_and_resumes_exactly(tmp_path, recipe_file):
     """Its balance loss is in the metrics; Muon has its stacked matrices; the shards have Mixtral's names."""
     shape = {"model.model_type": "mixtral", "model.num_local_experts": 4, "optim.name": "muon"}
     train(recipe_file, tmp_path / "once", **shape)
@@ -568,18 +571,18 @@ def test_a_mixture_of_experts_trains_and_resumes_exactly(tmp_path, recipe_file):
     assert records[-1]["loss"] < records[0]["loss"]
 
 
-def test_prepared_corpora_train(tmp_path, recipe_file, text_file, tokenizer):
-    prepare(replaced(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", tokenizer)
+def test_prepared_corpus_is_used_in_place(tmp_path, recipe_file, text_file, tokenizer):
+    prepare(replace_settings(to_recipe(NANO), {"data.sources": (str(text_file),)}).data, tmp_path / "corpus", tokenizer)
     run = train(recipe_file, tmp_path / "run", data=str(tmp_path / "corpus"))
     assert not (run.folder / "corpus").exists()
     assert run.model.tokenizer.fingerprint == tokenizer.fingerprint
 
 
-def test_another_corpus_under_a_run_is_noticed(tmp_path, recipe_file, text_file):
+def test_resume_refuses_another_corpus(tmp_path, recipe_file, text_file):
     train(recipe_file, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "corpus")
     text_file.write_text(sentences(300, start=1000))
-    with pytest.raises(InvalidFile, match="trained on another corpus"):
+    with pytest.raises(InvalidFileError, match="trained on another corpus"):
         train(recipe_file, tmp_path / "run")
 
 
@@ -594,38 +597,38 @@ def test_another_corpus_under_a_run_is_noticed(tmp_path, recipe_file, text_file)
         ({"train.device": "abacus"}, "device is 'abacus'; it should be auto, cpu, cuda or mps"),
     ],
 )
-def test_bad_runs_are_refused_before_they_start(tmp_path, recipe_file, tokenizer, overrides, said):
+def test_run_refuses_bad_settings_before_the_first_step(tmp_path, recipe_file, tokenizer, overrides, said):
     tokenizer.save(tmp_path / "tokenizer")
     call = {"tokenizer": str(tmp_path / "tokenizer"), **overrides}
     if said is None:
         train(recipe_file, tmp_path / "run", **call)
         return
-    with pytest.raises((SettingError, InvalidFile, MissingResource)) as caught:
+    with pytest.raises((ConfigError, InvalidFileError, MissingResourceError)) as caught:
         train(recipe_file, tmp_path / "run", **call)
     assert said in str(caught.value)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_corpus_below_one_window_is_refused(tmp_path, recipe_file):
+def test_run_refuses_a_corpus_below_one_window(tmp_path, recipe_file):
     (tmp_path / "short.txt").write_text("a few words\n")
-    with pytest.raises(InvalidFile, match="less than one window of train.sequence_length"):
+    with pytest.raises(InvalidFileError, match="less than one window of train.sequence_length"):
         train(recipe_file, tmp_path / "run", data=str(tmp_path / "short.txt"))
 
 
-def test_folders_of_something_else_are_left_alone(tmp_path, recipe_file):
+def test_run_refuses_foreign_folders_and_fresh_resume(tmp_path, recipe_file):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(SettingError, match="is not a run folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         train(recipe_file, tmp_path / "home")
     train(recipe_file, tmp_path / "run")
-    with pytest.raises(SettingError, match="--fresh refuses to resume"):
+    with pytest.raises(ConfigError, match="--fresh refuses to resume"):
         train(recipe_file, tmp_path / "run", fresh=True)
 
 
-def test_two_processes_never_share_a_run(tmp_path, recipe_file):
+def test_run_folder_is_locked_by_one_process(tmp_path, recipe_file):
     with (
         RunFolder.open(tmp_path / "run"),
-        pytest.raises(SettingError, match=f"is being trained by process {os.getpid()}"),
+        pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()}"),
     ):
         train(recipe_file, tmp_path / "run")
 
@@ -639,11 +642,11 @@ class At:
     def __init__(self, step, act):
         self.step, self.act = step, act
 
-    def planned(self, *_): ...
-    def preparing(self, *_): ...
-    def referring(self, *_): ...
-    def sampled(self, *_): ...
-    def stepped(self, metrics):
+    def on_plan(self, *_): ...
+    def on_prepare(self, *_): ...
+    def on_reference(self, *_): ...
+    def on_sample(self, *_): ...
+    def on_step(self, metrics):
         if metrics["step"] == self.step:
             self.act()
 
@@ -652,42 +655,45 @@ class At:
     ("number", "code", "step"),
     [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (signal.SIGUSR1, 75, 1)],
 )
-def test_signals_finish_the_step_save_and_resume_to_the_bit(tmp_path, recipe_file, once, number, code, step):
+def test_signals_save_and_resume_bit_for_bit(tmp_path, recipe_file, once, number, code, step):
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step}") as caught:
-        resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(step, lambda: signal.raise_signal(number)))
+        resume_or_start(recipe_file, tmp_path / "run", {}, listener=At(step, lambda: signal.raise_signal(number)))
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
-    assert training_state.all_of(tmp_path / "run")[-1] == training_state.folder_of(tmp_path / "run", step)
+    assert training_state.list_checkpoints(tmp_path / "run")[-1] == training_state.checkpoint_dir(
+        tmp_path / "run", step
+    )
     train(recipe_file, tmp_path / "run")
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
     assert losses(tmp_path / "run") == losses(once)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
-def test_signals_while_a_start_is_decided_have_their_exit_codes_too(tmp_path, recipe_file, monkeypatch, number, code):
+def test_signals_before_the_first_step_set_the_exit_code(tmp_path, recipe_file, monkeypatch, number, code):
     """Epochs prepare the whole text there, and a budget measures."""
     before = signal.getsignal(number)
-    monkeypatch.setattr("smolforge.runs.settled", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("smolforge.runs.load_or_resolve", lambda *_, **__: signal.raise_signal(number))
     with pytest.raises(Stopped, match=f"stopped by {number.name} before the first step") as caught:
         train(recipe_file, tmp_path / "run")
     assert caught.value.exit_code == code
     assert signal.getsignal(number) is before
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path, recipe_file):
+def test_second_interrupt_ends_at_once(tmp_path, recipe_file):
     def twice():
-        while not training_state.all_of(tmp_path / "run"):  # a write still under way would be left like a killed one
+        # a write still under way would be left like a killed one
+        while not training_state.list_checkpoints(tmp_path / "run"):
             time.sleep(0.01)
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        resume_or_start(recipe_file, tmp_path / "run", {}, observer=At(6, twice))
-    assert [folder.name for folder in training_state.all_of(tmp_path / "run")] == ["step-00000004"]
+        resume_or_start(recipe_file, tmp_path / "run", {}, listener=At(6, twice))
+    assert [folder.name for folder in training_state.list_checkpoints(tmp_path / "run")] == ["step-00000004"]
 
 
-def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path, recipe_file, once):
+def test_sigkill_loses_only_steps_since_the_checkpoint(tmp_path, recipe_file, once):
     for step in (2, 5, 7):
         assert in_child(train_until, step, recipe_file, tmp_path / "run", {}) == -signal.SIGKILL
     train(recipe_file, tmp_path / "run")
@@ -696,31 +702,31 @@ def test_a_killed_process_loses_at_most_the_steps_since_its_checkpoint(tmp_path,
 
 
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_full_disk_loses_nothing(tmp_path, recipe_file, once, after):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, recipe_file, once, after):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     with (
         failing(tmp_path / "run" / "checkpoints", after),
-        pytest.raises(MissingResource, match="the disk is full"),
+        pytest.raises(MissingResourceError, match="the disk is full"),
     ):
         train(recipe_file, tmp_path / "run", steps=8)
-    assert [folder.name for folder in training_state.all_of(tmp_path / "run")] == ["step-00000004"]
+    assert [folder.name for folder in training_state.list_checkpoints(tmp_path / "run")] == ["step-00000004"]
     train(recipe_file, tmp_path / "run", steps=8)
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
-def test_a_disk_too_small_is_refused_before_the_first_step(tmp_path, recipe_file, monkeypatch):
+def test_run_refuses_a_too_small_disk_before_the_first_step(tmp_path, recipe_file, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(MissingResource, match=r"need [\d,]+ more bytes and .* has 10 free"):
+    with pytest.raises(MissingResourceError, match=r"need [\d,]+ more bytes and .* has 10 free"):
         train(recipe_file, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("keep_last", "at_once"), [(2, 4), (3, 5), (1000, 11)])
-def test_no_more_disk_is_asked_for_than_checkpoints_will_be_written(keep_last, at_once):
+def test_disk_estimate_counts_checkpoints_kept_at_once(keep_last, at_once):
     recipe = Recipe(train=Train(steps=100, checkpoint_every=10, keep_last=keep_last))
-    assert plan(recipe).disk_bytes == at_once * checkpoint_bytes(recipe)
+    assert estimate_run(recipe).disk_bytes == at_once * checkpoint_bytes(recipe)
 
 
-def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file, once):
+def test_crash_while_saving_keeps_the_previous_checkpoint(tmp_path, recipe_file, once):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     with crashing(tmp_path / "run" / "checkpoints", 2), pytest.raises(Crash):
         train(recipe_file, tmp_path / "run", steps=8)
@@ -728,32 +734,34 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, recipe_file
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
-def test_the_library_says_nothing(tmp_path, recipe_file, capfd):
+def test_train_prints_nothing_as_a_library(tmp_path, recipe_file, capfd):
     train(recipe_file, tmp_path / "run", **{"train.sample_every": 4})
     assert capfd.readouterr() == ("", "")
     assert {record["step"] for record in read_records(tmp_path / "run" / "samples.jsonl")} == {4, 8}
 
 
-def test_the_log_keeps_the_traceback(tmp_path, recipe_file):
-    with pytest.raises(InvalidFile):
+def test_run_log_has_the_traceback(tmp_path, recipe_file):
+    with pytest.raises(InvalidFileError):
         train(recipe_file, tmp_path / "run", data="nope.txt")
     log = (tmp_path / "run" / "run.log").read_text()
     assert "Traceback" in log
     assert "nope.txt" in log
 
 
-def test_a_damaged_old_checkpoint_does_not_stop_training(tmp_path, recipe_file):
+def test_corrupted_old_checkpoint_does_not_stop_training(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
-    shutil.copytree(training_state.folder_of(tmp_path / "run", 4), training_state.folder_of(tmp_path / "run", 1))
-    (training_state.folder_of(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
+    shutil.copytree(
+        training_state.checkpoint_dir(tmp_path / "run", 4), training_state.checkpoint_dir(tmp_path / "run", 1)
+    )
+    (training_state.checkpoint_dir(tmp_path / "run", 1) / "training" / "state.json").write_text("{")
     assert train(recipe_file, tmp_path / "run", steps=8).metrics["step"] == 8
 
 
-def test_what_never_began_can_be_begun_otherwise(tmp_path, recipe_file, text_file):
+def test_failed_start_allows_other_settings(tmp_path, recipe_file, text_file):
     """A first try that failed leaves nothing to be held to, least of all its text."""
     enough = text_file.read_text()
     text_file.write_text("a few words\n" * 5)
-    with pytest.raises(InvalidFile, match="less than one window"):
+    with pytest.raises(InvalidFileError, match="less than one window"):
         train(recipe_file, tmp_path / "run")
     text_file.write_text(enough)
     run = train(recipe_file, tmp_path / "run", **{"optim.learning_rate": 1e-3})
@@ -761,36 +769,36 @@ def test_what_never_began_can_be_begun_otherwise(tmp_path, recipe_file, text_fil
     assert Corpus.open(tmp_path / "run" / "corpus").text("train") in text_file.read_text()
 
 
-def test_a_model_never_meets_another_tokenizer(tmp_path, recipe_file):
+def test_init_from_refuses_another_tokenizer_or_shape(tmp_path, recipe_file):
     """The same number of ids is not the same words."""
     train(recipe_file, tmp_path / "first")
     (tmp_path / "other.txt").write_text("zebra quagga okapi " * 500 + sentences(300, 5000))
     other = Tokenizer.train([(tmp_path / "other.txt").read_text()], 303)
     other.save(tmp_path / "other")
-    with pytest.raises(SettingError, match="another tokenizer than that of --init-from"):
+    with pytest.raises(ConfigError, match="another tokenizer than that of --init-from"):
         train(recipe_file, tmp_path / "run", init_from=str(tmp_path / "first"), tokenizer=str(tmp_path / "other"))
-    with pytest.raises(SettingError, match=r"model\.num_hidden_layers is 1, but the model of --init-from has 2"):
+    with pytest.raises(ConfigError, match=r"model\.num_hidden_layers is 1, but the model of --init-from has 2"):
         train(recipe_file, tmp_path / "run", init_from=str(tmp_path / "first"), **{"model.num_hidden_layers": 1})
 
 
-def test_what_a_later_version_wrote_is_not_passed_over(tmp_path, recipe_file):
+def test_resume_refuses_a_newer_checkpoint_format(tmp_path, recipe_file):
     train(recipe_file, tmp_path / "run")
-    path = training_state.folder_of(tmp_path / "run", 8) / "manifest.json"
+    path = training_state.checkpoint_dir(tmp_path / "run", 8) / "manifest.json"
     content = json.loads(path.read_text()) | {"format_version": 99}
-    path.write_text(json.dumps(content | {"sha256": atomic.self_hash(content)}))
-    with pytest.raises(InvalidFile, match="has format 99; this version reads up to 1"):
+    path.write_text(json.dumps(content | {"sha256": atomic.manifest_hash(content)}))
+    with pytest.raises(InvalidFileError, match="has format 99; this version reads up to 1"):
         train(recipe_file, tmp_path / "run")
     assert path.is_file()
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000, 100_000])
-def test_a_file_that_cannot_be_written_whole_is_said(tmp_path, recipe_file, once, limit):
+def test_file_size_limit_leaves_no_partial_checkpoint(tmp_path, recipe_file, once, limit):
     """A real limit of the system, which libraries written in Rust meet too."""
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises((MissingResource, OSError)):
+        with pytest.raises((MissingResourceError, OSError)):
             train(recipe_file, tmp_path / "run", steps=8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -799,7 +807,7 @@ def test_a_file_that_cannot_be_written_whole_is_said(tmp_path, recipe_file, once
     assert hashes(tmp_path / "run", 8) == hashes(once, 8)
 
 
-def test_prompts_that_fill_the_context_are_refused_first(tmp_path, recipe_file):
-    with pytest.raises(SettingError, match="fills the model's context of 128 tokens"):
+def test_run_refuses_prompts_that_fill_the_context(tmp_path, recipe_file):
+    with pytest.raises(ConfigError, match="fills the model's context of 128 tokens"):
         train(recipe_file, tmp_path / "run", **{"train.sample_every": 5, "train.sample_prompts": ["7" * 200]})
     assert not list((tmp_path / "run").glob("metrics.jsonl"))

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface
-from smolforge.cli.chat import message as typed_message
-from smolforge.cli.chat.session import Talk, speed
-from smolforge.cli.generate import Draw, drawn, note, visible
+from smolforge.cli.chat import read_message as typed_message
+from smolforge.cli.chat.session import TerminalChat, format_speed
+from smolforge.cli.generate import GenerationFlags, escape_controls, generation_from_flags, print_note
 from smolforge.config import Data, Generation
 from smolforge.data.prepare.conversations import messages_of
 from smolforge.data.prepare.document_stream import documents
-from smolforge.errors import InvalidFile, MissingResource, SettingError
-from smolforge.generation.stream import Piece, Voice, generate
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.generation.stream import ChatSession, TextChunk, generate
 from smolforge.testing import tiny_model
 from smolforge.tokenizer.chat import CHATML
 
@@ -48,7 +48,7 @@ def turn(role, content):
 
 @pytest.fixture
 def talk():
-    return Talk(taught(max_position_embeddings=512), Generation(**GREEDY))
+    return TerminalChat(taught(max_position_embeddings=512), Generation(**GREEDY))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def chat(folders, monkeypatch, capsys):
     return call
 
 
-def test_integers_and_a_gguf_talk(small, monkeypatch, capsys):
+def test_chat_works_with_quantized_and_gguf_models(small, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Typed("the model", "and a token"))
     assert cli.run(["chat", str(small), "--temperature", "0", "--max-new-tokens", "6"]) == 0
     said = capsys.readouterr()
@@ -103,15 +103,15 @@ def test_integers_and_a_gguf_talk(small, monkeypatch, capsys):
 def watched(voice):
     """How many tokens each answer's model was given beyond its own."""
     engine, read = voice.writer.engine, []
-    first = engine._read
-    engine._read = lambda row: read.append(len(row.request.prompt) - row.read) or first(row)
+    first = engine._prefill
+    engine._prefill = lambda row: read.append(len(row.request.prompt) - row.num_computed_tokens) or first(row)
     return read
 
 
-def test_a_turn_reads_only_what_is_new_and_says_the_same():
+def test_chat_session_reuses_the_kv_cache():
     """As the whole conversation does, read from its beginning; but for ties within 1e-4, where rounding chooses."""
     model, options, ties = taught(max_position_embeddings=512), Generation(**GREEDY), 0
-    voice = Voice(model, 512)
+    voice = ChatSession(model, 512)
     read = watched(voice)
     draw = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, 320, (40,), generator=draw).tolist()
@@ -132,24 +132,24 @@ def test_a_turn_reads_only_what_is_new_and_says_the_same():
 
 
 def generate_ids(model, prompts, options):
-    from smolforge.generation.stream import pieces_behind
+    from smolforge.generation.stream import stream_batch_ids
 
     rows = [[] for _ in prompts]
-    for row, piece in pieces_behind(model, prompts, options):
+    for row, piece in stream_batch_ids(model, prompts, options):
         rows[row] += piece.token_ids
     return rows
 
 
-def test_what_was_stopped_or_failed_is_not_taken_for_read(monkeypatch):
+def test_chat_session_drops_the_kv_cache_after_a_stop_or_error(monkeypatch):
     model, options = taught(), Generation(**GREEDY)
-    voice = Voice(model, 128)
+    voice = ChatSession(model, 128)
     prompt, expected = [5, 6, 7, 8, 9], generate_ids(model, [[5, 6, 7, 8, 9]], options)[0]
     begun = voice.stream(prompt, options)
     next(begun)
     begun.close()
-    assert not voice.writer.engine.busy
+    assert not voice.text_engine.engine.busy
     with monkeypatch.context() as patch:
-        patch.setattr(voice.writer.engine.cache, "at", None)
+        patch.setattr(voice.text_engine.engine.cache, "at", None)
         with pytest.raises(TypeError):
             list(voice.stream([5, 6, 1], options))
     assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
@@ -159,7 +159,7 @@ def test_what_was_stopped_or_failed_is_not_taken_for_read(monkeypatch):
     assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
 
 
-def test_an_answer_is_that_to_the_whole_conversation(talk, capsys):
+def test_chat_answer_equals_generate_on_the_full_conversation(talk, capsys):
     talk.system("be brief")
     talk.say("the model")
     talk.say("a token")
@@ -173,7 +173,7 @@ def test_an_answer_is_that_to_the_whole_conversation(talk, capsys):
     assert talk.said == said[1:]
 
 
-def test_the_oldest_turns_go_whole_and_are_kept_to_be_saved(talk, capsys):
+def test_chat_drops_the_oldest_turns_but_saves_them(talk, capsys):
     talk.capacity = 256
     shown, real = [], talk.tokenizer.chat
     talk.tokenizer.chat = lambda messages: shown.append(messages) or real(messages)
@@ -194,7 +194,7 @@ def test_the_oldest_turns_go_whole_and_are_kept_to_be_saved(talk, capsys):
     assert shown[-1] == [turn("system", "s"), turn("user", "the model")]
 
 
-def test_an_answer_that_never_began_leaves_no_trace(talk):
+def test_chat_forgets_a_message_whose_answer_never_started(talk):
     talk.say("the model")
     before = list(talk.said)
     talk.voice.stream = lambda *_: []
@@ -202,10 +202,10 @@ def test_an_answer_that_never_began_leaves_no_trace(talk):
     assert talk.said == before
 
 
-def test_what_cannot_be_answered_changes_nothing(talk):
+def test_chat_keeps_its_state_when_a_message_is_too_long(talk):
     talk.say("the model")
     before = list(talk.said)
-    with pytest.raises(SettingError, match="this model takes 512 with its answer"):
+    with pytest.raises(ConfigError, match="this model takes 512 with its answer"):
         talk.say("a " * 600)
     assert (talk.said, talk.forgotten) == (before, 0)
 
@@ -226,16 +226,16 @@ def test_what_cannot_be_answered_changes_nothing(talk):
         ("seed", "-5", -5),
     ],
 )
-def test_set_refuses_in_the_words_of_flags(talk, name, value, given):
-    with pytest.raises(SettingError) as by_flag:
-        drawn(Draw(**{name: given}))
-    with pytest.raises(SettingError) as by_command:
+def test_set_command_refuses_with_the_message_of_the_flags(talk, name, value, given):
+    with pytest.raises(ConfigError) as by_flag:
+        generation_from_flags(GenerationFlags(**{name: given}))
+    with pytest.raises(ConfigError) as by_command:
         talk.set(f"{name} {value}")
     assert re.sub(r"\.0\b", "", str(by_flag.value)) == re.sub(r"\.0\b", "", str(by_command.value))
     assert talk.options == Generation(**GREEDY)
 
 
-def test_set_takes_what_flags_take(talk, capsys):
+def test_set_command_accepts_the_values_of_the_flags(talk, capsys):
     for line in ("temperature 0.5", "top-k=7", "--seed 3", "top_p none", "stop a,b", "max_new_tokens = 9"):
         talk.set(line)
     assert talk.options == Generation(temperature=0.5, top_k=7, seed=3, top_p=None, stop=("a", "b"), max_new_tokens=9)
@@ -253,11 +253,11 @@ def test_set_takes_what_flags_take(talk, capsys):
     talk.set("top_k")
     assert "top_k is 7; it may be a whole number above 0, or none" in capsys.readouterr().err
     for wrong, says in (("temprature 1", "Did you mean temperature?"), ("temperature x", "temperature is 'x'; it sh")):
-        with pytest.raises(SettingError, match=re.escape(says)):
+        with pytest.raises(ConfigError, match=re.escape(says)):
             talk.set(wrong)
 
 
-def test_saved_is_loaded_and_learned_from(talk, tmp_path):
+def test_saved_chat_loads_again_and_is_training_data(talk, tmp_path):
     talk.system("be brief\u2028\u00e9")
     talk.say("a\nb <|im_end|>")
     talk.say("7")
@@ -267,30 +267,30 @@ def test_saved_is_loaded_and_learned_from(talk, tmp_path):
     assert json.loads(file.read_text()) == {"messages": whole}
     (document,) = documents(str(file), Data(format="chat"))
     assert messages_of(document) == (whole, 0)
-    other = Talk(talk.voice.writer.engine.model, Generation(**GREEDY))
+    other = TerminalChat(talk.voice.writer.engine.model, Generation(**GREEDY))
     other.load(str(file))
-    assert (other.told, other.said) == (talk.told, talk.said)
+    assert (other.system_message, other.messages) == (talk.told, talk.said)
     for each in (talk, other):
         each.say("more")
-    assert other.said == talk.said
+    assert other.messages == talk.said
     other.save("")
     assert len(json.loads(file.read_text())["messages"]) == 7
-    with pytest.raises(SettingError, match="is there already; /save takes a name that is new"):
-        Talk.save(other, str(Path(__file__)))
+    with pytest.raises(ConfigError, match="is there already; /save takes a name that is new"):
+        TerminalChat.save(other, str(Path(__file__)))
 
 
 @pytest.mark.parametrize("name", ["~nobody-has-this-name/x.jsonl", f"{'x' * 300}.jsonl"], ids=["home", "long"])
-def test_a_name_that_cannot_be_does_not_end_the_chat(talk, tmp_path, monkeypatch, name):
+def test_chat_survives_invalid_file_names(talk, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     talk.say("the model")
-    with pytest.raises(MissingResource, match="could not be written"):
+    with pytest.raises(MissingResourceError, match="could not be written"):
         talk.save(name)
-    with pytest.raises(InvalidFile, match="cannot be read"):
+    with pytest.raises(InvalidFileError, match="cannot be read"):
         talk.load(name)
     assert (talk.file, len(talk.said)) == (None, 2)
 
 
-def test_a_question_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
+def test_chat_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
     (tmp_path / "one.json").write_text('{"messages": [\n{"role": "user", "content": "the model"}]}')
     talk.forgotten = 2
     talk.load(str(tmp_path / "one.json"))
@@ -315,30 +315,30 @@ def test_a_question_without_an_answer_is_loaded_and_retried(talk, tmp_path, caps
         (rb'{"messages": [{"role": "user", "content": "\ud800"}]}', "plain JSON values"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_and_changes_nothing(talk, tmp_path, content, says):
+def test_load_command_refuses_invalid_files_and_keeps_its_state(talk, tmp_path, content, says):
     talk.say("the model")
     before = list(talk.said)
     if content is not None:
         (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises((InvalidFile, SettingError), match=says):
+    with pytest.raises((InvalidFileError, ConfigError), match=says):
         talk.load(str(tmp_path / "x.jsonl"))
     assert (talk.said, talk.file) == (before, None)
 
 
-def test_a_system_message_that_the_template_refuses_is_taken_back(talk, tmp_path):
+def test_system_message_refused_by_the_template_is_undone(talk, tmp_path):
     def refuses(messages):
-        raise SettingError("the chat template says: no system")
+        raise ConfigError("the chat template says: no system")
 
     talk.tokenizer.chat = refuses
-    with pytest.raises(SettingError, match="no system"):
+    with pytest.raises(ConfigError, match="no system"):
         talk.system("be brief")
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [turn("system", "s"), turn("user", "x")]}))
-    with pytest.raises(SettingError, match="no system"):
+    with pytest.raises(ConfigError, match="no system"):
         talk.load(str(tmp_path / "x.jsonl"))
     assert (talk.told, talk.said) == (None, [])
 
 
-def test_commands_that_are_none_or_come_too_early(chat):
+def test_chat_reports_unknown_and_premature_commands(chat):
     code, out, err = chat(
         "/sytem x", "/retry", "/save", "/save x.jsonl", "/load", "", " /a path", "/help", "/exit", "x"
     )
@@ -357,7 +357,7 @@ def test_commands_that_are_none_or_come_too_early(chat):
 
 
 @pytest.mark.parametrize("word", ["/exit", "/exit ", "/exit now"])
-def test_exit_leaves_whatever_stands_behind_it(chat, word):
+def test_exit_command_ignores_what_follows(chat, word):
     code, out, err = chat(word, "never heard")
     assert (code, out.count("> ")) == (0, 1)
     assert "there is no command" not in err
@@ -377,12 +377,12 @@ def test_exit_leaves_whatever_stands_behind_it(chat, word):
         (["\udcff"], "\ufffd"),
     ],
 )
-def test_messages_of_several_lines(monkeypatch, lines, message):
+def test_chat_input_reads_multiline_messages(monkeypatch, lines, message):
     monkeypatch.setattr("sys.stdin", Typed(*lines))
     assert typed_message() == message.strip("\n")
 
 
-def test_a_base_model_goes_on_with_each_text_by_itself(chat, folders):
+def test_base_model_in_chat_continues_each_text_separately(chat, folders):
     code, out, err = chat("the model", "/save x.jsonl", "/system x", "/retry", model="base")
     assert code == 0
     from smolforge.checkpoint.loading import load
@@ -393,7 +393,7 @@ def test_a_base_model_goes_on_with_each_text_by_itself(chat, folders):
     assert err.count("there is no conversation with a base model") == 2
 
 
-def test_generate_without_a_prompt_is_the_same(chat):
+def test_generate_without_a_prompt_equals_chat(chat):
     timeless = [re.sub(r"[\d.]+ (tokens/s|s;)", "", each) for each in chat("the model", verb="generate")[1:]]
     assert timeless == [re.sub(r"[\d.]+ (tokens/s|s;)", "", each) for each in chat("the model")[1:]]
     code, _, err = chat(verb="generate", flags=["--json"])
@@ -403,7 +403,7 @@ def test_generate_without_a_prompt_is_the_same(chat):
 # Signals
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(chat, monkeypatch):
+def test_ctrl_c_stops_the_answer_but_not_the_chat(chat, monkeypatch):
     from smolforge.generation.engine import Engine
 
     steps, real = [], Engine.step
@@ -423,7 +423,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_ctrl_c_twice_breaks_into_a_step_that_does_not_end(chat, monkeypatch):
+def test_ctrl_c_twice_interrupts_a_running_step(chat, monkeypatch):
     from smolforge.generation.engine import Engine
 
     real = Engine.step
@@ -439,7 +439,7 @@ def test_ctrl_c_twice_breaks_into_a_step_that_does_not_end(chat, monkeypatch):
     assert (code, err.count("(stopped)"), err.count("(6 tokens, ")) == (0, 1, 1)
 
 
-def test_ctrl_c_at_the_prompt_leaves_the_second_time(chat):
+def test_ctrl_c_twice_at_the_prompt_ends_the_chat(chat):
     code, out, err = chat(signal.SIGINT, "the model", signal.SIGINT, signal.SIGINT, "never heard")
     assert code == 0
     assert err.count("Ctrl-C again") == 2
@@ -447,7 +447,7 @@ def test_ctrl_c_at_the_prompt_leaves_the_second_time(chat):
     assert out.count("> ") == 4
 
 
-def test_sigterm_ends_it(chat):
+def test_sigterm_ends_the_chat(chat):
     code, _, err = chat(signal.SIGTERM, "never heard")
     assert code == 130
     assert "tokens" not in err
@@ -457,8 +457,8 @@ def test_sigterm_ends_it(chat):
 
 
 @given(st.text())
-def test_nothing_that_moves_a_terminal_is_shown(text):
-    shown = visible(text)
+def test_visible_removes_terminal_control_characters(text):
+    shown = escape_controls(text)
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
     if text.isprintable():
         assert shown == text
@@ -466,36 +466,36 @@ def test_nothing_that_moves_a_terminal_is_shown(text):
 
 @settings(max_examples=20)
 @given(st.lists(st.text(st.sampled_from("\x1b[2J\r\x07\x9b\u202ea\n"), max_size=4), min_size=1))
-def test_no_control_character_of_an_answer_reaches_the_terminal(parts):
-    talk = Talk(MODEL, Generation(**GREEDY))
-    talk.voice.stream = lambda *_: [Piece(part, (), None) for part in parts]
+def test_chat_output_has_no_control_characters(parts):
+    talk = TerminalChat(MODEL, Generation(**GREEDY))
+    talk.chat_session.stream = lambda *_: [TextChunk(part, (), None) for part in parts]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        talk._spoken([5], "")
-    assert out.getvalue() == visible("".join(parts)) + "\n"
+        talk._print_answer([5], "")
+    assert out.getvalue() == escape_controls("".join(parts)) + "\n"
     assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
 
 
 MODEL = taught()
 
 
-def test_the_speed_is_that_behind_the_first_tokens():
-    assert speed(10.0, [12.0, 12.5, 13.0]) == "3 tokens, 2.0 tokens/s, the first after 2.00 s"
-    assert speed(10.0, [12.0, 12.0, 13.0]) == "3 tokens, 1.0 tokens/s, the first after 2.00 s"
-    assert speed(10.0, [10.5]) == "1 token, the first after 0.50 s"
-    assert speed(10.0, []) == "no token"
+def test_speed_excludes_the_time_to_first_token():
+    assert format_speed(10.0, [12.0, 12.5, 13.0]) == "3 tokens, 2.0 tokens/s, the first after 2.00 s"
+    assert format_speed(10.0, [12.0, 12.0, 13.0]) == "3 tokens, 1.0 tokens/s, the first after 2.00 s"
+    assert format_speed(10.0, [10.5]) == "1 token, the first after 0.50 s"
+    assert format_speed(10.0, []) == "no token"
 
 
 @pytest.mark.parametrize(
     ("environment", "dim"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
 )
-def test_notes_are_dim_where_that_is_wanted(monkeypatch, environment, dim):
+def test_note_is_dim_unless_colors_are_off(monkeypatch, environment, dim):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", screen)
     for name, value in ({"NO_COLOR": None, "TERM": "xterm"} | environment).items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    note("said")
+    print_note("said")
     assert screen.getvalue() == ("\x1b[2msaid\x1b[0m\n" if dim else "said\n")
 
 
@@ -552,7 +552,7 @@ class Terminal:
         return self.process.wait(20), rest
 
 
-def test_on_a_real_terminal(folders, tmp_path):
+def test_chat_works_on_a_real_terminal(folders, tmp_path):
     pytest.importorskip("readline")
     file = tmp_path / "talk.jsonl"
     terminal = Terminal("chat", folders / "taught", "--temperature", "0", "--max-new-tokens", "400", "--device", "cpu")

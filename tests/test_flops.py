@@ -25,30 +25,33 @@ def counted(config, backend=SDPBackend.MATH, loss=lambda model, hidden, ids: mod
     """FLOPs a token of forward and backward, as torch's counter has them."""
     model, ids = build(config), torch.randint(320, (2, LENGTH))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(backend):
-        hidden, balance = model.hidden_and_balance(ids)
+        hidden, balance = model.hidden_states_and_aux_loss(ids)
         (loss(model, hidden, ids) + balance).backward()
     return counter.get_total_flops() / ids.numel()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_attention_is_what_torch_counts(family):
+def test_flops_per_token_equals_torch_flop_counter(family):
     config = tiny_config(**FAMILIES[family])
     assert counted(config) == flops_per_token(config, LENGTH, "full")
 
 
-def test_what_torch_does_not_count():
+def test_flops_per_token_adds_what_torch_does_not_count():
     """Attention in its fused form on a CPU, and a product that is added into the gradient of the head in place."""
     config = tiny_config()
-    width, head = config.num_attention_heads * config.head_size, config.vocab_size * config.hidden_size
+    width, head = config.num_attention_heads * config.resolved_head_dim, config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * width * LENGTH
     full = flops_per_token(config, LENGTH, "full")
     assert counted(config, SDPBackend.FLASH_ATTENTION) == full - attention
-    assert counted(config, loss=lambda model, hidden, ids: loss_sum(hidden, model.head, ids)[0]) == full - 2 * head
+    assert (
+        counted(config, loss=lambda model, hidden, ids: loss_sum(hidden, model.lm_head_weight, ids)[0])
+        == full - 2 * head
+    )
     assert flops_per_token(config, LENGTH) == full - attention // 2
 
 
 @pytest.mark.parametrize(("attention", "mega"), [("causal", 1019.2), ("full", 1231.6)])
-def test_smollm2_135m_by_hand(attention, mega):
+def test_flops_per_token_of_smollm2_135m_equals_a_hand_count(attention, mega):
     layer = 576 * (576 + 192 + 192 + 576) + 3 * 576 * 1536
     matrices = 30 * layer + 49152 * 576
     assert matrices == 134_479_872

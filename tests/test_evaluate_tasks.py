@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import smolforge
 from smolforge import cli
-from smolforge.errors import InvalidFile, SettingError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.tasks import read_items
-from smolforge.runs.callbacks import Workshop
+from smolforge.runs.callbacks import TrainingCallbacks
 from smolforge.tracking.rows import tag
 
 LINES = [
@@ -49,7 +49,7 @@ def lines(folder):
 
 
 @pytest.mark.parametrize("ema", [None, 0.5])
-def test_scores_are_of_the_weights_that_are_kept_and_change_nothing(recipe, items, tmp_path, ema):
+def test_evaluate_tasks_scores_saved_weights_without_effect(recipe, items, tmp_path, ema):
     given = {"train.evaluate_tasks": [items], "train.evaluate_task_items": 2, "optim.ema_decay": ema}
     run = smolforge.train(recipe, tmp_path / "with", **given)
     smolforge.train(recipe, tmp_path / "without", **{"optim.ema_decay": ema})
@@ -63,25 +63,27 @@ def test_scores_are_of_the_weights_that_are_kept_and_change_nothing(recipe, item
     assert "validation_loss" in told[8]
 
 
-def test_it_takes_the_averaged_weights(recipe, items, tmp_path, monkeypatch):
+def test_evaluate_tasks_uses_the_ema_weights(recipe, items, tmp_path, monkeypatch):
     """As validation does: what `load` gives of the checkpoint of that step."""
-    seen, real = {}, Workshop.scored
+    seen, real = {}, TrainingCallbacks.scored
 
     def spy(shop):
         seen[len(seen)] = {name: weight.detach().clone() for name, weight in shop.model.named_parameters()}
         return real(shop)
 
-    monkeypatch.setattr(Workshop, "scored", spy)
+    monkeypatch.setattr(TrainingCallbacks, "scored", spy)
     smolforge.train(recipe, tmp_path / "run", **{"train.evaluate_tasks": [items], "optim.ema_decay": 0.5})
     kept = dict(smolforge.load(tmp_path / "run").named_parameters())
     assert all(weight.equal(kept[name]) for name, weight in seen[1].items())
 
 
-def test_cut_off_and_resumed_it_is_the_same(recipe, items, tmp_path):
-    given, real = {"train.evaluate_tasks": [items]}, Workshop.report
+def test_evaluate_tasks_resumes_with_equal_scores(recipe, items, tmp_path):
+    given, real = {"train.evaluate_tasks": [items]}, TrainingCallbacks.report
     smolforge.train(recipe, tmp_path / "whole", **given)
     with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workshop, "report", lambda shop, now, told: real(shop, now, told | {"x": 1 / (6 - now.step)}))
+        patch.setattr(
+            TrainingCallbacks, "report", lambda shop, now, told: real(shop, now, told | {"x": 1 / (6 - now.step)})
+        )
         smolforge.train(recipe, tmp_path / "cut", **given)
     smolforge.train(recipe, tmp_path / "cut", **given)
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
@@ -91,13 +93,13 @@ def test_cut_off_and_resumed_it_is_the_same(recipe, items, tmp_path):
     assert all(whole[step].get(name) == again[step].get(name) for step in whole for name in scores)
 
 
-def test_without_held_out_text_tasks_are_scored_all_the_same(recipe, items, tmp_path):
+def test_evaluate_tasks_works_without_a_validation_split(recipe, items, tmp_path):
     run = smolforge.train(recipe, tmp_path / "run", **{"train.evaluate_tasks": [items], "data.held_out": 0.0})
     assert "task_mine_acc" in run.metrics
     assert "validation_loss" not in run.metrics
 
 
-def test_a_run_takes_tasks_up_and_lays_them_down(recipe, items, tmp_path):
+def test_evaluate_tasks_can_be_added_and_removed(recipe, items, tmp_path):
     smolforge.train(recipe, tmp_path / "run", steps=4)
     smolforge.train(recipe, tmp_path / "run", steps=8, **{"train.evaluate_tasks": [items]})
     assert ["task_mine_acc" in line for line in lines(tmp_path / "run").values()] == [False] * 7 + [True]
@@ -108,17 +110,17 @@ def test_a_run_takes_tasks_up_and_lays_them_down(recipe, items, tmp_path):
 @pytest.mark.parametrize(
     ("tasks", "error", "said"),
     [
-        (["gone.jsonl"], InvalidFile, "there is no file of items at gone.jsonl"),
-        (["helaswag"], SettingError, "Did you mean hellaswag?"),
-        (["{items}", "{items}"], SettingError, "two of train.evaluate_tasks are called mine"),
+        (["gone.jsonl"], InvalidFileError, "there is no file of items at gone.jsonl"),
+        (["helaswag"], ConfigError, "Did you mean hellaswag?"),
+        (["{items}", "{items}"], ConfigError, "two of train.evaluate_tasks are called mine"),
         (
             ["{long}"],
-            InvalidFile,
+            InvalidFileError,
             "long.jsonl, line 1: query and choice 0 have .* more than .* 128",
         ),
     ],
 )
-def test_what_cannot_be_scored_is_said_before_the_first_step(recipe, items, tmp_path, tasks, error, said):
+def test_evaluate_tasks_errors_come_before_the_first_step(recipe, items, tmp_path, tasks, error, said):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"query": "the model " * 200, "choices": ["a"], "gold": 0}) + "\n")
     words = [word.format(items=items, long=long) for word in tasks]
@@ -127,7 +129,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(recipe, items, tmp_
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_people_and_trackers_see_it(capsys, recipe, items, tmp_path):
+def test_evaluate_tasks_scores_are_printed_and_tracked(capsys, recipe, items, tmp_path):
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--train.evaluate-tasks", items]
     assert cli.run(words) == 0
     assert "mine acc " in capsys.readouterr().err
