@@ -17,9 +17,9 @@ from cyclopts import App
 
 from smolforge import cli, errors
 from smolforge.cli.run_display import schedule_line
-from smolforge.comparison.study.spec import read as read_study
+from smolforge.comparison.study.spec import read_study
 from smolforge.config import Data, Recipe, Source, Stage, presets
-from smolforge.config.base import FREE, Settings, fields, inside, leaves
+from smolforge.config.base import FREE, Settings, fields, leaves, nested_group
 from smolforge.config.load import read_recipe
 from smolforge.models.stats import parameter_counts
 from smolforge.training.signals import EXIT_CODES
@@ -42,7 +42,7 @@ def kind(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys("none" if each is type(None) else kind(each) for each in inner))
-    if inside(annotation) is not None:
+    if nested_group(annotation) is not None:
         return "tables by name" if origin is dict else "list of tables"
     if origin is dict:
         return "numbers by name"
@@ -125,7 +125,7 @@ def commands() -> str:
 
 def command(name: str) -> list[str]:
     """A command's section: what it is, an example, its arguments."""
-    app = cli.program(name)[name]
+    app = cli.build_cli(name)[name]
     paragraphs = [
         " ".join(each.split()) for each in inspect.cleandoc(app.help).partition("Parameters\n---")[0].split("\n\n")
     ]
@@ -163,7 +163,7 @@ def kind_of(hint: Any) -> str:
 def codes() -> Iterator[str]:
     """What a script sees, and the error it stands for."""
     yield "| 1 | a check did not hold, or training diverged |\n"
-    for error in (errors.SettingError, errors.InvalidFile, errors.MissingResource):
+    for error in (errors.ConfigError, errors.InvalidFileError, errors.MissingResourceError):
         yield f"| {error.exit_code} | {(error.__doc__ or '').strip()} |\n"
     yield f"| {EXIT_CODES[signal.SIGTERM]} | stopped by SIGTERM, SIGUSR1 or SIGUSR2, with everything saved |\n"
     yield f"| {EXIT_CODES[signal.SIGINT]} | interrupted; of training, with everything saved |\n"
@@ -228,7 +228,8 @@ def comment(file: Path) -> str:
 
 def shape(recipe: Recipe) -> str:
     model = recipe.model
-    heads = f"{model.num_attention_heads} heads of {model.head_size}, {model.num_key_value_heads} of keys and values"
+    head_dim, kv_heads = model.resolved_head_dim, model.num_key_value_heads
+    heads = f"{model.num_attention_heads} heads of {head_dim}, {kv_heads} of keys and values"
     tied = "tied" if model.tie_word_embeddings else "untied"
     return (
         f"{model.model_type}: {model.num_hidden_layers} layers of {model.hidden_size:,}, {heads}, feed-forward of "
@@ -251,7 +252,7 @@ def schedule(recipe: Recipe) -> str:
     """The learning rate in words; in shares, where the text decides how many steps there are."""
     optim = recipe.optim
     if recipe.train.epochs is None:
-        return schedule_line(optim.model_copy(update={"schedule": optim.schedule.over(recipe.train.steps)}))
+        return schedule_line(optim.model_copy(update={"schedule": optim.schedule.resolved(recipe.train.steps)}))
     rises = f"warm-up over {optim.schedule.warmup_steps:.0%} of the steps"
     falls = f"{optim.schedule.decay} decay to {optim.schedule.final_learning_rate:g}"
     return f"{optim.name}, learning rate {optim.learning_rate:g}, {rises}, {falls}"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from smolforge.comparison import style
 from smolforge.comparison.study.figures import FIGURES
-from smolforge.comparison.study.report import NUMBERS, losses, markdown
-from smolforge.comparison.study.results import Findings, Variant, recorded
+from smolforge.comparison.study.report import NUMBERS, loss_cells, render_markdown
+from smolforge.comparison.study.results import StudyResults, VariantResult, read_results
 
 RESULTS = Path(__file__).with_name("results")
 STUDIES = Path(__file__).parents[1] / "recipes" / "studies"
@@ -39,7 +39,7 @@ def question(name: str) -> str:
     return " ".join(takewhile(lambda line: not line.startswith("The same at full size"), comment))
 
 
-def rows(found: Findings) -> list[str]:
+def rows(found: StudyResults) -> list[str]:
     """A line for each variant; of sizes that predict others, for each that was predicted."""
     link = f"[{found.study}]({found.study}/{PAGE})"
     predicted = {each.name: each for each in found.law.predictions} if found.law else {}
@@ -49,12 +49,12 @@ def rows(found: Findings) -> list[str]:
         if each.name in predicted:
             law = predicted[each.name]
             said = f"predicted {law.predicted:.4f} ({law.low:.4f} to {law.high:.4f}) from smaller sizes"
-        cells = [link if not place else "", *losses(each), *differing(each), said]
+        cells = [link if not place else "", *loss_cells(each), *differing(each), said]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def differing(variant: Variant) -> tuple[str, str]:
+def differing(variant: VariantResult) -> tuple[str, str]:
     """Its difference with the interval, and the smallest visible one."""
     made = variant.difference
     if made is None or made.mean is None or made.low is None or made.high is None:
@@ -65,32 +65,33 @@ def differing(variant: Variant) -> tuple[str, str]:
 
 def pages() -> dict[Path, str]:
     """Every page's text, by its place."""
-    studies = [recorded(file) for file in sorted(RESULTS.glob(f"*/{NUMBERS}"))]
+    studies = [read_results(file) for file in sorted(RESULTS.glob(f"*/{NUMBERS}"))]
     table = "\n".join(line for found in studies for line in rows(found))
     made = {RESULTS / PAGE: HEAD + table + "\n"}
     for found in studies:
-        title, _, rest = markdown(found, [name for name, draw in FIGURES.items() if draws(found, name)]).partition("\n")
+        drawn = [name for name in FIGURES if draws(found, name)]
+        title, _, rest = render_markdown(found, drawn).partition("\n")
         made[RESULTS / found.study / PAGE] = f"{title}\n\n{question(found.study)}\n{rest}"
     return made
 
 
-def draws(found: Findings, name: str) -> bool:
+def draws(found: StudyResults, name: str) -> bool:
     """Whether the study has this figure."""
-    with style.styled(name):
+    with style.style_context(name):
         return FIGURES[name](found) is not None
 
 
 def figures(folder: Path) -> None:
-    found = recorded(folder / NUMBERS)
+    found = read_results(folder / NUMBERS)
     for name, draw in FIGURES.items():
-        with style.styled(name):
+        with style.style_context(name):
             if figure := draw(found):
-                style.write(figure, folder / f"{name}.svg")
+                style.write_figure(figure, folder / f"{name}.svg")
 
 
 def take(folder: Path) -> None:
     """Keep the numbers of a study that was conducted in a folder."""
-    found = recorded(folder / NUMBERS)
+    found = read_results(folder / NUMBERS)
     kept = RESULTS / found.study
     kept.mkdir(parents=True, exist_ok=True)
     (kept / NUMBERS).write_text((folder / NUMBERS).read_text("utf-8"), "utf-8")

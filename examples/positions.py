@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from smolforge import train
 from smolforge.data.corpus import HELD_OUT, TRAIN, Corpus
 from smolforge.evaluation import loss_by_position
-from smolforge.models.decoder import LanguageModel, adapted
+from smolforge.models.decoder import LanguageModel, adapt_to_config
 
 SHORT, LONG, THETA, RAISED = 256, 1024, 1e4, 1e5
 EDGES = (0, 16, 64, 128, SHORT, 384, 512, 768, LONG)
@@ -41,7 +41,7 @@ def models(folder: Path, steps: int, overrides: dict[str, Any]) -> tuple[dict[st
     first = train("nano", folder / "short", steps=steps, **common)
     corpus = Corpus.open(folder / "short" / "corpus")
     raised = first.recipe.model.model_copy(update={"rope_theta": RAISED})
-    found = {"trained on 256": first.model, "theta raised, not trained": adapted(first.model, raised)}
+    found = {"trained on 256": first.model, "theta raised, not trained": adapt_to_config(first.model, raised)}
     for name, length, theta in zip(list(STYLES)[2:], (SHORT, LONG, LONG), (THETA, THETA, RAISED), strict=True):
         changes = {
             "init_from": str(first.folder),
@@ -96,8 +96,8 @@ def main(steps: int = 400, out: Path = Path("docs"), overrides: dict[str, Any] |
     """Run the study; returns the page it wrote."""
     with tempfile.TemporaryDirectory() as folder:
         contestants, corpus = models(Path(folder), steps, overrides or {})
-        ids, eos_id = corpus.tokens(HELD_OUT)[:], corpus.facts["eos_id"]
-        found = {name: bins(loss_by_position(model, ids, eos_id, LONG)) for name, model in contestants.items()}
+        ids, eos_id = corpus.tokens(HELD_OUT)[:], corpus.metadata["eos_id"]
+        found = {name: bins(loss_by_position(model, ids, eos_id, length=LONG)) for name, model in contestants.items()}
         trained = corpus.size(TRAIN)["tokens"]
     out.mkdir(parents=True, exist_ok=True)
     draw(found, out / "positions.svg")

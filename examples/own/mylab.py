@@ -3,15 +3,15 @@
 import torch
 from torch.optim import Optimizer
 
-from smolforge.models.attention import Within
+from smolforge.models.attention import SlidingWindow
 from smolforge.models.decoder import Attention
 
 
 class SlidingAttention(Attention):
     """Ours, but that a token sees the last 64 alone, in every layer except each fourth."""
 
-    def forward(self, x, angles, memory):
-        return super().forward(x, angles, memory if self.layer % 4 == 3 else Within(memory, 64))
+    def forward(self, x, cos_sin, context):
+        return super().forward(x, cos_sin, context if self.layer % 4 == 3 else SlidingWindow(context, 64))
 
 
 class Lion(Optimizer):
