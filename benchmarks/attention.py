@@ -10,6 +10,7 @@ On processors that others use too, GOMP_SPINCOUNT=0 lets threads sleep where the
 """
 
 import argparse
+import functools
 import multiprocessing as mp
 import statistics
 import time
@@ -52,11 +53,11 @@ def attentions(config: ModelConfig, ids: Tensor) -> Contestants:
     packed, plain = DocumentAttention(document_ids(ids, SEPARATOR)), CausalAttention()
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (torch.randn(*ids.shape, n, config.resolved_head_dim).transpose(1, 2).requires_grad_() for n in heads)
-    torch.testing.assert_close(packed.attend(0, q, k, v), masked_attention(packed.positions, q, k, v=v))
+    torch.testing.assert_close(packed.attend(0, q, k, v), masked_attention(packed.positions, q, k, v))
     return {
         CAUSAL: lambda: plain.attend(0, q, k, v).sum().backward(),
         DOCUMENTS: lambda: packed.attend(0, q, k, v).sum().backward(),
-        MASKED: lambda: masked_attention(packed.positions, q, k, v=v).sum().backward(),
+        MASKED: lambda: masked_attention(packed.positions, q, k, v).sum().backward(),
     }
 
 
@@ -93,7 +94,7 @@ def added_bytes(config: ModelConfig, name: str, length: int, mean: int, answer: 
     model, ids = build(config), texts(1, length, mean)
     packed = DocumentAttention(document_ids(ids, SEPARATOR))
     if name == MASKED:
-        packed.attend_documents = lambda q, k, v, window: masked_attention(packed.positions, q, k, v=v, window=window)
+        packed.attend_documents = functools.partial(masked_attention, packed.positions)
     model.hidden_states(ids[:, :64]).sum().backward()  # gradients, and what libraries keep
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes the present
     before = highest_bytes()

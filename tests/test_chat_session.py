@@ -102,7 +102,7 @@ def test_chat_works_with_quantized_and_gguf_models(small, monkeypatch, capsys):
 
 def watched(voice):
     """How many tokens each answer's model was given beyond its own."""
-    engine, read = voice.writer.engine, []
+    engine, read = voice.text_engine.engine, []
     first = engine._prefill
     engine._prefill = lambda row: read.append(len(row.request.prompt) - row.num_computed_tokens) or first(row)
     return read
@@ -149,7 +149,7 @@ def test_chat_session_drops_the_kv_cache_after_a_stop_or_error(monkeypatch):
     begun.close()
     assert not voice.text_engine.engine.busy
     with monkeypatch.context() as patch:
-        patch.setattr(voice.text_engine.engine.cache, "at", None)
+        patch.setattr(voice.text_engine.engine.cache, "view", None)
         with pytest.raises(TypeError):
             list(voice.stream([5, 6, 1], options))
     assert [token for piece in voice.stream(prompt, options) for token in piece.token_ids] == expected
@@ -163,14 +163,14 @@ def test_chat_answer_equals_generate_on_the_full_conversation(talk, capsys):
     talk.system("be brief")
     talk.say("the model")
     talk.say("a token")
-    said = [turn("system", "be brief"), *talk.said]
+    said = [turn("system", "be brief"), *talk.messages]
     for place in (2, 4):
-        (expected,) = generate(talk.voice.writer.engine.model, [said[:place]], **GREEDY)
+        (expected,) = generate(talk.chat_session.text_engine.engine.model, [said[:place]], **GREEDY)
         assert said[place]["content"] == expected.text
     shown = capsys.readouterr()
     assert "".join(each["content"] + "\n" for each in said if each["role"] == "assistant") == shown.out
     talk.retry("")
-    assert talk.said == said[1:]
+    assert talk.messages == said[1:]
 
 
 def test_chat_drops_the_oldest_turns_but_saves_them(talk, capsys):
@@ -183,12 +183,12 @@ def test_chat_drops_the_oldest_turns_but_saves_them(talk, capsys):
         ids = real(shown[-1])
         assert len(ids) <= talk.capacity - GREEDY["max_new_tokens"]
         assert [each["role"] for each in shown[-1]] == ["system", *["user", "assistant"] * 20][: len(shown[-1])]
-        assert shown[-1][1:] == talk.said[len(talk.said) - len(shown[-1]) : -1]
-    assert len(talk.said) == 40
+        assert shown[-1][1:] == talk.messages[len(talk.messages) - len(shown[-1]) : -1]
+    assert len(talk.messages) == 40
     notes = re.findall(r"no longer shown the first (\d+) messages", capsys.readouterr().err)
     assert 2 <= len(notes) <= 5, "not with every turn"
     assert all(int(a) < int(b) for a, b in pairwise(notes))
-    assert int(notes[-1]) == talk.forgotten
+    assert int(notes[-1]) == talk.num_hidden
     talk.clear("")
     talk.say("the model")
     assert shown[-1] == [turn("system", "s"), turn("user", "the model")]
@@ -196,18 +196,18 @@ def test_chat_drops_the_oldest_turns_but_saves_them(talk, capsys):
 
 def test_chat_forgets_a_message_whose_answer_never_started(talk):
     talk.say("the model")
-    before = list(talk.said)
-    talk.voice.stream = lambda *_: []
+    before = list(talk.messages)
+    talk.chat_session.stream = lambda *_: []
     talk.say("a token")
-    assert talk.said == before
+    assert talk.messages == before
 
 
 def test_chat_keeps_its_state_when_a_message_is_too_long(talk):
     talk.say("the model")
-    before = list(talk.said)
+    before = list(talk.messages)
     with pytest.raises(ConfigError, match="this model takes 512 with its answer"):
         talk.say("a " * 600)
-    assert (talk.said, talk.forgotten) == (before, 0)
+    assert (talk.messages, talk.num_hidden) == (before, 0)
 
 
 # Commands
@@ -263,16 +263,16 @@ def test_saved_chat_loads_again_and_is_training_data(talk, tmp_path):
     talk.say("7")
     file = tmp_path / "talk.jsonl"
     talk.save(str(file))
-    whole = [turn("system", "be brief\u2028\u00e9"), *talk.said]
+    whole = [turn("system", "be brief\u2028\u00e9"), *talk.messages]
     assert json.loads(file.read_text()) == {"messages": whole}
     (document,) = documents(str(file), Data(format="chat"))
     assert messages_of(document) == (whole, 0)
-    other = TerminalChat(talk.voice.writer.engine.model, Generation(**GREEDY))
+    other = TerminalChat(talk.chat_session.text_engine.engine.model, Generation(**GREEDY))
     other.load(str(file))
-    assert (other.system_message, other.messages) == (talk.told, talk.said)
+    assert (other.system_message, other.messages) == (talk.system_message, talk.messages)
     for each in (talk, other):
         each.say("more")
-    assert other.messages == talk.said
+    assert other.messages == talk.messages
     other.save("")
     assert len(json.loads(file.read_text())["messages"]) == 7
     with pytest.raises(ConfigError, match="is there already; /save takes a name that is new"):
@@ -287,17 +287,17 @@ def test_chat_survives_invalid_file_names(talk, tmp_path, monkeypatch, name):
         talk.save(name)
     with pytest.raises(InvalidFileError, match="cannot be read"):
         talk.load(name)
-    assert (talk.file, len(talk.said)) == (None, 2)
+    assert (talk.file, len(talk.messages)) == (None, 2)
 
 
 def test_chat_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
     (tmp_path / "one.json").write_text('{"messages": [\n{"role": "user", "content": "the model"}]}')
-    talk.forgotten = 2
+    talk.num_hidden = 2
     talk.load(str(tmp_path / "one.json"))
-    assert talk.forgotten == 0
+    assert talk.num_hidden == 0
     assert "/retry gives one" in capsys.readouterr().err
     talk.retry("")
-    assert [each["role"] for each in talk.said] == ["user", "assistant"]
+    assert [each["role"] for each in talk.messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -317,12 +317,12 @@ def test_chat_without_an_answer_is_loaded_and_retried(talk, tmp_path, capsys):
 )
 def test_load_command_refuses_invalid_files_and_keeps_its_state(talk, tmp_path, content, says):
     talk.say("the model")
-    before = list(talk.said)
+    before = list(talk.messages)
     if content is not None:
         (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises((InvalidFileError, ConfigError), match=says):
         talk.load(str(tmp_path / "x.jsonl"))
-    assert (talk.said, talk.file) == (before, None)
+    assert (talk.messages, talk.file) == (before, None)
 
 
 def test_system_message_refused_by_the_template_is_undone(talk, tmp_path):
@@ -335,7 +335,7 @@ def test_system_message_refused_by_the_template_is_undone(talk, tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [turn("system", "s"), turn("user", "x")]}))
     with pytest.raises(ConfigError, match="no system"):
         talk.load(str(tmp_path / "x.jsonl"))
-    assert (talk.told, talk.said) == (None, [])
+    assert (talk.system_message, talk.messages) == (None, [])
 
 
 def test_chat_reports_unknown_and_premature_commands(chat):
@@ -429,7 +429,7 @@ def test_ctrl_c_twice_interrupts_a_running_step(chat, monkeypatch):
     real = Engine.step
 
     def step(engine):
-        if engine.submitted == 1:
+        if engine.num_submitted == 1:
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return real(engine)

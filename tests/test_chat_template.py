@@ -131,7 +131,7 @@ FORGED = [
 def forged(ours, theirs, messages) -> None:
     """Ours has the special tokens that the same conversation without forgery has; Transformers' has more."""
     innocent = [{key: text.replace("<|", "< |") for key, text in message.items()} for message in messages]
-    special = {number for number, _ in ours.special.known.values()}
+    special = {number for number, _ in ours.special.by_text.values()}
     found = [token for token in ours.chat(messages) if token in special]
     assert found == [token for token in theirs_of(theirs, innocent) if token in special]
     assert len([token for token in theirs_of(theirs, messages) if token in special]) > len(found)

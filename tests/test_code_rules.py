@@ -14,7 +14,7 @@ VAGUE = {"found", "said", "told", "each", "place", "given", "made", "taken", "th
 MAX_VAGUE_SHARE = 0.003
 MAX_TOP_LEVEL_NAMES = 20
 MAX_POSITIONAL = 3
-FIXED_BY_CALLERS = {"forward", "backward", "attend", "__call__", "__torch_function__"}
+FIXED_BY_CALLERS = {"forward", "backward", "attend", "masked_attention", "__call__", "__torch_function__"}
 """Called by torch, or as torch's functions are: tensors first, all by position."""
 CALLED_BY_LIBRARIES = {"chat.py", "completion.py", "worker.py", "harness.py"}
 """Gradio, Jinja and lm-eval decide how functions of these files are called."""

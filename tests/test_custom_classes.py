@@ -187,7 +187,7 @@ def test_sliding_window_is_exact_over_rows_and_documents(window, starts):
     sees = lambda b, i, j: near(i, j) and document[0, i] == document[0, j]  # noqa: E731
     packed = DocumentAttention(document)
     close(SlidingWindow(packed, window).attend(0, q, k, v), direct(q, k, v, sees))
-    close(masked_attention(packed.positions, q, k, v=v, window=window), direct(q, k, v, sees))
+    close(masked_attention(packed.positions, q, k, v, window), direct(q, k, v, sees))
 
 
 @given(st.integers(1, 12), st.integers(0, 5), st.lists(st.integers(1, 3), max_size=3))
@@ -249,7 +249,7 @@ def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monke
     assert study.recipes["full"].model.attention is None
 
     class Nobody(NullListener):
-        beginning = measuring = lambda *given: None
+        on_run_start = on_measure_start = lambda *given: None
 
     found = run_variants(study, tmp_path / "out", Nobody())
     assert not any(variant.failed for variant in found.variants)

@@ -442,15 +442,15 @@ def test_reference_logprobs_are_remade_if_corrupted(begun, tmp_path, caplog):
     shutil.rmtree(known)  # as a kill while it was written leaves it
     corpus, made = Corpus.open(tmp_path / "run" / "corpus"), []
     again = partial(reference_logprobs.compute_unless_there, known, run.recipe, corpus, device=torch.device("cpu"))
-    again(lambda pairs, of: made.append((pairs, of)))
+    again(report=lambda pairs, of: made.append((pairs, of)))
     assert made[-1] == (80, 80) and references(tmp_path / "run") == [known]
     assert (known / reference_logprobs.FILE).read_bytes() == content
     (known / reference_logprobs.FILE).write_bytes(content[:-1])
-    again(lambda pairs, of: None)
+    again(report=lambda pairs, of: None)
     assert (
         "the reference is computed again" in caplog.text and (known / reference_logprobs.FILE).read_bytes() == content
     )
-    again(lambda pairs, of: pytest.fail("it is there"))
+    again(report=lambda pairs, of: pytest.fail("it is there"))
     model = tiny_model(seed=2)
     shutil.rmtree(tmp_path / "base")
     huggingface.save(model, tmp_path / "base", model.tokenizer)

@@ -80,7 +80,7 @@ def test_engine_greedy_ids_do_not_depend_on_other_requests(plan, slots, seed):
         tied = ties(model, prompts[which], [token.id for token in found[which]], ids)
         near += tied
         if not tied:
-            assert [token.scores.logprob for token in found[which]] == pytest.approx(logprobs, abs=1e-5)
+            assert [token.logprobs.logprob for token in found[which]] == pytest.approx(logprobs, abs=1e-5)
     assert near <= 1
     assert engine.used_tokens == 0
 
@@ -187,14 +187,16 @@ def test_echo_logprobs_equal_one_forward_pass(length):
     with torch.no_grad():
         logprobs = model(torch.tensor([prompt]))[0].log_softmax(-1)
     assert [token.id for token in tokens[:-1]] == prompt
-    assert [token.of_prompt for token in tokens] == [True] * length + [False]
-    assert tokens[0].scores is None
+    assert [token.is_prompt for token in tokens] == [True] * length + [False]
+    assert tokens[0].logprobs is None
     for place, token in enumerate(tokens[1:]):
-        assert abs(token.scores.logprob - logprobs[place, token.id].item()) < 1e-5
-        assert [value for _, value in token.scores.top] == sorted((v for _, v in token.scores.top), reverse=True)
+        assert abs(token.logprobs.logprob - logprobs[place, token.id].item()) < 1e-5
+        assert [value for _, value in token.logprobs.top_logprobs] == sorted(
+            (v for _, v in token.logprobs.top_logprobs), reverse=True
+        )
         best = logprobs[place].topk(3)
-        assert torch.allclose(best.values, torch.tensor([value for _, value in token.scores.top]), atol=1e-5)
-    assert tokens[-1].scores.logprob == tokens[-1].scores.top[0][1], "the same number, not one near it"
+        assert torch.allclose(best.values, torch.tensor([value for _, value in token.logprobs.top_logprobs]), atol=1e-5)
+    assert tokens[-1].logprobs.logprob == tokens[-1].logprobs.top_logprobs[0][1], "the same number, not one near it"
 
 
 def test_echo_scores_a_prompt_without_generating():
@@ -264,7 +266,7 @@ def test_echo_logprobs_do_not_depend_on_earlier_requests(scheme):
         tokens = []
         while engine.busy:
             tokens += engine.step()
-        said.append([token.scores.logprob for token in tokens[1:]])
+        said.append([token.logprobs.logprob for token in tokens[1:]])
     assert isinstance(engine.decoding_model, PrepackedModel)
     assert said[1] == pytest.approx(said[0], abs=1e-6)
 
@@ -310,4 +312,4 @@ def test_engine_rows_keep_their_kv_cache_when_they_move():
         with torch.no_grad():
             logprobs = model(torch.tensor([prompt + ids]))[0].log_softmax(-1)
         expected = [logprobs[len(prompt) - 1 + place, token].item() for place, token in enumerate(ids)]
-        assert [token.scores.logprob for token in found[number]] == pytest.approx(expected, abs=1e-5)
+        assert [token.logprobs.logprob for token in found[number]] == pytest.approx(expected, abs=1e-5)

@@ -65,13 +65,13 @@ def test_evaluate_tasks_scores_saved_weights_without_effect(recipe, items, tmp_p
 
 def test_evaluate_tasks_uses_the_ema_weights(recipe, items, tmp_path, monkeypatch):
     """As validation does: what `load` gives of the checkpoint of that step."""
-    seen, real = {}, TrainingCallbacks.scored
+    seen, real = {}, TrainingCallbacks.task_scores
 
     def spy(shop):
         seen[len(seen)] = {name: weight.detach().clone() for name, weight in shop.model.named_parameters()}
         return real(shop)
 
-    monkeypatch.setattr(TrainingCallbacks, "scored", spy)
+    monkeypatch.setattr(TrainingCallbacks, "task_scores", spy)
     smolforge.train(recipe, tmp_path / "run", **{"train.evaluate_tasks": [items], "optim.ema_decay": 0.5})
     kept = dict(smolforge.load(tmp_path / "run").named_parameters())
     assert all(weight.equal(kept[name]) for name, weight in seen[1].items())

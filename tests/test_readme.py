@@ -99,7 +99,9 @@ def test_readme_python_runs(home, capsys):
 
 def test_readme_code_map_names_existing_files():
     (the_map,) = (block for block in blocks("") if block.startswith("recipes/"))
-    for name in re.findall(r"(?:^|\s{2,})([a-z_]+(?:\.py|/))", the_map):
+    names = re.findall(r"(?:^|\s{2,})([a-z_/]+(?:\.py|/))", the_map)
+    assert len(names) > 30
+    for name in names:
         assert (ROOT / name).exists() or (ROOT / "src" / "smolforge" / name).exists(), name
 
 

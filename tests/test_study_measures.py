@@ -71,7 +71,7 @@ def test_study_keeps_measurements_until_their_file_is_deleted(tmp_path, monkeypa
     audience = Audience()
     audience.on_measure_start = told.append
     monkeypatch.setattr(benchmarks, "DECODE_TOKENS", 2)
-    monkeypatch.setattr(benchmarks, "peak_memory", lambda recipe, changes, steps, beside: steps << 20)
+    monkeypatch.setattr(benchmarks, "peak_memory", lambda recipe, changes, steps, **_: steps << 20)
     from smolforge.comparison.study import run_variants
 
     found = run_variants(read_study(path), out, audience)

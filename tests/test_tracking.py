@@ -320,7 +320,7 @@ def test_norms_are_computed_only_on_request(recipe_file, tmp_path, monkeypatch):
     def asked(*_):
         raise AssertionError("nobody asked")
 
-    monkeypatch.setattr(Watch, "look", asked)
+    monkeypatch.setattr(Watch, "record", asked)
     monkeypatch.setattr(workshop_module, "weight_norm", asked)
     train(recipe_file, tmp_path / "run", **{"report.norms_every": None})
     with pytest.raises(AssertionError, match="nobody asked"):

@@ -151,17 +151,9 @@ def prepare(
     if executor != "local":
         from smolforge.data.prepare.cluster import Cluster, submit_jobs
 
-        num_tasks = submit_jobs(
-            data,
-            out,
-            loaded_tokenizer,
-            vocab_size=vocab_size,
-            limit=max_tokens,
-            cluster=Cluster(executor, workers or -1, partition, hours),
-        )
-        print(
-            f"{num_tasks:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on"
-        )
+        cluster = Cluster(executor, workers or -1, partition, hours)
+        count = submit_jobs(data, out, loaded_tokenizer, vocab_size=vocab_size, limit=max_tokens, cluster=cluster)
+        print(f"{count:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on")
         return
     if not json_:
         print_source_sizes(data)

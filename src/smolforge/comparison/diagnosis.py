@@ -187,6 +187,7 @@ def check_precision(run: RunTimings) -> list[Bottleneck]:
 
 
 def check_compile(run: RunTimings) -> list[Bottleneck]:
+    """Return a hint to compile a run that is long enough to win back the compiler's time."""
     min_seconds = WORTH_COMPILING_SECONDS.get(run.device)
     if (
         run.recipe.train.compile is not False

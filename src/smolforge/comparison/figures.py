@@ -130,14 +130,7 @@ def interruptions(run: RunHistory) -> list[tuple[int, str]]:
     return sorted((step, label) for label, steps in events.items() for step in steps)
 
 
-def mark_curve(
-    axes: Axes,
-    run: RunHistory,
-    x: Float[np.ndarray, " n"],
-    *,
-    curve: Curve,
-    color: str,
-) -> None:
+def mark_curve(axes: Axes, run: RunHistory, x: Float[np.ndarray, " n"], *, curve: Curve, color: str) -> None:
     """Signs on the curve of one run among several."""
     finite = np.isfinite(curve[1])
     if finite.any():

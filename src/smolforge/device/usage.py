@@ -54,10 +54,7 @@ class ResourceUsage:
     """Usage of the machine since this object was made."""
 
     def __init__(
-        self,
-        device: torch.device,
-        gauges: Sequence[Gauge] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, device: torch.device, gauges: Sequence[Gauge] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._gauges = gauges_of(device) if gauges is None else list(gauges)
         self._clock, self._sampled_at = clock, clock()

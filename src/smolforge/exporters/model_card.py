@@ -122,10 +122,7 @@ def data_section(run: RunProvenance) -> str:
         epochs_note = f", {run.tokens / total:.2f} times the corpus" if total and settings.format == "text" else ""
         text += f"\n\n{total:,} tokens to train on and {validation_tokens:,} held out; "
         text += f"{run.tokens:,} were learned from{epochs_note}."
-    kinds = {
-        "chat": "Conversations: what the assistant says is learned.",
-        "pairs": "Pairs of answers, for DPO.",
-    }
+    kinds = {"chat": "Conversations: what the assistant says is learned.", "pairs": "Pairs of answers, for DPO."}
     return text + (f"\n\n{kinds[settings.format]}" if settings.format in kinds else "")
 
 

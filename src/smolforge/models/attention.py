@@ -44,7 +44,7 @@ class SlidingWindow:
 def causal_attention(q: Heads, k: KeyHeads, v: KeyHeads, *, window: int | None = None) -> Heads:
     if window is None or window >= q.shape[2]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return masked_attention(torch.arange(q.shape[2], device=q.device)[None], q, k, v=v, window=window)
+    return masked_attention(torch.arange(q.shape[2], device=q.device)[None], q, k, v, window)
 
 
 class CausalAttention:
@@ -101,18 +101,18 @@ def per_document_attention(positions: Int[Tensor, "b t"]) -> Attend:
     starts = (positions == 0).flatten().nonzero().flatten()
     lengths = starts.diff(append=starts.new_tensor([positions.numel()])).tolist()
 
-    def inside(q: Heads, k: KeyHeads, v: KeyHeads, window: int | None) -> Heads:
+    def attend(q: Heads, k: KeyHeads, v: KeyHeads, window: int | None) -> Heads:
         if torch.compiler.is_compiling():  # every batch has other lengths, and would have a program of its own
-            return masked_attention(positions, q, k, v=v, window=window)
+            return masked_attention(positions, q, k, v, window)
         pieces = [x.transpose(0, 1).flatten(1, 2)[None].split(lengths, 2) for x in (q, k, v)]
         output = torch.cat([causal_attention(*piece, window=window) for piece in zip(*pieces, strict=True)], 2)
         return output[0].unflatten(1, positions.shape).transpose(0, 1)
 
-    return inside
+    return attend
 
 
 def masked_attention(
-    positions: Int[Tensor, "#b t"], q: Heads, k: KeyHeads, *, v: KeyHeads, window: int | None = None
+    positions: Int[Tensor, "#b t"], q: Heads, k: KeyHeads, v: KeyHeads, window: int | None = None
 ) -> Heads:
     """Attend over whole rows: a key is seen if it is no further back than the query is into its document."""
     index = torch.arange(positions.shape[1], device=positions.device)

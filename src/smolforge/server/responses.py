@@ -165,13 +165,7 @@ class ResponseBuilder:
         return events
 
     def _common_fields(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-        }
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
 
     def _common_chunk_fields(self) -> dict[str, Any]:
         return self._common_fields("chat.completion.chunk" if self.is_chat else "text_completion")

@@ -14,9 +14,7 @@ from smolforge.training.signals import stop_signals
 
 
 def compare(
-    *what: str,
-    out: Path = Path("comparison"),
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    *what: str, out: Path = Path("comparison"), json_: Annotated[bool, Parameter(name="--json")] = False
 ) -> None:
     """Runs side by side, or ideas by a study: a table, figures for print, one page.
 

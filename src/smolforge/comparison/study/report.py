@@ -270,6 +270,7 @@ def failed_runs(results: StudyResults) -> list[str]:
 
 
 def render_markdown(results: StudyResults, figures: Sequence[str]) -> str:
+    """Return the report of a study in Markdown, with links to its figures."""
     lines = [f"# {results.study}", ""]
     for paragraph in [*introduction(results), *describe_law(results)]:
         lines += [paragraph, ""]

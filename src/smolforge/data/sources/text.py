@@ -22,8 +22,7 @@ _SPACES = (
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 """All bytes of a character of UTF-8 but its first."""
 _LINE_END = re.compile(
-    rb"\n(?:%b(?=...)|(?= [!-/:-~]))" % b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES),
-    re.DOTALL,
+    rb"\n(?:%b(?=...)|(?= [!-/:-~]))" % b"".join(rb"(?<!%b\n)(?!%b)" % (space, space) for space in _SPACES), re.DOTALL
 )
 _LAST_LINE_END = re.compile(rb"[\r\n](?=\n[!-/:-~])")
 """A line end before the last of several: GPT-2's word pattern takes that apart, others do not."""
