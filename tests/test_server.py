@@ -590,8 +590,6 @@ JSON = st.recursive(
 )
 
 
-# The server's threads, of this process, may draw from `random` while a strategy draws, which takes that for its own.
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(which=st.sampled_from(GOOD), data=st.data())
 def test_completions_answer_or_refuse_mutated_bodies(running, which, data):
@@ -677,7 +675,6 @@ def test_server_under_load_leaks_no_slots_and_no_memory(seconds):
         assert 'vllm:num_requests_running{model_name="tiny"} 0.0' in server.http.get("/metrics").text
 
 
-@pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")  # of its own strategies
 @pytest.mark.parametrize("cases", [1, pytest.param(2300, marks=pytest.mark.long)])
 def test_openapi_fuzzing_finds_no_server_error(running, cases):
     """All routes of the OpenAPI, from the document itself; the long form is 10,000 cases."""
