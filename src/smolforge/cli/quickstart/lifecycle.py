@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from smolforge import atomic
 from smolforge.checkpoint import huggingface, training_state
@@ -145,9 +143,8 @@ def sample_texts(model: LanguageModel) -> list[str]:
 def prove_resume(out: Path) -> dict[str, Any]:
     """Copy an earlier checkpoint, resume it to the end in a fresh process, and compare hashes."""
     *before, last = training_state.list_checkpoints(out)
-    candidates = [
-        folder for folder in before if training_state.step_from_dir(folder) <= training_state.step_from_dir(last) - MIN_REPEATED_STEPS
-    ]
+    latest = training_state.step_from_dir(last) - MIN_REPEATED_STEPS
+    candidates = [folder for folder in before if training_state.step_from_dir(folder) <= latest]
     earlier = (candidates or before)[-1]
     copy = out / "resumed"
     shutil.rmtree(copy, ignore_errors=True)
