@@ -26,7 +26,6 @@ from smolforge.models.decoder import LanguageModel
 from smolforge.runs.async_checkpoint import AsyncCheckpointer, Metrics
 from smolforge.runs.context import RunContext
 from smolforge.runs.dataset import prompts_of
-from smolforge.runs.initial_model import base_model_metadata
 from smolforge.runs.mixture import SourceTokenCounter, source_fractions
 from smolforge.runs.resolve import fixed_settings
 from smolforge.tracking import Sampled, Stepped
@@ -34,7 +33,7 @@ from smolforge.tracking.histograms import Watch, weight_norm
 from smolforge.training import optim
 from smolforge.training.dpo import DPOLoss
 from smolforge.training.guard import LossGuard
-from smolforge.training.loop import Callback, Hooks, TrainState
+from smolforge.training.loop import Callback, CallbackFn, Hooks, TrainState
 from smolforge.training.objective import Objective
 from smolforge.training.run_folder import METRICS, SAMPLES
 
@@ -75,21 +74,24 @@ class TrainingCallbacks:
     def callbacks(self) -> list[Callback]:
         """Return the callbacks in the order they run: a checkpoint comes after its step's line of metrics."""
         settings, report = self.recipe.train, self.recipe.report
-        on_rank_zero = partial(partial, self.ranks.on_rank_zero)
         callbacks = []
         if settings.evaluate_every and (self.has_validation_split or settings.evaluate_tasks):
-            callbacks.append(Callback(settings.evaluate_every, on_rank_zero(self.validate)))
+            callbacks.append(Callback(settings.evaluate_every, self.on_rank_zero(self.validate)))
         if settings.sample_every:
-            callbacks.append(Callback(settings.sample_every, on_rank_zero(self.sample)))
+            callbacks.append(Callback(settings.sample_every, self.on_rank_zero(self.sample)))
         if self.ranks.is_main:
             if report.norms_every:
                 callbacks.append(Callback(report.norms_every, self.log_weight_norm))
             if report.watch:
                 callbacks.append(Callback(report.watch_every, self.log_watched))
             callbacks.append(Callback(1, self.report, metrics_only=True))
-        save = on_rank_zero(self.save)
+        save = self.on_rank_zero(self.save)
         callbacks.append(Callback(settings.checkpoint_every, save, force=lambda: self.retry_save))
         return callbacks
+
+    def on_rank_zero(self, fn: CallbackFn) -> CallbackFn:
+        """Return a callback that rank 0 runs while the others wait."""
+        return partial(self.ranks.on_rank_zero, fn)
 
     def should_stop(self) -> bool:
         """Return whether any rank received a signal to stop. One exchange makes all ranks return the same.
@@ -201,14 +203,17 @@ class SnapshotTaker:
     model: LanguageModel
     optimizers: list[torch.optim.Optimizer]
     loss_guard: LossGuard
+    base_metadata: dict[str, Any]
+    """Of the model that LoRA changes."""
+    adapter_config: dict[str, Any] | None
+    """For peft, of a LoRA run."""
 
     def __call__(self, state: TrainState, metrics: Metrics, staging: StagingBuffer | None) -> Snapshot:
         """Return a snapshot of weights (or their EMA), optimizer and random states, and metadata."""
-        base, adapter_settings = base_model_metadata(self.context.recipe, self.context.base_fingerprint)
-        metadata = self.metadata(state, metrics) | base
+        metadata = self.metadata(state, metrics) | self.base_metadata
         with optim.ema_weights(self.optimizers):
             tensors = optim.state_tensors(self.optimizers, self.model)
-            return take_snapshot(self.model, tensors, metadata, staging=staging, adapter_settings=adapter_settings)
+            return take_snapshot(self.model, tensors, metadata, staging=staging, adapter_settings=self.adapter_config)
 
     def metadata(self, state: TrainState, metrics: Metrics) -> dict[str, Any]:
         """Return what state.json holds of this moment."""

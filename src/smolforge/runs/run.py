@@ -45,7 +45,7 @@ from smolforge.runs.dataset import (
     tasks_of,
 )
 from smolforge.runs.estimate import estimate_of_ranks, step_cost
-from smolforge.runs.initial_model import initial_model, load_initial_moments
+from smolforge.runs.initial_model import base_model_metadata, initial_model, load_initial_moments
 from smolforge.runs.mixture import SourceTokenCounter
 from smolforge.runs.profiler import Profiler
 from smolforge.runs.resume import check_disk, find_resume_point, restore, rewind_run
@@ -296,10 +296,11 @@ def build_callbacks(context: RunContext, loaded: LoadedState, rows: batches.RowS
     recipe, state = context.recipe, loaded.train_state
     record = context.record_incident if context.ranks.is_main else ignore_incident
     loss_guard = guard.LossGuard(recipe.guard, loaded.decisions, state.step, recent=loaded.recent_losses, record=record)
+    base_metadata, adapter_config = base_model_metadata(recipe, context.base_fingerprint)
     checkpointer = AsyncCheckpointer(
         recipe.train,
         context.files,
-        SnapshotTaker(context, loaded.model, loaded.optimizers, loss_guard),
+        SnapshotTaker(context, loaded.model, loaded.optimizers, loss_guard, base_metadata, adapter_config),
         corpus_check=context.corpus_check,
         urgent=context.stop.is_set,
         on_saved=context.report_saved,

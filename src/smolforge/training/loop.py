@@ -40,11 +40,14 @@ class TrainState:
     """Labels learned from."""
 
 
+CallbackFn = Callable[[TrainState, dict[str, Any]], dict[str, Any] | None]
+
+
 class Callback(NamedTuple):
     """Called every `every` steps and at the end. What it returns joins the step's metrics."""
 
     every: int | None
-    fn: Callable[[TrainState, dict[str, Any]], dict[str, Any] | None]
+    fn: CallbackFn
     metrics_only: bool = False
     """Needs the metrics alone, so the next step may be running already."""
     force: Callable[[], bool] = lambda: False

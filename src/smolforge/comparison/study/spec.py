@@ -29,8 +29,6 @@ STUDY_OWNED = {
 }
 """What a study decides, and no variant."""
 TEXT_SETTINGS = ("data.sources", "data.text_key", "data.group_key", "data.held_out")
-TOKENIZATION_SETTINGS = ("tokenizer", "special_tokens", "model.vocab_size")
-"""What a corpus follows from beside its text. Where variants differ in these, their losses are per different tokens."""
 
 
 class Budget(Settings):

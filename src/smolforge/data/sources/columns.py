@@ -15,8 +15,6 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
 RowFilter = Callable[[SourceRow], bool]
-CHAT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
-"""Columns that conversations and pairs consist of."""
 
 
 def column(row: SourceRow, key: str, setting: str) -> Any:
