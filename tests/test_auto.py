@@ -56,7 +56,7 @@ def test_auto_micro_batch_is_small_on_a_cpu(monkeypatch):
 
 def test_auto_micro_batch_refuses_too_little_memory(monkeypatch):
     monkeypatch.setattr(auto, "available_bytes", lambda device: 1 << 30)
-    with pytest.raises(ConfigError, match=r"not even one row of 2048 tokens fits into the 0.8 GiB that may be used"):
+    with pytest.raises(ConfigError, match=r"not even one row of 2048 tokens fits into the 819 MiB that may be used"):
         find_micro_batch_size(SMOLLM2, CPU, 1)
 
 

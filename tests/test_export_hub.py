@@ -34,7 +34,7 @@ from smolforge.evaluation.multiple_choice import standard_error
 from smolforge.exporters import hub as pushing
 from smolforge.exporters import model_card
 from smolforge.exporters.gguf import to_gguf
-from smolforge.exporters.model_card import format_duration, markdown_table
+from smolforge.exporters.model_card import markdown_table
 from smolforge.exporters.provenance import Origin, RunProvenance, read_origin, read_scores
 from smolforge.exporters.space import GRADIO, app_code, to_space
 from smolforge.testing import sentences, tiny_model
@@ -321,7 +321,6 @@ def test_scores_of_older_weights_are_refused(run, tmp_path, capsys):
 
 def test_model_card_escapes_table_cells():
     assert markdown_table(("a", "b"), [("x|y\nz", 1)]).splitlines()[-1] == "| x\\|y z | 1 |"
-    assert [format_duration(each) for each in (5.2, 65.0, 7260.0)] == ["5 s", "1 min 5 s", "2 h 1 min"]
 
 
 # The repository

@@ -111,7 +111,7 @@ def test_load_downloads_only_needed_files_and_only_once(hub, tiny, caplog):
     needed = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert sorted(asked(hub)) == sorted(needed)
     assert {path.name for path in fetch(NAME).iterdir()} == needed
-    assert re.search(rf"{NAME}: downloading \d+ kB in 5 files", caplog.text)
+    assert re.search(rf"{NAME}: downloading \d+ KiB in 5 files", caplog.text)
     hub.requests.clear()
     caplog.clear()
     loading.load(NAME)
@@ -164,7 +164,7 @@ def test_inspect_and_prepare_accept_hub_ids(hub, tiny, tmp_path, text_file, caps
     assert cli.run(["inspect", NAME, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
-    assert re.fullmatch(rf"smolforge: {NAME}: downloading 1 kB in 1 file\n", err)
+    assert re.fullmatch(rf"smolforge: {NAME}: downloading 1 KiB in 1 file\n", err)
     assert cli.run(["prepare", str(text_file), "--out", str(tmp_path / "corpus"), "--tokenizer", NAME]) == 0
     assert loading.load_tokenizer(tmp_path / "corpus" / "tokenizer").fingerprint == tiny_tokenizer().fingerprint
     assert cli.run(["inspect", NAME, "--train.steps", "3"]) == 2
@@ -177,10 +177,10 @@ def test_train_accepts_hub_ids(hub, tiny, tmp_path, text_file, capsys):
     assert cli.run([*words, "--init-from", NAME, "--tokenizer", NAME]) == 0
     said = capsys.readouterr().err.splitlines()
     assert [line for line in said if "downloading" in line] == [
-        f"smolforge: {NAME}: downloading 1 kB in 1 file",
-        f"smolforge: {NAME}@{tiny}: downloading 114 kB in 4 files",
+        f"smolforge: {NAME}: downloading 1 KiB in 1 file",
+        f"smolforge: {NAME}@{tiny}: downloading 111 KiB in 4 files",
     ]
-    assert "downloading 114 kB" in (tmp_path / "run" / "run.log").read_text()
+    assert "downloading 111 KiB" in (tmp_path / "run" / "run.log").read_text()
 
 
 def test_cache_warning_is_printed_once(hub, tiny, capsys):
@@ -325,7 +325,7 @@ def test_download_resumes_in_the_next_process(hub, tiny, folder, monkeypatch, ca
         "bytes=30000-"
     ]
     size = sum((folder / name).stat().st_size for name in asked(hub)) - 30_000
-    assert f"downloading {size / 1e3:.0f} kB in 1 file" in caplog.text  # the weights come last
+    assert f"downloading {size / 2**10:.0f} KiB in 1 file" in caplog.text  # the weights come last
     assert not list((Path(constants.HF_HUB_CACHE)).rglob("*.partial"))
 
 

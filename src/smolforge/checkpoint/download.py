@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.formatting import format_bytes
 
 log = logging.getLogger("smolforge.hub")
 RETRY_STATUS_CODES, RETRY_DELAYS = (408, 429, 500, 502, 503, 504), (0.5, 2.0)
@@ -64,8 +65,8 @@ def announce_download(model_id: str, listing: Listing, missing: Sequence[str]) -
             f"{model_id} needs {needed:,} more bytes and {cache} has {free_bytes:,} free; make room, or let HF_HOME "
             "name a folder on another disk"
         )
-    size = f"{needed / 1e6:,.0f} MB" if needed >= 1e6 else f"{needed / 1e3:,.0f} kB"
-    log.info("%s: downloading %s in %d file%s", model_id, size, len(missing), "" if len(missing) == 1 else "s")
+    files = "file" if len(missing) == 1 else "files"
+    log.info("%s: downloading %s in %d %s", model_id, format_bytes(needed), len(missing), files)
 
 
 def download_file(model_id: str, listing: Listing, name: str) -> None:

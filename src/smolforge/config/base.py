@@ -1,17 +1,16 @@
 """The base of all settings: frozen typed groups, addressed by dotted names, with errors of one sentence."""
 
-import datetime
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from smolforge.errors import ConfigError, did_you_mean
+from smolforge.formatting import format_value
 
 FREE = "may change on resume"
 NONE = "none"
 """The spelling of off in recipes and flags."""
-MAX_SHOWN_CHARACTERS = 60
 TYPE_NAMES = {
     "integer": "a whole number",
     "number": "a finite number",
@@ -206,14 +205,3 @@ def describe_schema(schema: Mapping[str, Any]) -> str:
 
 def _format_bound(bound: int | float) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
-
-
-def format_value(value: Any) -> str:
-    """Return a value as error messages show it: as a recipe writes it, a long one cut."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    try:
-        text = value.isoformat() if isinstance(value, datetime.date | datetime.time) else repr(value)
-    except (ValueError, RecursionError):  # Python writes no more than 4,300 digits, or 1,000 lists in each other
-        text = "a value too long to show"
-    return text if len(text) <= MAX_SHOWN_CHARACTERS else f"{text[:MAX_SHOWN_CHARACTERS]}..."

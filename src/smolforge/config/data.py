@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from smolforge.config.base import FREE, Settings, format_value
+from smolforge.config.base import FREE, Settings
 from smolforge.config.optim import Schedule, Share, Text
 from smolforge.errors import did_you_mean
+from smolforge.formatting import format_value
 
 MAX_PERIOD = 100_000
 """Windows after which the order of sources repeats, at most: enough for shares of up to five digits."""

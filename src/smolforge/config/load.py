@@ -18,8 +18,9 @@ import tomli_w
 import yaml
 
 from smolforge.config import ModelConfig, Recipe, custom_classes, presets
-from smolforge.config.base import MAX_SHOWN_CHARACTERS, NONE, format_value, set_dotted, validate_settings
+from smolforge.config.base import NONE, set_dotted, validate_settings
 from smolforge.errors import ConfigError, did_you_mean
+from smolforge.formatting import MAX_SHOWN_CHARACTERS, format_value
 
 MAX_BYTES = 128 << 10
 """Bytes of a file: hundreds of times any recipe, and read in a second however it is made."""

@@ -25,6 +25,7 @@ from smolforge.exporters.provenance import (
     read_origin,
     read_scores,
 )
+from smolforge.formatting import format_duration
 from smolforge.models.stats import active_parameters, parameter_counts
 from smolforge.training.run_folder import RECIPE
 
@@ -199,15 +200,6 @@ def license_section(origin: Origin, license_id: str) -> str:
     if origin.from_smollm:
         text += f" {origin.base_repo} is Hugging Face's, under Apache 2.0 ([SmolLM2]({PAPER})):\n\n{CITATION}"
     return text
-
-
-def format_duration(seconds: float) -> str:
-    """In the units a person would say."""
-    minutes, rest_seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {rest_seconds} s" if minutes else f"{rest_seconds} s"
-    )
 
 
 def _without_paths(value: Any, run: RunProvenance, is_path: bool = False) -> Any:

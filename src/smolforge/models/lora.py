@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smolforge.config import Lora
-from smolforge.config.base import format_value
 from smolforge.errors import ConfigError
+from smolforge.formatting import format_value
 
 A, B = "lora_A", "lora_B"
 

@@ -12,6 +12,7 @@ from smolforge.config import Recipe
 from smolforge.config.base import replace_settings
 from smolforge.device import available_bytes, fastest_dtype, pick_device
 from smolforge.errors import ConfigError
+from smolforge.formatting import format_bytes
 from smolforge.runs.estimate import estimate_of_ranks, tokens_per_second, training_bytes
 
 AUTO_SETTINGS = ("train.dtype", "train.micro_batch_size", "train.compile", "train.activation_checkpointing")
@@ -58,7 +59,7 @@ def find_micro_batch_size(recipe: Recipe, device: torch.device, ranks: int) -> i
             if training_bytes(candidate) <= usable_bytes and (device.type != "cuda" or runs_without_oom(candidate)):
                 return rows
     raise ConfigError(
-        f"not even one row of {train.sequence_length} tokens fits into the {usable_bytes / 2**30:.1f} GiB that may be "
+        f"not even one row of {train.sequence_length} tokens fits into the {format_bytes(usable_bytes)} that may be "
         "used; --train.activation-checkpointing full needs less, or a smaller --train.sequence-length"
     )
 

@@ -18,6 +18,7 @@ from smolforge.data.batches import Batch
 from smolforge.device import matmul_flops_per_second, memory_bytes, pick_device, pick_dtype
 from smolforge.device.peak_flops import device_peak
 from smolforge.errors import ConfigError
+from smolforge.formatting import format_bytes, format_duration
 from smolforge.models import lora
 from smolforge.models.activation_checkpointing import Checkpointing
 from smolforge.models.decoder import build
@@ -72,12 +73,12 @@ class RunEstimate:
         warnings = []
         if self.memory_bytes > self.available_bytes:
             warnings.append(
-                f"this needs about {self.memory_bytes / 2**30:.1f} GiB of memory and {self.device} has "
-                f"{self.available_bytes / 2**30:.1f}; a smaller --train.micro-batch-size needs less"
+                f"this needs about {format_bytes(self.memory_bytes)} of memory and {self.device} has "
+                f"{format_bytes(self.available_bytes)}; a smaller --train.micro-batch-size needs less"
             )
         if self.seconds > 86400:
             warnings.append(
-                f"this will take about {self.seconds / 86400:,.0f} days here; "
+                f"this will take about {format_duration(self.seconds)} here; "
                 "--train.steps stops earlier, --budget 10m makes a run of ten minutes"
             )
         return warnings
