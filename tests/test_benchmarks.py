@@ -146,7 +146,7 @@ def test_gpu_benchmark_writes_every_line_on_cpu(tmp_path):
     for answers in found["probes"].values():
         assert answers["failed"] is None
         assert answers["repeats"] is True
-        assert "matrix products" in answers["profile"]
+        assert "aten::mm" in answers["profile"]
     assert "Our fastest: smolforge eager, 2 rows" in page  # the other was not compiled, which its line says
 
 

@@ -275,7 +275,7 @@ def test_profile_flag_writes_a_trace_and_a_summary(tmp_path, recipe_file, capsys
     assert (tmp_path / "run" / "profile" / "trace.json.gz").is_file()
     summary = (tmp_path / "run" / "profile" / "summary.txt").read_text()
     assert summary.startswith("2 steps of ")
-    assert "optimizer" in summary
+    assert "aten::mm" in summary
     code, _, said = call(capsys, *words, 0)
     assert (code, said) == (2, "smolforge: --profile is 0; it should be a number of steps above 0\n")
 
