@@ -150,19 +150,50 @@ def hard_rows() -> torch.Tensor:
 def test_block_types_equal_ggml_bit_for_bit(kind):
     rows, reference = hard_rows(), theirs.GGMLQuantizationType[kind.upper()]
     ours = block_types.to_blocks(rows, gguf.BLOCK_TYPES[kind])
-    wanted = theirs.quantize(rows.numpy(), reference)
-    assert ours.numpy().tobytes() == wanted.tobytes()
+    encoded, decoded = in_c(kind, rows)
+    assert ours.numpy().tobytes() == encoded.numpy().tobytes() == theirs.quantize(rows.numpy(), reference).tobytes()
     back = block_types.from_blocks(ours, gguf.BLOCK_TYPES[kind], (4096, 32))
-    np.testing.assert_array_equal(back.numpy(), theirs.dequantize(wanted, reference).reshape(4096, 32))
+    assert torch.equal(back, decoded)
+    assert torch.equal(back, gguf.BLOCK_TYPES[kind].round_trip(rows.reshape(2, 2048, 32)).reshape(4096, 32))
     assert gguf.BLOCK_TYPES[kind].type_id == reference
     assert (gguf.BLOCK_TYPES[kind].block_size, gguf.BLOCK_TYPES[kind].type_size) == theirs.GGML_QUANT_SIZES[reference]
+
+
+def in_c(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of rows, and the values again, as ggml-quants.c has them: quantize_row_q8_0_ref and so on."""
+    if kind in ("bf16", "f16"):
+        rounded = rows.to({"bf16": torch.bfloat16, "f16": torch.half}[kind])
+        return rounded.view(torch.uint8), rounded.float()
+    if kind == "q8_0":
+        d = rows.abs().amax(-1, keepdim=True) / 127
+        scaled = rows * torch.where(d == 0, 0.0, 1.0 / d)
+        floor = scaled.abs().floor()  # roundf: halves away from zero
+        q = (floor + (2 * (scaled.abs() - floor)).floor()) * scaled.sign()
+        content = q.to(torch.int8).view(torch.uint8)
+    else:
+        d = rows.gather(-1, rows.abs().argmax(-1, keepdim=True)) / -8
+        q = (rows * torch.where(d == 0, 0.0, 1.0 / d) + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+        content, q = q[:, :16] | q[:, 16:] << 4, q.float() - 8
+    return torch.cat([d.half().view(torch.uint8), content], -1), q * d.half().float()
+
+
+def test_infinite_scales_are_encoded_without_a_warning():
+    """As those of weights that a half-precision scale cannot hold, which the check after writing refuses."""
+    for kind in ("q8_0", "q4_0"):
+        assert not gguf.BLOCK_TYPES[kind].round_trip(torch.full((2, 32), 1e38)).isfinite().any()
 
 
 def test_q6_k_blocks_are_read_as_ggml_does():
     content = np.random.default_rng(0).integers(0, 256, (64, 210), dtype=np.uint8)
     content[:, -2:] = np.full((64, 1), 0.01, np.float16).view(np.uint8)
-    ours = block_types.from_blocks(torch.from_numpy(content).flatten(), gguf.BLOCK_TYPES["q6_K"], (64, 256))
-    np.testing.assert_array_equal(ours.numpy(), theirs.dequantize(content, theirs.GGMLQuantizationType.Q6_K))
+    ours = block_types.from_blocks(torch.from_numpy(content).flatten(), gguf.BLOCK_TYPES["q6_K"], (32, 512))
+    low, high, scales, _ = torch.from_numpy(content).split([128, 64, 16, 2], -1)  # dequantize_row_q6_K
+    low, high = low.reshape(-1, 2, 1, 64), high.reshape(-1, 2, 1, 32)
+    low = torch.cat([low & 15, low >> 4], 2).reshape(-1, 256)
+    high = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(-1, 256)
+    q = (low | high << 4).float() - 32
+    group_scales = scales.contiguous().view(torch.int8).float() * np.float32(np.float16(0.01))
+    assert torch.equal(ours, (q.reshape(-1, 16, 16) * group_scales[..., None]).reshape(32, 512))
 
 
 # A model out and in again.

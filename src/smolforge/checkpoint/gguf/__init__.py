@@ -1,6 +1,7 @@
 """GGUF, the one file that llama.cpp and what is built on it run a model from: read and written.
 
-The gguf package reads these files too, and is what they are held to in tests; it trusts what a file says of itself.
+The gguf package encodes and decodes the blocks. Its own reader is what ours is compared with in tests: it trusts what
+a file says of itself.
 """
 
 from smolforge.checkpoint.gguf.block_types import BLOCK_TYPES as BLOCK_TYPES
