@@ -1,11 +1,10 @@
-"""config.json <-> ModelConfig, and the names of tensors on disk, for each of Transformers' classes we build.
+"""config.json <-> ModelConfig, for each family of models.
 
 Reading is strict: every key is a setting of ours, or has the one value we implement, or is known to change
 nothing. Whatever else a file asks for is refused by name.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from pydantic import ValidationError
 
 from smolforge.checkpoint import quantization
 from smolforge.config import ModelConfig, custom_classes
-from smolforge.config.model import PARTS
+from smolforge.config.model import FAMILIES, PARTS
 from smolforge.errors import InvalidFileError
+from smolforge.models.family import Family, family_of, load_family
 
 CUSTOM_MODEL_TYPE = "smolforge"
 """model_type of a model with custom classes; Transformers must not take it for one that it knows."""
@@ -41,55 +41,8 @@ MAX_JSON_BYTES = 4 << 20
 """Bytes; the largest config.json and index there are take a tenth of it."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one class of Transformers writes its config.json."""
-
-    architecture: str
-    defaults: dict[str, Any]
-    """What a file that leaves these out means: the class's own defaults."""
-    fixed: dict[str, Any]
-    """Settings implemented at one value only."""
-
-
-_COMMON_FIXED = {"attention_dropout": 0.0}
-_FIXED_NOT_WRITTEN = {"is_encoder_decoder": False, "partial_rotary_factor": 1.0}
-_DEFAULTS = {
-    "num_key_value_heads": None,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-}
-FAMILIES = {
-    "llama": Family(
-        "LlamaForCausalLM",
-        _DEFAULTS | {"max_position_embeddings": 2048},
-        _COMMON_FIXED | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
-    ),
-    "qwen3": Family(
-        "Qwen3ForCausalLM",
-        _DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-        _COMMON_FIXED | {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
-    ),
-    "mixtral": Family(
-        "MixtralForCausalLM",
-        _DEFAULTS
-        | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072},
-        _COMMON_FIXED | {"sliding_window": None, "router_jitter_noise": 0.0},
-    ),
-    "starcoder2": Family(
-        "Starcoder2ForCausalLM",
-        {name: value for name, value in _DEFAULTS.items() if name != "rms_norm_eps"}
-        | {
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "initializer_range": 0.018042,
-            "tie_word_embeddings": True,
-        },
-        _COMMON_FIXED | {"sliding_window": None, "residual_dropout": 0.0, "embedding_dropout": 0.0, "use_bias": False},
-    ),
-}
+FIXED_NOT_WRITTEN = {"is_encoder_decoder": False, "partial_rotary_factor": 1.0}
+"""Settings implemented at one value only, for every family."""
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -127,17 +80,18 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
             f"{path} asks for code of its own (auto_map), which is never run; only {_implemented_families()} load"
         )
     classes = _pop_custom_classes(content, path)
-    family = FAMILIES.get(str(content.get("model_type", "llama")))
-    if family is None:
+    model_type = str(content.get("model_type", "llama"))
+    if model_type not in FAMILIES:
         raise InvalidFileError(
             f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_implemented_families()} are"
         )
+    family = load_family(model_type)
     _move_rope_theta(content, path)
-    _check_layer_types(content, path)
+    _check_layer_types(content, family, path)
     missing = [key for key in REQUIRED_KEYS if key not in content]
     if missing:
         raise InvalidFileError(f"{path} does not say {missing[0]}")
-    settings, fixed = dict(family.defaults), family.fixed | _FIXED_NOT_WRITTEN
+    settings, fixed = dict(family.config_defaults), {**family.config_fixed, **FIXED_NOT_WRITTEN}
     for key, value in content.items():
         if key in fixed:
             if value != fixed[key]:
@@ -192,34 +146,23 @@ def _move_rope_theta(content: dict[str, Any], path: str) -> None:
         content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
-def _check_layer_types(content: dict[str, Any], path: str) -> None:
-    """Qwen3 names the attention of every layer, and a window that counts only where it is switched on."""
+def _check_layer_types(content: dict[str, Any], family: Family, path: str) -> None:
+    """Qwen names the attention of every layer, and a window that counts only where it is switched on."""
     kinds = content.pop("layer_types", None)
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise InvalidFileError(f"{path}: layer_types has other than full_attention, which is all that is implemented")
-    if content.get("model_type") == "qwen3" and not content.get("use_sliding_window", False):
+    if "use_sliding_window" in family.config_fixed and not content.get("use_sliding_window", False):
         content.pop("sliding_window", None)
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """config.json as Transformers 4 and 5 read it."""
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     shape = {name: config.__dict__[name] for name in config.family_fields()}
-    content = {"architectures": [family.architecture], **shape, **family.fixed, "rope_parameters": rope}
+    content = {"architectures": [family.architecture], **shape, **family.config_fixed, "rope_parameters": rope}
     if config.custom_classes:
         plain = {key: value for key, value in content.items() if key not in config.custom_classes}
         table = {"model_type": config.model_type, **config.custom_classes}
         return plain | {"architectures": ["LanguageModel"], "model_type": CUSTOM_MODEL_TYPE, CUSTOM_MODEL_TYPE: table}
     return content
-
-
-def names_on_disk(name: str, config: ModelConfig) -> list[str]:
-    """Where a parameter is in the file: under its own name, or in one tensor for each expert, as Mixtral has them."""
-    if config.model_type != "mixtral" or config.feed_forward is not None or ".mlp." not in name:
-        return [name]
-    layer, _, suffix = name.partition(".mlp.")
-    if suffix == "gate.weight":
-        return [f"{layer}.block_sparse_moe.gate.weight"]
-    matrix = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[suffix.removeprefix("experts.")]
-    return [f"{layer}.block_sparse_moe.experts.{e}.{matrix}.weight" for e in range(config.num_local_experts)]

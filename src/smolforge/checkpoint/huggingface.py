@@ -18,11 +18,12 @@ from torch import Tensor
 
 from smolforge.checkpoint import quantization
 from smolforge.checkpoint import safetensors_writer as tensor_file
-from smolforge.checkpoint.families import names_on_disk, read_config, read_json, to_hugging_face
+from smolforge.checkpoint.families import read_config, read_json, to_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models import quantized
 from smolforge.models.decoder import LanguageModel, empty_model, meta_model
+from smolforge.models.family import family_of
 from smolforge.models.lora import merged_parameters
 from smolforge.models.quantized import QuantizationScheme
 from smolforge.tokenizer import Tokenizer
@@ -220,7 +221,7 @@ def fill(model: LanguageModel, tensors: SafetensorsReader) -> None:
 
 def split_parameter(name: str, weight: Tensor, config: ModelConfig) -> list[tuple[str, Tensor]]:
     """Split a parameter into its tensors on disk: the experts' stacked matrices one by one, any other as it is."""
-    disk = names_on_disk(name, config)
+    disk = family_of(config).disk_names(name, config)
     if disk == [name]:
         return [(name, weight)]
     return list(zip(disk, weight if weight.ndim == 3 else [weight], strict=True))

@@ -1,6 +1,6 @@
 """The shape of a model, in the names of Hugging Face's config.json."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -15,20 +15,30 @@ CustomClass = Annotated[str, Field(pattern=f"^{CLASS_PATTERN}$", title="a class 
 PARTS = ("attention", "feed_forward", "normalization")
 """Parts of the model that a custom class may replace."""
 
-FIELD_FAMILIES = {
-    "rms_norm_eps": ("llama", "qwen3", "mixtral"),
-    "norm_epsilon": ("starcoder2",),
-    "num_local_experts": ("mixtral",),
-    "num_experts_per_tok": ("mixtral",),
-    "router_aux_loss_coef": ("mixtral",),
+
+class FamilySettings(NamedTuple):
+    """What the config.json of a family has beyond the shape that all share."""
+
+    fields: tuple[str, ...] = ("rms_norm_eps",)
+    """Settings that not every family has."""
+    hidden_act: str = "silu"
+
+
+FAMILIES = {
+    "llama": FamilySettings(),
+    "qwen3": FamilySettings(),
+    "mixtral": FamilySettings(("rms_norm_eps", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")),
+    "starcoder2": FamilySettings(("norm_epsilon",), "gelu_pytorch_tanh"),
 }
-"""Settings that not every family has, with the families that have them."""
+"""Every model_type; the module smolforge.models.NAME has the rest of each family."""
+FAMILY_FIELDS = {name for family in FAMILIES.values() for name in family.fields}
+ModelType = Literal[*FAMILIES]  # pyrefly: ignore
 
 
 class ModelConfig(Settings):
     """The shape of a decoder, in the names of Hugging Face's config.json; the defaults are SmolLM2-135M."""
 
-    model_type: Literal["llama", "qwen3", "mixtral", "starcoder2"] = "llama"
+    model_type: ModelType = "llama"
     """Family: qwen3 norms queries and keys, mixtral has experts, starcoder2 has LayerNorm and a two-matrix GELU."""
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] = 49152
     """Number of token ids."""
@@ -91,11 +101,11 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _family_fits(self) -> "ModelConfig":
-        activation = "gelu_pytorch_tanh" if self.model_type == "starcoder2" else "silu"
+        activation = FAMILIES[self.model_type].hidden_act
         if self.hidden_act not in (None, activation):
             raise ValueError(f"hidden_act of a {self.model_type} model is {activation}, not {self.hidden_act}")
         object.__setattr__(self, "hidden_act", activation)
-        for name in FIELD_FAMILIES:
+        for name in sorted(FAMILY_FIELDS):
             value, default = self.__dict__[name], type(self).model_fields[name].default
             if value != default and name not in self.family_fields():
                 raise ValueError(f"{name} means nothing to a {self.model_type} model")
@@ -108,8 +118,13 @@ class ModelConfig(Settings):
 
     def family_fields(self) -> list[str]:
         """Names of the settings that mean something to this model's family."""
-        names = (name for name in type(self).model_fields if name not in PARTS or name in self.custom_classes)
-        return [name for name in names if self.model_type in FIELD_FAMILIES.get(name, self.model_type)]
+        others = FAMILY_FIELDS - {*FAMILIES[self.model_type].fields} | {*PARTS} - self.custom_classes.keys()
+        return [name for name in type(self).model_fields if name not in others]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the feed-forward is a mixture of experts."""
+        return "num_local_experts" in FAMILIES[self.model_type].fields
 
     @property
     def custom_classes(self) -> dict[str, str]:

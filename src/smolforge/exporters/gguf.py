@@ -111,7 +111,7 @@ def metadata_values(model: LanguageModel, name: str, kind: str) -> dict[str, ggu
 def size_label(config: ModelConfig) -> str:
     """135M, or 8x47M: parameters at a glance, as gguf.utility has them; of a mixture, those of one expert."""
     counts = parameter_counts(config)
-    experts = config.num_local_experts if config.model_type == "mixtral" else 1
+    experts = config.num_local_experts if config.has_experts else 1
     total = sum(counts.values())
     if experts > 1:
         stacked = experts * 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
@@ -132,7 +132,7 @@ def choose_type(name: str, shape: tuple[int, ...], kind: str, *, config: ModelCo
     if len(shape) == 1 or "_norm." in name or "ffn_gate_inp" in name:
         return gguf.BLOCK_TYPES["f32"]
     head_prefix = "token_embd." if config.tie_word_embeddings else "output."
-    has_8_experts = config.model_type == "mixtral" and config.num_local_experts == 8
+    has_8_experts = config.has_experts and config.num_local_experts == 8
     if kind == "q4_0" and (
         name.startswith(head_prefix) or (has_8_experts and ("attn_k." in name or "attn_v." in name))
     ):
@@ -148,7 +148,7 @@ def check_readback(
     after = loading.load(path)
     written = dict(after.named_parameters())
     for name, weight in before.named_parameters():
-        kind = types[llama.gguf_tensor_name(name)]
+        kind = types[llama.gguf_tensor_name(name, before.config)]
         if not bool(weight.isfinite().all()):
             raise InvalidFileError(f"{name} holds NaN or infinity; this model is nothing to hand on")
         expected = kind.round_trip(weight)

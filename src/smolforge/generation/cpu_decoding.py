@@ -235,7 +235,9 @@ def can_prepack(model: LanguageModel) -> bool:
 
 def can_prepack_linear(layer: nn.Module) -> bool:
     """Whether a module is a product and nothing else, of a matrix that can be prepacked."""
-    return type(layer) is nn.Linear or (type(layer) is QuantizedLinear and layer.bias is None and has_int_kernel(layer))
+    if type(layer) is QuantizedLinear:
+        return layer.bias is None and has_int_kernel(layer)
+    return type(layer) is nn.Linear and layer.bias is None
 
 
 def _has_hooks(model: LanguageModel) -> bool:

@@ -2,8 +2,8 @@
 
     embed -> [ norm -> attention -> + -> norm -> mlp -> + ] x layers -> norm -> logits
 
-Four families share it: Llama, Qwen3 (norms on queries and keys), Mixtral (a mixture of experts for the
-mlp) and Starcoder2 (LayerNorm and a two-matrix GELU mlp).
+Here are the parts of Llama and what all families share. What a family does differently stands in its own module
+(qwen3.py, mixtral.py, ...), as a value of models/family.py.
 
 A custom class may replace attention, feed-forward or norm (config/custom_classes.py). It is built like ours, from the
 config, attention from its layer's number too, and called like ours.
@@ -17,7 +17,7 @@ Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c 
 
 import copy
 import math
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from torch.overrides import TorchFunctionMode
 from smolforge.config import ModelConfig, custom_classes
 from smolforge.models.activation_checkpointing import LayerCall, call_layer
 from smolforge.models.attention import AttentionContext, CausalAttention
-from smolforge.models.moe import AuxLoss, MoE
+from smolforge.models.family import family_of
+from smolforge.models.moe import AuxLoss
 from smolforge.models.quantized import QuantizationScheme
 
 Hidden = Float[Tensor, "b t c"]
@@ -83,9 +84,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        qk_norm = config.model_type == "qwen3"
-        self.q_norm = RMSNorm(config.resolved_head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.resolved_head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.q_norm: nn.Module = nn.Identity()  # for a family that norms queries and keys
+        self.k_norm: nn.Module = nn.Identity()
 
     def forward(self, x: Hidden, cos_sin: Rotary, context: AttentionContext) -> Hidden:
         q, k, v = (self.split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -110,47 +110,30 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), 0.0
 
 
-class GELUMLP(nn.Module):
-    """GPT-2's two matrices around a GELU (its tanh form)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Hidden) -> tuple[Hidden, float]:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), 0.0
+def residual_rms_norm(config: ModelConfig) -> RMSNorm:
+    """Build an RMSNorm over the residual stream."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 def build_attention(config: ModelConfig, layer: int) -> nn.Module:
     """Build the attention of a layer."""
     if config.attention is not None:
         return custom_classes.instantiate("model.attention", config.attention, nn.Module, config, layer)
-    return Attention(config, layer)
+    return family_of(config).attention(config, layer)
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
-    """Build the family's norm over the residual stream."""
+    """Build a norm over the residual stream."""
     if config.normalization is not None:
         return custom_classes.instantiate("model.normalization", config.normalization, nn.Module, config)
-    if config.model_type == "starcoder2":
-        return nn.LayerNorm(config.hidden_size, config.norm_epsilon)
-    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+    return family_of(config).norm(config)
 
 
 def build_feed_forward(config: ModelConfig) -> nn.Module:
-    """Build the family's feed-forward. Ours return their output and an auxiliary loss, which only experts have."""
+    """Build a feed-forward. Ours return their output and an auxiliary loss, which only experts have."""
     if config.feed_forward is not None:
         return custom_classes.instantiate("model.feed_forward", config.feed_forward, nn.Module, config)
-    match config.model_type:
-        case "llama" | "qwen3":
-            return MLP(config)
-        case "mixtral":
-            return MoE(config)
-        case "starcoder2":
-            return GELUMLP(config)
-        case _:
-            assert_never(config.model_type)
+    return family_of(config).feed_forward(config)
 
 
 class DecoderLayer(nn.Module):
@@ -273,27 +256,22 @@ def initialize(model: LanguageModel, seed: int) -> None:
 
     What a class of one's own names otherwise is N(0, s) too if it is a matrix, and else stays as the class made it.
     """
-    std = model.config.initializer_range
+    std, rules = model.config.initializer_range, family_of(model.config).init_rules
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
-        # Drawn in fp32 whatever the dtype, so that a float64 model starts at the same numbers.
-        noise = torch.empty(weight.shape)
-        match name.removesuffix(".weight").split(".")[-1]:
-            case "bias":
+        rule = rules.get(name.removesuffix(".weight").split(".")[-1])
+        if rule is None and not model.config.custom_classes:
+            raise AssertionError(f"no rule to initialize {name}")
+        match rule or ("normal" if weight.ndim > 1 else "as made"):
+            case "zeros":
                 weight.zero_()
-            case "input_layernorm" | "post_attention_layernorm" | "norm" | "q_norm" | "k_norm":
+            case "ones":
                 weight.fill_(1.0)
-            case "o_proj" | "down_proj" | "c_proj":
-                weight.copy_(noise.normal_(0.0, residual_std, generator=generator))
-            case "embed_tokens" | "lm_head" | "q_proj" | "k_proj" | "v_proj":
-                weight.copy_(noise.normal_(0.0, std, generator=generator))
-            case "gate_proj" | "up_proj" | "c_fc" | "gate":
-                weight.copy_(noise.normal_(0.0, std, generator=generator))
-            case _ if not model.config.custom_classes:
-                raise AssertionError(f"no rule to initialise {name}")
-            case _ if weight.ndim > 1:
-                weight.copy_(noise.normal_(0.0, std, generator=generator))
+            case "normal" | "residual" as spread:
+                # Drawn in fp32 whatever the dtype, so that a float64 model starts at the same numbers.
+                noise = torch.empty(weight.shape)
+                weight.copy_(noise.normal_(0.0, std if spread == "normal" else residual_std, generator=generator))
 
 
 @torch.no_grad()

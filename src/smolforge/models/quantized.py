@@ -139,8 +139,9 @@ def insert_quantized_layers(model: Any, scheme: QuantizationScheme) -> None:
 
     A class derived from nn.Linear may compute something else, and stays as it is.
     """
-    if model.config.model_type == "mixtral":
-        raise ConfigError("the experts of a mixtral are no linear layers, and integers for them are not implemented")
+    if model.config.has_experts:
+        kind = model.config.model_type
+        raise ConfigError(f"the experts of a {kind} are no linear layers, and integers for them are not implemented")
     end_scheme = QuantizationScheme(bits=8)
     for name, old in list(model.named_modules()):
         if type(old) is nn.Linear and name != HEAD:

@@ -74,8 +74,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int, attention: Attent
     counter do, and a = 6 where `causal` attention is half of that, as in llm.c. Neither counts what is no matrix
     product, nor what is computed a second time: attention's scores, or recomputed activations.
     """
-    counts = parameter_counts(config)
-    embedding_only = 0 if config.tie_word_embeddings else counts["embedding"]
-    matrices = active_parameters(config) - counts.get("norms", 0) - embedding_only
+    vectors = sum(row.parameters for row in parameter_table(config) if len(row.shape) == 1)  # norms and biases
+    embedding_only = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    matrices = active_parameters(config) - vectors - embedding_only
     width = config.num_attention_heads * config.resolved_head_dim
     return 6 * matrices + _ATTENTION_FLOPS[attention] * config.num_hidden_layers * width * sequence_length

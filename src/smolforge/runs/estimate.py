@@ -161,7 +161,7 @@ def activation_bytes(model: ModelConfig, recomputed: Checkpointing, width: int, 
     queries, keys = (
         heads * model.resolved_head_dim for heads in (model.num_attention_heads, model.num_key_value_heads)
     )
-    experts = model.num_experts_per_tok if model.model_type == "mixtral" else 0
+    experts = model.num_experts_per_tok if model.has_experts else 0
     match recomputed:
         case "full":
             return hidden * width

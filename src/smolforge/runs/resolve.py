@@ -184,7 +184,7 @@ def fixed_settings(recipe: Recipe) -> dict[str, Any]:
 
 def has_balance_loss(recipe: Recipe) -> bool:
     """Whether the size of a micro-batch is part of the training: the balance loss of experts is taken over it."""
-    return recipe.model.model_type == "mixtral" and recipe.model.router_aux_loss_coef > 0
+    return recipe.model.has_experts and recipe.model.router_aux_loss_coef > 0
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:

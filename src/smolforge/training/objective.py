@@ -48,7 +48,7 @@ class Objective(nn.Module):
         self.model, self.dtype, self.separator, self.z_loss = model, dtype, separator, z_loss
         self.preference = preference
         config = model.config
-        gated_mlp = config.model_type != "mixtral" and config.feed_forward is None
+        gated_mlp = not config.has_experts and config.feed_forward is None
         self.layer_call = checkpoint_wrapper(checkpoint, config.intermediate_size if gated_mlp else None)
         self.body = compile_or_eager(model.hidden_states_and_aux_loss) if compiled else model.hidden_states_and_aux_loss
 

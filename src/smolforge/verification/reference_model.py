@@ -46,7 +46,7 @@ EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 
 def mistakes(config: ModelConfig) -> dict[str, ReferenceOptions]:
     """Return every mistake that is possible for this shape, by the name it is reported under."""
-    eps = config.norm_epsilon if config.model_type == "starcoder2" else config.rms_norm_eps
+    eps = config.norm_epsilon if "norm_epsilon" in config.family_fields() else config.rms_norm_eps
     variants = {
         "interleaved rotation (channels 2i and 2i + 1 are paired instead of i and i + d/2)": ReferenceOptions(
             interleaved=True
@@ -99,10 +99,12 @@ def logits(
 def attention(weights: Weights, name: str, x: Hidden, *, config: ModelConfig, options: ReferenceOptions) -> Hidden:
     """Return attention: each head's queries against its group's keys, softmax, the weighted sum of values."""
     q, k, v = (
-        (x @ weights[f"{name}.{letter}_proj.weight"].T).unflatten(-1, (-1, config.resolved_head_dim)).transpose(0, 1)
+        (x @ weights[f"{name}.{letter}_proj.weight"].T + weights.get(f"{name}.{letter}_proj.bias", 0))
+        .unflatten(-1, (-1, config.resolved_head_dim))
+        .transpose(0, 1)
         for letter in "qkv"
     )
-    if config.model_type == "qwen3" and options.qk_norm:
+    if f"{name}.q_norm.weight" in weights and options.qk_norm:
         q, k = (
             rms_norm(heads, weights[f"{name}.{letter}_norm.weight"], config, options=options)
             for heads, letter in ((q, "q"), (k, "k"))
@@ -133,10 +135,10 @@ def apply_rotation(x: Heads, config: ModelConfig, options: ReferenceOptions) -> 
 
 def norm(weights: Weights, name: str, x: Hidden, *, config: ModelConfig, options: ReferenceOptions) -> Hidden:
     """Apply the norm of the model's family to the residual stream."""
-    scale = weights[f"{name}.weight"]
-    if config.model_type != "starcoder2":
+    scale, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    if bias is None:
         return rms_norm(x, scale, config, options=options)
-    return F.layer_norm(x, x.shape[-1:], scale, weights[f"{name}.bias"], options.eps or config.norm_epsilon)
+    return F.layer_norm(x, x.shape[-1:], scale, bias, options.eps or config.norm_epsilon)
 
 
 def rms_norm(x: Tensor, scale: Tensor, config: ModelConfig, *, options: ReferenceOptions) -> Tensor:
@@ -144,11 +146,11 @@ def rms_norm(x: Tensor, scale: Tensor, config: ModelConfig, *, options: Referenc
 
 
 def feed_forward(weights: Weights, name: str, x: Hidden, *, config: ModelConfig) -> Hidden:
-    """Return the feed-forward layer of the model's family."""
-    if config.model_type == "starcoder2":
+    """Return the feed-forward layer of the model's family, which the names of its weights tell."""
+    if f"{name}.c_fc.weight" in weights:
         inner = F.gelu(x @ weights[f"{name}.c_fc.weight"].T, approximate="tanh")
         return inner @ weights[f"{name}.c_proj.weight"].T
-    if config.model_type != "mixtral":
+    if f"{name}.gate.weight" not in weights:
         return swiglu(x, (weights[f"{name}.{projection}_proj.weight"] for projection in ("gate", "up", "down")))
     share, expert_ids = (x @ weights[f"{name}.gate.weight"].T).softmax(-1).topk(config.num_experts_per_tok)
     share = share / share.sum(-1, keepdim=True)

@@ -3,8 +3,8 @@
     blk.0.attn_q.weight  <->  model.layers.0.self_attn.q_proj.weight
 
 Names and settings as convert_hf_to_gguf.py of llama.cpp writes them (conversion/base.py, llama.py, qwen.py).
-Its llama rotates neighbouring channels (0, 1), (2, 3) ... where Hugging Face's rotates halves (0, d/2), (1, d/2 + 1)
-..., so the rows of each query and key head stand in another order there; its qwen3 rotates halves too.
+Its llama rotates neighboring channels (0, 1), (2, 3) ... where Hugging Face's rotates halves (0, d/2), (1, d/2 + 1)
+..., so the rows of each query and key head have another order there. Other architectures rotate halves too.
 Reading is strict, as of a folder: every setting is understood, every tensor used, every parameter filled.
 """
 
@@ -23,13 +23,12 @@ from smolforge.checkpoint.families import from_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.decoder import LanguageModel, empty_model, meta_model
+from smolforge.models.family import GGUFNames, all_families, family_of
 from smolforge.models.lora import merged_parameters
 from smolforge.tokenizer import Tokenizer, gguf_tokenizer
 
 SUFFIX = ".gguf"
 EMBEDDING = "token_embd.weight"
-ARCHITECTURES = {"llama": "llama", "mixtral": "llama", "qwen3": "qwen3"}
-"""Our families to llama.cpp's. Its starcoder2 has biases that ours has not."""
 CONFIG_KEYS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -41,31 +40,9 @@ CONFIG_KEYS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
-    "expert_count": "num_local_experts",
-    "expert_used_count": "num_experts_per_tok",
 }
-"""llama.cpp's names to ours, behind the architecture's."""
+"""llama.cpp's names of Llama's settings to ours, behind the architecture's."""
 SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
-MODULE_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
 
 
 def is_gguf_file(path: Path) -> bool:
@@ -83,7 +60,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     model = empty_model(config, dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.copy_(unpermute_rope(name, file[gguf_tensor_name(name)], config))
+            weight.copy_(unpermute_rope(name, file[gguf_tensor_name(name, config)], config))
     return model
 
 
@@ -107,16 +84,10 @@ def stored_dtype(path: Path) -> torch.dtype:
 def config_from_gguf(file: gguf.GGUFReader) -> ModelConfig:
     """Return the ModelConfig of a file, read as a config.json with the same settings."""
     values, source = file.metadata, str(file.path)
-    architecture = values.get("general.architecture")
-    if architecture not in ARCHITECTURES.values():
-        read = " and ".join(sorted(set(ARCHITECTURES.values())))
-        raise InvalidFileError(
-            f"{source} holds a model of llama.cpp's kind {str(architecture)[:40]!r}; {read} are read"
-        )
-    prefix = f"{architecture}."
+    prefix = f"{values.get('general.architecture')}."
     settings = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    model_type, config_keys = choose_family(values.get("general.architecture"), settings, source)
     content: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0}  # llama.cpp's, where a file says nothing
-    config_keys = {key: field for key, field in CONFIG_KEYS.items() if architecture == "llama" or "expert" not in key}
     content |= {field: shortest_decimal(settings.pop(key)) for key, field in config_keys.items() if key in settings}
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None:
@@ -124,14 +95,29 @@ def config_from_gguf(file: gguf.GGUFReader) -> ModelConfig:
     content.setdefault("vocab_size", embedding.shape[0])
     for key in ("num_key_value_heads", "head_dim"):  # what follows from others, where a file says nothing
         content.setdefault(key, None)
-    content |= {"model_type": architecture, "tie_word_embeddings": "output.weight" not in file.tensors}
-    if content.get("num_local_experts"):
-        content["model_type"] = "mixtral"
-    else:
-        content = {key: value for key, value in content.items() if "experts" not in key}
+    content |= {"model_type": model_type, "tie_word_embeddings": "output.weight" not in file.tensors}
     config = from_hugging_face(content, source)
     check_fixed_settings(settings, config, source)
     return config
+
+
+def choose_family(architecture: Any, settings: dict[str, Any], source: str) -> tuple[str, dict[str, str]]:
+    """Return the family of an architecture that has all of a file's settings, and the ModelConfig fields of its keys.
+
+    Settings of another family of the architecture that are 0 are removed: a file without experts may say so.
+    Raises InvalidFileError for an architecture that no family has.
+    """
+    known = {name: family.gguf for name, family in all_families() if family.gguf}
+    candidates = {name: names.settings for name, names in known.items() if names.architecture == architecture}
+    if not candidates:
+        read = ", ".join(sorted({names.architecture for names in known.values()}))
+        raise InvalidFileError(
+            f"{source} holds a model of llama.cpp's kind {str(architecture)[:40]!r}; {read} are read"
+        )
+    for key in {key for keys in candidates.values() for key in keys if not settings.get(key)}:
+        settings.pop(key, None)
+    model_type = max(candidates, key=lambda name: (len(candidates[name].keys() & settings), -len(candidates[name])))
+    return model_type, {**CONFIG_KEYS, **candidates[model_type]}
 
 
 def check_fixed_settings(settings: Mapping[str, Any], config: ModelConfig, source: str) -> None:
@@ -159,7 +145,8 @@ def check_tensors(file: gguf.GGUFReader, config: ModelConfig) -> None:
     tensors, path = file.tensors, file.path
     if config.num_hidden_layers > len(tensors):  # before so many names are made
         raise InvalidFileError(f"{path} has {len(tensors):,} tensors, too few for {config.num_hidden_layers:,} layers")
-    expected = {gguf_tensor_name(name): tuple(weight.shape) for name, weight in meta_model(config).named_parameters()}
+    weights = meta_model(config).named_parameters()
+    expected = {gguf_tensor_name(name, config): tuple(weight.shape) for name, weight in weights}
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing:
         raise InvalidFileError(f"{path} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}")
@@ -177,28 +164,39 @@ def gguf_metadata(config: ModelConfig) -> dict[str, gguf.MetadataValue]:
 
     Raises ConfigError for a family that llama.cpp does not have.
     """
-    if config.custom_classes or config.model_type not in ARCHITECTURES:
-        unsupported = ", ".join(config.custom_classes.values()) or f"a {config.model_type} model without biases"
-        raise ConfigError(f"llama.cpp does not have {unsupported}; --to gguf takes {', '.join(ARCHITECTURES)}")
-    prefix, fields = ARCHITECTURES[config.model_type], config.family_fields()
-    settings: dict[str, Any] = {key: config.__dict__[field] for key, field in CONFIG_KEYS.items() if field in fields}
+    names = family_of(config).gguf
+    if config.custom_classes or names is None:
+        unsupported = ", ".join(config.custom_classes.values()) or f"this kind of {config.model_type} model"
+        supported = ", ".join(name for name, family in all_families() if family.gguf)
+        raise ConfigError(f"llama.cpp does not have {unsupported}; --to gguf takes {supported}")
+    fields, keys = config.family_fields(), {**CONFIG_KEYS, **names.settings}
+    settings: dict[str, Any] = {key: config.__dict__[field] for key, field in keys.items() if field in fields}
     settings |= dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim)
-    return {f"{prefix}.{key}": value for key, value in settings.items()}
+    return {f"{names.architecture}.{key}": value for key, value in settings.items()}
 
 
 def gguf_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Return every tensor of a model by llama.cpp's name, LoRA merged; a tied head is skipped there too."""
     return {
-        gguf_tensor_name(name): permute_rope(name, weight.detach(), model.config)
+        gguf_tensor_name(name, model.config): permute_rope(name, weight.detach(), model.config)
         for name, weight in merged_parameters(model)
     }
 
 
-def gguf_tensor_name(name: str) -> str:
+def gguf_tensor_name(name: str, config: ModelConfig) -> str:
     """Return llama.cpp's name of a parameter."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    module = (layer[2] if layer else name).removesuffix(".weight")
-    return f"{f'blk.{layer[1]}.' if layer else ''}{MODULE_NAMES[module]}.weight"
+    module, kind = (layer[2] if layer else name).removesuffix(".weight"), "weight"
+    if module.endswith(".bias"):
+        module, kind = module.removesuffix(".bias"), "bias"
+    return f"{f'blk.{layer[1]}.' if layer else ''}{names_of(config).modules[module]}.{kind}"
+
+
+def names_of(config: ModelConfig) -> GGUFNames:
+    """Return llama.cpp's names of a family that it has."""
+    names = family_of(config).gguf
+    assert names is not None, "gguf_metadata and choose_family accept no other family"
+    return names
 
 
 def permute_rope(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
@@ -216,7 +214,7 @@ def unpermute_rope(name: str, weight: Float[Tensor, "..."], config: ModelConfig)
 
 
 def keeps_row_order(name: str, config: ModelConfig) -> bool:
-    return ARCHITECTURES[config.model_type] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight"))
+    return not names_of(config).interleaved or not name.endswith(("q_proj.weight", "k_proj.weight"))
 
 
 def swap_rows_in_heads(weight: Float[Tensor, "r c"], sizes: tuple[int, int, int]) -> Float[Tensor, "r c"]:

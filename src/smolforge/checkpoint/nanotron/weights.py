@@ -10,33 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smolforge.checkpoint import huggingface
 from smolforge.checkpoint.families import from_hugging_face, read_json
 from smolforge.checkpoint.huggingface import DTYPES, expected_shapes
 from smolforge.config import ModelConfig
 from smolforge.errors import InvalidFileError
 from smolforge.models.decoder import LanguageModel, empty_model
+from smolforge.models.family import TensorLocation, all_families, family_of
 
 CONFIG, MODEL = "model_config.json", "model"
-INTERLEAVED, EMBEDDING = "rope_interleaved", "model.token_position_embeddings.pp_block.token_embedding.weight"
+INTERLEAVED = "rope_interleaved"
 WEIGHT_FILE = re.compile(r"model_(\w+?)(?:_pp-rank-(\d+)-of-(\d+)_tp-rank-(\d+)-of-(\d+)(_exp-.*)?)?\.safetensors")
 Shards = Callable[[str], Sequence[Tensor]]
 """A parameter's nanotron name -> what each rank has of it."""
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """Where one of our parameters is."""
-
-    name: str
-    """nanotron's."""
-    split_dim: int | None = 0
-    """The dimension shared out over ranks; None where each has all."""
-    chunks: tuple[int, ...] = ()
-    """What stands one after another along dimension 0, all ranks together; each chunk is shared out by itself."""
-    part: int = 0
-    """Which of these it is."""
-    is_rotary: bool = False
-    """Whether its rows are channels that rotation pairs."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -48,11 +34,12 @@ def read_config(folder: Path) -> ModelConfig:
     """Raises InvalidFileError where the shape is none of ours."""
     content = read_json(folder / CONFIG)
     content.pop(INTERLEAVED, None)
-    if content.get("is_llama_config") is not True:
-        raise InvalidFileError(
-            f"{folder / CONFIG} is not of nanotron's llama (is_llama_config), the only one read here"
-        )
-    return from_hugging_face(content, str(folder / CONFIG))
+    flags = {family.nanotron.flag: name for name, family in all_families() if family.nanotron}
+    model_types = [name for flag, name in flags.items() if content.pop(flag, None) is True]
+    if len(model_types) != 1:
+        names = ", ".join(f"{name} ({flag})" for flag, name in flags.items())
+        raise InvalidFileError(f"{folder / CONFIG} is not of nanotron's {names}, all that is read here")
+    return from_hugging_face(content | {"model_type": model_types[0]}, str(folder / CONFIG))
 
 
 @dataclass(frozen=True)
@@ -86,7 +73,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the files' embedding."""
-    return WeightFiles(folder / MODEL).shards(EMBEDDING)[0].dtype
+    location = tensor_locations(read_config(folder))[huggingface.EMBEDDING]
+    return WeightFiles(folder / MODEL).shards(location.name)[0].dtype
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,30 +119,10 @@ def iterate_parameters(
 
 
 def tensor_locations(config: ModelConfig) -> dict[str, TensorLocation]:
-    """Return the location of each of our parameters:
-    examples/llama/convert_weights.py, chunks as models/llama.py shares them out.
-    """
-    attention, mlp = ".self_attn.{}_proj.weight", ".mlp.{}_proj.weight"
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    qkv, wide = tuple(count * config.resolved_head_dim for count in heads), (config.intermediate_size,) * 2
-    locations = {"model.embed_tokens.weight": TensorLocation(EMBEDDING)}
-    for number in range(config.num_hidden_layers):
-        prefix, nanotron_prefix = f"model.layers.{number}", f"model.decoder.{number}.pp_block"
-        for part, letter in enumerate("qkv"):
-            location = TensorLocation(f"{nanotron_prefix}.attn.qkv_proj.weight", 0, qkv, part, letter != "v")
-            locations[prefix + attention.format(letter)] = location
-        for part, gate in enumerate(("gate", "up")):
-            locations[prefix + mlp.format(gate)] = TensorLocation(
-                f"{nanotron_prefix}.mlp.gate_up_proj.weight", 0, wide, part
-            )
-        locations[prefix + attention.format("o")] = TensorLocation(f"{nanotron_prefix}.attn.o_proj.weight", 1)
-        locations[prefix + mlp.format("down")] = TensorLocation(f"{nanotron_prefix}.mlp.down_proj.weight", 1)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            locations[f"{prefix}.{norm}.weight"] = TensorLocation(f"{nanotron_prefix}.{norm}.weight", None)
-    locations["model.norm.weight"] = TensorLocation("model.final_layer_norm.pp_block.weight", None)
-    if not config.tie_word_embeddings:
-        locations["lm_head.weight"] = TensorLocation("model.lm_head.pp_block.weight")
-    return locations
+    """Return the location of each of our parameters."""
+    names = family_of(config).nanotron
+    assert names is not None, "read_config accepts no other family"
+    return names.locations(config)
 
 
 def merge_shards(shards: Sequence[Tensor], location: TensorLocation, shape: tuple[int, ...], *, source: Path) -> Tensor:
