@@ -33,13 +33,14 @@ FAMILIES = {
 """Every model_type; the module smolforge.models.NAME has the rest of each family."""
 FAMILY_FIELDS = {name for family in FAMILIES.values() for name in family.fields}
 ModelType = Literal[*FAMILIES]  # pyrefly: ignore
+Activation = Literal[*dict.fromkeys(family.hidden_act for family in FAMILIES.values())]  # pyrefly: ignore
 
 
 class ModelConfig(Settings):
     """The shape of a decoder, in the names of Hugging Face's config.json; the defaults are SmolLM2-135M."""
 
     model_type: ModelType = "llama"
-    """Family: qwen3 norms queries and keys, mixtral has experts, starcoder2 has LayerNorm and a two-matrix GELU."""
+    """Architecture of the model, as Transformers names it."""
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] = 49152
     """Number of token ids."""
     hidden_size: Width = 576
@@ -64,7 +65,7 @@ class ModelConfig(Settings):
     """starcoder2 only: added to the variance before the root."""
     tie_word_embeddings: bool = True
     """Read the output logits off the token embedding."""
-    hidden_act: Literal["silu", "gelu_pytorch_tanh"] | None = None
+    hidden_act: Activation | None = None
     """Activation inside the feed-forward; by default the family's."""
     num_local_experts: Count = 8
     """mixtral only: experts in each layer."""
