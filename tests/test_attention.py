@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from smolforge.config.model import FAMILIES
 from smolforge.models import attention
 from smolforge.models.attention import CausalAttention, DocumentAttention, document_ids, packed_attention
 from smolforge.models.decoder import build
@@ -105,7 +106,7 @@ def test_flex_attention_equals_document_attention(splits):
         torch.testing.assert_close(states, model.hidden_states(ids, plain.positions, plain), **EXACT)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_document_attention_works_for_every_family(family):
     model, splits = build(tiny_config(model_type=family)), [[1, 7], [], [5, 11]]
     ids, packed = torch.randint(320, (3, LENGTH)), DocumentAttention(numbered(splits))

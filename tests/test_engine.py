@@ -245,6 +245,7 @@ def test_prepacked_model_equals_the_model(rows, chunks, seed):
 def test_prepack_leaves_unsupported_models_alone():
     model = tiny_model()
     for other in (
+        tiny_model(model_type="qwen2"),
         tiny_model(model_type="qwen3"),
         tiny_model(model_type="starcoder2"),
         tiny_model(model_type="mixtral", num_local_experts=2, num_experts_per_tok=1),

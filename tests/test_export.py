@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_families import oracle, random_config
+from test_families import FAMILIES, oracle, random_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smolforge import cli
@@ -47,7 +47,7 @@ def test_to_transformers_writes_a_clean_equal_model(folder, tmp_path):
         torch.testing.assert_close(theirs(ids).logits, tiny_model()(ids), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_to_transformers_shards_every_family_in_bfloat16(tmp_path, family):
     oracle(random_config(family, 6)).save_pretrained(tmp_path / "source")
     made = to_transformers(tmp_path / "source", tmp_path / "out", "bfloat16", max_shard_bytes=8000)

@@ -10,6 +10,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from smolforge.checkpoint import families, huggingface
 from smolforge.config import Generation, ModelConfig, Optim, presets
 from smolforge.config.base import validate_settings
+from smolforge.config.model import FAMILIES
 from smolforge.data.batches import Batch
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.generation.samplers import make_sampler
@@ -25,7 +26,6 @@ from smolforge.training.loss import loss_sum
 from smolforge.training.objective import Objective
 from smolforge.training.optim import build_optimizers
 
-FAMILIES = ("llama", "qwen3", "mixtral", "starcoder2")
 GREEDY = make_sampler(Generation(temperature=0))
 
 
@@ -41,6 +41,7 @@ def random_config(family: str, seed: int) -> ModelConfig:
     eps = one_of(1e-5, 1e-6)
     own = {
         "llama": {"rms_norm_eps": eps, "head_dim": one_of(8, 16)},
+        "qwen2": {"rms_norm_eps": eps},
         "qwen3": {"rms_norm_eps": eps, "head_dim": one_of(8, 16)},
         "mixtral": {"rms_norm_eps": eps, "num_local_experts": one_of(4, 8), "num_experts_per_tok": one_of(1, 2, 3)},
         "starcoder2": {"norm_epsilon": eps},
@@ -140,7 +141,8 @@ def test_parameters_are_initialized_and_optimized():
         model = build(random_config(family, 2))
         for name, weight in model.named_parameters():
             assert torch.isfinite(weight).all()
-            assert (weight.std() > 0) == (component(name) != "norms"), name
+            constant = component(name) == "norms" or name.endswith(".bias")
+            assert (weight.std() > 0) == (not constant), name
         for name in ("adamw", "muon"):
             build_optimizers(model, validate_settings(Optim, {"name": name}))
 
@@ -261,6 +263,8 @@ def test_model_config_refuses_settings_of_other_families(shape, said):
 @pytest.mark.parametrize(
     ("family", "change", "said"),
     [
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True, which is not implemented"),
+        ("qwen2", {"use_mrope": True}, "use_mrope is True, which is not implemented"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True, which is not implemented"),
         (
             "qwen3",
@@ -296,6 +300,7 @@ def test_config_json_refuses_unsupported_features(family, change, said):
             {"partial_rotary_factor": 1.0, "is_encoder_decoder": False, "pretraining_tp": 2, "torchscript": False},
         ),
         ("llama", {"unsloth_fixed": True, "max_length": 20, "temperature": 0.7, "tokenizer_class": "LlamaTokenizer"}),
+        ("qwen2", {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 24, "use_mrope": False}),
         ("qwen3", {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}),
         ("qwen3", {"sliding_window": 4096, "layer_types": ["full_attention", "full_attention"]}),
     ],

@@ -14,6 +14,7 @@ from smolforge.training.loss import loss_sum
 FAMILIES = {
     "llama": {"model_type": "llama"},
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 3},
     "starcoder2": {"model_type": "starcoder2"},

@@ -73,7 +73,7 @@ def child(*words: object, given: str | None = None, python: Path | str = PYTHON,
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mixtral"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mixtral"])
 def folder(request, tmp_path_factory):
     """A small model of random weights with the real tokenizer, as Transformers has it."""
     if not SHARED.is_dir():
@@ -109,9 +109,9 @@ def test_gguf_equals_the_llama_cpp_converter(folder, tmp_path, kind):
     assert stored(tmp_path / "ours.gguf") == stored(tmp_path / "theirs.gguf")
     ours, wanted = said(tmp_path / "ours.gguf"), said(tmp_path / "theirs.gguf")
     assert {key: ours.get(key) for key in wanted} == wanted
-    assert ours.keys() - wanted.keys() <= {  # of qwen3 the converter leaves these to be found
-        "qwen3.vocab_size",
-        "qwen3.rope.dimension_count",
+    assert ours.keys() - wanted.keys() <= {  # of qwen the converter leaves these to be derived
+        *(f"{family}.{key}" for family in ("qwen2", "qwen3") for key in ("vocab_size", "rope.dimension_count")),
+        *("qwen2.attention.key_length", "qwen2.attention.value_length"),
         "tokenizer.ggml.add_bos_token",
         "tokenizer.ggml.add_space_prefix",
     }

@@ -20,6 +20,7 @@ from smolforge import cli, load, train
 from smolforge.checkpoint import huggingface, loading, peft_adapter, training_state
 from smolforge.config import Lora
 from smolforge.config.load import read_recipe, to_recipe
+from smolforge.config.model import FAMILIES
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.generation.cpu_decoding import prepack
 from smolforge.models import lora
@@ -65,7 +66,7 @@ def recipe(tmp_path, base, text_file) -> Path:
     return path
 
 
-@given(st.sampled_from(["llama", "qwen3", "starcoder2", "mixtral"]), st.integers(1, 8), st.floats(0.5, 32))
+@given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 8), st.floats(0.5, 32))
 def test_lora_merge_equals_the_unmerged_model(family, rank, alpha):
     model = build(tiny_config(model_type=family))
     targets = ("c_fc", "o_proj") if family == "starcoder2" else ("q_proj", "v_proj")

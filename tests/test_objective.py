@@ -15,6 +15,7 @@ from smolforge.training.objective import Objective
 
 SHAPES = {
     "llama": {},
+    "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "starcoder2": {"model_type": "starcoder2"},

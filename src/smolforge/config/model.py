@@ -26,6 +26,7 @@ class FamilySettings(NamedTuple):
 
 FAMILIES = {
     "llama": FamilySettings(),
+    "qwen2": FamilySettings(),
     "qwen3": FamilySettings(),
     "mixtral": FamilySettings(("rms_norm_eps", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef")),
     "starcoder2": FamilySettings(("norm_epsilon",), "gelu_pytorch_tanh"),
