@@ -81,7 +81,7 @@ def test_hub_dataset_stall_is_reported_in_bounded_time(hub, tmp_path, monkeypatc
     hub.add(name, {"train.parquet": table(tmp_path / "a.parquet")}, kind="dataset")
     hub.fail(times=1000, delay=3.0, path_contains=path)
     begun = time.perf_counter()
-    with pytest.raises(MissingResourceError, match=f"{name} cannot be read from http.*goes on from where it was"):
+    with pytest.raises(MissingResourceError, match=f"{name} cannot be read: http.*goes on from where it was"):
         prepare(Data(sources=(name,)), tmp_path / "corpus", tiny_tokenizer())
     assert time.perf_counter() - begun < 20
     assert not (tmp_path / "corpus").exists()

@@ -692,7 +692,10 @@ def test_hub_dataset_resumes_after_a_lasting_fault(on_hub, tmp_path, tokenizer, 
     monkeypatch.setattr(jobs, "CHUNK_CHARACTERS", 2000)
     monkeypatch.setattr(jobs, "BATCH_CHARACTERS", 500)
     on_hub.fail(times=1000, status=500, path_contains="train-1.parquet")
-    with pytest.raises(MissingResourceError, match=f"{NAME}:small cannot be read from http.*goes on from where it was"):
+    with pytest.raises(
+        MissingResourceError,
+        match=f"{NAME}:small cannot be read: http.* answers with status 500; .*goes on from where it was",
+    ):
         made(tmp_path / "corpus", tokenizer, f"{NAME}:small")
     assert not (tmp_path / "corpus").exists()
     on_hub.faults.clear()

@@ -9,7 +9,6 @@ listing (sizes, hashes)  ->  room for it?  ->  large: HASH.partial grows, over s
 import hashlib
 import logging
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import Any
 
 from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.formatting import format_bytes
+from smolforge.hub import is_busy, with_retries
 
 log = logging.getLogger("smolforge.hub")
-RETRY_STATUS_CODES, RETRY_DELAYS = (408, 429, 500, 502, 503, 504), (0.5, 2.0)
-"""HTTP status codes worth another try, and the seconds between tries."""
+RETRY_DELAYS = (0.5, 2.0)
+"""Seconds between tries."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def download_file(model_id: str, listing: Listing, name: str) -> None:
     from huggingface_hub import hf_hub_download
 
     if name in listing.sha256:
-        with_retries(partial(_download_blob, model_id, listing, name))
-    with_retries(partial(hf_hub_download, listing.repo, name, revision=listing.commit))
+        retry_if_busy(partial(_download_blob, model_id, listing, name))
+    retry_if_busy(partial(hf_hub_download, listing.repo, name, revision=listing.commit))
 
 
 def _download_blob(model_id: str, listing: Listing, name: str) -> None:
@@ -128,18 +128,9 @@ def _resume_download(listing: Listing, name: str, partial_file: Path) -> None:
                     raise
 
 
-def with_retries(action: Callable[[], Any]) -> Any:
-    """Retry where the Hub answers with one of RETRY_STATUS_CODES."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for pause in RETRY_DELAYS:
-        try:
-            return action()
-        except HfHubHTTPError as error:
-            if error.response.status_code not in RETRY_STATUS_CODES:
-                raise
-            time.sleep(pause)
-    return action()
+def retry_if_busy(action: Callable[[], Any]) -> Any:
+    """Call again where the Hub answers that it cannot now; a connection that fails is left to the caller."""
+    return with_retries(action, RETRY_DELAYS, is_busy)
 
 
 def repo_cache_dir(repo: str) -> Path:

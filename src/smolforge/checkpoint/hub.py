@@ -3,8 +3,7 @@
     org/name[@revision]  ->  one commit and its files  ->  those wanted that are not in the cache
     ->  enough room?  ->  download, large files resumed and held to their sha256  ->  the cache's snapshot
 
-huggingface_hub does the talking and reads HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE;
-its cache is shared with every other program that uses it.
+The cache is huggingface_hub's, shared with every other program that uses it.
 """
 
 import logging
@@ -16,12 +15,12 @@ from pathlib import Path
 from smolforge.checkpoint import download
 from smolforge.checkpoint.huggingface import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.hub import REPO_PATTERN, failure_reason, is_temporary, user_errors
 from smolforge.tokenizer import FILES
 
 log = logging.getLogger("smolforge.hub")
 DEFAULT_BRANCH = "main"
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_ID = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9_][\w./+-]*))?", re.ASCII)
+_ID = re.compile(rf"({REPO_PATTERN})(?:@([A-Za-z0-9_][\w./+-]*))?", re.ASCII)
 _FILE_NAMES = (".toml", ".yaml", ".yml", ".json", ".jsonl", ".txt", ".gguf", ".safetensors")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -52,26 +51,23 @@ def fetch(model_id: str, file_names: Sequence[str] | None = None) -> Path:
     revision that is not there, InvalidFileError for one that is no model we read, MissingResourceError for everything
     that stands in the way: no network, no permission, no room.
     """
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     repo, revision = split_hub_id(model_id)
-    try:
+    failure = f"{model_id} is no folder here, and as a model on the Hub it cannot be downloaded"
+    hint, explain = "the same command goes on from where it was", partial(_explain, model_id=model_id)
+    with user_errors(repo, failure, hint, explain=explain):
         try:
-            listing = download.with_retries(partial(download.list_commit, repo, revision))
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            if not _is_unreachable(error):
-                raise
-            folder = _cached_snapshot(model_id, file_names)
+            listing = download.retry_if_busy(partial(download.list_commit, repo, revision))
+        except Exception as error:
+            is_offline = isinstance(error, OfflineModeIsEnabled)
+            folder = _cached_snapshot(model_id, file_names) if is_offline or is_temporary(error) else None
             if folder is None:
                 raise
-            if isinstance(error, HTTPError):
+            if not is_offline:
                 log.warning("%s comes from the cache as it is: %s", model_id, failure_reason(error))
             return folder
         return _download_missing(model_id, listing, file_names)
-    except (InvalidFileError, MissingResourceError):
-        raise
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise _user_error(error, model_id) from None
 
 
 def refuse_pickled(source: str, names: Iterable[str]) -> None:
@@ -131,25 +127,8 @@ def _download_missing(model_id: str, listing: download.Listing, file_names: Sequ
     return folder
 
 
-def _is_unreachable(error: Exception) -> bool:
-    """Whether the Hub did not answer at all, or only that it is broken."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return not isinstance(error, HfHubHTTPError) or error.response.status_code in download.RETRY_STATUS_CODES
-
-
-def failure_reason(error: BaseException) -> str:
-    """Return in a few words why the Hub failed."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return f"{constants.ENDPOINT} answers with status {error.response.status_code}"
-    return f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
-
-
-def _user_error(error: BaseException, model_id: str) -> Exception:
-    """Translate an error of huggingface_hub into one that tells the user what to do."""
+def _explain(error: BaseException, model_id: str) -> Exception | None:
+    """Return what an error means of a model; None for what it means of any repository."""
     from huggingface_hub import constants, errors
 
     repo, revision = split_hub_id(model_id)
@@ -158,11 +137,6 @@ def _user_error(error: BaseException, model_id: str) -> Exception:
             return MissingResourceError(
                 f"{model_id} is no folder here, and as a model on the Hub it is not wholly in the cache "
                 f"{constants.HF_HUB_CACHE}, where HF_HUB_OFFLINE forbids to look further; unset that to download it"
-            )
-        case errors.GatedRepoError():
-            return MissingResourceError(
-                f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then run `hf auth login` "
-                "or set HF_TOKEN"
             )
         case errors.RevisionNotFoundError():
             return ConfigError(f"{repo} has no revision {revision!r}{_list_branches(repo)}")
@@ -173,21 +147,7 @@ def _user_error(error: BaseException, model_id: str) -> Exception:
             )
         case errors.EntryNotFoundError() if not isinstance(error, errors.LocalEntryNotFoundError):
             return InvalidFileError(f"{model_id} lost a file while it was downloaded; the same command begins again")
-        case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return MissingResourceError(
-                f"the Hub refuses the token for {repo}; run `hf auth login` again, or correct HF_TOKEN"
-            )
-        case errors.HTTPError():
-            return MissingResourceError(
-                f"{model_id} is no folder here, and as a model on the Hub it cannot be downloaded: "
-                f"{failure_reason(error)}; the same command goes on from where it was"
-            )
-        case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
-            return _user_error(error.__cause__, model_id)
-    message = " ".join(str(error).split())
-    return MissingResourceError(
-        f"{model_id} cannot be downloaded: {message}; the same command goes on from where it was"
-    )
+    return None
 
 
 def _list_branches(repo: str) -> str:

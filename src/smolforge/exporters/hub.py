@@ -7,14 +7,14 @@ not even the parts of one that did, and a repository whose files are these alrea
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smolforge.checkpoint.hub import failure_reason, is_hub_id
+from smolforge.checkpoint.hub import is_hub_id
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.hub import one_line, status_code, user_errors
 
 COMMIT_MESSAGE = "Upload by smolforge export"
 GIT_ATTRIBUTES = ".gitattributes"
@@ -60,7 +60,8 @@ def upload(folder: Path, repo: str, public: bool = False, *, replace: bool = Fal
     check_repo_name(repo)
     check_token(repo)
     api = HfApi()
-    with _translate_errors(repo):
+    hint = "what arrived is kept, and the same command goes on"
+    with user_errors(repo, f"{repo} was not uploaded", hint, explain=partial(_explain, repo=repo)):
         repo_info = _repo_info(api, repo)
         changed, extra = _compare_files(folder, repo, repo_info, public=public, replace=replace)
         if repo_info is None:
@@ -129,41 +130,16 @@ def _file_hashes(path: Path) -> tuple[str, str]:
     return blob.hexdigest(), sha256
 
 
-@contextmanager
-def _translate_errors(repo: str) -> Iterator[None]:
-    """What goes wrong on the way to the Hub, as what a person should know of it, and do."""
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except (ConfigError, InvalidFileError, MissingResourceError):
-        raise
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
-        raise _upload_error(error, repo) from None
-
-
-def _upload_error(error: BaseException, repo: str) -> Exception:
-    from huggingface_hub import errors
-
-    hint = "what arrived is kept, and the same command goes on"
-    match error:
-        case errors.OfflineModeIsEnabled():
-            return MissingResourceError(f"{repo} cannot be written while HF_HUB_OFFLINE is set; unset it to upload")
-        case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return MissingResourceError(
-                f"the Hub refuses the token for {repo}; run `hf auth login` again, or correct HF_TOKEN"
-            )
-        case errors.HfHubHTTPError() if error.response.status_code == 403:
+def _explain(error: BaseException, repo: str) -> Exception | None:
+    """Return what an error means of an upload; None for what it means of any call."""
+    match status_code(error):
+        case 403:
             return MissingResourceError(
                 f"the token may not write {repo}: it needs the right to write, and you to be {repo.partition('/')[0]} "
                 "or one of its members"
             )
-        case errors.HfHubHTTPError() if error.response.status_code == 412:
+        case 412:
             return MissingResourceError(f"{repo} was changed while this was sent; the same command looks at it again")
-        case errors.HTTPError():
-            return MissingResourceError(f"{repo} was not uploaded: {failure_reason(error)}; {hint}")
-        case RuntimeError() if error.__cause__ is not None:  # which file it was, around why
-            return _upload_error(error.__cause__, repo)
-        case ValueError() if "metadata" in str(error):
-            return InvalidFileError(f"the Hub does not take the card: {' '.join(str(error).split())}")
-    return MissingResourceError(f"{repo} was not uploaded: {' '.join(str(error).split())}; {hint}")
+    if isinstance(error, ValueError) and "metadata" in str(error):
+        return InvalidFileError(f"the Hub does not take the card: {one_line(error)}")
+    return None

@@ -9,17 +9,17 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from smolforge.config import Data
 from smolforge.data.sources.types import SourcePart, SourceRow, SourceSize
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.hub import REPO_PATTERN, is_temporary, one_line, status_code, user_errors, with_retries
 
 log = logging.getLogger("smolforge.hub")
-_NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-_ID = re.compile(rf"({_NAME_PART}/{_NAME_PART})(?:@([\w./+-]+))?(?::([\w.+-]+))?", re.ASCII)
+_ID = re.compile(rf"({REPO_PATTERN})(?:@([\w./+-]+))?(?::([\w.+-]+))?", re.ASCII)
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Seconds before the next try, which is the first again once a row has come."""
 
@@ -46,14 +46,12 @@ def resolve_commit(source: str) -> str:
     assert name is not None
     if name.revision and re.fullmatch("[0-9a-f]{40}", name.revision):
         return name.revision
-    with one_line_errors(source):
-        return str(retry_hub_call(lambda: HfApi().dataset_info(name.repo, revision=name.revision)).sha)
+    return str(call_hub(source, lambda: HfApi().dataset_info(name.repo, revision=name.revision)).sha)
 
 
 def size(source: str, data: Data) -> SourceSize:
     """Return the size that the data set's card gives."""
-    with one_line_errors(source):
-        info = retry_hub_call(lambda: dataset_builder(source, resolve_commit(source)).info)
+    info = call_hub(source, lambda: dataset_builder(source, resolve_commit(source)).info)
     split = (info.splits or {}).get(data.split)
     if split is None:
         return SourceSize(None, None, info.download_size)
@@ -64,8 +62,7 @@ def size(source: str, data: Data) -> SourceSize:
 def parts(source: str, data: Data) -> list[SourcePart]:
     """One for each of its files, as far as the library can tell them apart."""
     sha = resolve_commit(source)
-    with one_line_errors(source):
-        count = retry_hub_call(lambda: open_stream(source, sha, data.split)).num_shards
+    count = call_hub(source, lambda: open_stream(source, sha, data.split)).num_shards
     total_bytes = size(source, data).text_bytes
     part = functools.partial(SourcePart, "hub", source, sha, size=total_bytes // count if total_bytes else None)
     return [part(start=number, stop=count) for number in range(count)]
@@ -92,7 +89,7 @@ def rows(part: SourcePart, data: Data, skip: int = 0) -> Iterator[SourceRow]:
             if pause is None:
                 with one_line_errors(part.source):
                     raise
-            log.warning("%s: %s; trying again in %g s", name, " ".join(str(error).split())[:120], pause)
+            log.warning("%s: %s; trying again in %g s", name, one_line(error)[:120], pause)
             time.sleep(pause)
 
 
@@ -141,56 +138,27 @@ def add_timeout(request: Any) -> None:
         request.extensions["timeout"] = dict.fromkeys(waits, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
 
-def retry_hub_call(action: Any) -> Any:
-    """Call again where the Hub fails temporarily."""
-    for pause in RETRY_SECONDS:
-        try:
-            set_timeout_hook()
-            return action()
-        except Exception as error:
-            if not is_temporary(error):
-                raise
-            time.sleep(pause)
-    return action()
-
-
-def is_temporary(error: BaseException) -> bool:
-    """Return whether a retry may succeed: an error of the server or the connection."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    if isinstance(error, OfflineModeIsEnabled | RepositoryNotFoundError):
-        return False
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    passing = isinstance(error, HTTPError | TimeoutError | ConnectionError)
-    return passing or (error.__cause__ is not None and is_temporary(error.__cause__))
-
-
-@contextmanager
-def one_line_errors(source: str) -> Iterator[None]:
-    """Turn any exception into a one-line error."""
-    try:
-        yield
-    except (ConfigError, InvalidFileError, MissingResourceError):
-        raise
-    except Exception as error:
-        raise user_error(error, source) from None
-
-
-def user_error(error: BaseException, source: str) -> Exception:
-    """Return an error that tells the user the cause and the fix."""
-    from huggingface_hub import constants, errors
-
-    datasets, name, message = import_datasets(), parse_name(source), " ".join(str(error).split())[:200]
+def one_line_errors(source: str) -> AbstractContextManager[None]:
+    """Turn any exception into one line. Raises as `rows`."""
+    name = parse_name(source)
     assert name is not None
+    hint, explain = "the same command goes on from where it was", functools.partial(explain_error, source, name)
+    return user_errors(f"datasets/{name.repo}", f"{source} cannot be read", hint, explain=explain)
+
+
+def call_hub(source: str, action: Callable[[], Any]) -> Any:
+    """Call the Hub for a data set, again where it fails for a while. Raises as `rows`."""
+    with one_line_errors(source):
+        set_timeout_hook()
+        return with_retries(action, RETRY_SECONDS)
+
+
+def explain_error(source: str, name: DatasetName, error: BaseException) -> Exception | None:
+    """Return what an error means of a data set; None for what passes."""
+    from huggingface_hub import errors
+
+    datasets, message = import_datasets(), one_line(error)[:200]
     match error:
-        case errors.OfflineModeIsEnabled():
-            return MissingResourceError(f"{source} is streamed from the Hub, which HF_HUB_OFFLINE forbids; unset that")
-        case errors.GatedRepoError():
-            return MissingResourceError(
-                f"{name.repo} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name.repo}, then run "
-                "`hf auth login` or set HF_TOKEN"
-            )
         case errors.RevisionNotFoundError():
             return ConfigError(f"the data set {name.repo} has no revision {name.revision!r}")
         case errors.RepositoryNotFoundError() | datasets.exceptions.DatasetNotFoundError():
@@ -198,10 +166,8 @@ def user_error(error: BaseException, source: str) -> Exception:
                 f"there is no file, directory or match for the data source {source!r}, and no data set of that name on "
                 "the Hub that you may see (if it is private, run `hf auth login` or set HF_TOKEN)"
             )
-    if is_temporary(error):
-        return MissingResourceError(
-            f"{source} cannot be read from {constants.ENDPOINT} ({message}); the same command goes on from where it was"
-        )
+    if is_temporary(error) or status_code(error) == 401 or isinstance(error, errors.OfflineModeIsEnabled):
+        return None
     if isinstance(error, ValueError) and ("Config" in message or "split" in message.lower()):
         return ConfigError(f"{source} cannot be opened: {message}")
     return InvalidFileError(f"{source} cannot be read: {message}")

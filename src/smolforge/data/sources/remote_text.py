@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -25,6 +24,7 @@ from smolforge.config import Data
 from smolforge.data.sources.columns import column, fill_template
 from smolforge.data.sources.types import SourceRow
 from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.hub import with_retries
 
 MAX_CONNECTIONS = 32
 ROWS_AHEAD = 4 * MAX_CONNECTIONS
@@ -130,21 +130,19 @@ def download(url: str) -> bytes | None:
     """Download a URL, with retries; return None where there is no such object."""
     if not url.startswith(("http://", "https://")):
         raise InvalidFileError(f"{url!r} (data.text_url) is no address: it should begin with https://")
-    for pause in (*RETRY_SECONDS, None):
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            if error.code in NOT_FOUND_STATUSES:
-                return None
-            problem = f"it answers with status {error.code}"
-            if error.code < 500 and error.code not in (408, 429):
-                pause = None
-        except (ValueError, InvalidURL) as error:
-            raise InvalidFileError(f"{url!r} (data.text_url) is no address: {error}") from None
-        except (OSError, HTTPException) as error:
-            problem = str(error) or type(error).__name__
-        if pause is None:
-            break
-        time.sleep(pause)
+
+    def request() -> bytes:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+            return answer.read()
+
+    try:
+        return with_retries(request, RETRY_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code in NOT_FOUND_STATUSES:
+            return None
+        problem = f"it answers with status {error.code}"
+    except (ValueError, InvalidURL) as error:
+        raise InvalidFileError(f"{url!r} (data.text_url) is no address: {error}") from None
+    except (OSError, HTTPException) as error:
+        problem = str(error) or type(error).__name__
     raise MissingResourceError(f"{url} cannot be fetched: {problem}; the same command goes on from where it was")
