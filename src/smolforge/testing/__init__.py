@@ -21,24 +21,7 @@ from smolforge.testing.power import after_power_loss as after_power_loss
 from smolforge.testing.processes import in_child as in_child
 from smolforge.tokenizer import Tokenizer
 
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "a",
-    "token",
-    "and",
-    "a",
-    "token",
-    "follows",
-    "another",
-    "so",
-    "it",
-    "learns",
-    "what",
-    "follows",
-    "what",
-]
+SENTENCE = "the model reads a token and a token follows another so it learns what follows what"
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -71,8 +54,9 @@ def tiny_model(seed: int = 0, **changes: Any) -> LanguageModel:
 
 def sentences(count: int, start: int = 0) -> str:
     """Lines of simple text, each different from the others, the same every time."""
+    words = SENTENCE.split()
     lines = []
     for number in range(start, start + count):
-        words = [WORDS[(number * 7 + position * (number % 5 + 1)) % len(WORDS)] for position in range(9)]
-        lines.append(f"{number}: {' '.join(words)}.")
-    return "\n".join(lines) + "\n"
+        chosen = [words[(number * 7 + position * (number % 5 + 1)) % len(words)] for position in range(9)]
+        lines.append(f"{number}: {' '.join(chosen)}.\n")
+    return "".join(lines)

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +26,16 @@ from unittest import mock
 Kind = Literal["create", "truncate", "write", "sync", "rename", "mkdir", "unlink", "rmdir"]
 PYTHON_IO: Any = importlib.import_module("_pyio")
 NEED_SPACE: tuple[Kind, ...] = ("create", "write", "mkdir")
+KINDS: dict[str, Kind] = {
+    "mkdir": "mkdir",
+    "rmdir": "rmdir",
+    "unlink": "unlink",
+    "remove": "unlink",
+    "ftruncate": "truncate",
+    "fsync": "sync",
+    "fdatasync": "sync",
+}
+"""The functions of `os` that concern one path or open file."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +89,9 @@ def _raise_crash(operation: Operation) -> NoReturn:
     raise Crash(f"before: {operation}")
 
 
-@contextmanager
 def crashing(
     folder: Path, after: int, torn: bool = False, *, die: Callable[[Operation], NoReturn] = _raise_crash
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Kill the process at an operation below a folder, after `after` successful ones.
 
     Nothing changes there from then on, as no cleanup runs; with `torn` the write at which it dies is half done.
@@ -98,11 +107,9 @@ def crashing(
             die(operation)
         return perform(operation)
 
-    with intercept(folder, rule):
-        yield
+    return intercept(folder, rule)
 
 
-@contextmanager
 def failing(
     folder: Path,
     after: int = 0,
@@ -110,7 +117,7 @@ def failing(
     *,
     kinds: Collection[Kind] = NEED_SPACE,
     times: int | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let operations of some kinds below a folder fail with an errno, after `after` successful ones.
 
     All fail until the end, or the first `times`. By default the disk is full.
@@ -124,8 +131,7 @@ def failing(
                 raise OSError(error, os.strerror(error), str(folder / operation.path))
         return perform(operation)
 
-    with intercept(folder, rule):
-        yield
+    return intercept(folder, rule)
 
 
 @contextmanager
@@ -159,16 +165,10 @@ class _Calls:
 
     def os_replacements(self) -> dict[str, Callable[..., Any]]:
         """Return the replacements by the names of `os`."""
-        replacements: dict[str, Callable[..., Any]] = {
-            "open": self.open,
-            "write": self.write,
-            "ftruncate": self.truncate,
-        }
-        replacements |= {name: self.sync(name) for name in ("fsync", "fdatasync") if name in self.real}
+        replacements = {"open": self.open, "write": self.write, "sendfile": self.sendfile}
         replacements |= {name: self.move(name) for name in ("rename", "replace")}
-        kinds: dict[str, Kind] = {"mkdir": "mkdir", "rmdir": "rmdir", "unlink": "unlink", "remove": "unlink"}
-        replacements |= {name: self.path_operation(name, kind) for name, kind in kinds.items()}
-        return replacements | ({"sendfile": self.sendfile} if "sendfile" in self.real else {})
+        replacements |= {name: self.one_path(name, kind) for name, kind in KINDS.items()}
+        return {name: replacement for name, replacement in replacements.items() if name in self.real}
 
     def apply_rule(self, operation: Operation, perform: Perform) -> Any:
         with self.lock:
@@ -208,24 +208,6 @@ class _Calls:
             operation = Operation("write", inner_path, offset, bytes(data))
             return self.apply_rule(operation, lambda applied: self.real["write"](file, applied.data))
 
-    def truncate(self, file: int, length: int) -> None:
-        inner_path = self.relative_path(file)
-        if inner_path is None:
-            return self.real["ftruncate"](file, length)
-        return self.apply_rule(
-            Operation("truncate", inner_path, length), lambda _: self.real["ftruncate"](file, length)
-        )
-
-    def sync(self, name: str) -> Callable[..., None]:
-        def sync(file: Any) -> None:
-            number = file if isinstance(file, int) else file.fileno()
-            inner_path = self.relative_path(number)
-            if inner_path is None:
-                return self.real[name](number)
-            return self.apply_rule(Operation("sync", inner_path), lambda _: self.real[name](number))
-
-        return sync
-
     def move(self, name: str) -> Callable[..., None]:
         def move(source: Any, target: Any, **kwargs: int | None) -> None:
             source_path = self.relative_path(source, kwargs.get("src_dir_fd"))
@@ -239,12 +221,16 @@ class _Calls:
 
         return move
 
-    def path_operation(self, name: str, kind: Kind) -> Callable[..., None]:
-        def act(path: Any, *args: Any, dir_fd: int | None = None) -> None:
-            inner_path = self.relative_path(path, dir_fd)
+    def one_path(self, name: str, kind: Kind) -> Callable[..., Any]:
+        def act(path: Any, *args: Any, **kwargs: Any) -> Any:
+            path = path.fileno() if kind == "sync" and not isinstance(path, int) else path
+            inner_path = self.relative_path(path, kwargs.get("dir_fd"))
             if inner_path is None:
-                return self.real[name](path, *args, dir_fd=dir_fd)
-            return self.apply_rule(Operation(kind, inner_path), lambda _: self.real[name](path, *args, dir_fd=dir_fd))
+                return self.real[name](path, *args, **kwargs)
+            offset = args[0] if kind == "truncate" else 0
+            return self.apply_rule(
+                Operation(kind, inner_path, offset), lambda _: self.real[name](path, *args, **kwargs)
+            )
 
         return act
 

@@ -61,10 +61,12 @@ def random_loss(rng: random.Random) -> PersistRule:
 
 def after_power_loss(trace: Trace, index: int, into: Path, *, persist: PersistRule) -> None:
     """Write into a new folder what may be on the disk when power fails before operation `index` of a trace."""
-    root = _Folder()
+    nodes: list[_Node] = [root := _Folder()]
     for path, data in trace.before.items():
-        _folder(root, path.parent).names[path.name] = _Folder() if data is None else _File(bytearray(data))
-    _sync_all(root)
+        nodes.append(_Folder() if data is None else _File(bytearray(data)))
+        _folder(root, path.parent).names[path.name] = nodes[-1]
+    for node in nodes:
+        node.sync()
     for operation in trace.operations[:index]:
         _apply(root, operation)
     into.mkdir(parents=True)
@@ -127,13 +129,6 @@ def _node(root: _Folder, path: Path) -> _Node:
             raise ValueError(f"{path} is not in the trace: something made it that the trace did not see")
         node = node.names[part]
     return node
-
-
-def _sync_all(node: _Node) -> None:
-    """Sync everything."""
-    node.sync()
-    for child in node.names.values() if isinstance(node, _Folder) else ():
-        _sync_all(child)
 
 
 def _write(data: bytearray, operation: Operation) -> None:
