@@ -15,8 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from smolforge import tokenizer as tokenizer_module
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.testing import sentences, tiny_tokenizer
-from smolforge.tokenizer import Tokenizer, byte_symbols, split_at_lines
-from smolforge.tokenizer.incremental import IncrementalDecoder
+from smolforge.tokenizer import IncrementalDecoder, Tokenizer, byte_symbols, split_at_lines
 
 TINY = tiny_tokenizer()
 anything = st.text(max_size=60) | st.sampled_from(["<|endoftext|>", "👩‍👩‍👧 naïve\r\n\t", "١٢٣ 12345", "\x00\x04\x16"])

@@ -13,8 +13,7 @@ from smolforge.errors import InvalidFileError
 from smolforge.generation.engine import Engine, FinishReason, Request, Token
 from smolforge.generation.samplers import SamplerChain, make_sampler
 from smolforge.models.decoder import LanguageModel
-from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.incremental import IncrementalDecoder
+from smolforge.tokenizer import IncrementalDecoder, Tokenizer
 
 Prompt = str | list[dict[str, str]]
 """A text to go on with, or messages to answer."""

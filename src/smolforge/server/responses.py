@@ -14,8 +14,7 @@ from starlette.responses import JSONResponse
 
 from smolforge.generation.engine import Token, TokenLogprobs
 from smolforge.generation.stream import TextChunk
-from smolforge.tokenizer import Tokenizer, byte_symbols
-from smolforge.tokenizer.incremental import IncrementalDecoder
+from smolforge.tokenizer import IncrementalDecoder, Tokenizer, byte_symbols
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot express; OpenAI's value."""

@@ -21,15 +21,14 @@ from smolforge.tokenizer.chat import ChatTemplate, SpecialTokens
 from smolforge.tokenizer.files import (
     FILES,
     NAMED_TOKENS,
-    added_token_settings,
     check_growth,
-    check_size,
     checked_settings,
+    parse_backend,
     read_settings,
     read_utf8_file,
 )
 
-__all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "Tokenizer", "split_at_lines"]
+__all__ = ["END_OF_TEXT", "FILES", "SPECIAL_TOKENS", "IncrementalDecoder", "Tokenizer", "split_at_lines"]
 
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
@@ -75,13 +74,7 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InvalidFileError(f"there is no tokenizer.json at {path}; name a local folder or file that has one")
-        check_size(file)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except BaseException as error:  # the library raises bare Exception for a bad file, or panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise InvalidFileError(f"{file} is not a tokenizer: {str(error)[:200]}") from None
+        backend = parse_backend(read_utf8_file(file), f"{file} is not a tokenizer")
         settings = read_settings(file.parent)
         template = file.with_name("chat_template.jinja")
         if template.is_file():
@@ -138,13 +131,20 @@ class Tokenizer:
     @property
     def bos_id(self) -> int | None:
         """The id a text may begin with. Nothing is added by `encode`."""
-        token = self.named_token("bos_token")
-        return None if token is None else self.backend.token_to_id(token)
+        return self._named_id("bos_token")
+
+    @property
+    def prefix_id(self) -> int:
+        """What a text of its own is predicted behind."""
+        return self.eos_id if self.bos_id is None else self.bos_id
 
     @property
     def pad_id(self) -> int | None:
         """The id other programs fill rows up with."""
-        token = self.named_token("pad_token")
+        return self._named_id("pad_token")
+
+    def _named_id(self, key: str) -> int | None:
+        token = self.named_token(key)
         return None if token is None else self.backend.token_to_id(token)
 
     @functools.cached_property
@@ -223,7 +223,7 @@ class Tokenizer:
         backend.add_special_tokens(new_tokens)
         settings = dict(self.settings)
         if "added_tokens_decoder" in settings:  # where Transformers looks first
-            added = {str(backend.token_to_id(token.content)): added_token_settings(token) for token in new_tokens}
+            added = {str(backend.token_to_id(token.content)): token.__getstate__() for token in new_tokens}
             settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], **added}
         return Tokenizer(backend, settings)
 
@@ -285,6 +285,38 @@ class Tokenizer:
         """The text of the token that the settings name so (bos_token, ...), if they do."""
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
+
+
+class IncrementalDecoder:
+    """Ids in one at a time, text out as soon as its characters are whole.
+
+    The joined pieces equal `decode` of all ids; a character cut in the middle waits for its rest.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.context: list[int] = []  # the last ids already given out, kept as context
+        self.pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that became whole with this id, perhaps none."""
+        self.pending.append(token)
+        text = self._new_text()
+        if text.endswith("\ufffd"):
+            return ""
+        self.context, self.pending = self.pending, []
+        return text
+
+    def finish(self) -> str:
+        """What is still waiting, broken as it may be."""
+        text = self._new_text() if self.pending else ""
+        self.context, self.pending = self.pending, []
+        return text
+
+    def _new_text(self) -> str:
+        # Decoded behind the ids before it, since some decoders treat the first token differently.
+        before = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.pending)[len(before) :]
 
 
 def byte_symbols() -> dict[int, str]:

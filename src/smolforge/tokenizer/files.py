@@ -25,12 +25,11 @@ def _read_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file."""
     if not file.is_file():
         return {}
+    content = read_utf8_file(file)
     try:
-        settings = json.loads(read_utf8_file(file))
+        settings = json.loads(content)
         json.dumps(settings, ensure_ascii=False).encode()  # half a character can be written in JSON, and nowhere else
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InvalidFileError):
-            raise
         raise InvalidFileError(f"{file} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise InvalidFileError(f"{file} is not a JSON object")
@@ -50,6 +49,16 @@ def check_size(file: Path) -> None:
     size, max_bytes = file.stat().st_size, MAX_FILE_BYTES.get(file.name, MAX_FILE_BYTES["tokenizer.json"])
     if size > max_bytes:
         raise InvalidFileError(f"{file} has {size:,} bytes, more than the {max_bytes:,} of any real one")
+
+
+def parse_backend(content: str, problem: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer of a tokenizer.json. Raises InvalidFileError, which begins with the problem."""
+    try:
+        return tokenizers.Tokenizer.from_str(content)
+    except BaseException as error:  # the library raises bare Exception for a bad file, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InvalidFileError(f"{problem}: {str(error)[:200]}") from None
 
 
 def checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -85,15 +94,3 @@ def check_growth(normalizer: Any) -> None:
         raise InvalidFileError(
             f"the normalizer of the tokenizer may make a text {growth:,} times longer; none needs that"
         )
-
-
-def added_token_settings(token: tokenizers.AddedToken) -> dict[str, Any]:
-    """Return an added token as tokenizer_config.json has it."""
-    return {
-        "content": token.content,
-        "lstrip": token.lstrip,
-        "normalized": token.normalized,
-        "rstrip": token.rstrip,
-        "single_word": token.single_word,
-        "special": token.special,
-    }

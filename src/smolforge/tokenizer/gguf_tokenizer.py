@@ -8,11 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import tokenizers
-
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.tokenizer import Tokenizer
-from smolforge.tokenizer.files import MAX_FILE_BYTES
+from smolforge.tokenizer.files import MAX_FILE_BYTES, parse_backend
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -123,12 +121,7 @@ def from_values(values: Mapping[str, Any], location: str, vocab_size: int | None
         "decoder": DECODER,
         "model": BPE_SETTINGS | {"vocab": vocabulary, "merges": merges},
     }
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
-    except BaseException as error:  # the library raises bare Exception, or panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InvalidFileError(f"{location} has a tokenizer that is broken: {str(error)[:200]}") from None
+    backend = parse_backend(json.dumps(content), f"{location} has a tokenizer that is broken")
     return Tokenizer(backend, settings_of(metadata, values.get(TEMPLATE), vocabulary, location=location))
 
 

@@ -7,11 +7,9 @@ it is late, started again when it is gone, and never shared with a fork.
 import atexit
 import json
 import os
-import selectors
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +33,6 @@ ERROR_MESSAGES = {
     "failed": "the chat template does not work with these messages ({})",
 }
 HINT = "; use a model whose template you trust, or correct its chat_template.jinja"
-
-
-class RenderTimeoutError(Exception):
-    """A render took longer than it may."""
 
 
 class Worker:
@@ -84,16 +78,15 @@ class Worker:
         for fresh in (self.child is None, True):
             child = self.child if self.child and self.child.poll() is None else self._start()
             try:
-                answer = _exchange(child, line, seconds)
-            except RenderTimeoutError:
-                self.close()
-                return {"error": "late", "says": ""}
+                answer, late = _exchange(child, line, seconds)
             except BaseException:  # Ctrl-C between question and answer: the next question must not read this answer
                 self.close()
                 raise
             if answer:
                 return json.loads(answer)
             self.close()
+            if late:
+                return {"error": "late", "says": ""}
             if fresh:
                 break
         return {"error": "gone", "says": ""}
@@ -109,11 +102,8 @@ class Worker:
             bufsize=0,
             start_new_session=True,
         )
-        try:
-            ready = _exchange(self.child, json.dumps({"memory_bytes": MEMORY_BYTES}).encode() + b"\n", START_SECONDS)
-        except RenderTimeoutError:
-            ready = b""
-        if not ready:
+        line = json.dumps({"memory_bytes": MEMORY_BYTES}).encode() + b"\n"
+        if not _exchange(self.child, line, START_SECONDS)[0]:
             self.close()
             raise MissingResourceError(
                 "the process that chat templates run in does not start; it needs Jinja: pip install 'jinja2>=3.1.6'"
@@ -121,33 +111,23 @@ class Worker:
         return self.child
 
 
-def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> bytes:
-    """Write a line, read a line; nothing where the child ends instead. Raises RenderTimeout."""
+def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> tuple[bytes, bool]:
+    """Write a line and return the next one, empty where the child ends instead, and whether it was killed as late."""
     assert child.stdin and child.stdout
-    to_child, from_child = child.stdin.fileno(), child.stdout.fileno()
-    os.set_blocking(to_child, False)
-    deadline, answer, unsent = time.monotonic() + seconds, bytearray(), memoryview(line)
-    with selectors.DefaultSelector() as selector:
-        selector.register(from_child, selectors.EVENT_READ)
-        selector.register(to_child, selectors.EVENT_WRITE)
-        while not answer.endswith(b"\n"):
-            # What is there is read even when it is late: this process may have been the one that slept.
-            ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
-            if not ready and time.monotonic() >= deadline:
-                raise RenderTimeoutError
-            if to_child in ready:
-                try:
-                    unsent = unsent[os.write(to_child, unsent) :]
-                except BrokenPipeError:
-                    return b""
-                if not unsent:
-                    selector.unregister(to_child)
-            if from_child in ready:
-                piece = os.read(from_child, 1 << 20)
-                if not piece:
-                    return b""
-                answer += piece
-    return bytes(answer)
+    late = threading.Event()
+    timer = threading.Timer(seconds, lambda: (late.set(), child.kill()))
+    timer.start()
+    answer, unsent = b"", memoryview(line)
+    try:
+        while unsent:
+            unsent = unsent[child.stdin.write(unsent) :]
+        while not answer.endswith(b"\n") and (piece := child.stdout.read(1 << 20)):
+            answer += piece
+    except BrokenPipeError:
+        pass
+    finally:
+        timer.cancel()
+    return answer if answer.endswith(b"\n") else b"", late.is_set()
 
 
 def _close_pipes(child: subprocess.Popen[bytes]) -> None:
