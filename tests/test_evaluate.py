@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_multiple_choice import score_slowly
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface
@@ -17,7 +18,7 @@ from smolforge.config import Data
 from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.evaluation import measure, measure_text, perplexity, tasks
-from smolforge.evaluation.multiple_choice import score, score_slowly, summary
+from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.tasks import HUB_TASKS, load_task, published_scores, read_items
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 from smolforge.training.environment import PACKAGES

@@ -15,13 +15,13 @@ from tokenizers import models
 from smolforge.config.model import FAMILIES
 from smolforge.errors import InvalidFileError
 from smolforge.evaluation.multiple_choice import (
+    DELIMITER,
     Item,
     ItemScore,
     Row,
     batch_by_length,
     encode_choices,
     score,
-    score_slowly,
     summary,
 )
 from smolforge.testing import tiny_model, tiny_tokenizer
@@ -33,6 +33,21 @@ WORDS = ["the", "model", "a", "token", ".", "7", "42", "'s"]
 STRANGE = ["\u00e9", "e\u0301", "\u4f60\u597d", "\U0001f600", "\u200d", "\u05d0", "x\0", "<|endoftext|>"]
 texts = st.lists(st.sampled_from(WORDS + STRANGE + SPACES), max_size=6).map("".join)
 visible = texts.filter(str.strip)
+
+
+@torch.inference_mode()
+def score_slowly(model, item) -> ItemScore:
+    """What `score` must return, the slow way: each choice alone after its query, nothing shared."""
+    logprobs, greedy = [], []
+    for query, text in item.pairs():
+        ((context, continuation),) = encode_choices(model.tokenizer, [(query, DELIMITER + text)])
+        logits, targets = (
+            model(torch.tensor([context + continuation]))[0, len(context) - 1 : -1],
+            torch.tensor(continuation),
+        )
+        logprobs.append(logits.double().log_softmax(-1).gather(1, targets[:, None]).sum().item())
+        greedy.append(bool((logits.argmax(-1) == targets).all()))
+    return ItemScore(item, tuple(logprobs), tuple(greedy))
 
 
 def questions(count: int, seed: int = 0) -> list[Item]:

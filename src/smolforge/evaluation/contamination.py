@@ -11,6 +11,7 @@ false matches. White space separates words: texts without it need another rule.
 import functools
 import sys
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -106,37 +107,28 @@ class NGrams:
     def __init__(self, texts: Sequence[Sequence[str]], size: int) -> None:
         self.texts, self.size = texts, size
         self.matched: list[set[int]] = [set() for _ in texts]
-        by_length: dict[int, list[tuple[int, int, int]]] = {}
+        self.owners: dict[int, dict[int, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
+        """By length and hash: the text and the position of each n-gram that has them."""
         for number, words in enumerate(texts):
             length = min(size, len(words))
-            for position, ngram_hash in enumerate(ngram_hashes(words, length)[-1] if words else ()):
-                by_length.setdefault(length, []).append((int(ngram_hash), number, position))
-        self.entries: dict[int, tuple[UInt64[np.ndarray, " n"], list[tuple[int, int]]]] = {}
-        for length, entries in by_length.items():
-            entries.sort()
-            owners = [(number, position) for _, number, position in entries]
-            self.entries[length] = np.array([ngram_hash for ngram_hash, _, _ in entries], np.uint64), owners
+            for position, ngram_hash in enumerate(ngram_hashes(words, length)[-1].tolist() if words else ()):
+                self.owners[length][ngram_hash].append((number, position))
+        self.known = {length: np.array(sorted(owners), np.uint64) for length, owners in self.owners.items()}
 
     def mark(self, words: Sequence[str]) -> None:
         """Mark each n-gram that occurs in these words."""
-        if not self.entries or not words:
-            return
-        for length, hashes in enumerate(ngram_hashes(words, max(self.entries)), 1):
-            if length in self.entries:
-                self._mark_length(words, length, hashes)
+        lengths_and_hashes = enumerate(ngram_hashes(words, max(self.known)), 1) if self.known and words else ()
+        for length, hashes in lengths_and_hashes:
+            if length in self.known:
+                known = self.known[length]
+                nearest = known[np.searchsorted(known, hashes).clip(max=len(known) - 1)]
+                for position in np.flatnonzero(nearest == hashes).tolist():
+                    self._mark_ngram(words[position : position + length], int(hashes[position]))
 
-    def _mark_length(self, words: Sequence[str], length: int, hashes: UInt64[np.ndarray, " m"]) -> None:
-        known_hashes, owners = self.entries[length]
-        first = np.searchsorted(known_hashes, hashes)
-        for position in np.flatnonzero(known_hashes[np.minimum(first, len(known_hashes) - 1)] == hashes).tolist():
-            entry = int(first[position])
-            while entry < len(owners) and known_hashes[entry] == hashes[position]:
-                number, start = owners[entry]
-                if start not in self.matched[number] and same_ngram(
-                    words, position, self.texts[number], start=start, length=length
-                ):
-                    self.matched[number].add(start)
-                entry += 1
+    def _mark_ngram(self, words: Sequence[str], ngram_hash: int) -> None:
+        for number, start in self.owners[len(words)][ngram_hash]:
+            if words == self.texts[number][start : start + len(words)]:
+                self.matched[number].add(start)
 
     def overlap_of(self, items: Sequence[Item], start: int) -> Overlap:
         """Return the overlap of these items, whose texts begin at index `start`."""
@@ -159,7 +151,3 @@ def ngram_hashes(words: Sequence[str], max_length: int) -> list[UInt64[np.ndarra
     for length in range(2, min(max_length, len(words)) + 1):
         hashes.append(hashes[-1][:-1] * HASH_BASE + single[length - 1 :])
     return hashes
-
-
-def same_ngram(words: Sequence[str], position: int, ngram_words: Sequence[str], *, start: int, length: int) -> bool:
-    return list(words[position : position + length]) == list(ngram_words[start : start + length])

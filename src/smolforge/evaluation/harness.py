@@ -87,8 +87,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text of its own is predicted behind."""
-        return self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
+        return self._tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:

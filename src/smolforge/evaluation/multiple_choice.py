@@ -66,16 +66,12 @@ class Row(NamedTuple):
         """Tokens a model is given: the last of each choice is only predicted."""
         return len(self.context) + sum(len(ids) - 1 for ids in self.continuations.values())
 
-    def flatten(self) -> tuple[list[int], list[int], list[int]]:
-        """Return id, position and branch of each token."""
-        context_length, branches = len(self.context), [ids[:-1] for ids in self.continuations.values()]
-        ids = [*self.context, *(token for branch in branches for token in branch)]
-        positions = [
-            *range(context_length),
-            *(context_length + offset for branch in branches for offset in range(len(branch))),
-        ]
-        branch_ids = [0] * context_length + [number for number, branch in enumerate(branches, 1) for _ in branch]
-        return ids, positions, branch_ids
+    def flatten(self) -> list[tuple[int, int, int]]:
+        """Return (id, position, branch) of each token."""
+        tokens = [(token, position, 0) for position, token in enumerate(self.context)]
+        for branch, ids in enumerate(self.continuations.values(), 1):
+            tokens += [(token, position, branch) for position, token in enumerate(ids[:-1], len(self.context))]
+        return tokens
 
     def targets(self) -> Iterator[tuple[int, int, int]]:
         """Yield (choice, position, token): each token of each choice, and the position in the row that predicts it."""
@@ -135,13 +131,12 @@ def encode_choices(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> li
     Spaces at the end of the query go to the continuation. An empty query is the token that starts a text. If a merge
     over the border leaves nothing to score, the continuation is encoded by itself.
     """
-    prefix_id = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     queries = [query.rstrip() for query, _ in pairs]
     continuations = [query[len(stripped) :] + text for stripped, (query, text) in zip(queries, pairs, strict=True)]
     contexts = dict(zip(distinct := list(dict.fromkeys(queries)), tokenizer.encode_batch(distinct), strict=True))
     joined = tokenizer.encode_batch([stripped + text for stripped, text in zip(queries, continuations, strict=True)])
     return [
-        (contexts[stripped] or [prefix_id], joined_ids[len(contexts[stripped]) :] or tokenizer.encode(text))
+        (contexts[stripped] or [tokenizer.prefix_id], joined_ids[len(contexts[stripped]) :] or tokenizer.encode(text))
         for stripped, text, joined_ids in zip(queries, continuations, joined, strict=True)
     ]
 
@@ -233,7 +228,7 @@ def _forward(model: LanguageModel, rows: Sequence[Row]) -> Iterator[tuple[int, i
     inputs = torch.zeros(3, len(rows), rows[0].length, dtype=torch.int64)
     owners, sources, targets = [], [], []
     for number, row in enumerate(rows):
-        inputs[:, number, : row.length] = torch.tensor(row.flatten())
+        inputs[:, number, : row.length] = torch.tensor(row.flatten()).T
         for choice, position, token in row.targets():
             owners.append((row.item, choice))
             sources.append((number, position))
@@ -260,18 +255,3 @@ def _target_losses(
     logits = model.logits(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-
-@torch.inference_mode()
-def score_slowly(model: LanguageModel, item: Item) -> ItemScore:
-    """Return what `score` must return, the slow way: each choice alone after its query, nothing shared."""
-    logprobs, greedy = [], []
-    for query, text in item.pairs():
-        ((context, continuation),) = encode_choices(require_tokenizer(model), [(query, DELIMITER + text)])
-        logits = model(torch.tensor([context + continuation], device=model.lm_head_weight.device))[
-            0, len(context) - 1 : -1
-        ]
-        target_ids = torch.tensor(continuation, device=model.lm_head_weight.device)
-        logprobs.append(logits.double().log_softmax(-1).gather(1, target_ids[:, None]).sum().item())
-        greedy.append(bool((logits.argmax(-1) == target_ids).all()))
-    return ItemScore(item, tuple(logprobs), tuple(greedy))

@@ -63,20 +63,20 @@ def measure_corpus(
         rows = PackedRows(corpus, HELD_OUT, sequence_length, seed=0)
         count = rows.count if max_tokens is None else min(rows.count, max(1, max_tokens // sequence_length))
         result = evaluate_batches(model, (rows.batch(number, 1) for number in range(count)), precision)
-        text_bytes = size["learned_bytes"] * result["tokens"] / size["learned_tokens"]
-        return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
-    ids = corpus.tokens(HELD_OUT)[:max_tokens]
-    result = measure(
-        model,
-        ids,
-        corpus.metadata["eos_id"],
-        sequence_length=sequence_length,
-        stride=stride,
-        precision=precision,
-        intra_document_masking=intra_document_masking,
-    )
+        split_bytes, split_tokens = size["learned_bytes"], size["learned_tokens"]
+    else:
+        result = measure(
+            model,
+            corpus.tokens(HELD_OUT)[:max_tokens],
+            corpus.metadata["eos_id"],
+            sequence_length=sequence_length,
+            stride=stride,
+            precision=precision,
+            intra_document_masking=intra_document_masking,
+        )
+        split_bytes, split_tokens = size["bytes"], size["tokens"]
     # Exact over the whole split; over a part, its bytes are taken in proportion to its tokens.
-    text_bytes = size["bytes"] * result["tokens"] / size["tokens"]
+    text_bytes = split_bytes * result["tokens"] / split_tokens
     return result | {"bits_per_byte": result["loss"] * result["tokens"] / math.log(2) / text_bytes}
 
 
@@ -162,32 +162,26 @@ def loss_by_position(model: LanguageModel, ids: np.ndarray, eos_id: int, *, leng
     Its mean over windows says how well the model predicts at each position, also beyond
     the length it was trained on.
     """
-    device, losses = model.lm_head_weight.device, []
-    inputs, labels = windows(ids, eos_id, length, stride=length)
-    num_windows = len(ids) // length
-    for row, targets in zip(inputs[:num_windows], labels[:num_windows], strict=True):
-        logits = model(row[None].to(device))[0].float()
-        losses.append(F.cross_entropy(logits, targets.to(device), reduction="none").cpu())
-    if not losses:
+    if len(ids) < length:
         raise InvalidFileError(f"the text has {len(ids):,} tokens, less than one window of {length:,}")
+    rows = torch.stack(windows(ids[: len(ids) // length * length], eos_id, length, stride=length), 1)
+    losses = []
+    for inputs, targets in rows.to(model.lm_head_weight.device):
+        losses.append(F.cross_entropy(model(inputs[None])[0].float(), targets, reduction="none").cpu())
     return torch.stack(losses).numpy()
 
 
 def windows(ids: np.ndarray, eos_id: int, sequence_length: int, *, stride: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return inputs and labels (n, t) in which each id is a label that counts exactly once."""
     text = torch.from_numpy(np.concatenate([[eos_id], ids]).astype(np.int64))
-    inputs, labels, position = [], [], 0
-    while position < len(ids):
-        start = max(0, position + stride - sequence_length) if position else 0
-        part = text[start : start + sequence_length + 1]
-        end = start + len(part) - 1
-        row, target = torch.zeros(sequence_length, dtype=torch.int64), torch.full((sequence_length,), IGNORE_INDEX)
-        row[: len(part) - 1] = part[:-1]
-        target[position - start : len(part) - 1] = part[1 + position - start :]
-        inputs.append(row)
-        labels.append(target)
-        position = end
-    return torch.stack(inputs), torch.stack(labels)
+    num_steps = max(0, math.ceil((len(ids) - sequence_length) / stride))
+    padding = (0, sequence_length + num_steps * stride - len(ids))
+    inputs, labels = (
+        F.pad(text, padding, value=fill).unfold(0, sequence_length + 1, stride) for fill in (0, IGNORE_INDEX)
+    )
+    labels = labels[:, 1:].clone()
+    labels[1:, : sequence_length - stride] = IGNORE_INDEX
+    return inputs[:, :-1], labels
 
 
 @torch.no_grad()
@@ -234,7 +228,6 @@ def measure_mixture(
             corpus,
             sequence_length,
             max_tokens=tokens_per_source,
-            stride=None,
             precision=precision,
             intra_document_masking=intra_document_masking,
         )

@@ -73,9 +73,14 @@ def _without_brackets(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def arc(row: DatasetRow) -> Prompted:
-    gold = row["choices"]["label"].index(row["answerKey"])
-    return Prompted([f"Question: {row['question']}\nAnswer:"], row["choices"]["text"], gold)
+def labelled(question: str) -> Callable[[DatasetRow], Prompted]:
+    """Return the prompts of rows with labelled choices, for a question with the names of fields."""
+
+    def to_prompt(row: DatasetRow) -> Prompted:
+        gold = row["choices"]["label"].index(row["answerKey"].strip())
+        return Prompted([question.format_map(row)], row["choices"]["text"], gold)
+
+    return to_prompt
 
 
 def piqa(row: DatasetRow) -> Prompted:
@@ -87,16 +92,6 @@ def winogrande(row: DatasetRow) -> Prompted:
     before, after = row["sentence"].split("_", 1)
     names = [row["option1"], row["option2"]]
     return Prompted([before + name for name in names], [after.strip()] * 2, int(row["answer"]) - 1)
-
-
-def openbookqa(row: DatasetRow) -> Prompted:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return Prompted([row["question_stem"]], row["choices"]["text"], gold)
-
-
-def commonsense_qa(row: DatasetRow) -> Prompted:
-    gold = row["choices"]["label"].index(row["answerKey"].strip())
-    return Prompted([row["question"]], row["choices"]["text"], gold)
 
 
 def lambada(row: DatasetRow) -> Prompted:
@@ -111,14 +106,15 @@ def mmlu_cloze(row: DatasetRow) -> Prompted:
     return Prompted([query], row["choices"], int(row["answer"]))
 
 
+ARC = labelled("Question: {question}\nAnswer:")
 HUB_TASKS = {
     "hellaswag": HubTask("Rowan/hellaswag", None, "validation", "train", hellaswag),
-    "arc_easy": HubTask("allenai/ai2_arc", "ARC-Easy", "test", "train", arc),
-    "arc_challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", "test", "train", arc),
+    "arc_easy": HubTask("allenai/ai2_arc", "ARC-Easy", "test", "train", ARC),
+    "arc_challenge": HubTask("allenai/ai2_arc", "ARC-Challenge", "test", "train", ARC),
     "piqa": HubTask("baber/piqa", None, "validation", "train", piqa),
     "winogrande": HubTask("allenai/winogrande", "winogrande_xl", "validation", "train", winogrande),
-    "openbookqa": HubTask("allenai/openbookqa", "main", "test", "train", openbookqa),
-    "commonsense_qa": HubTask("tau/commonsense_qa", None, "validation", "train", commonsense_qa),
+    "openbookqa": HubTask("allenai/openbookqa", "main", "test", "train", labelled("{question_stem}")),
+    "commonsense_qa": HubTask("tau/commonsense_qa", None, "validation", "train", labelled("{question}")),
     "lambada": HubTask("EleutherAI/lambada_openai", "default", "test", None, lambada),
     "mmlu_cloze": HubTask("cais/mmlu", "all", "test", "dev", mmlu_cloze),
 }
