@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, oracle, random_config
 
 from smolforge import cli, verification
+from smolforge.atomic import file_digest
 from smolforge.checkpoint import huggingface, loading
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError
@@ -16,7 +17,7 @@ from smolforge.models.attention import CausalAttention
 from smolforge.models.decoder import Attention, RMSNorm, build, rope_cos_sin
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.verification import reference_model
-from smolforge.verification.releases import Golden, Release, published_releases, sha256
+from smolforge.verification.releases import Golden, Release, published_releases
 from smolforge.verification.transformers_reference import compare_logits
 
 pytestmark = pytest.mark.usefixtures("compiling")
@@ -41,7 +42,7 @@ def release(tmp_path_factory):
         top_logits=first.values.tolist(),
     )  # fmt: skip
     count = sum(weight.numel() for weight in theirs.parameters())
-    hashes = {"model.safetensors": sha256(folder / "model.safetensors")}
+    hashes = {"model.safetensors": file_digest(folder / "model.safetensors")["sha256"]}
     return folder, Release("someone/Tiny-1M", SHAPE.model_dump(), count, sha256=hashes, golden=[golden])
 
 

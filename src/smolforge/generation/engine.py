@@ -120,7 +120,7 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """Give up a request, wherever it is; its slot is free before the next step. It may be gone."""
-        for row in (*self.decoding, *([self.prefilling] if self.prefilling else [])):
+        for row in self.active:
             if row.request_id == request_id:
                 self._release(row)
         self.waiting = deque(row for row in self.waiting if row.request_id != request_id)
@@ -132,15 +132,18 @@ class Engine:
         self.prefilling = None
 
     @property
+    def active(self) -> list[ActiveRequest]:
+        """The requests in the cache, by slot."""
+        return [*self.decoding, *([self.prefilling] if self.prefilling else [])]
+
+    @property
     def used_slots(self) -> int:
-        return len(self.decoding) + (self.prefilling is not None)
+        return len(self.active)
 
     @property
     def used_tokens(self) -> int:
         """Tokens that the cache has now, of `slots` times `capacity`."""
-        return sum(row.num_computed_tokens for row in self.decoding) + (
-            self.prefilling.num_computed_tokens if self.prefilling else 0
-        )
+        return sum(row.num_computed_tokens for row in self.active)
 
     @property
     def prefill_model(self) -> DecodingModel:
@@ -170,8 +173,7 @@ class Engine:
         cached, self.cached_prefix = self.cached_prefix, []
         if not self.prefix_caching or self.decoding or row.request.echo:
             return 0
-        pairs = zip(cached, row.request.prompt[:-1], strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return common_prefix_length(cached, row.request.prompt[:-1])
 
     def _decode(self) -> list[Token]:
         """The next token of each answer, all in one pass."""
@@ -250,6 +252,11 @@ class Engine:
             self.cache.move(last_slot, slot, last_row.num_computed_tokens)
         if self.prefilling is not None:
             self.cache.move(last_slot + 1, last_slot, self.prefilling.num_computed_tokens)
+
+
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens are the same at the beginning of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def token_logprobs(logits: Float[Tensor, "t v"], ids: Sequence[int], top: int) -> list[TokenLogprobs]:

@@ -11,13 +11,13 @@ from pydoc_data.topics import topics
 
 import torch
 
-from smolforge.atomic import MANIFEST
+from smolforge.atomic import MANIFEST, file_digest
 from smolforge.checkpoint import huggingface, loading
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.decoder import LanguageModel
 from smolforge.verification import checks, custom_classes, diagnosis
 from smolforge.verification.files import check_files
-from smolforge.verification.releases import Release, identify_release, published_releases, sha256
+from smolforge.verification.releases import Release, identify_release, published_releases
 from smolforge.verification.report import Check, VerificationReport
 from smolforge.verification.transformers_reference import Oracle, require_transformers
 
@@ -101,7 +101,7 @@ def _verify(
             f"{model} is no model folder that Transformers opens; export --to transformers makes one, and proves it"
         )
     loaded = loading.load(folder)
-    hashes = {path.name: sha256(path) for path in huggingface.weight_files(folder)}
+    hashes = {path.name: file_digest(path)["sha256"] for path in huggingface.weight_files(folder)}
     record(checks.check_parameters(loaded, folder))
     if not record(checks.check_finite(loaded)).holds:
         return None

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from smolforge.checkpoint import families, gguf, huggingface, quantization
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation, ModelConfig
 from smolforge.errors import ConfigError
+from smolforge.generation.engine import common_prefix_length
 from smolforge.generation.samplers import make_sampler
 from smolforge.generation.stream import generate_tokens
 from smolforge.models import quantized
@@ -186,20 +189,12 @@ def check_greedy(model: LanguageModel, oracle: Oracle, prompts: Sequence[Sequenc
         count, num_matched = count + len(expected), 0
         while num_matched < len(expected):
             remaining = expected[num_matched:]
-            generated = [
-                token.id
-                for token in generate_tokens(
-                    model, [[*prompt, *expected[:num_matched]]], GREEDY_SAMPLER, max_new_tokens=len(remaining)
-                )
-            ]
-            length = next(
-                (i for i, pair in enumerate(zip(generated, remaining, strict=True)) if pair[0] != pair[1]),
-                len(remaining),
-            )
+            ids = [*prompt, *expected[:num_matched]]
+            tokens = generate_tokens(model, [ids], GREEDY_SAMPLER, max_new_tokens=len(remaining))
+            generated = [token.id for token in tokens]
+            length = common_prefix_length(generated, remaining)
             if length < len(remaining):
-                is_tie = _nearly_tied(
-                    oracle, [*prompt, *expected[: num_matched + length]], generated[length], other=remaining[length]
-                )
+                is_tie = _nearly_tied(oracle, ids + remaining[:length], generated[length], other=remaining[length])
                 ties, wrong = ties + is_tie, wrong + (not is_tie)
                 if not is_tie:
                     break
@@ -230,10 +225,15 @@ def check_cache(model: LanguageModel, row: Sequence[int]) -> Check:
             model.logits(model.hidden_states(ids[:, start : start + size], positions, cache.view(positions)))[0]
         )
         start += size
-    worst = (torch.cat(parts) - expected).abs().max().item()
-    allowed = tolerance(expected.abs().max().item())
-    message = f"max difference {worst:.1e} (allowed {allowed:.1e}) over {len(row)} tokens, one at a time and in pieces"
-    return Check("cached", worst <= allowed, message, {"max_abs_diff": worst, "allowed": allowed})
+    note = f"over {len(row)} tokens, one at a time and in pieces"
+    return check_close("cached", torch.cat(parts), expected, note=note)
+
+
+def check_close(name: str, one: Float[Tensor, "*n v"], other: Float[Tensor, "*n v"], *, note: str) -> Check:
+    """Check that logits are equal to rounding."""
+    worst, allowed = (one - other).abs().max().item(), tolerance(other.abs().max().item())
+    message = f"max difference {worst:.1e} (allowed {allowed:.1e}) {note}"
+    return Check(name, worst <= allowed, message, {"max_abs_diff": worst, "allowed": allowed})
 
 
 def _piece_sizes(length: int) -> list[int]:

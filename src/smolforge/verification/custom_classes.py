@@ -4,12 +4,12 @@ config, random weights -> causal, cached, packed, trained, saved -> the same wei
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from smolforge.checkpoint import huggingface
@@ -87,12 +87,8 @@ def check_causal(model: LanguageModel, ids: Int[Tensor, "1 t"]) -> Check:
     position = ids.shape[1] // 2
     changed_ids = ids.clone()
     changed_ids[:, position:] = (changed_ids[:, position:] + 1) % model.config.vocab_size
-    return logits_check(
-        "causal",
-        model(ids)[:, :position],
-        model(changed_ids)[:, :position],
-        note=f"before token {position}, which was changed",
-    )
+    note = f"before token {position}, which was changed"
+    return checks.check_close("causal", model(ids)[:, :position], model(changed_ids)[:, :position], note=note)
 
 
 @torch.inference_mode()
@@ -102,12 +98,7 @@ def check_documents(model: LanguageModel, ids: Int[Tensor, "1 t"]) -> Check:
     packed = DocumentAttention((torch.arange(ids.shape[1]) >= boundary).long()[None])
     packed_logits = model.logits(model.hidden_states(ids, packed.positions, packed)[0])
     separate_logits = torch.cat([model(ids[:, :boundary])[0], model(ids[:, boundary:])[0]])
-    return logits_check("documents", packed_logits, separate_logits, note="packed into one row, and each alone")
-
-
-def logits_check(name: str, one: Float[Tensor, "*n v"], other: Float[Tensor, "*n v"], *, note: str) -> Check:
-    worst, allowed = (one - other).abs().max().item(), tolerance(other.abs().max().item())
-    return Check(name, worst <= allowed, f"max difference {worst:.1e} (allowed {allowed:.1e}) {note}")
+    return checks.check_close("documents", packed_logits, separate_logits, note="packed into one row, and each alone")
 
 
 def check_gradients(model: LanguageModel, ids: Int[Tensor, "1 t"]) -> Check:
@@ -140,31 +131,22 @@ def check_saved(model: LanguageModel, ids: Int[Tensor, "1 t"]) -> Check:
 def compare_built_in(model: LanguageModel, ids: Int[Tensor, "1 t"], equal: bool) -> Check:
     """Compare with the same weights in the built-in classes: equal, or the first token that differs."""
     built_in_model, weights = build(without_custom_classes(model.config)), dict(model.named_parameters())
-    mismatched = sorted(shape_mismatches(dict(built_in_model.named_parameters()), weights))
-    if mismatched:
-        return Check(
-            AGAINST, not equal, f"nothing to compare: {mismatched[0]} is in one of them alone, or of another shape"
-        )
-    for name, weight in built_in_model.named_parameters():
-        weight.copy_(weights[name])
-    diff, allowed = (
-        (model(ids) - built_in_model(ids)).abs().amax(-1)[0],
-        tolerance(built_in_model(ids).abs().max().item()),
+    built_in_weights = dict(built_in_model.named_parameters())
+    shapes, built_in_shapes = (
+        {(name, weight.shape) for name, weight in named.items()} for named in (weights, built_in_weights)
     )
+    if mismatched := sorted(shapes ^ built_in_shapes):
+        message = f"nothing to compare: {mismatched[0][0]} is in one of them alone, or of another shape"
+        return Check(AGAINST, not equal, message)
+    for name, weight in built_in_weights.items():
+        weight.copy_(weights[name])
+    logits = built_in_model(ids)
+    diff, allowed = (model(ids) - logits).abs().amax(-1)[0], tolerance(logits.abs().max().item())
     figures = {"max_abs_diff": diff.max().item(), "allowed": allowed}
-    first = next(iter((diff > allowed).nonzero().flatten().tolist()), None)
-    if first is None:
-        message = f"equal in all {len(diff)} tokens: max difference {diff.max():.1e} (allowed {allowed:.1e})"
-        return Check(AGAINST, True, message, figures)
-    message = f"equal in the first {first} tokens, not after: max difference {diff.max():.1e} (allowed {allowed:.1e})"
-    return Check(AGAINST, not equal, message, figures | {"first": first})
-
-
-def shape_mismatches(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[str]:
-    """Yield names of tensors that are not in both, or not of the same shape."""
-    for name in one.keys() | other.keys():
-        if name not in one or name not in other or one[name].shape != other[name].shape:
-            yield name
+    different = (diff > allowed).nonzero().flatten().tolist()
+    extent = f"equal in the first {different[0]} tokens, not after" if different else f"equal in all {len(diff)} tokens"
+    message = f"{extent}: max difference {diff.max():.1e} (allowed {allowed:.1e})"
+    return Check(AGAINST, not (equal and different), message, figures | ({"first": different[0]} if different else {}))
 
 
 def without_custom_classes(config: ModelConfig) -> ModelConfig:

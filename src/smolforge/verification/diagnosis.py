@@ -1,7 +1,8 @@
 """Diagnose wrong logits: try every known mistake, and name the one that explains them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from functools import partial
+from itertools import combinations, product
 
 import torch
 from jaxtyping import Float
@@ -23,43 +24,28 @@ def diagnose_code(
     weights: Weights, config: ModelConfig, ids: Sequence[int], *, our_logits: Float[Tensor, "t v"]
 ) -> str:
     """Return the mistake with which the reference model gives the logits of our code for the same weights."""
-    distances = {
-        name: _distance(weights, config, ids, options=options, expected=our_logits)
-        for name, options in _code_mistakes(config)
-    }
-    correct_distance = _distance(weights, config, ids, options=CORRECT, expected=our_logits)
+
+    def distance(options: ReferenceOptions) -> float:
+        try:
+            logits = reference_model.logits(weights, config, torch.tensor(ids), options=options)
+        except (KeyError, RuntimeError):  # options that do not fit these weights
+            return float("inf")
+        return (logits - our_logits).abs().max().item()
+
+    distances = {name: distance(options) for name, options in reference_model.mistakes(config).items()}
     best = min(distances, key=lambda name: distances[name])
-    return f"this code makes a mistake: {best}" if distances[best] < MAX_REMAINING * correct_distance else UNKNOWN
-
-
-def _code_mistakes(config: ModelConfig) -> Iterator[tuple[str, ReferenceOptions]]:
-    for name, options in reference_model.mistakes(config).items():
-        yield name.replace("rope_theta", "it uses").replace(" fits", ""), options
-
-
-def _distance(
-    weights: Weights, config: ModelConfig, ids: Sequence[int], *, options: ReferenceOptions, expected: Tensor
-) -> float:
-    try:
-        logits = reference_model.logits(weights, config, torch.tensor(ids), options=options)
-    except (KeyError, RuntimeError):  # options that do not fit these weights
-        return float("inf")
-    return (logits - expected).abs().max().item()
+    if distances[best] >= MAX_REMAINING * distance(CORRECT):
+        return UNKNOWN
+    return f"this code makes a mistake: {best.replace('rope_theta', 'it uses').replace(' fits', '')}"
 
 
 def diagnose_files(weights: Weights, config: ModelConfig, golden: Sequence[Golden]) -> str:
     """Return the change to the files with which the reference model gives the text of the release."""
-
-    def fits(changed: Weights, options: ReferenceOptions = CORRECT) -> bool:
-        return all(
-            matches_golden(lambda ids: reference_model.logits(changed, config, ids, options=options), entry)
-            for entry in golden
-        )
-
     for name, changed, options in file_mistakes(weights, config):
         try:
-            if fits(changed(), options):
-                return name
+            logits = partial(reference_model.logits, changed(), config, options=options)
+            if all(matches_golden(logits, entry) for entry in golden):
+                return f"the files have a mistake: {name}"
         except (KeyError, RuntimeError):  # options that do not fit these weights
             continue
     return f"{UNKNOWN}; the weights may be another model's, or damaged"
@@ -70,20 +56,14 @@ def file_mistakes(
 ) -> Iterator[tuple[str, Callable[[], Weights], ReferenceOptions]]:
     """Yield (name, weights, options) of every mistake a file may have, cheap and frequent ones first."""
     for name, options in reference_model.mistakes(config).items():
-        yield f"the files have a mistake: {name}", lambda: weights, options
-    for one, other in combinations(range(config.num_hidden_layers), 2):
-        yield (
-            f"the files have a mistake: swapped tensors, layers {one} and {other} are in each other's place",
-            lambda one=one, other=other: reference_model.swap_layers(weights, one, other),
-            CORRECT,
-        )
-    for layer in range(config.num_hidden_layers):
-        for pair in SWAPS:
-            yield (
-                f"the files have a mistake: swapped tensors, {pair[0]} and {pair[1]} of layer {layer}",
-                lambda layer=layer, pair=pair: swap_parts_of_layer(weights, layer, pair),
-                CORRECT,
-            )
+        yield name, lambda: weights, options
+    layers = range(config.num_hidden_layers)
+    for one, other in combinations(layers, 2):
+        name = f"swapped tensors, layers {one} and {other} are in each other's place"
+        yield name, partial(reference_model.swap_layers, weights, one, other), CORRECT
+    for layer, pair in product(layers, SWAPS):
+        name = f"swapped tensors, {pair[0]} and {pair[1]} of layer {layer}"
+        yield name, partial(swap_parts_of_layer, weights, layer, pair), CORRECT
 
 
 def swap_parts_of_layer(weights: Weights, layer: int, parts: tuple[str, str]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ There is one TOML per release, in releases/. A model is identified as a release 
 weights, or by the name of its folder.
 """
 
-import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,11 +76,6 @@ def identify_release(
         if by_name or by_weights or folder.resolve().name == release.name:
             return release
     return None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def config_differences(config: ModelConfig, release: Release) -> dict[str, tuple[Any, Any]]:

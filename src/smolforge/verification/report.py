@@ -1,8 +1,9 @@
 """The result of a verification, for users and for scripts."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,14 @@ class VerificationReport:
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain values, with the most used figures at the top level."""
         figures = {check.name: check.figures for check in self.checks}
-        return _json_has_no_nan(
-            {
-                "model": self.model,
-                "holds": self.holds,
-                "cause": self.cause,
-                "release": self.release,
-                "parameters": figures.get("parameters", {}),
-                "max_abs_logit_diff": figures.get("logits float32", {}).get("max_abs_diff"),
-                "greedy_match": figures.get("greedy", {}).get("match"),
-                "checks": [
-                    {"name": check.name, "holds": check.holds, "message": check.message, "figures": check.figures}
-                    for check in self.checks
-                ],
-            }
-        )
-
-
-def _json_has_no_nan(value: Any) -> Any:
-    """Return the same value with None for every NaN or infinity."""
-    if isinstance(value, dict):
-        return {key: _json_has_no_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_json_has_no_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        summary = {
+            "model": self.model,
+            "holds": self.holds,
+            "cause": self.cause,
+            "release": self.release,
+            "parameters": figures.get("parameters", {}),
+            "max_abs_logit_diff": figures.get("logits float32", {}).get("max_abs_diff"),
+            "greedy_match": figures.get("greedy", {}).get("match"),
+            "checks": self.checks,
+        }
+        return to_jsonable_python(summary, inf_nan_mode="null")
