@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from smolforge import cli
 from smolforge.checkpoint import training_state
 from smolforge.cli.flags import parse_overrides
-from smolforge.cli.inspect import mixture_report
+from smolforge.cli.inspect import mixture as mixture_report
 from smolforge.comparison import history
 from smolforge.comparison.history import read_source_totals
 from smolforge.comparison.page import render_page
@@ -592,7 +592,7 @@ def test_inspect_and_compare_show_the_mixture(mixed, tmp_path, capsys):
     elsewhere = {"data.mixture.code.source": "gone.txt", "data.mixture.web.source": "org/set"}
     (missing,) = mixture_report.recipe_warnings(resolve_recipe(read_recipe(mixed, never | elsewhere)), facts)
     assert missing == "data.mixture.code: there is no file, directory or match for the data source 'gone.txt'"
-    printed = mixture_report.mixture_lines(facts["mixture"])
+    printed = mixture_report.mixture_lines(facts)
     assert printed[1].split()[:4] == ["source", "tokens", "share", "epochs"]
     assert printed[-1] == "stage 3 (end) begins after step 6"
     run = resume_or_start(mixed, tmp_path / "runs" / "a", {})

@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from smolforge.cli import run_display
-from smolforge.cli.live_view import (
+from smolforge.cli.run_display import (
     BLOCK_LEVELS,
     MAX_CELLS,
     NON_FINITE,
     Curve,
+    Display,
     LiveView,
-    bar,
     pack_into_lines,
     resample_curve,
     sparkline,
 )
-from smolforge.cli.run_display import Display, secondary_parts
+from smolforge.cli.table import bar
 from smolforge.config.load import read_recipe
 from smolforge.runs.estimate import RunEstimate
 from smolforge.runs.resolve import resolve_recipe
@@ -134,7 +134,7 @@ def drawn(width, **environment):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, soft_wrap=True, _environ=environment)
     for step in range(1, 101):
         each = metrics(step, float("nan") if step == 50 else 9 - step / 20, 1.0 if step == 1 else 4000.0)
-        board.on_step(each, secondary_parts(each))
+        board.on_step(each)
     board.sample = "a text " * 200
     console.print(board)
     return console.file.getvalue()

@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smolforge import __version__
 from smolforge.errors import (
@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     args = [arg for arg in argv if arg != "--debug"]
     debug = len(args) < len(argv)
-    with _log_to_stderr_filtered(), _sigterm_as_interrupt():
+    # SIGTERM is as Ctrl-C, so that nothing half-written is left; train has its own handler.
+    with _log_to_stderr_filtered(), handle_signal(signal.SIGTERM, signal.default_int_handler):
         try:
             return _run(args, debug)
         except KeyboardInterrupt:  # also amid imports
@@ -94,9 +95,9 @@ def build_cli(command: str | None = None) -> "App":
 def _run(args: Sequence[str], debug: bool) -> int:
     from cyclopts import CycloptsError
 
-    args, custom_classes = _split_custom_classes(args)
     app = build_cli(next((arg for arg in args if arg in COMMANDS), None))
     try:
+        args, custom_classes = _split_custom_classes(args)
         if custom_classes:
             from smolforge.config.custom_classes import import_classes
 
@@ -133,17 +134,16 @@ def _drop_output() -> None:
 
 
 def _split_custom_classes(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the command line without --own, and the values of --own."""
-    remaining, custom_classes, pending = [], [], list(args)
-    while pending:
-        flag, equals, value = pending.pop(0).partition("=")
-        if flag != "--own":
-            remaining.append(f"{flag}{equals}{value}")
-        elif equals or pending:
-            custom_classes.append(value if equals else pending.pop(0))
-        else:
-            remaining.append(flag)
-    return remaining, custom_classes
+    """Return the command line without --own, and the values of --own. Raises ConfigError."""
+    from argparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--own", action="append", default=[])
+    try:
+        flags, remaining = parser.parse_known_args(args)
+    except ArgumentError:
+        raise ConfigError("--own needs a value") from None
+    return remaining, flags.own
 
 
 def _explain_usage_error(error: Exception, args: Sequence[str]) -> str:
@@ -161,7 +161,8 @@ def _explain_usage_error(error: Exception, args: Sequence[str]) -> str:
         case CoercionError(argument=argument, token=token, target_type=kind) if token is not None and kind is not None:
             from pydantic import TypeAdapter
 
-            from smolforge.config.base import describe_schema, format_value
+            from smolforge.config.base import describe_schema
+            from smolforge.formatting import format_value
 
             name = token.keyword or (argument.name if argument is not None else "it")
             expected = describe_schema(TypeAdapter(kind).json_schema())
@@ -199,20 +200,15 @@ def _explain_error(error: Exception) -> tuple[Exception, int]:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that nothing half-written is left. (train has its own handler.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def handle_signal(number: int, handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Call a handler for a signal; Python lets only the main thread set one."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(number, handler) if is_main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_main:
+            signal.signal(number, before or signal.SIG_DFL)
 
 
 @contextmanager

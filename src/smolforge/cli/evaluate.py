@@ -1,13 +1,19 @@
 """`smolforge evaluate`."""
 
 import json
-from collections.abc import Sequence
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli.progress import ProgressBar, quiet_library
+from smolforge.cli.flags import LoadingFlags, Model, check_at_least, split_names
+from smolforge.cli.table import print_result, progress_bar, table_lines
 from smolforge.errors import ConfigError, InvalidFileError
 
 if TYPE_CHECKING:
@@ -20,7 +26,7 @@ MAX_WINDOW = 2048
 
 
 def evaluate(
-    model: str,
+    model: Model,
     *,
     tasks: str | None = None,
     text: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
@@ -30,10 +36,8 @@ def evaluate(
     sequence_length: int | None = None,
     stride: int | None = None,
     log: Path | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    random: bool = False,
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    loading: LoadingFlags | None = None,
+    json_: bool = False,
 ) -> None:
     """How good a model is: on a text, HellaSwag, ARC and others, or items of your own.
 
@@ -41,8 +45,6 @@ def evaluate(
 
     Parameters
     ----------
-    model
-        A Hub id, a model folder, a run folder or one of its checkpoints.
     tasks
         Names and files, with commas between: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa,
         commonsense_qa, lambada, mmlu_cloze, or a .jsonl file whose lines have query, choices and gold.
@@ -62,28 +64,29 @@ def evaluate(
         Tokens from one window to the next; by default half a window, so that each token has that much before it.
     log
         A file for one JSON object an item: id, gold, log-probabilities, predictions.
-    dtype
-        float32, bfloat16, float16 or float64.
-    device
-        cpu, cuda or mps; auto takes the fastest present.
-    random
-        Let a preset be measured with random weights.
     json_
         Print tasks.NAME.{acc, acc_norm, acc_chars, acc_stderr, n} or {loss, perplexity, bits_per_byte, accuracy,
         tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's own figures are.
         Of the harness's tasks: all it measured, and n.
     """
-    task_names, harness_names = _split_names(tasks), _split_names(harness)
-    _check_arguments(task_names, harness_names, text or [], limit=limit, few_shot=few_shot, log=log)
+    task_names, harness_names, loading = split_names(tasks), split_names(harness), loading or LoadingFlags()
+    if not task_names and not text and not harness_names:
+        raise ConfigError(
+            "there is nothing to measure; name --tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
+        )
+    check_at_least(1, limit=limit)
+    check_at_least(0, few_shot=few_shot)
+    if log is not None and not log.parent.is_dir():
+        raise ConfigError(f"there is no folder {log.parent} for the log")
+    _check_unique(Path(name).stem for name in (*task_names, *harness_names, *(text or [])))
     harness_tasks = _find_harness_tasks(harness_names)
-    from smolforge.checkpoint.loading import fingerprint, load
-    from smolforge.device import pick_device
+    from smolforge.checkpoint.loading import fingerprint
     from smolforge.evaluation.tasks import load_task, published_scores
     from smolforge.training.environment import version, versions
 
     loaded_tasks = [load_task(task_name, limit, few_shot or 0) for task_name in task_names]
-    loaded = load(model, dtype, str(pick_device(device)), random=random)
-    weights = fingerprint(model) if json_ and not random else None  # a run goes on, and its name means others
+    loaded = loading.load(model)
+    weights = fingerprint(model) if json_ and not loading.random else None  # a run goes on, and its name means others
     window, step = _window_and_stride(loaded, sequence_length, stride)
     results = {path.stem: _evaluate_text(loaded, path, window, stride=step) for path in text or []}
     scores = {task.name: _score_task(loaded, task) for task in loaded_tasks}
@@ -95,46 +98,27 @@ def evaluate(
         name: values["acc_chars"] for name, values in results.items() if "acc_chars" in values and not few_shot
     }
     comparisons = published_scores(model, char_accuracies)
-    if json_:
-        published = {name: score for name, (_, score) in comparisons.items()}
-        package_versions = versions() | ({"lm_eval": version("lm_eval")} if harness_names else {})
-        summary = {"model": model, "weights": weights, "dtype": dtype, "tasks": {**results, **harness_results}}
-        print(json.dumps({**summary, "published": published, "versions": package_versions}))
-        return
-    for line in [*_result_lines(results), *_harness_lines(harness_results)]:
-        print(line)
-    for name, (measured, published_score) in comparisons.items():
-        print(f"{name}: acc_chars {measured:.1%}, published {published_score:.1%}{' over all items' if limit else ''}")
+    summary = {
+        "model": model,
+        "weights": weights,
+        "dtype": loading.dtype,
+        "tasks": {**results, **harness_results},
+        "published": {name: score for name, (_, score) in comparisons.items()},
+        "versions": versions() | ({"lm_eval": version("lm_eval")} if harness_names else {}),
+    }
+    lines = [*table_lines(_result_rows(results), align="<"), *table_lines(_harness_rows(harness_results), align="<")]
+    lines += [
+        f"{name}: acc_chars {measured:.1%}, published {score:.1%}{' over all items' if limit else ''}"
+        for name, (measured, score) in comparisons.items()
+    ]
+    print_result(summary, lines, as_json=json_)
 
 
-def _split_names(names: str | None) -> list[str]:
-    return [name.strip() for name in (names or "").split(",") if name.strip()]
-
-
-def _check_arguments(
-    task_names: Sequence[str],
-    harness_names: Sequence[str],
-    texts: Sequence[Path],
-    *,
-    limit: int | None,
-    few_shot: int | None,
-    log: Path | None,
-) -> None:
-    """Raise ConfigError for wrong arguments before anything is loaded."""
-    if not task_names and not texts and not harness_names:
-        raise ConfigError(
-            "there is nothing to measure; name --tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
-        )
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; it should be at least 1")
-    if few_shot is not None and few_shot < 0:
-        raise ConfigError(f"few-shot is {few_shot}; it should be at least 0")
-    if log is not None and not log.parent.is_dir():
-        raise ConfigError(f"there is no folder {log.parent} for the log")
-    names = [Path(task_name).stem for task_name in (*task_names, *harness_names)] + [path.stem for path in texts]
-    duplicates = [name for name in names if names.count(name) > 1]
-    if duplicates:
-        raise ConfigError(f"two of what is measured are called {duplicates[0]}; name each once, or rename a file")
+def _check_unique(names: Iterable[str]) -> None:
+    """Raise ConfigError where two results would have the same name."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two of what is measured are called {repeated[0]}; name each once, or rename a file")
 
 
 def _window_and_stride(model: "LanguageModel", length: int | None, stride: int | None) -> tuple[int, int]:
@@ -166,14 +150,14 @@ def _evaluate_text(model: "LanguageModel", path: Path, length: int, *, stride: i
     if not content:
         raise InvalidFileError(f"{path} is empty")
     total = len(require_tokenizer(model).encode(content))
-    with ProgressBar(path.stem, total) as advance:
+    with progress_bar(path.stem, total) as advance:
         return measure_text(model, content, length, stride=stride, on_progress=advance)
 
 
 def _score_task(model: "LanguageModel", task: "Task") -> list["ItemScore"]:
     from smolforge.evaluation.multiple_choice import score
 
-    with ProgressBar(task.name, sum(len(set(item.queries)) for item in task.items)) as advance:
+    with progress_bar(task.name, sum(len(set(item.queries)) for item in task.items)) as advance:
         return score(model, task.items, on_progress=advance)
 
 
@@ -183,11 +167,21 @@ def _summarize_scores(scores: Sequence["ItemScore"], task: "Task", few_shot: int
     return summary(scores) | {"few_shot": few_shot, "source": task.source}
 
 
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """While it runs: its prints on standard error, its warnings apart from its own log, its bars on a terminal only."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):
+        yield
+
+
 def _find_harness_tasks(names: Sequence[str]) -> dict[str, Any]:
     """Return tasks of lm-evaluation-harness, for `_run_harness`."""
     if not names:
         return {}
-    with quiet_library("lm_eval"):
+    with _quiet_harness():
         from smolforge.evaluation import harness
 
         return harness.load_tasks(names)
@@ -199,7 +193,7 @@ def _run_harness(
     """Return values and samples by task."""
     if not tasks:
         return {}, {}
-    with quiet_library("lm_eval"):
+    with _quiet_harness():
         from smolforge.evaluation import harness
 
         return harness.run_tasks(model, tasks, limit, few_shot=few_shot)
@@ -217,41 +211,28 @@ def _write_samples(log: Path, scores: dict[str, list["ItemScore"]], samples: dic
     log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
-def _result_lines(results: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line per task and per text."""
-    width, lines = max(map(len, results), default=0) + 2, []
+def _result_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yield a row per text and per task."""
     for name, values in results.items():
-        if "acc" not in values:
-            text = f"loss {values['loss']:.4f}  perplexity {values['perplexity']:.2f}  "
-            text += f"bits/byte {values['bits_per_byte']:.4f}  accuracy {values['accuracy']:.1%}  "
-            text += f"{values['tokens']:,} tokens"
+        if "acc" in values:
+            accuracies = (_format_metric(metric, values, ".1%") for metric in ("acc", "acc_norm", "acc_chars"))
+            yield name, "  ".join([*accuracies, f"n {values['n']:,}"])
         else:
-            text = "  ".join(_format_accuracy(metric, values) for metric in ("acc", "acc_norm", "acc_chars"))
-            text += f"  n {values['n']:,}"
-        lines.append(f"{name:<{width}}{text}")
-    return lines
+            loss, bits = f"loss {values['loss']:.4f}", f"bits/byte {values['bits_per_byte']:.4f}"
+            accuracy, tokens = f"accuracy {values['accuracy']:.1%}", f"{values['tokens']:,} tokens"
+            yield name, "  ".join([loss, f"perplexity {values['perplexity']:.2f}", bits, accuracy, tokens])
 
 
-def _harness_lines(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """Return one line per task with the harness's own metrics."""
-    width, lines = max(map(len, measured), default=0) + 2, []
-    for name, values in measured.items():
-        parts = [
-            _format_metric(key, values)
-            for key in values
-            if key not in ("n", "few_shot", "source") and "_stderr" not in key
-        ]
-        lines.append(f"{name:<{width}}{'  '.join(parts)}  n {values['n']:,}  ({values['source']})")
-    return lines
+def _harness_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yield a row per task with the harness's own metrics."""
+    for name, values in results.items():
+        metrics = [key for key in values if key not in ("n", "few_shot", "source") and "_stderr" not in key]
+        parts = [_format_metric(key, values, ".4f") for key in metrics]
+        yield name, "  ".join([*parts, f"n {values['n']:,}", f"({values['source']})"])
 
 
-def _format_metric(key: str, values: dict[str, Any]) -> str:
+def _format_metric(key: str, values: dict[str, Any], spec: str) -> str:
     metric, comma, filter_name = key.partition(",")
     value, error = values[key], values.get(f"{metric}_stderr{comma}{filter_name}")
-    text = f"{value:.4f}" if isinstance(value, float) else str(value)
-    return f"{key} {text}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
-
-
-def _format_accuracy(name: str, values: dict[str, Any]) -> str:
-    error = values[f"{name}_stderr"]
-    return f"{name} {values[name]:.1%}" + ("" if error is None else f" ± {error:.1%}")
+    text = f"{value:{spec}}" if isinstance(value, float) else str(value)
+    return f"{key} {text}" + (f" ± {error:{spec}}" if isinstance(error, float) else "")

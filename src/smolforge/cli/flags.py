@@ -1,22 +1,67 @@
-"""Dotted flags over a recipe: `--train.steps 500 --optim.schedule.decay none --data.sources a.txt,b.txt`.
+"""Flags that several commands take, and dotted flags over a recipe.
 
-Every setting is a flag; dashes and underscores are the same. Values are checked where all settings are,
+    --train.steps 500 --optim.schedule.decay none --data.sources a.txt,b.txt
+
+Every setting of a recipe is a flag; dashes and underscores are the same. Values are checked where all settings are,
 in config, once they lie over the recipe.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from cyclopts import Parameter
 
 from smolforge.config import Recipe
-from smolforge.config.base import NONE, fields, find_nested_group, format_value
+from smolforge.config.base import NONE, fields, find_nested_group
 from smolforge.errors import ConfigError, did_you_mean
+from smolforge.formatting import format_value
+
+if TYPE_CHECKING:
+    from smolforge.models.decoder import LanguageModel
+
+Model = Annotated[str, Parameter(help="A Hub id, a model folder, a run folder or one of its checkpoints.")]
+RecipeSettings = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+"""What is left of a command line, for `parse_overrides`."""
 
 ENV_VARIABLES = (
     ("WANDB_WATCH", "report.watch", ("gradients", "parameters", "all")),
     ("WANDB_LOG_MODEL", "report.log_model", ("end", "checkpoint")),
 )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class LoadingFlags:
+    """Flags for how a MODEL is loaded."""
+
+    dtype: str = "float32"
+    """float32, bfloat16, float16 or float64."""
+    device: str = "auto"
+    """cpu, cuda or mps; auto takes the fastest present."""
+    random: bool = False
+    """Let a preset be used with random weights."""
+
+    def load(self, model: str) -> "LanguageModel":
+        """Return a MODEL on the device."""
+        from smolforge.checkpoint.loading import load
+        from smolforge.device import pick_device
+
+        return load(model, self.dtype, str(pick_device(self.device)), random=self.random)
+
+
+def check_at_least(minimum: int, **flags: int | None) -> None:
+    """Raise ConfigError for a flag whose value is too small."""
+    for name, value in flags.items():
+        if value is not None and value < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it should be at least {minimum}")
+
+
+def split_names(names: str | None) -> list[str]:
+    """Return names that were given with commas between them."""
+    return [name.strip() for name in (names or "").split(",") if name.strip()]
 
 
 def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +89,7 @@ def parse_overrides(args: Sequence[str]) -> dict[str, Any]:
             value = remaining.pop(0)
         field = known_fields[name]
         name = "model.preset" if name == "model" else name
-        if field is not None and _is_list(field.annotation) and not (value == NONE and _is_list_or_none(field)):
+        if field is not None and takes_list(field.annotation, value):
             overrides[name] = [*overrides.get(name, []), *split_list(f"--{flag}", value)]
         elif name in overrides:
             raise ConfigError(f"--{flag} is given twice")
@@ -76,12 +121,10 @@ def overrides_from_env(environment: Mapping[str, str]) -> dict[str, Any]:
     return overrides
 
 
-def _is_list(annotation: Any) -> bool:
-    return get_origin(annotation) is tuple or any(get_origin(member) is tuple for member in get_args(annotation))
-
-
-def _is_list_or_none(field: Any) -> bool:
-    return NoneType in get_args(field.annotation)
+def takes_list(annotation: Any, value: str) -> bool:
+    """Return whether a value is one of a setting that has a list of them; `none` is where there may be no list."""
+    kinds = (annotation, *get_args(annotation))
+    return any(get_origin(kind) is tuple for kind in kinds) and not (value == NONE and NoneType in kinds)
 
 
 def split_list(name: str, value: str) -> list[Any]:

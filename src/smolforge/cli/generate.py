@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from smolforge.cli.flags import LoadingFlags, Model
 from smolforge.config import Generation
 from smolforge.config.base import validate_settings
 from smolforge.errors import ConfigError, InvalidFileError
@@ -46,14 +47,12 @@ class GenerationFlags:
 
 
 def generate(
-    model: str,
+    model: Model,
     *,
     prompt: str | None = None,
     draw: GenerationFlags | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    random: bool = False,
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    loading: LoadingFlags | None = None,
+    json_: bool = False,
 ) -> None:
     """Continue a text, streaming.
 
@@ -63,29 +62,21 @@ def generate(
 
     Parameters
     ----------
-    model
-        A Hub id, a model folder, a run folder or one of its checkpoints.
     prompt
         The text to continue; special tokens in it (<|im_end|>) are not parsed but read as plain text. Without
         one, standard input is read, or, on a terminal, a chat begins.
-    dtype
-        float32, bfloat16, float16 or float64.
-    device
-        cpu, cuda or mps; auto takes the fastest present.
-    random
-        Let a preset speak with random weights.
     json_
         Print text, token_ids, finish_reason and tokens_per_second as one JSON object.
     """
-    options = generation_from_flags(draw)
-    if prompt is None and sys.stdin.isatty():
+    options, is_chat = generation_from_flags(draw), prompt is None and sys.stdin.isatty()
+    if is_chat and json_:
+        raise ConfigError("--json prints one answer, not a chat; give it a --prompt")
+    language_model = load_for_generation(model, loading)
+    if is_chat:
         from smolforge.cli.chat import converse
 
-        if json_:
-            raise ConfigError("--json prints one answer, not a chat; give it a --prompt")
-        converse(load_for_generation(model, dtype, device, random=random), options)
+        converse(language_model, options)
     else:
-        language_model = load_for_generation(model, dtype, device, random=random)
         _print_continuation(language_model, _read_stdin() if prompt is None else prompt, options, json_=json_)
 
 
@@ -126,13 +117,11 @@ def generation_from_flags(flags: GenerationFlags | None) -> Generation:
     return validate_settings(Generation, values | {"stop": tuple(values["stop"] or ())})
 
 
-def load_for_generation(model: str, dtype: str, device: str, *, random: bool) -> "LanguageModel":
+def load_for_generation(model: str, loading: LoadingFlags | None) -> "LanguageModel":
     """Load a model that has a tokenizer."""
-    from smolforge.checkpoint.loading import load
-    from smolforge.device import pick_device
     from smolforge.generation.stream import require_tokenizer
 
-    language_model = load(model, dtype, str(pick_device(device)), random=random)
+    language_model = (loading or LoadingFlags()).load(model)
     require_tokenizer(language_model)
     return language_model
 

@@ -1,19 +1,23 @@
 """`smolforge prepare`."""
 
-import json
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from smolforge.cli.flags import check_at_least
+from smolforge.cli.table import print_result
 from smolforge.config import Data
 from smolforge.config.base import validate_settings
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.formatting import format_duration
 
+REPORT_SECONDS = 2.0
 DROP_REASONS = {
     "filtered": "by data.filters",
     "missing": "not in the store",
@@ -27,45 +31,80 @@ DROP_REASONS = {
 RENAMED_FLAGS = {"--filters": "--filter", "--sources": "SOURCE"}
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PrepareFlags:
+    """Flags for the text and how it is read; those that `Data` has too are its settings."""
+
+    tokenizer: str | None = None
+    """A folder with a tokenizer.json, or a Hub id; by default one is trained on these sources."""
+    vocab_size: int = 4096
+    """Size of the tokenizer that is trained."""
+    tokens: str | None = None
+    """Stop after this many, as 50000, 10M or 2B."""
+    format: Literal["text", "chat", "pairs"] = "text"
+    """chat reads conversations, messages or a prompt and a completion a .jsonl line, and marks what is to be learned;
+    pairs reads a prompt with a chosen and a rejected answer a line."""
+    text_key: str = "text"
+    """Key of the text in a .jsonl line, or its column."""
+    text_template: str | None = None
+    """Text made of several columns, as "{title}: {text}"."""
+    text_url: str | None = None
+    """Where the text of a row is to be had, as https://softwareheritage.s3.amazonaws.com/content/{blob_id}."""
+    encoding_key: str | None = None
+    """Column with the encoding of what text_url names."""
+    split: str = "train"
+    """Which split of a data set on the Hub."""
+    filters: Annotated[tuple[str, ...], Parameter(name="--filter", show_default=False)] = ()
+    """Only rows that meet this, as "int_score >= 3"; may be given several times."""
+    min_characters: int = 0
+    """Leave out shorter documents."""
+    max_characters: int | None = None
+    """Leave out longer ones."""
+    deduplication: Literal["exact", "minhash"] = "exact"
+    """minhash leaves out near duplicates of documents as well, by datatrove's MinHash; exact the same ones alone."""
+    group_key: str | None = None
+    """Key in a .jsonl line, or column, that names documents to be held out together."""
+    held_out: float = 0.05
+    """Share of the text kept back to measure on."""
+    workers: int | None = None
+    """Processes that work at a time, by default one for each core; the corpus is the same for any number."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where they work: on this machine, or as jobs on a cluster through datatrove's executors."""
+    partition: str | None = None
+    """The partition of a Slurm cluster."""
+    hours: int = 24
+    """The time limit of a Slurm job."""
+
+    def check(self) -> None:
+        """Raise ConfigError for wrong flags of the workers."""
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(
+                f"--workers is {self.workers}; it should be at least 1, or left out for one for each core"
+            )
+        check_at_least(1, hours=self.hours)
+        if self.partition is not None and self.executor != "slurm":
+            reason = f"--partition is one of Slurm's, and --executor is {self.executor}"
+            raise ConfigError(f"{reason}; --executor slurm takes it")
+
+
 @contextmanager
 def name_flags_in_errors() -> Iterator[None]:
     """Replace the names of recipe settings in errors by this command's flags."""
     names = "|".join(Data.model_fields).replace("_", "[_-]")
+
+    def flag(match: re.Match[str]) -> str:
+        name = f"--{match[1]}".replace("_", "-")
+        return RENAMED_FLAGS.get(name, name)
+
     try:
         yield
     except (ConfigError, InvalidFileError, MissingResourceError) as error:
-        flag = lambda match: f"--{match[1]}".replace("_", "-")  # noqa: E731
-        message = re.sub(
-            rf"(?:--)?\bdata\.({names})\b", lambda match: RENAMED_FLAGS.get(flag(match), flag(match)), str(error)
-        )
-        raise type(error)(message) from error
+        raise type(error)(re.sub(rf"(?:--)?\bdata\.({names})\b", flag, str(error))) from error
 
 
 @name_flags_in_errors()
-def prepare(
-    *sources: str,
-    out: Path,
-    tokenizer: str | None = None,
-    vocab_size: int = 4096,
-    tokens: str | None = None,
-    format_: Annotated[Literal["text", "chat", "pairs"], Parameter(name="--format")] = "text",
-    text_key: str = "text",
-    text_template: str | None = None,
-    text_url: str | None = None,
-    encoding_key: str | None = None,
-    split: str = "train",
-    filter_: Annotated[tuple[str, ...], Parameter(name="--filter", show_default=False)] = (),
-    min_characters: int = 0,
-    max_characters: int | None = None,
-    deduplication: Literal["exact", "minhash"] = "exact",
-    group_key: str | None = None,
-    held_out: float = 0.05,
-    workers: int | None = None,
-    executor: Literal["local", "slurm", "ray"] = "local",
-    partition: str | None = None,
-    hours: int = 24,
-    json_: Annotated[bool, Parameter(name="--json")] = False,
-) -> None:
+def prepare(*sources: str, out: Path, flags: PrepareFlags | None = None, json_: bool = False) -> None:
     """Text to token shards, which train reads with --data.sources OUT.
 
         smolforge prepare my.txt --out corpus --vocab-size 4096
@@ -78,45 +117,6 @@ def prepare(
     out
         Folder of the corpus. It appears whole or not at all; the same command goes on with one that was stopped, and
         finds a whole one done.
-    tokenizer
-        A folder with a tokenizer.json, or a Hub id; by default one is trained on these sources.
-    vocab_size
-        Size of the tokenizer that is trained.
-    tokens
-        Stop after this many, as 50000, 10M or 2B.
-    format_
-        chat reads conversations, messages or a prompt and a completion a .jsonl line, and marks what is to be learned;
-        pairs reads a prompt with a chosen and a rejected answer a line.
-    text_key
-        Key of the text in a .jsonl line, or its column.
-    text_template
-        Text made of several columns, as "{title}: {text}".
-    text_url
-        Where the text of a row is to be had, as https://softwareheritage.s3.amazonaws.com/content/{blob_id}.
-    encoding_key
-        Column with the encoding of what text_url names.
-    split
-        Which split of a data set on the Hub.
-    filter_
-        Only rows that meet this, as "int_score >= 3"; may be given several times.
-    min_characters
-        Leave out shorter documents.
-    max_characters
-        Leave out longer ones.
-    deduplication
-        minhash leaves out near duplicates of documents as well, by datatrove's MinHash; exact the same ones alone.
-    group_key
-        Key in a .jsonl line, or column, that names documents to be held out together.
-    held_out
-        Share of the text kept back to measure on.
-    workers
-        Processes that work at a time, by default one for each core; the corpus is the same for any number.
-    executor
-        Where they work: on this machine, or as jobs on a cluster through datatrove's executors.
-    partition
-        The partition of a Slurm cluster.
-    hours
-        The time limit of a Slurm job.
     json_
         Print documents, tokens, bytes and tokens_per_second as one JSON object.
     """
@@ -125,53 +125,36 @@ def prepare(
     from smolforge.device import usable_cores
     from smolforge.runs.estimate import parse_count
 
-    settings: dict[str, Any] = {
-        "format": format_,
-        "text_key": text_key,
-        "deduplication": deduplication,
-        "group_key": group_key,
-        "held_out": held_out,
-        "split": split,
-        "text_template": text_template,
-        "text_url": text_url,
-        "encoding_key": encoding_key,
-        "filters": filter_,
-        "min_characters": min_characters,
-        "max_characters": max_characters,
-    }
-    data = validate_settings(Data, ({"sources": sources} if sources else {}) | settings)
-    if workers is not None and workers < 1:
-        raise ConfigError(f"--workers is {workers}; it should be at least 1, or left out for one for each core")
-    if hours < 1:
-        raise ConfigError(f"--hours is {hours}; it should be at least 1")
-    if partition is not None and executor != "slurm":
-        raise ConfigError(f"--partition is one of Slurm's, and --executor is {executor}; --executor slurm takes it")
-    loaded_tokenizer = loading.load_tokenizer(tokenizer) if tokenizer else None
-    max_tokens = None if tokens is None else parse_count(tokens, "--tokens")
-    if executor != "local":
+    flags = flags or PrepareFlags()
+    settings = {name: value for name, value in flags.__dict__.items() if name in Data.model_fields}
+    data = validate_settings(Data, settings | ({"sources": sources} if sources else {}))
+    flags.check()
+    tokenizer = loading.load_tokenizer(flags.tokenizer) if flags.tokenizer else None
+    max_tokens = None if flags.tokens is None else parse_count(flags.tokens, "--tokens")
+    if flags.executor != "local":
         from smolforge.data.prepare.cluster import Cluster, submit_jobs
 
-        cluster = Cluster(executor, workers or -1, partition, hours)
-        count = submit_jobs(data, out, loaded_tokenizer, vocab_size=vocab_size, limit=max_tokens, cluster=cluster)
-        print(f"{count:,} tasks were handed to {executor}; once they end, {out} is there, or the same command goes on")
+        cluster = Cluster(flags.executor, flags.workers or -1, flags.partition, flags.hours)
+        count = submit_jobs(data, out, tokenizer, vocab_size=flags.vocab_size, limit=max_tokens, cluster=cluster)
+        handed = f"{count:,} tasks were handed to {flags.executor}"
+        print(f"{handed}; once they end, {out} is there, or the same command goes on")
         return
     if not json_:
-        print_source_sizes(data)
-    start = time.perf_counter()
-    progress = PreparationProgress()
+        _print_source_sizes(data)
+    start, progress = time.perf_counter(), PreparationProgress()
     corpus = build.prepare(
         data,
         out,
-        loaded_tokenizer,
-        vocab_size=vocab_size,
+        tokenizer,
+        vocab_size=flags.vocab_size,
         max_tokens=max_tokens,
         report=lambda counts: None if json_ else progress.report(counts),
-        workers=workers or max(1, round(usable_cores())),
+        workers=flags.workers or max(1, round(usable_cores())),
     )
-    print_result(corpus, out, time.perf_counter() - start, as_json=json_)
+    _print_corpus(corpus, out, time.perf_counter() - start, as_json=json_)
 
 
-def print_source_sizes(data: Data) -> None:
+def _print_source_sizes(data: Data) -> None:
     """Print the size of each streamed source before it is read."""
     from smolforge.data import sources
 
@@ -183,55 +166,47 @@ def print_source_sizes(data: Data) -> None:
 class PreparationProgress:
     """Print a line now and then: how much, how fast, and the time left."""
 
-    INTERVAL_SECONDS = 2.0
-
     def __init__(self) -> None:
         self.start = self.last_report = time.perf_counter()
-        self.first_counts: dict[str, int] | None = None
+        self.first_counts: dict[str, int] = {}
 
     def report(self, counts: dict[str, int]) -> None:
+        """Print the first counts, and from then on those of every few seconds."""
         from smolforge.cli.run_display import corpus_line
 
         now = time.perf_counter()
-        if self.first_counts is None:
+        if not self.first_counts:
             self.first_counts, self.start = counts, now
             print(corpus_line(counts), flush=True)
-        elif now - self.last_report >= self.INTERVAL_SECONDS:
+        elif now - self.last_report >= REPORT_SECONDS:
             self.last_report = now
             print(f"{corpus_line(counts)}{self.rate(counts, now - self.start)}", flush=True)
 
     def rate(self, counts: dict[str, int], seconds: float) -> str:
-        from smolforge.cli.run_display import duration
-
         first = self.first_counts or counts
         processed = {key: counts[key] - first[key] for key in ("tokens", "bytes")}
         seconds_left = [
-            seconds * max(0, counts[f"of_{key}"] - counts[key]) / processed[key]
-            for key in ("tokens", "bytes")
-            if f"of_{key}" in counts and processed[key]
+            seconds * max(0, counts[f"of_{key}"] - counts[key]) / count
+            for key, count in processed.items()
+            if f"of_{key}" in counts and count
         ]
-        eta = f", about {duration(min(seconds_left))} left" if seconds_left else ""
+        eta = f", about {format_duration(min(seconds_left))} left" if seconds_left else ""
         return f", {processed['bytes'] / seconds / 1e6:.1f} MB/s{eta}"
 
 
-def print_result(prepared: Any, out: Path, seconds: float, *, as_json: bool) -> None:
-    """Print the sizes of the prepared corpus and what was dropped."""
-    from smolforge.data import corpus
+def _print_corpus(corpus: Any, out: Path, seconds: float, *, as_json: bool) -> None:
+    """Print the sizes of a prepared corpus and what was dropped."""
+    from smolforge.data.corpus import SPLITS
 
-    sizes = [prepared.size(split) for split in corpus.SPLITS]
+    train, held_out = sizes = [corpus.size(split) for split in SPLITS]
     total = {key: sum(size[key] for size in sizes) for key in ("documents", "tokens", "bytes")}
-    dropped = {reason: count for reason, count in prepared.metadata["dropped"].items() if count}
-    if as_json:
-        print(json.dumps(total | {"tokens_per_second": total["tokens"] / seconds, "dropped": dropped}))
-        return
-    train, held_out = sizes
-    print(f"{out}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out")
-    if prepared.format != "text":
-        learned = train.get("learned_tokens", 0)
-        rows = f"{train['documents']:,} conversations"
-        rows = rows if prepared.format == "chat" else f"{train['documents'] // 2:,} pairs"
-        print(f"{rows}, of whose tokens {learned / max(1, train['tokens']):.0%} are learned")
+    dropped = {reason: count for reason, count in corpus.metadata["dropped"].items() if count}
+    lines = [f"{out}: {train['tokens']:,} tokens to train on, {held_out['tokens']:,} held out"]
+    if corpus.format != "text":
+        count, learned = train["documents"], train.get("learned_tokens", 0) / max(1, train["tokens"])
+        rows = f"{count:,} conversations" if corpus.format == "chat" else f"{count // 2:,} pairs"
+        lines.append(f"{rows}, of whose tokens {learned:.0%} are learned")
     if dropped:
-        print(
-            "left out: " + ", ".join(f"{count:,} {DROP_REASONS[reason]}" for reason, count in sorted(dropped.items()))
-        )
+        reasons = (f"{count:,} {DROP_REASONS[reason]}" for reason, count in sorted(dropped.items()))
+        lines.append(f"left out: {', '.join(reasons)}")
+    print_result(total | {"tokens_per_second": total["tokens"] / seconds, "dropped": dropped}, lines, as_json=as_json)

@@ -1,27 +1,48 @@
-"""Show the progress of a run: a live view on a terminal, plain lines elsewhere."""
+"""Show the progress of a run: a live view on a terminal, plain lines elsewhere.
+
+step ━━━━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━ 180/300 0:01:47
+loss         4.912  █▆▅▄▄▃▃▂▂▂▁▁▁▁  4.88 to 8.78
+tokens/s     5,591  ▇▇█▇▇▇▇█▇▇▇▇▇▇  0 to 5,702
+MFU 40%  lr 1.50e-02  grad 1.16  0.71 GiB  33 s left
+
+Bars and sparklines are drawn with Unicode's block characters.
+"""
 
 import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from smolforge.cli.live_view import LiveView, pack_into_lines
+from smolforge.cli.table import UNLIMITED_WIDTH, counting_progress, table_lines
 from smolforge.config import Optim, Recipe, Train
+from smolforge.formatting import format_duration
 from smolforge.runs.estimate import RunEstimate, trainable_parameter_count
 from smolforge.training.loop import TrainState
 
 PLAIN_INTERVAL_SECONDS = 10
 MAX_PARTS_ABOVE_LIVE = 3
 """Parts of a line that stay above the live view: it has the others."""
-NAME_WIDTH = 12
-"""Columns of what a plan names."""
+BLOCK_LEVELS = "▁▂▃▄▅▆▇"
+"""Without the full block, so that curves below each other do not touch."""
+NON_FINITE = "!"
+"""Marks a value that is NaN or infinite: seldom, and it must be visible."""
+MAX_CELLS = 512
+"""More than a terminal is wide, and few enough to draw four times a second."""
+MAX_SAMPLE_CHARS = 600
+NAME_WIDTH = 20
+"""Columns of a curve's name and value."""
+MIN_WIDTH_FOR_SCALE = 60
+"""Columns from which on a curve's range is shown."""
 
 
 class Display:
@@ -29,7 +50,7 @@ class Display:
 
     def __init__(self, quiet: bool = False, plain: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
-        self.warning_console = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
+        warning_console = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
         self.plain = plain or quiet or not self.console.is_terminal or self.console.is_dumb_terminal
         self.live: Live | None = None
         self.reference_progress: Progress | None = None
@@ -41,7 +62,7 @@ class Display:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self.has_new_sample = False
         self.steps, self.last_print_time = 0, 0.0
-        self.handler = RichHandler(logging.WARNING, self.warning_console, show_time=False, show_path=False)
+        self.handler = RichHandler(logging.WARNING, warning_console, show_time=False, show_path=False)
 
     def __enter__(self) -> "Display":
         logging.getLogger("smolforge").addHandler(self.handler)
@@ -53,22 +74,18 @@ class Display:
 
     def stop(self) -> None:
         """Stop all live drawing."""
-        if self.reference_progress is not None:
-            self.reference_progress.stop()
-            self.reference_progress = None
-        if self.live is not None:
-            self.live.stop()
-            self.live = None
+        for drawing in (self.reference_progress, self.live):
+            if drawing is not None:
+                drawing.stop()
+        self.reference_progress = self.live = None
 
     def print_line(self, text: str) -> None:
         self.console.print(text, markup=False)
 
     def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None:
         self.stop()
-        for line in plan_lines(recipe, estimate, start):
-            self.print_line(
-                line if self.plain else textwrap.fill(line, self.console.width, subsequent_indent=" " * NAME_WIDTH)
-            )
+        width = UNLIMITED_WIDTH if self.plain else self.console.width
+        self.print_line("\n".join(plan_lines(recipe, estimate, start, width=width)))
         self.steps = recipe.train.steps
         for task in self.progress.task_ids:
             self.progress.remove_task(task)
@@ -82,11 +99,8 @@ class Display:
     def on_reference(self, pairs: int, total: int) -> None:
         """Show the reference model's pass before the first step: a bar on a terminal, else a line at the end."""
         if self.reference_progress is None:
-            self.reference_progress = Progress(
-                TextColumn("reference"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                console=self.console, transient=True, disable=self.plain,
-            )  # fmt: skip
-            self.reference_progress.add_task("pairs", total=total)
+            self.reference_progress = counting_progress(self.console, disable=self.plain)
+            self.reference_progress.add_task("reference", total=total)
             self.reference_progress.start()
         self.reference_progress.update(self.reference_progress.task_ids[0], completed=pairs)
         if pairs == total:
@@ -94,7 +108,7 @@ class Display:
             self.print_line(f"read {total:,} pairs with the model to start from")
 
     def on_sample(self, text: str) -> None:
-        self.live_view.sample, self.has_new_sample = text, True
+        self.live_view.sample, self.has_new_sample = " ".join(text.split()), True
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         """Show a step: always in the live view, else after an evaluation or after a while."""
@@ -106,36 +120,152 @@ class Display:
         self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
         evaluated = any(name.startswith(("validation_loss", "task_")) for name in metrics)
         if self.live is not None:
-            self.live_view.on_step(metrics, secondary_parts(metrics))
+            self.live_view.on_step(metrics)
             if evaluated:
                 parts = [f"step {metrics['step']:,}", *metrics_parts(metrics)[:MAX_PARTS_ABOVE_LIVE]]
                 self.print_line("\n  ".join(pack_into_lines(parts, self.console.width - 2)))
-        elif (
-            evaluated
-            or time.perf_counter() - self.last_print_time > PLAIN_INTERVAL_SECONDS
-            or metrics["step"] == self.steps
-        ):
+            return
+        due = time.perf_counter() - self.last_print_time > PLAIN_INTERVAL_SECONDS
+        if evaluated or due or metrics["step"] == self.steps:
             self.last_print_time = time.perf_counter()
-            self.print_line(f"step {metrics['step']:,}/{self.steps:,}  {metrics_line(metrics)}")
-            if self.has_new_sample and self.live_view.sample.strip():
-                self.print_line(f"  sample: {' '.join(self.live_view.sample.split())[:200]}")
+            self.print_line(f"step {metrics['step']:,}/{self.steps:,}  {'  '.join(metrics_parts(metrics))}")
+            if self.has_new_sample and self.live_view.sample:
+                self.print_line(f"  sample: {self.live_view.sample[:200]}")
                 self.has_new_sample = False
 
 
-def metrics_line(metrics: dict[str, Any]) -> str:
-    return "  ".join(metrics_parts(metrics))
+class LiveView:
+    """Draw the progress of a run, as wide as the terminal is at that moment."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.loss, self.speed = Curve(), Curve()
+        self.metrics: dict[str, Any] = {}
+        self.sample = ""
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """Add a step; the speed of the first one is left out, because it compiles and allocates."""
+        self.metrics = metrics
+        self.loss.add(metrics["step"], metrics["loss"])
+        if "tokens_per_second_median" in metrics:
+            self.speed.add(metrics["step"], metrics["tokens_per_second"])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        width = options.max_width
+        yield self.progress
+        if not self.metrics:
+            return
+        yield from self._curve_lines(width)
+        for line in pack_into_lines(secondary_parts(self.metrics), width):
+            yield Text(line, no_wrap=True, overflow="ellipsis")
+        if self.sample:
+            text = Text(self.sample[-MAX_SAMPLE_CHARS:], no_wrap=False, overflow="fold")
+            yield Panel(text, title="last sample", width=width)
+
+    def _curve_lines(self, width: int) -> Iterator[Text]:
+        """Yield a line per curve, all equally long, with their ranges where the terminal is wide enough."""
+        losses, speeds = self.loss.values(), self.speed.values()
+        loss_ends, (_, fastest) = finite_range(losses), finite_range(speeds)
+        curves = (
+            ("loss", f"{self.metrics['loss']:.3f}", losses, loss_ends, "{:.2f} to {:.2f}", "cyan"),
+            ("tokens/s", f"{token_rate(self.metrics):,.0f}", speeds, (0.0, fastest), "{:,.0f} to {:,.0f}", "green"),
+        )
+        ranges = [f"  {spec.format(*ends)}" if math.isfinite(ends[1]) else "" for _, _, _, ends, spec, _ in curves]
+        scale_width = max(map(len, ranges)) if width >= MIN_WIDTH_FOR_SCALE else 0
+        curve_width = max(0, min(width - NAME_WIDTH - scale_width, max(len(losses), len(speeds))))
+        for (name, value, values, ends, _, style), range_text in zip(curves, ranges, strict=True):
+            line = Text(f"{name:<9}{value:>{NAME_WIDTH - 11}}  ", no_wrap=True, overflow="crop")
+            line.append(f"{sparkline(values, curve_width, ends):<{curve_width}}", style=style)
+            yield line.append(range_text, style="dim") if scale_width else line
+
+
+class Cell(NamedTuple):
+    """Neighboring steps: the last one, their count, and the sum of their values."""
+
+    last_step: int
+    count: int
+    total: float
+
+
+class Curve:
+    """Values over all steps as means of neighbors, so that a million steps take no more memory."""
+
+    def __init__(self) -> None:
+        self.cells: list[Cell] = []
+        self.steps_per_cell = 1
+        """Steps of a full cell."""
+
+    def add(self, step: int, value: float | None) -> None:
+        """Add a value; a step that goes back drops the values after it."""
+        while self.cells and self.cells[-1].last_step >= step:
+            self.cells.pop()
+        has_room = self.cells and self.cells[-1].count < self.steps_per_cell
+        last = [self.cells.pop()] if has_room else []
+        self.cells.append(_merge([*last, Cell(step, 1, math.nan if value is None else value)]))
+        if len(self.cells) > MAX_CELLS:
+            self.cells = [_merge(self.cells[index : index + 2]) for index in range(0, len(self.cells), 2)]
+            self.steps_per_cell *= 2
+
+    def values(self) -> list[float]:
+        """Return the means, oldest first; not finite where one of the values was not."""
+        return [cell.total / cell.count for cell in self.cells]
+
+
+def _merge(cells: Sequence[Cell]) -> Cell:
+    _, counts, totals = zip(*cells, strict=True)
+    return Cell(cells[-1].last_step, sum(counts), sum(totals))
+
+
+def sparkline(values: Sequence[float | None], width: int, ends: tuple[float, float] | None = None) -> str:
+    """Draw all values, oldest first, in at most `width` characters, each the mean of equally many neighbors.
+
+    The lowest block is the minimum of all values, and the highest the maximum, unless other `ends` are given.
+    """
+    low, high = ends or finite_range(values)
+    span = high / 2 - low / 2  # of halves, which do not overflow
+
+    def block(value: float) -> str:
+        if math.isnan(value):
+            return NON_FINITE
+        level = int((value / 2 - low / 2) / span * len(BLOCK_LEVELS)) if span > 0 else len(BLOCK_LEVELS) // 2
+        return BLOCK_LEVELS[max(0, min(len(BLOCK_LEVELS) - 1, level))]
+
+    return "".join(map(block, resample_curve(values, width)))
+
+
+def finite_range(values: Sequence[float | None]) -> tuple[float, float]:
+    """Return the minimum and maximum of the finite values, NaN where there is none."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return min(finite, default=math.nan), max(finite, default=math.nan)
+
+
+def resample_curve(values: Sequence[float | None], width: int) -> list[float]:
+    """Return at most `width` means of neighbors; NaN where one of them is not finite."""
+    finite = [value if value is not None and math.isfinite(value) else math.nan for value in values]
+    num_cells = max(0, min(len(values), width))
+    edges = [len(values) * index // num_cells for index in range(num_cells + 1)] if num_cells else []
+    return [math.fsum(value / (stop - start) for value in finite[start:stop]) for start, stop in pairwise(edges)]
+
+
+def pack_into_lines(parts: Sequence[str], width: int) -> list[str]:
+    """Put as many parts in each line as fit; no part is broken."""
+    text = "  ".join(part.replace(" ", "\xa0") for part in parts)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def token_rate(metrics: dict[str, Any]) -> float:
+    """Return the running median of tokens/s, or this step's where it is the first."""
+    return metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
 
 
 def metrics_parts(metrics: dict[str, Any]) -> list[str]:
-    """Return the parts of one step's line; the rate is the running median, or this step's where it is the first."""
-    rate = metrics.get("tokens_per_second_median", metrics["tokens_per_second"])
-    parts = [f"loss {metrics['loss']:.3f}", f"{rate:,.0f} tokens/s", *secondary_parts(metrics)]
-    if "validation_loss" in metrics:
-        parts.insert(1, validation_part(metrics))
+    """Return the parts of one step's line."""
     task_names = [name for name in metrics if name.startswith("task_") and name.endswith("_acc")]
-    if task_names:
-        parts.insert(1, ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in task_names))
-    return parts
+    tasks = ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in task_names)
+    validation = [validation_part(metrics)] if "validation_loss" in metrics else []
+    parts = [f"loss {metrics['loss']:.3f}", *([tasks] if tasks else []), *validation]
+    return [*parts, f"{token_rate(metrics):,.0f} tokens/s", *secondary_parts(metrics)]
 
 
 def validation_part(metrics: dict[str, Any]) -> str:
@@ -152,9 +282,7 @@ def secondary_parts(metrics: dict[str, Any]) -> list[str]:
     parts = [f"margin {metrics['reward_margin']:.3f}"] if "reward_margin" in metrics else []
     parts += [f"MFU {metrics['mfu']:.0%}", f"lr {metrics['learning_rate']:.2e}", f"grad {metrics['grad_norm']:.2f}"]
     parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if "seconds_left" in metrics:
-        parts.append(f"{duration(metrics['seconds_left'])} left")
-    return parts
+    return [*parts, f"{format_duration(metrics['seconds_left'])} left"] if "seconds_left" in metrics else parts
 
 
 def corpus_line(counts: dict[str, int]) -> str:
@@ -162,26 +290,25 @@ def corpus_line(counts: dict[str, int]) -> str:
     return f"tokenised {documents}, {counts['bytes'] / 1e6:.1f} MB, {counts['tokens']:,} tokens"
 
 
-def plan_lines(recipe: Recipe, estimate: RunEstimate, start: TrainState) -> list[str]:
-    """Return the lines a run starts with."""
+def plan_lines(recipe: Recipe, estimate: RunEstimate, start: TrainState, *, width: int) -> list[str]:
+    """Return the lines a run starts with, wrapped inside a width."""
     counts = ", ".join(f"{name} {count:,}" for name, count in sorted(estimate.parameters.items()))
     micro_batches = math.ceil(recipe.train.sequences_per_step / recipe.train.sequences_per_micro_batch)
     batch = f"{recipe.train.sequences_per_step} x {recipe.train.sequence_length} tokens"
     steps = f"{start.step:,} to {recipe.train.steps:,}" if start.step else f"{recipe.train.steps:,}"
-    lora_part = (
-        f"; low-rank updates of {trainable_parameter_count(recipe):,} learn" if recipe.lora.rank is not None else ""
-    )
+    lora = recipe.lora.rank is not None
     values = {
-        "parameters": f"{sum(estimate.parameters.values()):,} ({counts}){lora_part}",
+        "parameters": f"{sum(estimate.parameters.values()):,} ({counts})"
+        + (f"; low-rank updates of {trainable_parameter_count(recipe):,} learn" if lora else ""),
         "steps": f"{steps} of {batch}" + (f", {micro_batches} micro-batches each" if micro_batches > 1 else ""),
         "schedule": schedule_line(recipe.optim),
         "arithmetic": precision_line(recipe.train),
         "tokens": f"{estimate.tokens:,}",
-        "time": f"about {duration(estimate.seconds)} on this {estimate.device}, by its matrix speed",
+        "time": f"about {format_duration(estimate.seconds)} on this {estimate.device}, by its matrix speed",
         "memory": f"about {estimate.memory_bytes / 2**30:.1f} GiB of {estimate.available_bytes / 2**30:.1f}",
         "disk": f"up to {estimate.disk_bytes / 2**20:,.0f} MiB of checkpoints",
     }
-    return [f"{name:<{NAME_WIDTH}}{value}" for name, value in values.items()]
+    return table_lines(values.items(), align="<", width=width)
 
 
 def precision_line(train: Train) -> str:
@@ -206,12 +333,3 @@ def schedule_line(optim: Optim) -> str:
         span = f"the last {steps:,} of {schedule.steps:,} steps"
         parts.append(f"{schedule.decay} decay over {span} to {schedule.final_learning_rate:g}")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Format seconds for the user."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 129600 else f"{seconds / 86400:,.0f} days"

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 
+from smolforge.cli.flags import LoadingFlags, Model, check_at_least
 from smolforge.errors import ConfigError, MissingResourceError
 
 KEY_VARIABLE = "SMOLFORGE_API_KEY"
@@ -14,7 +15,7 @@ REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
-    model: str,
+    model: Model,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -23,10 +24,8 @@ def serve(
     context: int | None = None,
     queue: int = 64,
     cors_origin: list[str] | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
+    loading: LoadingFlags | None = None,
     threads: int | None = None,
-    random: bool = False,
 ) -> None:
     """Answer OpenAI's clients over HTTP: completions and chats, several at a time.
 
@@ -36,8 +35,6 @@ def serve(
 
     Parameters
     ----------
-    model
-        A Hub id, a model folder, a run folder or one of its checkpoints.
     host
         The address to listen on. Any but this machine's own needs a key.
     port
@@ -52,14 +49,8 @@ def serve(
         Requests that may wait for a slot; more are told to come back.
     cors_origin
         A web page elsewhere that may ask, as https://example.org; may be given several times.
-    dtype
-        float32, bfloat16, float16 or float64.
-    device
-        cpu, cuda or mps; auto takes the fastest present.
     threads
         Of the processor; without it, one a core.
-    random
-        Let a preset answer with random weights.
     """
     key = os.environ.get(KEY_VARIABLE)
     check_options(host, port, slots, context=context, queue=queue, key=key)
@@ -68,15 +59,13 @@ def serve(
         raise MissingResourceError(f"serve needs {', '.join(missing)}: pip install 'smolforge[server]'")
     import torch
 
-    from smolforge.checkpoint.loading import load
-    from smolforge.device import pick_device
     from smolforge.server.lifecycle import ServerConfig, build_server
     from smolforge.server.lifecycle import serve as answer
     from smolforge.server.middleware import AccessRules
 
     if threads is not None:
         torch.set_num_threads(threads)
-    loaded = load(model, dtype, str(pick_device(device)), random=random)
+    loaded = (loading or LoadingFlags()).load(model)
     max_model_len = context or min(loaded.config.max_position_embeddings, 2048)
     config = ServerConfig(host, port, slots, max_model_len, queue, tuple(cors_origin or ()))
     served_name = name or (Path(model).resolve().name if Path(model).exists() else model)
@@ -84,12 +73,9 @@ def serve(
     _log_to_stderr()
 
     def ready() -> None:
-        has_template = loaded.tokenizer.template is not None
         bound_port = server.servers[0].sockets[0].getsockname()[1]
-        print(
-            client_examples(host, bound_port, served_name, needs_key=key is not None, has_template=has_template),
-            flush=True,
-        )
+        chats = loaded.tokenizer.template is not None
+        print(client_examples(host, bound_port, served_name, needs_key=key is not None, chats=chats), flush=True)
 
     answer(server, engine_thread, ready)
     print("smolforge: done", file=sys.stderr)
@@ -99,9 +85,9 @@ def check_options(host: str, port: int, slots: int, *, context: int | None, queu
     """Raise ConfigError for wrong options, such as a server that anyone can use."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is {port}; it should be a number from 0 to 65535")
-    for flag, value, minimum in (("slots", slots, 1), ("context", context, 2), ("queue", queue, 0)):
-        if value is not None and value < minimum:
-            raise ConfigError(f"--{flag} is {value}; it should be at least {minimum}")
+    check_at_least(1, slots=slots)
+    check_at_least(2, context=context)
+    check_at_least(0, queue=queue)
     if key is not None and (not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key):
         raise ConfigError(f"{KEY_VARIABLE} should be eight or more visible ASCII characters")
     if key is None and not is_local(host):
@@ -119,33 +105,26 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def client_examples(host: str, port: int, name: str, *, needs_key: bool, has_template: bool) -> str:
+def client_examples(host: str, port: int, name: str, *, needs_key: bool, chats: bool) -> str:
     """Return commands to copy: one line for a shell, a few for Python."""
     url_host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{port}"
     header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
     key = f'os.environ["{KEY_VARIABLE}"]' if needs_key else '"none"'
+    field, value = (
+        ("messages", '[{"role": "user", "content": "Hello!"}]') if chats else ("prompt", '"Once upon a time"')
+    )
+    route, answer = ("chat/completions", "message.content") if chats else ("completions", "text")
     quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-    if has_template:
-        route, fields = (
-            "chat/completions",
-            f'"model": "{quoted}", "messages": [{{"role": "user", "content": "Hello!"}}]',
-        )
-        messages = '[{"role": "user", "content": "Hello!"}]'
-        call = f'client.chat.completions.create(model="%s", messages={messages}, max_tokens=64)'
-        text_path = "choices[0].message.content"
-    else:
-        route, fields = "completions", f'"model": "{quoted}", "prompt": "Once upon a time"'
-        call = 'client.completions.create(model="%s", prompt="Once upon a time", max_tokens=64)'
-        text_path = "choices[0].text"
-    body = f'{{{fields}, "max_tokens": 64}}'.replace("'", "'\\''")
+    body = f'{{"model": "{quoted}", "{field}": {value}, "max_tokens": 64}}'.replace("'", "'\\''")
+    call = f'client.{route.replace("/", ".")}.create(model="{quoted}", {field}={value}, max_tokens=64)'
     return f"""{name} is served at {url}/v1, and to be talked to at {url}/
 
 curl {url}/v1/{route} -H "Content-Type: application/json"{header} -d '{body}'
 
 {"import os" + chr(10) if needs_key else ""}from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key={key})
-print({call % quoted}.{text_path})
+print({call}.choices[0].{answer})
 """
 
 

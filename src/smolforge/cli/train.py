@@ -18,7 +18,7 @@ def train(
     run: Path,
     fresh: bool = False,
     profile: int | None = None,
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    json_: bool = False,
 ) -> None:
     """Train a recipe, or resume exactly what is in its run folder.
 
@@ -66,11 +66,9 @@ def train(
             fresh=fresh, listener=display, world=world,
             profile_steps=profile, environment=describe_environment(os.environ),
         )  # fmt: skip
-    if world.rank > 0:
-        return
-    if json_:
+    if json_ and world.rank == 0:
         print(json.dumps(result.metrics))
-    else:
+    elif world.rank == 0:
         display.print_line(f"finished: {result.folder} is at step {result.metrics['step']:,}")
         prompt = "" if result.recipe.data.format != "text" else ' --prompt "Once upon a time"'
         display.print_line(f"talk to it: smolforge generate {result.folder}{prompt}")

@@ -3,9 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from smolforge.errors import ConfigError, MissingResourceError
 
@@ -21,7 +19,7 @@ def verify(
     against: list[str] | None = None,
     max_length: int | None = None,
     out: Path = Path("verify.json"),
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    json_: bool = False,
 ) -> int:
     """Prove that a model is what it says.
 

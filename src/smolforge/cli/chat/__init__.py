@@ -8,12 +8,12 @@ A message is a line, lines that end in a backslash, a fenced block, or what is p
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from smolforge.cli import one_line
+from smolforge.cli import handle_signal, one_line
 from smolforge.cli.chat.session import TerminalChat
+from smolforge.cli.flags import LoadingFlags
 from smolforge.cli.generate import GenerationFlags, generation_from_flags, load_for_generation, print_note
 from smolforge.config import Generation
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, did_you_mean
@@ -39,9 +39,7 @@ def chat(
     *,
     system: str | None = None,
     draw: GenerationFlags | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    random: bool = False,
+    loading: LoadingFlags | None = None,
 ) -> None:
     """Talk with a model on a terminal.
 
@@ -56,15 +54,9 @@ def chat(
         with the texts it is given.
     system
         What the model is told before the conversation.
-    dtype
-        float32, bfloat16, float16 or float64.
-    device
-        cpu, cuda or mps; auto takes the fastest present.
-    random
-        Let a preset speak with random weights.
     """
     options = generation_from_flags(draw)
-    converse(load_for_generation(model, dtype, device, random=random), options, system)
+    converse(load_for_generation(model, loading), options, system)
 
 
 def converse(model: "LanguageModel", options: Generation, system: str | None = None) -> None:
@@ -74,7 +66,7 @@ def converse(model: "LanguageModel", options: Generation, system: str | None = N
         session.system(system)
     print_note(session.greeting)
     enable_line_editing()
-    with _stop_on_sigterm():
+    with handle_signal(signal.SIGTERM, _end):
         while True:
             try:
                 text = read_message()
@@ -125,18 +117,9 @@ def find_command(session: TerminalChat, name: str) -> Callable[[str], None]:
     return commands[name]
 
 
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """End the chat on SIGTERM, which as a Ctrl-C would only stop an answer."""
-
-    def end(*_: object) -> None:
-        raise Stopped("the chat was ended by a signal", 130)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end(*_: object) -> None:
+    """End the chat, which a Ctrl-C would not: it only stops an answer."""
+    raise Stopped("the chat was ended by a signal", 130)
 
 
 def enable_line_editing() -> None:

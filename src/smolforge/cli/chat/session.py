@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolforge import atomic
-from smolforge.cli import one_line
+from smolforge.cli import handle_signal, one_line
 from smolforge.cli.flags import split_list
 from smolforge.cli.generate import escape_controls, note_lost_bytes, print_note
 from smolforge.config import Generation
@@ -257,8 +257,5 @@ def _defer_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         interrupted.set()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
+    with handle_signal(signal.SIGINT, on_interrupt):
         yield interrupted.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 
 def quickstart(
     out: Path = Path("quickstart"),
     *,
     seconds: int = 130,
-    json_: Annotated[bool, Parameter(name="--json")] = False,
+    json_: bool = False,
 ) -> int:
     """The whole life of a small model on this machine, offline, in about three minutes.
 

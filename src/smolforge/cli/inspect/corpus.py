@@ -7,24 +7,21 @@ chat, pairs      how many tokens are learned, and one example: colored on a term
 """
 
 import shutil
-import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from smolforge.cli.live_view import bar
-from smolforge.cli.progress import ProgressBar
+from smolforge.cli.flags import split_names
+from smolforge.cli.table import bar, progress_bar, table_lines
 from smolforge.data.corpus import SPLITS, TRAIN, Corpus
 from smolforge.errors import ConfigError, MissingResourceError
-
-if TYPE_CHECKING:
-    from smolforge.data.corpus import Corpus
-    from smolforge.evaluation.contamination import Overlap
+from smolforge.evaluation.contamination import Overlap, find_overlaps
+from smolforge.evaluation.tasks import load_task
 
 NUM_WINDOWS, WINDOW_TOKENS = 3, 64
 DOCUMENT_END = " ⟦end⟧ "
@@ -39,6 +36,26 @@ NUM_WORST = 5
 """Items that are shown with what they share."""
 
 
+def corpus_report(path: Path) -> dict[str, Any]:
+    """Return the sizes of a corpus, and what its format has to report."""
+    corpus = Corpus.open(path)
+    sizes = {split: corpus.size(split) for split in SPLITS}
+    dropped = {reason: count for reason, count in corpus.metadata.get("dropped", {}).items() if count}
+    return {
+        **sizes,
+        "bytes_per_token": bytes_per_token(corpus),
+        "fingerprint": corpus.fingerprint,
+        "lost_bytes": corpus.metadata.get("lost_bytes", {}) or None,
+        "sources": corpus.metadata["request"]["data"]["sources"],
+        **(mask_report(corpus) if corpus.format != "text" else {"left_out": dropped or None} | length_report(corpus)),
+    }
+
+
+def bytes_per_token(corpus: Corpus) -> float:
+    text_bytes, tokens = (sum(corpus.size(split)[key] for split in SPLITS) for key in ("bytes", "tokens"))
+    return text_bytes / tokens
+
+
 def length_report(corpus: Corpus) -> dict[str, Any]:
     """Return document lengths in tokens, their histogram by powers of two, and windows of the training split."""
     lengths = document_lengths(corpus)
@@ -50,26 +67,25 @@ def length_report(corpus: Corpus) -> dict[str, Any]:
             "mean": round(float(lengths.mean()), 1),
             "longest": int(lengths.max()),
         },
-        "histogram": [
-            {"from": int(start), "below": int(stop), "documents": int(documents), "tokens": int(tokens)}
-            for start, stop, documents, tokens in length_histogram(lengths)
-        ],
+        "histogram": length_histogram(lengths),
         "windows": sample_windows(corpus, split),
     }
 
 
-def document_lengths(corpus: Corpus) -> np.ndarray:
-    """Return the tokens of each document of both splits, its end token included."""
-    return np.concatenate([np.diff(corpus.ends(split), prepend=0) for split in SPLITS])
+def document_lengths(corpus: Corpus, splits: Sequence[str] = SPLITS) -> np.ndarray:
+    """Return the tokens of each document, its end token included."""
+    return np.concatenate([np.diff(corpus.ends(split), prepend=0) for split in splits])
 
 
-def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Return (from, below, documents, tokens) for each power of two."""
+def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Return the documents and tokens of each power of two."""
     powers = np.frexp(lengths)[1] - 1
     rows = []
     for power in range(int(powers.min()), int(powers.max()) + 1):
         selected = lengths[powers == power]
-        rows.append((1 << power, 2 << power, len(selected), int(selected.sum())))
+        rows.append(
+            {"from": 1 << power, "below": 2 << power, "documents": len(selected), "tokens": int(selected.sum())}
+        )
     return rows
 
 
@@ -91,67 +107,62 @@ def length_lines(report: dict[str, Any], columns: int | None = None) -> list[str
     """Return the histogram as bars, and the windows, as wide as the terminal."""
     columns = columns or shutil.get_terminal_size().columns
     max_tokens = max(row["tokens"] for row in report["histogram"])
-    lines = ["", "tokens a document       documents          tokens"]
-    bar_width = min(MAX_BAR_WIDTH, columns - len(lines[-1]) - 3)
-    for row in report["histogram"]:
-        span = f"{row['from']:,} to {row['below'] - 1:,}"
-        bar_text = bar(row["tokens"] / max_tokens, bar_width)
-        lines.append(f"{span:<20}{row['documents']:>13,}{row['tokens']:>16,}  {bar_text}".rstrip())
-    lines += ["", f"windows of {WINDOW_TOKENS} tokens ({DOCUMENT_END.strip()} ends a document)"]
-    for number, window in enumerate(report["windows"], 1):
-        text = " ".join(window.split())
-        lines += textwrap.wrap(text, columns - 1, initial_indent=f"{number}  ", subsequent_indent="   ")
-    return lines
+    spans = [f"{row['from']:,} to {row['below'] - 1:,}" for row in report["histogram"]]
+    rows = [(span, row["documents"], row["tokens"]) for span, row in zip(spans, report["histogram"], strict=True)]
+    head = ("tokens a document", "documents", "tokens")
+    bar_width = min(MAX_BAR_WIDTH, columns - len(max(table_lines(rows, head), key=len)) - 3)
+    rows = [(*row, bar(row[-1] / max_tokens, bar_width)) for row in rows]
+    windows = enumerate((" ".join(window.split()) for window in report["windows"]), 1)
+    return [
+        "",
+        *table_lines(rows, (*head, ""), "<>><"),
+        "",
+        f"windows of {WINDOW_TOKENS} tokens ({DOCUMENT_END.strip()} ends a document)",
+        *table_lines(windows, align="<", width=columns - 1),
+    ]
 
 
-def draw_histogram(corpus: Corpus, path: Path) -> None:
+def draw_histogram(path: Path, out: Path) -> None:
     """Draw documents and tokens by length as a figure. Raises ConfigError for an unknown file type."""
-    if path.suffix not in FIGURE_SUFFIXES:
-        raise ConfigError(f"--figure {path} should end in {', '.join(FIGURE_SUFFIXES)}")
+    if out.suffix not in FIGURE_SUFFIXES:
+        raise ConfigError(f"--figure {out} should end in {', '.join(FIGURE_SUFFIXES)}")
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    corpus = Corpus.open(path)
     rows = length_histogram(document_lengths(corpus))
-    names = [f"{start:,}" for start, *_ in rows]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     positions = np.arange(len(rows))
-    for shift, name, column, color in ((-0.2, "documents", 2, "#9aa5b1"), (0.2, "tokens", 3, "#2563eb")):
-        total = sum(row[column] for row in rows)
-        axes.bar(
-            positions + shift, [row[column] / total for row in rows], 0.4, label=f"{name} ({total:,})", color=color
-        )
-    axes.set_xticks(positions, names, rotation=45 if len(rows) > 10 else 0)
+    for shift, name, color in ((-0.2, "documents", "#9aa5b1"), (0.2, "tokens", "#2563eb")):
+        total = sum(row[name] for row in rows)
+        shares = [row[name] / total for row in rows]
+        axes.bar(positions + shift, shares, 0.4, label=f"{name} ({total:,})", color=color)
+    axes.set_xticks(positions, [f"{row['from']:,}" for row in rows], rotation=45 if len(rows) > 10 else 0)
     axes.set_xlabel("tokens a document, from this power of two to below the next")
     axes.set_ylabel("share")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    sizes = [corpus.size(split) for split in SPLITS]
-    ratio = sum(size["bytes"] for size in sizes) / sum(size["tokens"] for size in sizes)
-    axes.set_title(f"{corpus.folder.name}: {ratio:.2f} bytes a token", loc="left")
+    axes.set_title(f"{corpus.folder.name}: {bytes_per_token(corpus):.2f} bytes a token", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(out, dpi=150)
     except OSError as error:
-        raise MissingResourceError(f"{path} could not be written: {error}") from None
+        raise MissingResourceError(f"{out} could not be written: {error}") from None
 
 
 def mask_report(corpus: Corpus) -> dict[str, Any]:
     """Return the facts of a corpus of conversations or preference pairs."""
-    lengths = [length for split in SPLITS for length in _row_lengths(corpus, split)]
+    lengths = np.sort(document_lengths(corpus))
     sizes = [corpus.size(split) for split in SPLITS]
     total, learned = (sum(size.get(key, 0) for size in sizes) for key in ("tokens", "learned_tokens"))
-    sorted_lengths = sorted(lengths)
     return {
         **({"conversations": len(lengths)} if corpus.format == "chat" else {"pairs": len(lengths) // 2}),
         "left_out": corpus.metadata["dropped"],
         "learned_share": learned / total,
-        "tokens_median": sorted_lengths[len(sorted_lengths) // 2],
-        "tokens_longest": sorted_lengths[-1],
-        **{
-            f"longer_than_{sequence_length}": sum(length > sequence_length for length in lengths)
-            for sequence_length in SEQUENCE_LENGTHS
-        },
+        "tokens_median": int(lengths[len(lengths) // 2]),
+        "tokens_longest": int(lengths[-1]),
+        **{f"longer_than_{length}": int((lengths > length).sum()) for length in SEQUENCE_LENGTHS},
         "picture": mask_example(corpus),
     }
 
@@ -159,14 +170,14 @@ def mask_report(corpus: Corpus) -> dict[str, Any]:
 def mask_example(corpus: Corpus) -> list[tuple[str, bool]]:
     """Return an example as (text, learned): the longest of the first short conversations, or both answers of a pair."""
     split = next(split for split in SPLITS if corpus.size(split)["tokens"])
-    ends, lengths = corpus.ends(split), _row_lengths(corpus, split)
+    ends, lengths = corpus.ends(split).tolist(), document_lengths(corpus, [split]).tolist()
     short = [index for index, length in enumerate(lengths) if length <= MAX_SHOWN_TOKENS]
     longest = max(short[:64], key=lambda index: lengths[index]) if short else 0
     shown = [longest] if corpus.format == "chat" else [longest - longest % 2, longest - longest % 2 + 1]
     tokenizer, parts = corpus.tokenizer(), []
     for index in shown:
-        stop = int(ends[index])
-        part = slice(stop - lengths[index], min(stop, stop - lengths[index] + 4 * MAX_SHOWN_TOKENS))
+        start = ends[index] - lengths[index]
+        part = slice(start, min(ends[index], start + 4 * MAX_SHOWN_TOKENS))
         ids, learned = corpus.tokens(split)[part].tolist(), corpus.learned(split)[part].tolist()
         parts += [
             (tokenizer.decode([token for token, _ in run]), bool(flag))
@@ -175,29 +186,22 @@ def mask_example(corpus: Corpus) -> list[tuple[str, bool]]:
     return parts
 
 
-def _row_lengths(corpus: Corpus, split: str) -> list[int]:
-    ends = corpus.ends(split).tolist()
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def print_mask_example(parts: list[tuple[str, bool]]) -> None:
-    """Print an example; learned text is green and underlined, or in brackets where there is no color."""
+def mask_lines(report: dict[str, Any]) -> list[str]:
+    """Return the example; learned text is green and underlined, or in brackets where there is no color."""
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal or console.no_color:
-        print("one of them, what is learned in \u27e6brackets\u27e7:\n")
-        print("".join(f"\u27e6{text}\u27e7" if learned else text for text, learned in parts))
-        return
-    console.print(Text.assemble("one of them, ", ("what is learned", "green underline"), ":\n"))
-    console.print(Text.assemble(*((text, "green underline" if learned else "dim") for text, learned in parts)))
+        text = "".join(f"\u27e6{text}\u27e7" if learned else text for text, learned in report["picture"])
+        return ["", "one of them, what is learned in \u27e6brackets\u27e7:", "", text]
+    with console.capture() as capture:
+        console.print(Text.assemble("\none of them, ", ("what is learned", "green underline"), ":\n"))
+        parts = ((text, "green underline" if learned else "dim") for text, learned in report["picture"])
+        console.print(Text.assemble(*parts))
+    return [capture.get()]
 
 
 def task_overlap(path: Path, tasks: str) -> dict[str, Any]:
     """Return by task: share, n-gram size, number of items, ids of items that share one, the worst of them."""
-    from smolforge.data.corpus import Corpus
-    from smolforge.evaluation.contamination import find_overlaps
-    from smolforge.evaluation.tasks import load_task
-
-    task_names = [name.strip() for name in tasks.split(",") if name.strip()]
+    task_names = split_names(tasks)
     if not task_names:
         raise ConfigError("there is no task to look for; name --tasks (hellaswag,arc_easy,items.jsonl)")
     corpus, loaded_tasks = Corpus.open(path), [load_task(name) for name in task_names]
@@ -205,45 +209,42 @@ def task_overlap(path: Path, tasks: str) -> dict[str, Any]:
     duplicates = [name for name in names if names.count(name) > 1]
     if duplicates:
         raise ConfigError(f"two tasks are called {duplicates[0]}; name each once, or rename a file")
-    return {
-        name: _overlap_as_json(result) for name, result in find_overlaps(loaded_tasks, _iterate_texts(corpus)).items()
-    }
+    overlaps = find_overlaps(loaded_tasks, _iterate_texts(corpus))
+    return {name: _overlap_report(overlap) for name, overlap in overlaps.items()}
 
 
-def _iterate_texts(corpus: "Corpus") -> Iterator[tuple[str, bool]]:
+def _iterate_texts(corpus: Corpus) -> Iterator[tuple[str, bool]]:
     """Yield all text of a corpus, both splits, with a progress bar over its tokens."""
-    from smolforge.data.corpus import SPLITS
-
-    with ProgressBar("tokens", sum(corpus.size(split)["tokens"] for split in SPLITS)) as advance:
+    with progress_bar("tokens", sum(corpus.size(split)["tokens"] for split in SPLITS)) as advance:
         for split in SPLITS:
             for text, ends, tokens in corpus.texts(split):
                 yield text, ends
                 advance(tokens)
 
 
-def _overlap_as_json(result: "Overlap") -> dict[str, Any]:
+def _overlap_report(overlap: Overlap) -> dict[str, Any]:
     return {
-        "share": result.share,
-        "ngram_words": result.size,
-        "items": result.items,
-        "shorter_items": result.short,
-        "overlapping": len(result.shared),
-        "ids": [item.id for item in result.shared],
-        "worst": [item._asdict() for item in result.shared[:NUM_WORST]],
+        "share": overlap.share,
+        "ngram_words": overlap.size,
+        "items": overlap.items,
+        "shorter_items": overlap.short,
+        "overlapping": len(overlap.shared),
+        "ids": [item.id for item in overlap.shared],
+        "worst": [item._asdict() for item in overlap.shared[:NUM_WORST]],
     }
 
 
-def overlap_lines(overlaps: dict[str, dict[str, Any]]) -> Sequence[str]:
+def overlap_lines(report: dict[str, Any]) -> list[str]:
     """Return one line per task, and its worst items below."""
     lines = []
-    for name, values in overlaps.items():
-        shorter = f"; {values['shorter_items']:,} have fewer words and are compared whole" * bool(
-            values["shorter_items"]
-        )
+    for name, values in report["overlap"].items():
+        shorter = f"; {values['shorter_items']:,} have fewer words and are compared whole"
         lines.append(
             f"{name}: {values['overlapping']:,} of {values['items']:,} items ({values['share']:.1%}) share "
-            f"{values['ngram_words']} words in a row with this corpus{shorter}"
+            f"{values['ngram_words']} words in a row with this corpus{shorter if values['shorter_items'] else ''}"
         )
-        for item in values["worst"]:
-            lines.append(f'  {item["id"]}: {item["matched"]} of {item["total"]} n-grams, as "{item["ngram"]}"')
+        lines += [
+            f'  {item["id"]}: {item["matched"]} of {item["total"]} n-grams, as "{item["ngram"]}"'
+            for item in values["worst"]
+        ]
     return lines
