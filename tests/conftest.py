@@ -11,6 +11,7 @@ import jaxtyping
 import pytest
 import torch
 import torch._dynamo  # by any optimizer: as well before the first freeze below
+import type_checks  # noqa: F401  before smolforge, whose functions it wraps
 from hypothesis import settings
 
 from smolforge.testing import HubMirror, processes, sentences, tiny_config, tiny_model, tiny_tokenizer
