@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.errors.hub import is_busy, with_retries
 from smolforge.formatting import format_bytes
-from smolforge.hub import is_busy, with_retries
 
 log = logging.getLogger("smolforge.hub")
 RETRY_DELAYS = (0.5, 2.0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from smolforge.checkpoint import download
 from smolforge.checkpoint.huggingface import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
-from smolforge.hub import REPO_PATTERN, failure_reason, is_temporary, user_errors
+from smolforge.errors.hub import REPO_PATTERN, failure_reason, is_temporary, user_errors
 from smolforge.tokenizer import FILES
 
 log = logging.getLogger("smolforge.hub")

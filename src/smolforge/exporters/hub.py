@@ -14,7 +14,7 @@ from typing import Any
 
 from smolforge.checkpoint.hub import is_hub_id
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
-from smolforge.hub import one_line, status_code, user_errors
+from smolforge.errors.hub import one_line, status_code, user_errors
 
 COMMIT_MESSAGE = "Upload by smolforge export"
 GIT_ATTRIBUTES = ".gitattributes"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from smolforge.config import Data
 from smolforge.data.sources.types import SourcePart, SourceRow, SourceSize
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
-from smolforge.hub import REPO_PATTERN, is_temporary, one_line, status_code, user_errors, with_retries
+from smolforge.errors.hub import REPO_PATTERN, is_temporary, one_line, status_code, user_errors, with_retries
 
 log = logging.getLogger("smolforge.hub")
 _ID = re.compile(rf"({REPO_PATTERN})(?:@([\w./+-]+))?(?::([\w.+-]+))?", re.ASCII)

@@ -24,7 +24,7 @@ from smolforge.config import Data
 from smolforge.data.sources.columns import column, fill_template
 from smolforge.data.sources.types import SourceRow
 from smolforge.errors import InvalidFileError, MissingResourceError
-from smolforge.hub import with_retries
+from smolforge.errors.hub import with_retries
 
 MAX_CONNECTIONS = 32
 ROWS_AHEAD = 4 * MAX_CONNECTIONS

@@ -1,4 +1,4 @@
-"""Calls to the Hub: names of repositories, another try where that may help, errors as one line that says what to do."""
+"""Errors of calls to the Hub: which may pass, so that the call is tried again, and what they tell the user to do."""
 
 import ssl
 import time
