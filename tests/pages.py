@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 PROGRAMS = (
     "smolforge",
+    "docker",
+    "git",
     "make",
     "pip",
     "python",

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from smolforge import cli, load
 from smolforge.generation.engine import TokenLogprobs
 from smolforge.generation.stream import generate
+from smolforge.server import middleware
 from smolforge.server.lifecycle import ServerConfig, build_server, serve
 from smolforge.server.middleware import AccessRules
 from smolforge.server.responses import TokenText
@@ -388,6 +390,15 @@ def test_server_refuses_wrong_content_type_size_and_host(running):
         assert running.http.get("/v1/models", headers={"Host": host}).status_code == 403
     for host in ("localhost:80", "127.0.0.2:80", "[::1]"):
         assert running.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_server_refuses_a_body_that_never_ends(running, monkeypatch):
+    monkeypatch.setattr(middleware, "BODY_TIMEOUT_SECONDS", 0.1)
+    fields = ["Host: localhost", "Content-Type: application/json", "Content-Length: 9"]
+    head = "\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "", "{"])
+    with socket.create_connection(("127.0.0.1", running.http.base_url.port), timeout=20) as client:
+        client.sendall(head.encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_api_key_is_required_on_every_route_but_health(keyed):
