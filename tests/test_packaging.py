@@ -1,4 +1,4 @@
-"""What is installed: the extras, the pinned versions, and that the code imports nothing else."""
+"""What is installed and published: the extras, the pinned versions, the addresses, the workflows, the image."""
 
 import ast
 import re
@@ -8,8 +8,11 @@ from functools import cache
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from trove_classifiers import classifiers
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "smolforge"
@@ -93,3 +96,51 @@ def test_pins_are_sorted_and_each_is_there_once():
 
 def test_package_says_that_it_is_typed():
     assert (SOURCE / "py.typed").is_file()
+
+
+def test_classifiers_exist_and_agree_with_the_python_range():
+    assert set(PROJECT["classifiers"]) <= classifiers
+    versions = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if each.startswith("Programming Language")]
+    assert versions
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in versions)
+
+
+def test_every_address_of_the_repository_has_the_same_owner():
+    pages = [ROOT / "pyproject.toml", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    owners = {
+        owner for page in pages for owner in re.findall(r"github\.com/([\w-]+)/smolforge", page.read_text("utf-8"))
+    }
+    assert len(owners) == 1
+    assert all("/smolforge" in address for address in PROJECT["urls"].values())
+
+
+def workflow(name: str) -> dict:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text("utf-8"))
+
+
+def test_workflow_of_ci_runs_what_a_person_runs():
+    steps = workflow("ci.yml")["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    assert (ROOT / ".ci" / "run").read_text("utf-8").rstrip().endswith("make test")
+
+
+def test_workflow_of_publishing_uploads_only_what_was_tested():
+    content = workflow("publish.yml")
+    assert content[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads `on` so
+    jobs = content["jobs"]
+    assert jobs["publish"]["needs"] == ["test", "build"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert content["permissions"] == {"contents": "read"}
+    assert not any("id-token" in job.get("permissions", {}) for name, job in jobs.items() if name != "publish")
+    assert "secrets" not in (ROOT / ".github" / "workflows" / "publish.yml").read_text("utf-8")
+
+
+def test_image_has_a_fitting_python_and_runs_smolforge_without_rights():
+    lines = [line for line in (ROOT / "Dockerfile").read_text("utf-8").splitlines() if not line.startswith("#")]
+    python = re.fullmatch(r"FROM python:([\d.]+)-slim", lines[0])
+    assert python and SpecifierSet(PROJECT["requires-python"]).contains(python[1])
+    assert lines[-1] == 'ENTRYPOINT ["smolforge"]'
+    assert "USER smolforge" in lines
+    copied = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    needed = {"src", "recipes", "pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"]}
+    assert copied == needed
