@@ -122,10 +122,14 @@ class Guard(Settings):
     """Rewinds in a whole run; where one more would be needed, it ends with a report."""
 
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+"""Modules of smolforge.tracking, each named as the package that it needs."""
+
+
 class Report(Settings):
     """What is told of a run beside its own files, and to whom."""
 
-    to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None, FREE] = ("tensorboard",)
+    to: Annotated[tuple[TrackerName, ...] | None, FREE] = ("tensorboard",)
     """tensorboard writes into the run's folder, wandb and trackio are extras; none leaves metrics.jsonl alone."""
     project: Annotated[Text, FREE] = "smolforge"
     """Name of the project in W&B and Trackio; WANDB_PROJECT counts before it."""

@@ -13,9 +13,9 @@ from smolforge.models.family import CONFIG_DEFAULTS, Family, GGUFNames
 def attention(config: ModelConfig, layer: int) -> Attention:
     """Build Llama's attention with biases on its first three projections."""
     attention = Attention(config, layer)
-    for name in ("q_proj", "k_proj", "v_proj"):
-        width = attention.get_submodule(name).out_features
-        attention.set_submodule(name, nn.Linear(config.hidden_size, width))
+    attention.q_proj = nn.Linear(config.hidden_size, attention.q_proj.out_features)
+    attention.k_proj = nn.Linear(config.hidden_size, attention.k_proj.out_features)
+    attention.v_proj = nn.Linear(config.hidden_size, attention.v_proj.out_features)
     return attention
 
 
