@@ -64,7 +64,7 @@ def blocks(page: Path) -> Iterator[Block]:
         follows = after is not None and after[2] == "text" and not content[each.end() : after.start()].strip()
         line = content.count("\n", 0, each.start()) + 1
         printed = after[3] if after is not None and follows else None
-        named = re.search(r"`([\w.-]+\.(?:toml|jsonl))`:\s*$", content[: each.start()])
+        named = re.search(r"`([\w./-]+\.(?:toml|jsonl|py))`:\s*$", content[: each.start()])
         yield Block(str(page.relative_to(ROOT)), line, language, inner, printed, named[1] if named else None)
 
 
