@@ -8,7 +8,7 @@ run, the sentence says that it is for a new one.
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from smolforge.comparison.step_times import (
@@ -104,26 +104,20 @@ def environment_warnings(start: Record, lines: Sequence[Record]) -> list[str]:
     return find_slowdowns(environment, int(threads), str(start.get("device")), ranks=int(ranks or 1)) if threads else []
 
 
-def check_data(run: RunTimings) -> list[Bottleneck]:
+def check_data(run: RunTimings) -> Iterator[Bottleneck]:
     share, workers = run.shares["data"], run.recipe.data.num_workers
-    if share < MAX_DATA_SHARE:
-        return []
     hint = f"--data.num-workers {max(2, 2 * workers)} reads further ahead (it is {workers})"
-    return [
-        Bottleneck(
-            share, f"Waiting for data takes {format_percent(share)} of the time; {hint}, and a faster disk gives more."
-        )
-    ]
+    if share >= MAX_DATA_SHARE:
+        message = f"Waiting for data takes {format_percent(share)} of the time; {hint}, and a faster disk gives more."
+        yield Bottleneck(share, message)
 
 
-def check_pauses(run: RunTimings) -> list[Bottleneck]:
+def check_pauses(run: RunTimings) -> Iterator[Bottleneck]:
     """Each kind of what happens between steps, by itself where that can be told."""
-    bottlenecks = []
     for cost in pause_costs(run.steps, run.recipe):
         share = cost.seconds * cost.count / run.total_seconds
         if share >= MAX_PAUSE_SHARE:
-            bottlenecks.append(Bottleneck(share, pause_message(run, cost, share)))
-    return bottlenecks
+            yield Bottleneck(share, pause_message(run, cost, share))
 
 
 def pause_message(run: RunTimings, cost: PauseCost, share: float) -> str:
@@ -134,191 +128,150 @@ def pause_message(run: RunTimings, cost: PauseCost, share: float) -> str:
             f"What is written down after every step {duration} each; fewer trackers (--report.to none) or a faster "
             "disk for the run's folder leave more."
         )
-    kinds, values = sorted(cost.kinds), leaves(run.recipe)
+    train, values = run.recipe.train, leaves(run.recipe)
+    pauses = [PAUSE_KINDS[kind] for kind in sorted(cost.kinds)]
+    times_rarer = math.ceil(share / TOLERABLE_SHARE)
     intervals = [
-        f"{flag_name(PAUSE_KINDS[kind].setting)} {tolerable_interval(values[PAUSE_KINDS[kind].setting], share)}"
-        for kind in kinds
+        f"--{pause.setting.replace('_', '-')} {(values[pause.setting] or 1) * times_rarer}" for pause in pauses
     ]
     hints = [" and ".join(intervals) + " would be rare enough"]
-    if "measured" in kinds:
-        hints.append(
-            f"a smaller --train.evaluate-tokens (it is {run.recipe.train.evaluate_tokens or 'all'}) measures less"
-        )
-    if "saved" in kinds and not run.recipe.train.checkpoint_in_background:
+    if "measured" in cost.kinds:
+        hints.append(f"a smaller --train.evaluate-tokens (it is {train.evaluate_tokens or 'all'}) measures less")
+    if "saved" in cost.kinds and not train.checkpoint_in_background:
         hints.append("--train.checkpoint-in-background true does not wait for the disk")
-    names = " and ".join(PAUSE_KINDS[kind].description for kind in kinds)
+    names = " and ".join(pause.description for pause in pauses)
     return f"{names.capitalize()} {duration} each of {cost.count:,} times; {'; '.join(hints)}."
 
 
-def tolerable_interval(interval: int | None, share: float) -> int:
-    """An interval, a multiple of this one, at which it is tolerable."""
-    return (interval or 1) * math.ceil(share / TOLERABLE_SHARE)
-
-
-def check_optimizer(run: RunTimings) -> list[Bottleneck]:
+def check_optimizer(run: RunTimings) -> Iterator[Bottleneck]:
     share, name, batch = run.shares["optimizer"], run.recipe.optim.name, run.recipe.train.batch_tokens
-    if share < MAX_OPTIMIZER_SHARE:
-        return []
     alternative = ", or --optim.name adamw, whose step costs less than Muon's" if name == "muon" else ""
-    return [
-        Bottleneck(
+    if share >= MAX_OPTIMIZER_SHARE:
+        yield Bottleneck(
             share,
             f"The optimizer takes {format_percent(share)} of the time, which does not grow with the batch: a new run "
             f"with --train.batch-tokens {4 * batch} (it is {batch}) takes that step for four times the "
             f"tokens{alternative}.",
         )
-    ]
 
 
-def check_precision(run: RunTimings) -> list[Bottleneck]:
+def check_precision(run: RunTimings) -> Iterator[Bottleneck]:
     """Whether fp32 costs speed: by the peaks of a GPU, or by what was measured where the caller knows the machine."""
     peak = find_published_peak(str(run.start.get("name"))) if run.device == "cuda" else None
-    faster_by_spec = peak is not None and peak.bfloat16 is not None and peak.bfloat16 > MIN_SPEEDUP * peak.float32
-    if run.recipe.train.dtype != "float32" or not (faster_by_spec or run.fastest_dtype == "bfloat16"):
-        return []
-    matmul_share = run.shares["forward"] + run.shares["backward"]
-    return [
-        Bottleneck(
-            matmul_share * (1 - 1 / MIN_SPEEDUP),
-            f"Forward and backward, {format_percent(matmul_share)} of the time, multiply in float32, and this machine "
+    faster_by_spec = peak is not None and (peak.bfloat16 or 0) > MIN_SPEEDUP * peak.float32
+    share = run.shares["forward"] + run.shares["backward"]
+    if run.recipe.train.dtype == "float32" and (faster_by_spec or run.fastest_dtype == "bfloat16"):
+        yield Bottleneck(
+            share * (1 - 1 / MIN_SPEEDUP),
+            f"Forward and backward, {format_percent(share)} of the time, multiply in float32, and this machine "
             "is clearly faster in bfloat16: a new run with --train.dtype bfloat16.",
         )
-    ]
 
 
-def check_compile(run: RunTimings) -> list[Bottleneck]:
-    """Return a hint to compile a run that is long enough to win back the compiler's time."""
-    min_seconds = WORTH_COMPILING_SECONDS.get(run.device)
-    if (
-        run.recipe.train.compile is not False
-        or min_seconds is None
-        or run.planned_seconds < LONG_RUN_FACTOR * min_seconds
-    ):
-        return []
-    return [
-        Bottleneck(
+def check_compile(run: RunTimings) -> Iterator[Bottleneck]:
+    """Hint at compiling where the run is long enough to win back the compiler's time."""
+    min_seconds = LONG_RUN_FACTOR * WORTH_COMPILING_SECONDS.get(run.device, math.inf)
+    if run.recipe.train.compile is False and run.planned_seconds >= min_seconds:
+        yield Bottleneck(
             COMPILE_GAIN,
             f"The program is not compiled, in a start of {run.planned_seconds / 3600:.1f} hours: --train.compile true "
             f"takes a minute or two and gains some {format_percent(COMPILE_GAIN)} on a processor, on a GPU more.",
         )
-    ]
 
 
-def check_first_step(run: RunTimings) -> list[Bottleneck]:
+def check_first_step(run: RunTimings) -> Iterator[Bottleneck]:
     extra_seconds = run.first_step.seconds - statistics.median(run.step_seconds)
     share = extra_seconds / (run.planned_seconds + run.first_step.seconds)
-    if extra_seconds < MIN_FIRST_STEP_SECONDS or share < MIN_FIRST_STEP_SHARE:
-        return []
     hint = "--train.compile false is ready at once" if run.recipe.train.compile is True else "a longer run forgets it"
-    message = f"The first step took {extra_seconds:.0f} s longer than others, {format_percent(share)} of this start"
-    return [Bottleneck(share, f"{message} as it is planned: that is for programs and memory made once; {hint}.")]
+    if extra_seconds >= MIN_FIRST_STEP_SECONDS and share >= MIN_FIRST_STEP_SHARE:
+        message = f"The first step took {extra_seconds:.0f} s longer than others, {format_percent(share)} of this start"
+        yield Bottleneck(share, f"{message} as it is planned: that is for programs and memory made once; {hint}.")
 
 
-def check_micro_batches(run: RunTimings) -> list[Bottleneck]:
+def check_micro_batches(run: RunTimings) -> Iterator[Bottleneck]:
     """Whether a GPU gets its batch in crumbs."""
-    train, busy_tokens = run.recipe.train, BUSY_TOKENS.get(run.device)
-    share_of_rows = max(1, train.sequences_per_step // run.ranks)
-    rows = min(train.sequences_per_micro_batch, share_of_rows)
-    tokens, count = rows * train.sequence_length, math.ceil(share_of_rows / rows)
-    if busy_tokens is None or count < 2 or tokens * TINY_BATCH_FACTOR > busy_tokens:
-        return []
-    larger_rows = min(share_of_rows, busy_tokens // train.sequence_length)
+    train, busy_tokens = run.recipe.train, BUSY_TOKENS.get(run.device, 0)
+    rows_per_rank = max(1, train.sequences_per_step // run.ranks)
+    rows = min(train.sequences_per_micro_batch, rows_per_rank)
+    tokens, count = rows * train.sequence_length, math.ceil(rows_per_rank / rows)
+    larger_rows = min(rows_per_rank, busy_tokens // train.sequence_length)
     peak = run.median("peak_memory_bytes")
     memory_note = f" if memory allows ({peak / 2**30:.1f} GiB are used now)" if peak else ""
-    return [
-        Bottleneck(
+    if count > 1 and tokens * TINY_BATCH_FACTOR <= busy_tokens:
+        yield Bottleneck(
             run.shares["forward"] + run.shares["backward"],
             f"Each step is {count} micro-batches of {tokens:,} tokens, and a GPU is busy from about {busy_tokens:,}: "
             f"--train.micro-batch-size {larger_rows} (it is {rows}){memory_note}.",
         )
-    ]
 
 
-def check_idle_gpu(run: RunTimings) -> list[Bottleneck]:
+def check_idle_gpu(run: RunTimings) -> Iterator[Bottleneck]:
     gpu_percent = run.median("gpu_percent")
-    if gpu_percent is None or gpu_percent >= BUSY_GPU_PERCENT:
-        return []
-    return [
-        Bottleneck(
+    if gpu_percent is not None and gpu_percent < BUSY_GPU_PERCENT:
+        yield Bottleneck(
             1 - gpu_percent / 100,
             f"The GPU has work in {gpu_percent:.0f} % of the time: the processor does not ask for it fast enough. A "
             "larger --train.micro-batch-size makes fewer and larger kernels, --train.compile true makes one of many.",
         )
-    ]
 
 
-def check_mfu(run: RunTimings) -> list[Bottleneck]:
+def check_mfu(run: RunTimings) -> Iterator[Bottleneck]:
     """Share of the device's peak, against what models of this size reach."""
-    mfu, parameters = run.median("mfu"), sum(parameter_counts(run.recipe.model).values())
+    mfu, parameters = run.median("mfu") or 0.0, sum(parameter_counts(run.recipe.model).values())
     min_parameters, typical, typical_text = TYPICAL_MFU.get(run.device, (math.inf, 0.0, ""))
-    if mfu is None or mfu <= 0 or parameters < min_parameters or mfu >= LOW_MFU_FACTOR * typical:
-        return []
-    return [
-        Bottleneck(
+    if parameters >= min_parameters and 0 < mfu < LOW_MFU_FACTOR * typical:
+        yield Bottleneck(
             1 - mfu / typical,
             f"MFU is {mfu:.1%}, and {typical_text}, is usual: the device does less than half of what it could. If "
             "nothing else here explains it, --profile 5 shows where a step's time goes.",
         )
-    ]
 
 
-def check_uneven_steps(run: RunTimings) -> list[Bottleneck]:
+def check_uneven_steps(run: RunTimings) -> Iterator[Bottleneck]:
     seconds = sorted(run.step_seconds)
     median, slow = statistics.median(seconds), seconds[int(0.95 * len(seconds))]
     lost_share = sum(max(0.0, step_seconds - EVEN_STEP_FACTOR * median) for step_seconds in seconds) / run.total_seconds
-    if slow < SLOW_STEP_FACTOR * median or lost_share < MIN_LOST_SHARE:
-        return []
-    message = f"One step in twenty takes {slow / median:.1f} times the median or longer"
-    cause = "other programs, a disk that is slow at times, or a machine that is shared"
-    return [Bottleneck(lost_share, f"{message}, which loses {format_percent(lost_share)} of the time: {cause}.")]
+    if slow >= SLOW_STEP_FACTOR * median and lost_share >= MIN_LOST_SHARE:
+        message = f"One step in twenty takes {slow / median:.1f} times the median or longer"
+        cause = "other programs, a disk that is slow at times, or a machine that is shared"
+        yield Bottleneck(lost_share, f"{message}, which loses {format_percent(lost_share)} of the time: {cause}.")
 
 
-def check_slowdown(run: RunTimings) -> list[Bottleneck]:
-    seconds, quarter = run.step_seconds, len(run.step_seconds) // 4
-    if len(seconds) < MIN_SLOWDOWN_STEPS:
-        return []
+def check_slowdown(run: RunTimings) -> Iterator[Bottleneck]:
+    seconds, quarter = run.step_seconds, max(1, len(run.step_seconds) // 4)
     first_median, last_median = statistics.median(seconds[:quarter]), statistics.median(seconds[-quarter:])
-    if last_median < SLOWDOWN_FACTOR * first_median:
-        return []
-    lost_share = max(0.0, sum(seconds) - first_median * len(seconds)) / run.total_seconds
-    message = f"Steps take {last_median / first_median:.1f} times as long at the end as at the beginning"
-    hint = "nvidia-smi -q -d PERFORMANCE says whether it is" if run.device == "cuda" else "top shows programs beside it"
-    cause = "a device that grows hot and slows down, or other programs"
-    return [Bottleneck(lost_share, f"{message}, {format_percent(lost_share)} of the time: {cause}; {hint}.")]
+    if len(seconds) >= MIN_SLOWDOWN_STEPS and last_median >= SLOWDOWN_FACTOR * first_median:
+        lost_share = max(0.0, sum(seconds) - first_median * len(seconds)) / run.total_seconds
+        message = f"Steps take {last_median / first_median:.1f} times as long at the end as at the beginning"
+        hint = (
+            "nvidia-smi -q -d PERFORMANCE says whether it is"
+            if run.device == "cuda"
+            else "top shows programs beside it"
+        )
+        cause = "a device that grows hot and slows down, or other programs"
+        yield Bottleneck(lost_share, f"{message}, {format_percent(lost_share)} of the time: {cause}; {hint}.")
 
 
-def check_cpu_contention(run: RunTimings) -> list[Bottleneck]:
+def check_cpu_contention(run: RunTimings) -> Iterator[Bottleneck]:
     """Whether other programs had the cores that this one's threads wanted, in the median of what was measured."""
     cores, threads = finite_number(run.start.get("seen") or {}, "machine_cores"), finite_number(run.start, "threads")
     run_percent, machine_percent = run.median("cpu_percent"), run.median("machine_cpu_percent")
-    if (
-        run.device != "cpu"
-        or run.ranks > 1
-        or not cores
-        or not threads
-        or run_percent is None
-        or machine_percent is None
-    ):
-        return []
+    if run.device != "cpu" or run.ranks > 1 or not cores or not threads:
+        return
+    if run_percent is None or machine_percent is None:
+        return
     other_cores = max(0.0, cores * machine_percent - run_percent) / 100
-    lost_share = 1 - run_percent / 100 / threads
-    if (
-        other_cores < MIN_OTHER_CORES
-        or cores - other_cores > threads - MIN_OTHER_CORES / 2
-        or lost_share < MIN_LOST_SHARE
-    ):
-        return []
-    return [
-        Bottleneck(
+    lost_share, cores_needed = 1 - run_percent / 100 / threads, threads - MIN_OTHER_CORES / 2
+    if other_cores >= MIN_OTHER_CORES and cores - other_cores <= cores_needed and lost_share >= MIN_LOST_SHARE:
+        yield Bottleneck(
             lost_share,
             f"Other programs keep {other_cores:.1f} of {cores:.0f} cores busy, and this run's {threads:.0f} threads "
             f"got {run_percent / 100:.1f}: {format_percent(lost_share)} of their time is lost; end those programs, or "
             "wait for them.",
         )
-    ]
 
 
-CHECKS: tuple[Callable[[RunTimings], list[Bottleneck]], ...] = (
+CHECKS: tuple[Callable[[RunTimings], Iterator[Bottleneck]], ...] = (
     check_data,
     check_pauses,
     check_optimizer,
@@ -348,8 +301,3 @@ def describe_shares(shares: Mapping[str, float]) -> str:
 
 def format_percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def flag_name(setting: str) -> str:
-    """How the command line says it."""
-    return "--" + setting.replace("_", "-")
