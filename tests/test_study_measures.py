@@ -8,7 +8,7 @@ import pytest
 from test_study import Audience, conducted, study_file, without_speed
 
 from smolforge.checkpoint.loading import load
-from smolforge.comparison.study import benchmarks, runner
+from smolforge.comparison.study import benchmarks
 from smolforge.comparison.study.report import render_markdown, results_json, write_report
 from smolforge.comparison.study.results import read_results
 from smolforge.comparison.study.scaling_law import fit_law, fit_power_law
@@ -44,8 +44,8 @@ def test_study_evaluates_tasks_once_per_finished_run(tmp_path, monkeypatch):
     last = [run.measured[-1]["validation_accuracy"] for run in found.runs_of("muon")]
     assert found.variants[1].also["validation_accuracy"].mean == pytest.approx(sum(last) / 2)
     assert "items acc" in render_markdown(found, [])
-    asked, real = [], runner.score
-    monkeypatch.setattr(runner, "score", lambda model, items: asked.append(model) or real(model, items))
+    asked, real = [], benchmarks.score
+    monkeypatch.setattr(benchmarks, "score", lambda model, items: asked.append(model) or real(model, items))
     (tmp_path / "items.jsonl").rename(tmp_path / "gone")
     assert conducted(path, out)[1] == said
     assert asked == []

@@ -15,7 +15,7 @@ from typing import Any
 from smolforge.comparison.study import benchmarks
 from smolforge.comparison.study.plan import load_or_make_plan
 from smolforge.comparison.study.results import StudyResults, compute_results
-from smolforge.comparison.study.runner import Outcome, StudyListener, TaskEvaluator, Trial, Trials, best_factor
+from smolforge.comparison.study.runner import Outcome, StudyListener, Trial, Trials, best_factor
 from smolforge.comparison.study.spec import Study
 
 
@@ -34,7 +34,7 @@ def run_variants(
     run's environment.json should say of the surroundings; `measure_costs` is whether decoding and memory are measured
     at the end, where they are not known yet.
     """
-    evaluator = TaskEvaluator(study.settings.tasks, study.path.parent, out)
+    evaluator = benchmarks.TaskEvaluator(study.settings.tasks, study.path.parent, out)
     evaluator.prepare([Trial(name, seed).name for seed in study.settings.seeds for name in study.recipes])
     trials = Trials(study, load_or_make_plan(study, out), out, listener, environment or {}, evaluator)
     rate_outcomes = trials.search_learning_rates()
@@ -51,32 +51,32 @@ def run_variants(
 def measure_variants(
     trials: Trials, outcomes_by_variant: Mapping[str, Sequence[Outcome]], measure_costs: bool
 ) -> benchmarks.VariantMeasurements:
-    """Decoding and memory of the variants that have a finished run."""
+    """Decoding and memory of the variants that have a finished run; what is known already is not measured again."""
     finished = {
-        name: next((outcome for outcome in outcomes if outcome.value is not None), None)
+        name: (outcome.trial, run)
         for name, outcomes in outcomes_by_variant.items()
+        for outcome in reversed(outcomes)  # of several, the first
+        if (run := outcome.finished_run) is not None
     }
-    measurable = {
-        name: (outcome.trial, outcome.history) for name, outcome in finished.items() if outcome and outcome.history
-    }
-    plan, recipe, out = trials.plan, trials.study.recipe, trials.out
+
+    def is_complete(stored: Mapping[str, Any]) -> bool:
+        return not measure_costs or finished.keys() <= stored.keys()
 
     def decoding() -> dict[str, list[float]]:
         trials.listener.on_measure_start("decoding")
-        return benchmarks.decoding_speeds(
-            {name: (run.path, run.recipe.train.device) for name, (_, run) in measurable.items()}
-        )
+        devices = {name: (run.path, run.recipe.train.device) for name, (_, run) in finished.items()}
+        return benchmarks.decoding_speeds(devices)
 
     def memory() -> dict[str, int | None]:
         trials.listener.on_measure_start("the memory of training")
-        overrides_by_variant = {name: trials.overrides(trial) for name, (trial, _) in measurable.items()}
-        study_dir = trials.study.path.resolve().parent
+        recipe, steps, folder = trials.study.recipe, trials.plan.steps, trials.study.path.resolve().parent
+        overrides = {name: trials.overrides(trial) for name, (trial, _) in finished.items()}
         return {
-            name: benchmarks.peak_memory(recipe, overrides, plan.steps[name], classes_dir=study_dir)
-            for name, overrides in overrides_by_variant.items()
+            name: benchmarks.peak_memory(recipe, changes, steps[name], classes_dir=folder)
+            for name, changes in overrides.items()
         }
 
     return benchmarks.VariantMeasurements(
-        benchmarks.load_or_measure(out / benchmarks.DECODING, measurable, decoding if measure_costs else None),
-        benchmarks.load_or_measure(out / benchmarks.MEMORY, measurable, memory if measure_costs else None),
+        benchmarks.measure_once(trials.out / benchmarks.DECODING, is_complete, decoding),
+        benchmarks.measure_once(trials.out / benchmarks.MEMORY, is_complete, memory),
     )

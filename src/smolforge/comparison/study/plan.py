@@ -6,15 +6,17 @@ a dtype or micro-batch is the same in all runs of a variant.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smolforge import __version__, atomic
+from smolforge import __version__
+from smolforge.comparison.study.benchmarks import write_json
 from smolforge.comparison.study.spec import Budget, Study, StudySettings
 from smolforge.config import Recipe
 from smolforge.config.base import leaves, replace_settings
 from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.formatting import flatten
 from smolforge.models.stats import flops_per_token
 from smolforge.runs.auto import AUTO_SETTINGS
 from smolforge.runs.estimate import tokens_per_second
@@ -50,9 +52,7 @@ def load_or_make_plan(study: Study, out: Path) -> StudyPlan:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} exists and is not a study's folder; give another name")
     plan = make_plan(study)
-    atomic.make_dir_durable(out)
-    content = {"version": __version__, "study": study_content, "plan": {"steps": plan.steps, "decided": plan.decided}}
-    atomic.write_text_atomic(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, {"version": __version__, "study": study_content, "plan": asdict(plan)})
     return plan
 
 
@@ -75,7 +75,7 @@ def check_same_study(stored: Mapping[str, Any], current: Mapping[str, Any], out:
         "settings": {**study, **stored["settings"]},
         "variants": {name: {**recipe, **part} for name, part in stored["variants"].items()},
     }
-    flat_stored, flat_now = ({**part["settings"], **_by_variant(part["variants"])} for part in (before, current))
+    flat_stored, flat_now = (part["settings"] | flatten({"variants": part["variants"]}) for part in (before, current))
     differing = [name for name in flat_stored | flat_now if flat_stored.get(name) != flat_now.get(name)]
     if differing:
         more_text = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -85,37 +85,18 @@ def check_same_study(stored: Mapping[str, Any], current: Mapping[str, Any], out:
         )
 
 
-def _by_variant(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        f"variants.{name}.{setting}": value
-        for name, settings in variants.items()
-        for setting, value in settings.items()
-    }
-
-
 def make_plan(study: Study) -> StudyPlan:
     """Steps by the budget, and what `auto` comes to on this machine."""
     steps: dict[str, int] = {}
     decided: dict[str, dict[str, Any]] = {}
     for name, recipe in study.recipes.items():
-        recipe = resolve_recipe(replace_settings(recipe, {"optim.schedule.steps": None}))
-        steps[name] = steps_for_budget(study.settings.budget, recipe, f"{study.path}: variants.{name}: ")
-        values = leaves(
-            resolve_recipe(
-                replace_settings(study.recipes[name], schedule_overrides(steps[name]) | dtype_override(recipe))
-            )
-        )
+        resolved = resolve_recipe(replace_settings(recipe, {"optim.schedule.steps": None}))
+        steps[name] = steps_for_budget(study.settings.budget, resolved, f"{study.path}: variants.{name}: ")
+        # a run of so many steps, whose schedule ends with it
+        planned = {"train.steps": steps[name], "optim.schedule.steps": None, "train.dtype": resolved.train.dtype}
+        values = leaves(resolve_recipe(replace_settings(recipe, planned)))
         decided[name] = {setting: values[setting] for setting in AUTO_SETTINGS}
     return StudyPlan(steps, decided)
-
-
-def schedule_overrides(steps: int) -> dict[str, Any]:
-    """A run of so many steps, whose schedule ends with it."""
-    return {"train.steps": steps, "optim.schedule.steps": None}
-
-
-def dtype_override(recipe: Recipe) -> dict[str, Any]:
-    return {"train.dtype": recipe.train.dtype}
 
 
 def steps_for_budget(budget: Budget, recipe: Recipe, prefix: str) -> int:
@@ -134,10 +115,8 @@ def steps_for_budget(budget: Budget, recipe: Recipe, prefix: str) -> int:
 def cost_per_step(budget: Budget, recipe: Recipe) -> float:
     """In what the budget counts."""
     tokens = recipe.train.batch_tokens
-    match budget.kind:
-        case "tokens":
-            return float(tokens)
-        case "flops":
-            return float(tokens * flops_per_token(recipe.model, recipe.train.sequence_length))
-        case _:
-            return tokens / tokens_per_second(recipe)
+    if budget.kind == "seconds":
+        return tokens / tokens_per_second(recipe)
+    return float(
+        tokens * (flops_per_token(recipe.model, recipe.train.sequence_length) if budget.kind == "flops" else 1)
+    )

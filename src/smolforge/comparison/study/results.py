@@ -4,9 +4,11 @@ study.json holds all of it and reads back as the same data, so a report needs no
 the machine is under `speed`; everything else is the same however often a study was stopped and resumed.
 """
 
+import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,16 @@ from smolforge.comparison.history import RunHistory
 from smolforge.comparison.statistics import MIN_PAIRS, POWER, MeanDifference, differences
 from smolforge.comparison.study.benchmarks import VariantMeasurements
 from smolforge.comparison.study.plan import StudyPlan
-from smolforge.comparison.study.runner import Outcome, best_factor
+from smolforge.comparison.study.runner import Outcome, RateOutcomes, best_factor, mean_by_factor
 from smolforge.comparison.study.scaling_law import FittedLaw, fit_law
 from smolforge.comparison.study.spec import Study, StudySettings
+from smolforge.config.base import replace_settings
 from smolforge.errors import InvalidFileError
 from smolforge.models.stats import active_parameters, flops_per_token, kv_bytes_per_token, parameter_counts
 from smolforge.runs.estimate import training_bytes
 
 ACCURACIES = ("acc", "acc_norm", "acc_chars")
 MEASURED = ("step", "tokens", "validation_loss", "validation_bits_per_byte", "validation_accuracy")
-RateOutcomes = Mapping[float, Sequence[Outcome]]
-"""Outcomes by the factor of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -140,56 +141,51 @@ def compute_results(
     measurements: VariantMeasurements,
 ) -> StudyResults:
     """Put numbers to what the runs say."""
-    settings, baseline = study.settings, study.settings.baseline
+    settings, variants, runs = study.settings, [], {}
     values = {
         name: {outcome.trial.seed: outcome.value for outcome in outcomes if outcome.value is not None}
         for name, outcomes in outcomes_by_variant.items()
     }
-    other_values = {name: losses for name, losses in values.items() if name != baseline}
-    differences_by_variant = differences(other_values, values[baseline], settings.test, alpha=settings.alpha)
-    finished = {
-        name: [outcome for outcome in outcomes if outcome.value is not None]
-        for name, outcomes in outcomes_by_variant.items()
-    }
-    histories = {
-        name: [outcome.history for outcome in outcomes if outcome.history] for name, outcomes in finished.items()
-    }
-    variants = [
-        VariantResult(
-            name=name,
-            changes=dict(study.own[name]),
-            values=values[name],
-            failed=failures(
-                [*outcomes, *(outcome for tried in rate_outcomes.get(name, {}).values() for outcome in tried)]
-            ),
-            mean=statistics.fmean(values[name].values()) if values[name] else None,
-            spread=statistics.stdev(values[name].values()) if len(values[name]) > 1 else None,
-            also=extra_metrics(finished[name]),
-            difference=differences_by_variant.get(name),
-            verdict=verdict(differences_by_variant[name]) if name in differences_by_variant else "the baseline",
-            rates=summarize_rates(rate_outcomes.get(name, {})),
-            steps=plan.steps[name],
-            cost=variant_cost(study, plan, name),
-            speed=variant_speed(histories[name], measurements.decoding.get(name), measurements.memory.get(name)),
+    others = {name: losses for name, losses in values.items() if name != settings.baseline}
+    to_baseline = differences(others, values[settings.baseline], settings.test, alpha=settings.alpha)
+    for name, outcomes in outcomes_by_variant.items():
+        histories = [run for outcome in outcomes if (run := outcome.finished_run)]
+        runs |= {run.name: measure_run(name, run) for run in histories}
+        metric, difference, rates = mean_and_spread(values[name].values()), to_baseline.get(name), rate_outcomes[name]
+        variants.append(
+            VariantResult(
+                name=name,
+                changes=dict(study.own[name]),
+                values=values[name],
+                failed={
+                    outcome.trial.name: outcome.why
+                    for outcome in itertools.chain(outcomes, *rates.values())
+                    if outcome.value is None
+                },
+                mean=metric.mean if metric else None,
+                spread=metric.spread if metric else None,
+                also=extra_metrics(outcomes),
+                difference=difference,
+                verdict=verdict(difference),
+                rates=summarize_rates(rates),
+                steps=plan.steps[name],
+                cost=variant_cost(study, plan, name),
+                speed=variant_speed(histories, measurements.decoding.get(name), measurements.memory.get(name)),
+            )
         )
-        for name, outcomes in outcomes_by_variant.items()
-    ]
-    runs = {run.name: measure_run(name, run) for name, history in histories.items() for run in history}
-    fitted_law = fit_study_law(settings, variants)
-    return StudyResults(study.name, study.recipe.stem, dict(study.common), settings, variants, runs, fitted_law)
+    law = fit_study_law(settings, variants)
+    return StudyResults(study.name, study.recipe.stem, dict(study.common), settings, variants, runs, law)
 
 
 def measure_run(variant: str, run: RunHistory) -> RunMeasurements:
     """What a run measured on held-out text, and when."""
     indices = [index for index, record in enumerate(run.metrics) if "validation_loss" in record]
     measured = [{key: run.metrics[index].get(key) for key in MEASURED} for index in indices]
-    seconds = [float(run.seconds[index]) for index in indices]
     start = run.starts[-1] if run.starts else {}
     threads = start.get("threads", 0)
     machine = f"{start.get('name', 'unknown')}, {threads} thread{'s' if threads != 1 else ''}"
-    return RunMeasurements(
-        variant, measured, {"machine": machine, "tokens_per_second": run.tokens_per_second, "seconds": seconds}
-    )
+    speed = {"machine": machine, "tokens_per_second": run.tokens_per_second, "seconds": run.seconds[indices].tolist()}
+    return RunMeasurements(variant, measured, speed)
 
 
 def fit_study_law(settings: StudySettings, variants: Sequence[VariantResult]) -> FittedLaw | None:
@@ -201,71 +197,63 @@ def fit_study_law(settings: StudySettings, variants: Sequence[VariantResult]) ->
 
 
 def extra_metrics(outcomes: Sequence[Outcome]) -> dict[str, MeanAndSpread]:
-    """Held-out accuracy after the last step, and every accuracy of every task."""
-    runs = [run for outcome in outcomes if (run := outcome.history)]
-    values_by_metric = {
-        "validation_accuracy": [value for run in runs if (value := run.newest("validation_accuracy")) is not None]
-    }
+    """Of finished runs, held-out accuracy after the last step, and every accuracy of every task."""
+    values: dict[str, list[float | None]] = defaultdict(list)
     for outcome in outcomes:
+        if run := outcome.finished_run:
+            values["validation_accuracy"].append(run.newest("validation_accuracy"))
         for task, scores in (outcome.scores or {}).items():
             for name in ACCURACIES:
-                values_by_metric.setdefault(f"{task}.{name}", []).append(scores[name])
-    return {name: mean_and_spread(values) for name, values in values_by_metric.items() if values}
+                values[f"{task}.{name}"].append(scores[name])
+    return {name: metric for name, numbers in values.items() if (metric := mean_and_spread(numbers))}
 
 
-def mean_and_spread(values: Sequence[float]) -> MeanAndSpread:
-    return MeanAndSpread(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
-
-
-def failures(outcomes: Sequence[Outcome]) -> dict[str, str]:
-    return {outcome.trial.name: outcome.why for outcome in outcomes if outcome.value is None}
+def mean_and_spread(values: Iterable[float | None]) -> MeanAndSpread | None:
+    """Of the values that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    spread = statistics.stdev(known) if len(known) > 1 else None
+    return MeanAndSpread(len(known), statistics.fmean(known), spread) if known else None
 
 
 def summarize_rates(rate_outcomes: RateOutcomes) -> LearningRateSearch | None:
     """What was tried, and whether the best of it may not be the best there is."""
     if not rate_outcomes:
         return None
-    means = {}
-    for factor, outcomes in rate_outcomes.items():
-        values = [outcome.value for outcome in outcomes if outcome.value is not None]
-        means[factor] = statistics.fmean(values) if len(values) == len(outcomes) else None
     factor = best_factor(rate_outcomes)
-    return LearningRateSearch(means, factor, factor in (min(means), max(means)))
+    return LearningRateSearch(mean_by_factor(rate_outcomes), factor, factor in (min(rate_outcomes), max(rate_outcomes)))
 
 
 def variant_cost(study: Study, plan: StudyPlan, name: str) -> dict[str, int]:
     """What follows from shape and plan alone."""
     recipe = study.recipes[name]
-    tokens = plan.steps[name] * recipe.train.batch_tokens
-    flops = flops_per_token(recipe.model, recipe.train.sequence_length)
-    train = recipe.train.model_copy(
-        update={key.removeprefix("train."): value for key, value in plan.decided[name].items()}
-    )
+    model, tokens = recipe.model, plan.steps[name] * recipe.train.batch_tokens
+    flops = flops_per_token(model, recipe.train.sequence_length)
     return {
-        "parameters": sum(parameter_counts(recipe.model).values()),
-        "active": active_parameters(recipe.model),
+        "parameters": sum(parameter_counts(model).values()),
+        "active": active_parameters(model),
         "flops_per_token": flops,
-        "kv_bytes_per_token": kv_bytes_per_token(recipe.model),
+        "kv_bytes_per_token": kv_bytes_per_token(model),
         "tokens": tokens,
         "flops": tokens * flops,
-        "predicted_memory_bytes": training_bytes(recipe.model_copy(update={"train": train})),
+        "predicted_memory_bytes": training_bytes(replace_settings(recipe, plan.decided[name])),
     }
 
 
 def variant_speed(runs: Sequence[RunHistory], decoding: Sequence[float] | None, memory: int | None) -> dict[str, Any]:
     """Of runs one after the other on a machine that may have other things to do, and of measuring in turn."""
-    speeds: dict[str, Any] = {}
-    if rate := [value for run in runs if (value := run.tokens_per_second) is not None]:
-        speeds["tokens_per_second"] = asdict(mean_and_spread(rate))
-    if runs:
-        speeds["seconds"] = asdict(mean_and_spread([float(run.seconds[-1]) for run in runs]))
-    if decoding:
-        speeds["decode_tokens_per_second"] = list(decoding)
-    return speeds | ({} if memory is None else {"peak_memory_bytes": memory})
+    metrics = {
+        "tokens_per_second": mean_and_spread(run.tokens_per_second for run in runs),
+        "seconds": mean_and_spread(float(run.seconds[-1]) for run in runs),
+    }
+    speeds = {name: metric and asdict(metric) for name, metric in metrics.items()}
+    speeds |= {"decode_tokens_per_second": list(decoding) if decoding else None, "peak_memory_bytes": memory}
+    return {name: speed for name, speed in speeds.items() if speed is not None}
 
 
-def verdict(difference: MeanDifference) -> str:
+def verdict(difference: MeanDifference | None) -> str:
     """What may be said, and no more."""
+    if difference is None:
+        return "the baseline"
     if difference.mean is None:
         return "nothing to compare: no seed was finished by both"
     if difference.n < MIN_PAIRS:

@@ -16,9 +16,10 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from smolforge.comparison.statistics import Test
 from smolforge.config import Recipe, Seed, Share, Text, load
-from smolforge.config.base import Settings, format_value, leaves, validate_settings
+from smolforge.config.base import Settings, leaves, validate_settings
 from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
 from smolforge.errors import ConfigError, did_you_mean
+from smolforge.formatting import flatten, format_value
 
 TABLES = ("recipe", "study", "settings", "variants")
 STUDY_OWNED = {
@@ -142,7 +143,7 @@ def read_study(name_or_path: str | Path) -> Study:
             raise ConfigError(f"{path}: there is no table {format_value(key)} in a study.{did_you_mean(key, TABLES)}")
     head = {key: value for key, value in tree.items() if key in ("recipe", "study")}
     head = validate_settings(StudyFile, head, f"{path}: ", conflict_prefix=f"{path}: ")
-    variants, common = tree.get("variants", {}), flatten(tree.get("settings", {}))
+    variants, common = tree.get("variants", {}), flat_changes(tree.get("settings", {}))
     if not isinstance(variants, dict) or len(variants) < 2:
         raise ConfigError(f"{path}: a study needs two variants or more, each a table [variants.NAME]")
     check_variant_names(head.study, variants, path)
@@ -178,16 +179,12 @@ def check_variant_names(settings: StudySettings, variants: Mapping[str, Any], pa
         )
 
 
-def flatten(table: Any, prefix: str = "") -> dict[str, Any]:
+def flat_changes(table: Any) -> dict[str, Any]:
     """Dotted name to value; `optim.name = ...` and a table [optim] are the same."""
-    if not isinstance(table, Mapping):
-        return {prefix.removesuffix("."): table}
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.")
-    if isinstance(flat.get("model"), str):
-        flat["model.preset"] = flat.pop("model")
-    return flat
+    flat = flatten(table) if isinstance(table, Mapping) else {"": table}
+    return {
+        "model.preset" if name == "model" and isinstance(value, str) else name: value for name, value in flat.items()
+    }
 
 
 def variant_changes(name: str, table: Any, path: Path) -> dict[str, Any]:
@@ -197,7 +194,7 @@ def variant_changes(name: str, table: Any, path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: variants.{format_value(name)} names folders, so it should be {rule}")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: variants.{name} is {format_value(table)}; it should be a table of settings")
-    changes = flatten(table)
+    changes = flat_changes(table)
     check_owned_settings(changes, f"{path}: variants.{name}: ")
     return changes
 
