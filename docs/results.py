@@ -9,8 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 
 from smolforge.comparison import style
+from smolforge.comparison.page import markdown_row
 from smolforge.comparison.study.figures import FIGURES
-from smolforge.comparison.study.report import NUMBERS, loss_cells, render_markdown
+from smolforge.comparison.study.report import NUMBERS, metric_cell, render_markdown
 from smolforge.comparison.study.results import StudyResults, VariantResult, read_results
 
 RESULTS = Path(__file__).with_name("results")
@@ -49,8 +50,8 @@ def rows(found: StudyResults) -> list[str]:
         if each.name in predicted:
             law = predicted[each.name]
             said = f"predicted {law.predicted:.4f} ({law.low:.4f} to {law.high:.4f}) from smaller sizes"
-        cells = [link if not place else "", *loss_cells(each), *differing(each), said]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [each.name, str(len(each.values)), metric_cell(each), *differing(each), said]
+        lines.append(markdown_row(["" if place else link, *cells]))
     return lines
 
 

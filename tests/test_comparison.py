@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli
-from smolforge.comparison import figures, page, style, summaries, table
+from smolforge.comparison import figures, page, style, summaries
 from smolforge.comparison.history import TIME_PARTS, read_history
 from smolforge.comparison.select import holds_runs, select, shortest_names
 from smolforge.config.load import to_recipe, write_recipe
@@ -79,7 +79,7 @@ def runs(tmp_path) -> Path:
 def shown(tmp_path_factory) -> Path:
     """What compare writes of the three."""
     home = tmp_path_factory.mktemp("shown")
-    page.write_page(select([three_runs(home / "runs")]), home / "out")
+    summaries.write_report(select([three_runs(home / "runs")]), home / "out")
     return home / "out"
 
 
@@ -168,7 +168,7 @@ def test_run_history_names_what_is_corrupted(tmp_path, capsys, file, content, sa
     selection = select([folder.parent])
     assert [run.name for run in selection.runs] == ["sound"]
     assert said in selection.broken["run"]
-    broken = table.table_rows(selection)[-1]
+    broken = summaries.table_rows(selection)[-1]
     assert (broken.run, broken.state, broken.step) == ("run", "broken", None)
 
 
@@ -186,14 +186,14 @@ def test_step_seconds_come_from_phases_or_the_rate(tmp_path):
 
 
 def test_table_shows_each_run(runs):
-    rows = table.table_rows(select([runs]))
+    rows = summaries.table_rows(select([runs]))
     assert [row.run for row in rows] == ["$a_1$ <b>", "_日本", "through"]
     twice, wrong, through = rows
     assert (twice.resumed, wrong.resumed) == ([4], [])
     assert (through.loss, through.validation_loss) == (pytest.approx(6 - 8 / 9), pytest.approx(5.2))
     assert (through.tokens, through.seconds, through.tokens_per_second) == (8 * 128, pytest.approx(4.0), 256.0)
     assert (wrong.step, wrong.steps, wrong.state, wrong.why) == (7, 8, "diverged", "its numbers went wrong")
-    heading, *lines = table.format_table(rows)
+    heading, *lines = page.format_table(summaries.runs_table(rows))
     assert heading.split()[:4] == ["run", "state", "step", "loss"]
     said = r"through +finished +8 of 8 +5\.111 +5\.200 +2\.000 +256 +0:00:04 +[\d-]{10} \d\d:\d\d  all 8 steps are done"
     assert re.fullmatch(said, lines[2])
@@ -324,7 +324,7 @@ def test_loss_figure_shows_the_exact_values(runs):
 def test_mean_step_phases_skip_compile_steps(tmp_path):
     lines = [step_line(step, seconds_forward=9.0 if step in (1, 5) else 0.2) for step in range(1, 9)]
     starts = (start(**ended("stopped")), start(4, **ended("finished")))
-    found = style.mean_phase_seconds(read_history(make_run(tmp_path / "run", lines, starts)))
+    found = figures.mean_phase_seconds(read_history(make_run(tmp_path / "run", lines, starts)))
     assert found == pytest.approx({"data": 0.1, "forward": 0.2, "backward": 0.1, "optimizer": 0.1, "other": 0.0})
 
 
@@ -344,12 +344,14 @@ def test_figures_are_svg_and_png(shown):
 
 def test_figures_are_reproducible(shown, tmp_path):
     selection = select([shown.parent / "runs"])
-    svg, _ = style.draw_and_save(lambda: figures.loss_figure(selection.runs), tmp_path / "loss-tokens")
+    drawn = style.draw_all({"loss-tokens": lambda: figures.loss_figure(selection.runs)}, tmp_path)
+    svg, _ = drawn["loss-tokens"]
     assert svg.read_bytes() == (shown / svg.name).read_bytes()
 
 
 def test_figures_need_trained_steps(tmp_path):
-    assert figures.draw_all(select([make_run(tmp_path / "none", 0, ())]).runs, tmp_path) == {}
+    runs = select([make_run(tmp_path / "none", 0, ())]).runs
+    assert [draw(runs) for draw in figures.FIGURES.values()] == [None] * len(NAMES_OF_FIGURES)
     with pytest.raises(InvalidFileError, match="has no loss to draw: no step was trained"):
         figures.draw_loss_curve(tmp_path / "none", tmp_path / "loss.png", "nothing")
 
@@ -358,7 +360,7 @@ def test_figures_of_long_runs_are_small_files(tmp_path):
     noise = np.random.default_rng(0).normal(size=10_000)
     lines = [step_line(step, loss=6 + noise[step - 1], grad_norm=2 + noise[step - 1] ** 2) for step in range(1, 10_001)]
     run = read_history(make_run(tmp_path / "run", lines, train__steps=10_000))
-    for draw in (figures.loss_figure, figures.gradient_norm_figure):
+    for draw in (figures.loss_figure, figures.FIGURES["gradient-norm"]):
         with style.style_context("test"):
             style.write_figure(draw([run, run, run, run]), tmp_path / "long.svg")
         assert (tmp_path / "long.svg").stat().st_size < 300_000
@@ -444,11 +446,11 @@ def test_page_keeps_names_that_look_like_colors():
 
 
 def test_page_shows_invalid_unicode(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "draw_all", lambda runs, out: {})
+    monkeypatch.setattr(style, "draw_all", lambda figures, out: {})
     sample = {"step": 2, "prompt": "\ud800", "text": "\udfff\x00"}
     folder = make_run(tmp_path / "run")
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    assert "After “?”" in page.write_page(select([folder]), tmp_path / "out")[0].read_text()
+    assert "After “?”" in summaries.write_report(select([folder]), tmp_path / "out")[0].read_text()
 
 
 def test_samples_are_shown_side_by_side(tmp_path):
@@ -497,7 +499,7 @@ def test_compare_writes_page_figures_and_json(runs, tmp_path, capsys, monkeypatc
     assert found["files"][0] == str(out / "index.html")
     assert len(found["files"]) == 15
     assert sorted(map(str, out.iterdir())) == sorted(found["files"])
-    monkeypatch.setattr(page, "draw_all", lambda runs, out: {})
+    monkeypatch.setattr(style, "draw_all", lambda figures, out: {})
     assert cli.run(["compare", str(runs / "through"), str(runs / "_日本"), "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:3]] == ["through", "_日本"]
@@ -548,13 +550,13 @@ def test_comparison_reads_a_real_run(text_file, tmp_path):
     train(tmp_path / "nano.json", folder, **settings)
     train(tmp_path / "nano.json", folder, steps=12, **settings)
     selection = select([folder])
-    (row,) = table.table_rows(selection)
+    (row,) = summaries.table_rows(selection)
     assert (row.state, row.step, row.steps, row.resumed) == ("finished", 12, 12, [8])
     assert 0 < row.seconds < 60
     figures.draw_loss_curve(folder, tmp_path / "loss.svg", "twelve steps")
     assert {"resumed at step 8", "twelve steps"} <= set(
         re.findall(r">([^<]+)</text>", (tmp_path / "loss.svg").read_text())
     )
-    seen = Page(page.render_page(selection, {}))
+    seen = Page(page.render_page(summaries.runs_report(selection), {}))
     for said in ("A new document", "resumed", "step 12", str(text_file)):
         assert said in seen.text

@@ -21,7 +21,7 @@ from smolforge.comparison import history
 from smolforge.comparison.history import read_source_totals
 from smolforge.comparison.page import render_page
 from smolforge.comparison.select import select
-from smolforge.comparison.summaries import format_setting as written_setting
+from smolforge.comparison.summaries import runs_report
 from smolforge.config import Data
 from smolforge.config.base import leaves, replace_settings
 from smolforge.config.data import integer_weights
@@ -39,6 +39,7 @@ from smolforge.data.prepare.build import prepare
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.perplexity import measure_mixture
+from smolforge.formatting import format_setting
 from smolforge.runs import resume_or_start
 from smolforge.runs.context import NullListener
 from smolforge.runs.mixture import SourceTokenCounter, mixture_warnings, source_fractions, tokens_needed, window_counts
@@ -606,8 +607,8 @@ def test_inspect_and_compare_show_the_mixture(mixed, tmp_path, capsys):
     assert told[1].validation_loss == last["validation_loss_code"]
     assert cli.run(["inspect", str(run.folder)]) == 0
     assert "math" in capsys.readouterr().out.split("epochs")[-1]
-    page = render_page(select([run.folder]), {})
+    page = render_page(runs_report(select([run.folder])), {})
     assert "What was read" in page
     assert f"{told[0].tokens:,}" in page
-    run_in_words = written_setting(leaves(run.recipe)["data.mixture"])
+    run_in_words = format_setting(leaves(run.recipe)["data.mixture"])
     assert run_in_words.startswith("web source") and "weight 3.0" in run_in_words

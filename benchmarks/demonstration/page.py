@@ -43,7 +43,7 @@ def write(out: Path) -> str:
     """OUT/demonstration.md and .svg; returns what a terminal shows."""
     numbers = json.loads((out / "demonstration.json").read_text())
     (out / "demonstration.md").write_text(page(numbers))
-    style.draw_and_save(lambda: draw(numbers), out / "demonstration")
+    style.draw_all({"demonstration": lambda: draw(numbers)}, out)
     return f"{table(numbers)}\n\n{conditions(numbers)}\n\n{used(numbers)}"
 
 
@@ -139,12 +139,9 @@ def draw(numbers: Mapping[str, Any]) -> Figure:
         key.append((CONTESTANTS[name].title, line))
     for at in [*next(iter(numbers["found"].values())).values()][-1]["killed"]:
         right.axvline(at, color=style.RULE, linewidth=0.8, zorder=0)
-    left.set(xlabel="million tokens, all seeds", ylabel="bits per byte, validation text")
-    right.set(xlabel="seconds since the first start, last seed", xlim=(0, numbers["seconds"]))
-    for axes in (left, right):
-        style.style_axes(axes)
     key.append(("killed at the grey lines", Line2D([], [], color=style.INK, linestyle=style.DASHES[-1])))
-    style.add_legend(figure, key)
+    style.finish_axes(left, xlabel="million tokens, all seeds", ylabel="bits per byte, validation text")
+    style.finish_axes(right, key, xlabel="seconds since the first start, last seed", xlim=(0, numbers["seconds"]))
     return figure
 
 

@@ -10,18 +10,18 @@ Axes: n points (one for each record of metrics.jsonl), k points left.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter
 
 from smolforge.comparison import style
 from smolforge.comparison.history import RunHistory, read_history
-from smolforge.comparison.style import LineStyle, step_time_figure
+from smolforge.comparison.style import LegendEntries, LineStyle
 from smolforge.errors import InvalidFileError
 from smolforge.models.stats import flops_per_token
 
@@ -51,25 +51,31 @@ MAX_POINTS, MIN_POINTS = 5000, 120
 """Drawn in a figure in all, and of each curve at least: a file stays small, and print shows no more."""
 MARKERS = 25
 """On a curve at most."""
-SINGLE_ALPHA, SEVERAL_ALPHA, MAX_FAINT_RUNS = 0.3, 0.16, 4
-"""How faint single steps are, of one run and of a few; of more, only means are shown."""
+SINGLE_ALPHA, SEVERAL_ALPHA, TRAINING_ALPHA, MAX_FAINT_RUNS = 0.3, 0.16, 0.4, 4
+"""How faint single steps are, of one run and of a few, and means beside held-out losses; of more, only means."""
 STEP_FORMAT = FuncFormatter(lambda value, _: f"{value:,.6g}")
+PLAIN_FORMAT = FuncFormatter(lambda value, _: f"{value:g}")
+PERCENT_FORMAT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
+PHASE_STYLES = {
+    "data": ("waiting for data", "#8c8c8c", style.DARK),
+    "forward": ("forward", style.SKY, style.DARK),
+    "backward": ("backward", style.BLUE, style.LIGHT),
+    "optimizer": ("optimizer", style.ORANGE, style.DARK),
+    "other": ("other", style.GREEN, style.LIGHT),
+    "between": ("between steps", style.PURPLE, style.DARK),
+}
+"""Of each part: its name, its colour, the colour of a word on it."""
+MIN_LABEL_SHARE = 0.08
+"""Of the whole width, for a number to stand inside."""
 TRAINING_STYLE, VALIDATION_STYLE = (LineStyle(color, style.SOLID, "o") for color in (style.BLUE, style.VERMILLION))
 """Of one run, which has colours to spare."""
 
 
 def x_values(run: RunHistory, x_axis: XAxis) -> Float[np.ndarray, " n"]:
     """Where each step lies, in tokens, steps, seconds or FLOPs."""
-    match x_axis:
-        case "tokens":
-            return run.tokens
-        case "steps":
-            return run.record_steps.astype(np.float64)
-        case "seconds":
-            return run.seconds
-        case "flops":
-            recipe = run.recipe
-            return run.tokens * flops_per_token(recipe.model, recipe.train.sequence_length)
+    if x_axis == "flops":
+        return run.tokens * flops_per_token(run.recipe.model, run.recipe.train.sequence_length)
+    return {"tokens": run.tokens, "steps": run.record_steps.astype(np.float64), "seconds": run.seconds}[x_axis]
 
 
 def axis_unit(x_axis: XAxis, max_value: float) -> tuple[float, str]:
@@ -77,35 +83,25 @@ def axis_unit(x_axis: XAxis, max_value: float) -> tuple[float, str]:
     return next((unit for unit in UNITS[x_axis] if max_value >= MIN_UNITS * unit[0]), UNITS[x_axis][-1])
 
 
+def finite_mean(values: Float[np.ndarray, " n"]) -> float:
+    """The mean without the gaps; NaN where there is nothing else."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else np.nan
+
+
 def downsample(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], max_points: int) -> Curve:
     """At most so many points (3 or more): the first, the last, and means of equally many points between them."""
     if len(x) <= max_points:
         return x, y
-    starts = np.linspace(1, len(x) - 1, max_points - 1).astype(int)[:-1]
-    counts = np.diff([*starts, len(x) - 1])
-    finite = np.isfinite(y)
-    with np.errstate(invalid="ignore"):
-        means = _sums(np.where(finite, y, 0.0), starts) / _sums(finite.astype(float), starts)
-    return np.array([x[0], *(_sums(x, starts) / counts), x[-1]]), np.array([y[0], *means, y[-1]])
-
-
-def _sums(values: Float[np.ndarray, " n"], starts: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Of the stretches that begin at the edges; the very last value belongs to none."""
-    return np.add.reduceat(values[:-1], starts)
+    starts = np.linspace(1, len(x) - 1, max_points - 1).astype(int)
+    x_means, y_means = (np.array(list(map(finite_mean, np.split(values, starts)))) for values in (x, y))
+    return x_means, y_means
 
 
 def running_mean(y: Float[np.ndarray, " n"], share: float = SMOOTHED_SHARE) -> Float[np.ndarray, " n"]:
     """A running mean, centred; at the steep beginning of fewer values, so that it begins as the curve does."""
     half = int(len(y) * share) // 2
-    stretches = (y[i - min(half, i) : i + min(half, i) + 1] for i in range(len(y)))
-    finite = (stretch[np.isfinite(stretch)] for stretch in stretches)
-    return np.array([stretch.mean() if len(stretch) else np.nan for stretch in finite], dtype=np.float64)
-
-
-def drop_gaps(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Curve:
-    """Without the gaps."""
-    finite = np.isfinite(y)
-    return x[finite], y[finite]
+    return np.array([finite_mean(y[i - min(half, i) : i + min(half, i) + 1]) for i in range(len(y))], dtype=np.float64)
 
 
 def loss_limits(curves: list[Float[np.ndarray, " _"]]) -> tuple[float, float] | None:
@@ -113,8 +109,7 @@ def loss_limits(curves: list[Float[np.ndarray, " _"]]) -> tuple[float, float] | 
 
     That is up to the highest value after the very beginning, if that is near what is usual. None has no numbers.
     """
-    finite = [curve[np.isfinite(curve)] for curve in curves]
-    finite = [curve for curve in finite if len(curve)]
+    finite = [numbers for curve in curves if len(numbers := curve[np.isfinite(curve)])]
     if not finite:
         return None
     typical = max(max(float(curve[0]), float(np.median(curve))) for curve in finite)
@@ -170,12 +165,6 @@ def _x_at_step(run: RunHistory, x: Float[np.ndarray, " n"], step: int) -> float:
     return float(x[max(0, int(np.searchsorted(run.record_steps, step, "right")) - 1)])
 
 
-def draw_all(runs: Sequence[RunHistory], out: Path) -> dict[str, list[Path]]:
-    """Draw all that the runs have numbers for into a folder; returns each figure's files, the SVG first."""
-    files_by_figure = {name: style.draw_and_save(partial(draw, runs), out / name) for name, draw in FIGURES.items()}
-    return {name: files for name, files in files_by_figure.items() if files}
-
-
 def draw_loss_curve(run: Path, out: Path, title: str) -> None:
     """The loss of one run over tokens, as one file, a PNG or an SVG."""
     with style.style_context(out.stem):
@@ -187,133 +176,45 @@ def draw_loss_curve(run: Path, out: Path, title: str) -> None:
 
 
 def loss_figure(runs: Sequence[RunHistory], x_axis: XAxis = "tokens") -> Figure | None:
-    """Training and held-out loss over tokens, steps or seconds."""
-    frame = loss_limits([run.column(column) for run in runs for column in ("loss", "validation_loss")])
-    if frame is None:
+    """Training and held-out loss over tokens, steps or seconds; one run alone has colors to spare for the two."""
+    limits = loss_limits([run.column(column) for run in runs for column in ("loss", "validation_loss")])
+    if limits is None:
         return None
-    figure = style.new_figure()
-    axes = figure.subplots()
+    figure, single = style.new_figure(), len(runs) == 1
+    axes, line_styles, any_validation = figure.subplots(), style.line_styles(len(runs)), False
     scale, name = axis_unit(x_axis, max((x_values(run, x_axis)[-1] for run in runs if run.metrics), default=0.0))
-    x = [x_values(run, x_axis) / scale for run in runs]
-    entries = _draw_single_loss(axes, runs[0], x[0]) if len(runs) == 1 else _draw_losses(axes, runs, x)
-    axes.set(xlabel=name, ylabel="loss (nats per token)", ylim=frame)
+    max_points = max(MIN_POINTS, MAX_POINTS // 2 // max(2, len(runs)))
+    for run, line_style in zip(runs, line_styles, strict=True):
+        x, held_out = x_values(run, x_axis) / scale, run.column("validation_loss")
+        training, measured = downsample(x, run.column("loss"), max_points), np.isfinite(held_out)
+        mean, validation = _smooth_curve(training), downsample(x[measured], held_out[measured], max_points)
+        any_validation |= bool(measured.any())
+        if single:
+            _plot_line(axes, training, TRAINING_STYLE, alpha=SINGLE_ALPHA)
+            _plot_line(axes, mean, TRAINING_STYLE)
+            _plot_line(axes, validation, VALIDATION_STYLE, with_markers=True)
+            mark_axes(axes, run, x)
+        else:
+            _plot_line(axes, mean, line_style, alpha=TRAINING_ALPHA if measured.any() else None)
+            _plot_line(axes, validation, line_style, with_markers=True)
+            mark_curve(axes, run, x, curve=validation if measured.any() else mean, color=line_style.color)
+    entries = _loss_entries(runs, line_styles, any_validation)
     axes.xaxis.set_major_formatter(STEP_FORMAT)
-    style.style_axes(axes)
-    style.add_legend(figure, entries)
+    style.finish_axes(axes, entries, xlabel=name, ylabel="loss (nats per token)", ylim=limits)
     return figure
 
 
-def _draw_single_loss(axes: Axes, run: RunHistory, x: Float[np.ndarray, " n"]) -> style.LegendEntries:
-    training, validation = (
-        downsample(x, run.column("loss"), MAX_POINTS // 4),
-        _validation_curve(run, x, MAX_POINTS // 4),
-    )
-    _plot_line(axes, training, TRAINING_STYLE, alpha=SINGLE_ALPHA)
-    _plot_line(axes, _smooth_curve(training), TRAINING_STYLE)
-    _plot_line(axes, validation, VALIDATION_STYLE, with_markers=True)
-    mark_axes(axes, run, x)
-    entries: style.LegendEntries = [
-        ("training", _legend_line(TRAINING_STYLE, SINGLE_ALPHA)),
-        ("its running mean", _legend_line(TRAINING_STYLE)),
-    ]
-    return entries + ([("held out", _legend_line(VALIDATION_STYLE, with_marker=True))] if len(validation[0]) else [])
-
-
-def _draw_losses(axes: Axes, runs: Sequence[RunHistory], x: list[Float[np.ndarray, " _"]]) -> style.LegendEntries:
-    line_styles, max_points = style.line_styles(len(runs)), max(MIN_POINTS, MAX_POINTS // 2 // len(runs))
-    any_validation = False
-    for run, line_style, run_x in zip(runs, line_styles, x, strict=True):
-        mean = _smooth_curve(downsample(run_x, run.column("loss"), max_points))
-        validation = _validation_curve(run, run_x, max_points)
-        _plot_line(axes, mean, line_style, alpha=0.4 if len(validation[0]) else None)
-        _plot_line(axes, validation, line_style, with_markers=True)
-        mark_curve(axes, run, run_x, curve=validation if len(validation[0]) else mean, color=line_style.color)
-        any_validation |= len(validation[0]) > 0
-    entries = _legend_entries(runs, line_styles, with_markers=any_validation)
+def _loss_entries(runs: Sequence[RunHistory], line_styles: list[LineStyle], any_validation: bool) -> LegendEntries:
+    """Which line is which run, or which loss."""
+    if len(runs) == 1:
+        training = [
+            ("training", TRAINING_STYLE.sample(SINGLE_ALPHA, False)),
+            ("its running mean", TRAINING_STYLE.sample(None, False)),
+        ]
+        return training + [("held out", VALIDATION_STYLE.sample())] * any_validation
     grey = LineStyle(style.QUIET, style.SOLID, "o")
-    return entries + (
-        [("held out", _legend_line(grey, with_marker=True)), ("training", _legend_line(grey, 0.4))]
-        if any_validation
-        else []
-    )
-
-
-def learning_rate_figure(runs: Sequence[RunHistory]) -> Figure | None:
-    """The schedule as it was gone through."""
-    figure, axes_by_column = _plot_over_steps(runs, {"learning_rate": "learning rate"}, smooth=False)
-    for axes in axes_by_column.values():
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return figure
-
-
-def speed_figure(runs: Sequence[RunHistory]) -> Figure | None:
-    """Tokens a second, and how much of what the device could do."""
-    formatters = {"tokens_per_second": EngFormatter(sep=""), "mfu": FuncFormatter(lambda value, _: f"{100 * value:g}%")}
-    figure, axes_by_column = _plot_over_steps(
-        runs, {"tokens_per_second": "tokens per second", "mfu": "model FLOPs utilisation"}
-    )
-    for key, axes in axes_by_column.items():
-        values = [column[np.isfinite(column)] for run in runs for column in (run.column(key),)]
-        typical = max(float(np.percentile(column, 99)) for column in values if len(column))
-        axes.set_ylim(0, 1.15 * typical or 1.0)  # from nothing, and not up to a single lucky step
-        axes.yaxis.set_major_formatter(formatters[key])
-    return figure
-
-
-def gradient_norm_figure(runs: Sequence[RunHistory]) -> Figure | None:
-    """The norm of the whole gradient, before it is clipped."""
-    figure, axes_by_column = _plot_over_steps(runs, {"grad_norm": "gradient norm"})
-    for axes in axes_by_column.values():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(FuncFormatter(partial(_between_decades, axes)))
-    return figure
-
-
-def _between_decades(axes: Axes, value: float, _: int) -> str:
-    """Labels at 2 and 5 as well, where few decades are shown."""
-    low, high = axes.get_ylim()
-    return f"{value:g}" if high < 100 * low and f"{value:e}"[0] in "25" else ""
-
-
-def _plot_over_steps(
-    runs: Sequence[RunHistory], columns: dict[str, str], smooth: bool = True
-) -> tuple[Figure | None, dict[str, Axes]]:
-    """One plot below the other for each column that any run has, by its key."""
-    labels = {key: name for key, name in columns.items() if any(np.isfinite(run.column(key)).any() for run in runs)}
-    if not labels:
-        return None, {}
-    figure = style.new_figure(1.0 + 1.9 * len(labels))
-    rows = dict(zip(labels, figure.subplots(len(labels), sharex=True, squeeze=False)[:, 0], strict=True))
-    line_styles, single = style.line_styles(len(runs)), len(runs) == 1
-    max_points = max(MIN_POINTS, MAX_POINTS // (2 * len(runs) * len(rows)))
-    for key, axes in rows.items():
-        for run, line_style in zip(runs, line_styles, strict=True):
-            steps = run.record_steps.astype(np.float64)
-            curve = downsample(steps, run.column(key), max_points)
-            if smooth and len(runs) <= MAX_FAINT_RUNS:
-                _plot_line(axes, curve, line_style, alpha=SINGLE_ALPHA if single else SEVERAL_ALPHA)
-            curve = _smooth_curve(curve) if smooth else curve
-            _plot_line(axes, curve, line_style)
-            if single:
-                mark_axes(axes, run, steps, labeled=key == next(iter(rows)))
-            else:
-                mark_curve(axes, run, steps, curve=curve, color=line_style.color)
-        axes.set_ylabel(labels[key])
-        style.style_axes(axes)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter(STEP_FORMAT)
-    style.add_legend(figure, [] if single else _legend_entries(runs, line_styles))
-    return figure, rows
-
-
-def _validation_curve(run: RunHistory, x: Float[np.ndarray, " n"], max_points: int) -> Curve:
-    return downsample(*drop_gaps(x, run.column("validation_loss")), max_points)
-
-
-def _smooth_curve(curve: Curve) -> Curve:
-    return curve[0], running_mean(curve[1])
+    kinds = [("held out", grey.sample()), ("training", grey.sample(TRAINING_ALPHA, False))]
+    return [*_run_entries(runs, line_styles, with_markers=any_validation), *kinds * any_validation]
 
 
 def _plot_line(
@@ -331,34 +232,134 @@ def _plot_line(
     )
 
 
-def _legend_line(line_style: LineStyle, alpha: float | None = None, with_marker: bool = False) -> Line2D:
-    """A line as a legend shows it."""
-    marker = line_style.marker if with_marker else ""
-    return Line2D([], [], color=line_style.color, linestyle=line_style.dashes, marker=marker, markersize=4, alpha=alpha)
+def _smooth_curve(curve: Curve) -> Curve:
+    return curve[0], running_mean(curve[1])
 
 
-def _legend_entries(
-    runs: Sequence[RunHistory], line_styles: list[LineStyle], with_markers: bool = False
-) -> style.LegendEntries:
+def _run_entries(runs: Sequence[RunHistory], line_styles: list[LineStyle], with_markers: bool = False) -> LegendEntries:
     """Which line is which run, and what the small signs on them mean."""
-    entries: style.LegendEntries = [
-        (run.name, _legend_line(line_style, with_marker=with_markers))
-        for run, line_style in zip(runs, line_styles, strict=True)
-    ]
-    used_labels = {label for run in runs for _, label in interruptions(run)}
-    signs = {label: sign for label, sign in SIGNS.items() if label in used_labels}
-    return entries + [
-        (label, Line2D([], [], color=style.QUIET, linestyle="", marker=sign)) for label, sign in signs.items()
-    ]
+    labels = {label for run in runs for _, label in interruptions(run)}
+    lines = [(run.name, each.sample(with_marker=with_markers)) for run, each in zip(runs, line_styles, strict=True)]
+    return lines + [(label, style.dots(SIGNS[label])) for label in SIGNS if label in labels]
+
+
+def _from_zero(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    axes.set_ylim(bottom=0)
+
+
+def _to_typical(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """From nothing, and not up to a single lucky step."""
+    axes.set_ylim(0, 1.15 * max(float(np.percentile(numbers, 99)) for numbers in values) or 1.0)
+
+
+def _logarithmic(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """Labels at 2 and 5 as well, where few decades are shown."""
+
+    def between_decades(value: float, _: int) -> str:
+        low, high = axes.get_ylim()
+        return f"{value:g}" if high < 100 * low and f"{value:e}"[0] in "25" else ""
+
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(FuncFormatter(between_decades))
+
+
+class Panel(NamedTuple):
+    """A plot of one key of metrics.jsonl over steps."""
+
+    key: str
+    label: str
+    set_limits: Callable[[Axes, Sequence[np.ndarray]], None]
+    formatter: Formatter = PLAIN_FORMAT
+
+
+PANELS = {
+    "learning-rate": [Panel("learning_rate", "learning rate", _from_zero)],
+    "speed": [
+        Panel("tokens_per_second", "tokens per second", _to_typical, EngFormatter(sep="")),
+        Panel("mfu", "model FLOPs utilisation", _to_typical, PERCENT_FORMAT),
+    ],
+    "gradient-norm": [Panel("grad_norm", "gradient norm", _logarithmic)],
+}
+"""Figures over steps: plots one below the other, by the name of their files."""
+
+
+def steps_figure(runs: Sequence[RunHistory], name: str) -> Figure | None:
+    """The panels that any run has numbers for. A learning rate is shown as it was; the rest is smoothed."""
+    panels = [panel for panel in PANELS[name] if any(len(run.finite(panel.key)) for run in runs)]
+    if not panels:
+        return None
+    figure = style.new_figure(1.0 + 1.9 * len(panels))
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    line_styles, single, smooth = style.line_styles(len(runs)), len(runs) == 1, name != "learning-rate"
+    max_points = max(MIN_POINTS, MAX_POINTS // (2 * len(runs) * len(rows)))
+    for panel, axes in zip(panels, rows, strict=True):
+        for run, line_style in zip(runs, line_styles, strict=True):
+            steps = x_values(run, "steps")
+            curve = downsample(steps, run.column(panel.key), max_points)
+            if smooth and len(runs) <= MAX_FAINT_RUNS:
+                _plot_line(axes, curve, line_style, alpha=SINGLE_ALPHA if single else SEVERAL_ALPHA)
+            curve = _smooth_curve(curve) if smooth else curve
+            _plot_line(axes, curve, line_style)
+            if single:
+                mark_axes(axes, run, steps, labeled=axes is rows[0])
+            else:
+                mark_curve(axes, run, steps, curve=curve, color=line_style.color)
+        style.finish_axes(axes, ylabel=panel.label)
+        panel.set_limits(axes, [numbers for run in runs if len(numbers := run.finite(panel.key))])
+        axes.yaxis.set_major_formatter(panel.formatter)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(STEP_FORMAT)
+    style.add_legend(figure, [] if single else _run_entries(runs, line_styles))
+    return figure
+
+
+def mean_phase_seconds(run: RunHistory) -> dict[str, float]:
+    """Seconds a step, for each part the run knows; the first step of each start, which compiles, is left out."""
+    after_first = ~np.isin(run.record_steps - 1, [0, *run.resumes])
+    included = after_first if after_first.any() else np.ones_like(after_first)
+    means = {phase: finite_mean(values[included]) for phase, values in run.phase_seconds.items()}
+    return {phase: mean for phase, mean in means.items() if np.isfinite(mean)}
+
+
+def step_time_figure(runs: Sequence[RunHistory]) -> Figure | None:
+    """One bar for each run that knows its parts, the first on top: parts one after the other, the whole at the end."""
+    bars = [(style.printable_name(run.name), mean_phase_seconds(run)) for run in runs if run.phase_seconds]
+    if not bars:
+        return None
+    max_seconds = max(sum(phases.values()) for _, phases in bars)
+    scale, unit, unit_name = (1.0, "s", "seconds") if max_seconds >= 1 else (1e3, "ms", "milliseconds")
+    max_value, figure = max_seconds * scale, style.new_figure(0.7 + 0.42 * len(bars))
+    axes = figure.subplots()
+    for row, (_, phases) in enumerate(bars):
+        left = 0.0
+        for phase, (_, color, text_color) in PHASE_STYLES.items():
+            width = phases.get(phase, 0.0) * scale
+            axes.barh(row, width, left=left, height=0.62, color=color, edgecolor=style.PAPER, linewidth=0.8)
+            if width > MIN_LABEL_SHARE * max_value:
+                text = {"ha": "center", "va": "center", "fontsize": 8.5, "color": text_color}
+                axes.text(left + width / 2, row, _format_time(width), **text)
+            left += width
+        axes.text(left + 0.008 * max_value, row, f"{_format_time(left)} {unit}", ha="left", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set(xlabel=f"{unit_name} per step", xlim=(0, 1.1 * max_value), ylim=(len(bars) - 0.45, -0.55))
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    used = {phase for _, phases in bars for phase in phases}
+    parts = [part for phase, part in PHASE_STYLES.items() if phase in used]
+    style.add_legend(figure, [(name, Patch(color=color)) for name, color, _ in parts])
+    return figure
+
+
+def _format_time(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 FIGURES: dict[str, Callable[[Sequence[RunHistory]], Figure | None]] = {
     "loss-tokens": loss_figure,
     "loss-steps": partial(loss_figure, x_axis="steps"),
     "loss-seconds": partial(loss_figure, x_axis="seconds"),
-    "learning-rate": learning_rate_figure,
-    "speed": speed_figure,
-    "gradient-norm": gradient_norm_figure,
+    **{name: partial(steps_figure, name=name) for name in PANELS},
     "step-time": step_time_figure,
 }
 """By the name of their files."""

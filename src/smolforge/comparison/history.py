@@ -62,9 +62,8 @@ class RunHistory:
 
     def newest(self, key: str) -> float | None:
         """The latest number under a key; None where there never was one."""
-        values = self.column(key)
-        finite = values[np.isfinite(values)]
-        return float(finite[-1]) if len(finite) else None
+        values = self.finite(key)
+        return float(values[-1]) if len(values) else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -84,6 +83,11 @@ class RunHistory:
     def column(self, key: str) -> Float[np.ndarray, " n"]:
         """What each step says under a key; NaN where it says no number."""
         return np.array([_float_or_nan(record.get(key)) for record in self.metrics], dtype=np.float64)
+
+    def finite(self, key: str) -> Float[np.ndarray, " k"]:
+        """The numbers under a key, without the gaps."""
+        values = self.column(key)
+        return values[np.isfinite(values)]
 
     @cached_property
     def tokens(self) -> Float[np.ndarray, " n"]:
@@ -236,8 +240,3 @@ def _source_sizes(run: RunHistory) -> dict[str, int]:
         sources = json.loads((run.path / MIXTURE_FILE).read_text("utf-8"))["sources"]
         return {name: int(source["tokens"]) for name, source in sources.items()}
     return {}
-
-
-def source_totals_by_run(runs: Sequence[RunHistory]) -> dict[str, list[SourceTotals]]:
-    """Of each run that has a mixture."""
-    return {run.name: totals for run in runs if (totals := read_source_totals(run))}

@@ -1,33 +1,24 @@
-"""One page that tells of some runs by itself: no script, nothing fetched, whatever a run wrote shown as text.
+"""Show a report as one HTML page, as Markdown, and its tables as text. What is in it comes from runs or from a study.
 
-index.html   table, figures, samples, settings, what happened        NAME.svg, NAME.png   the same figures for print
+index.html   tables, figures, samples, settings, what happened       NAME.svg, NAME.png   the same figures for print
+
+The page tells its story by itself: no script, nothing fetched, whatever a run wrote shown as text.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
 from smolforge import atomic
-from smolforge.comparison import history, style, table
-from smolforge.comparison.figures import draw_all
-from smolforge.comparison.select import Selection
-from smolforge.comparison.summaries import compare_settings, environments, samples_by_prompt, timeline
+from smolforge.comparison import style
 
-PAGE = "index.html"
-TABS = {"loss-tokens": "tokens", "loss-steps": "steps", "loss-seconds": "time"}
-CAPTIONS = {
-    "learning-rate": ("Learning rate", ""),
-    "gradient-norm": ("Gradient norm", "Of all gradients together, before clipping."),
-    "speed": ("Speed", "Without the time between steps. Utilisation counts causal attention, after PaLM."),
-    "step-time": (
-        "Where a step's time goes",
-        "Mean of all steps but the first after a start. Between steps lie measuring, sampling and saving.",
-    ),
-}
+PAGE, MISSING = "index.html", "-"
 COLORS = {
     style.INK: ("ink", "#e6e6e3"),
     style.QUIET: ("quiet", "#9a9a96"),
@@ -44,28 +35,85 @@ COLORS = {
 """A figure's colours: their names on the page, and what they are where it is dark."""
 
 
-class Swatch(NamedTuple):
-    """A run's line, as figures have it."""
+class Table(NamedTuple):
+    """Rows of cells under a heading each, the first column words."""
 
-    color: str
-    dashes: str
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: Collection[str] = ()
+    """Other columns of words, which begin at the left."""
+    best: tuple[str, str] | None = None
+    """First cell of a row, and heading of a column: the cell there stands out."""
 
 
-def write_page(selection: Selection, out: Path) -> list[Path]:
+@dataclass(frozen=True)
+class Report:
+    """What a page shows, first to last; in figures and tables each name has the same line."""
+
+    kind: Literal["runs", "study"]
+    title: str
+    names: Sequence[str]
+    tables: Sequence[Table]
+    """The first stands above the figures, the others below."""
+    tabs: Mapping[str, str]
+    """Figures of which one at a time is shown, and what each is over."""
+    captions: Mapping[str, tuple[str, str]]
+    """Heading and caption of each figure."""
+    opening: Sequence[str] = ()
+    failed: Sequence[str] = ()
+    """Runs that did not come to their end."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What only a page of runs has."""
+
+
+def format_number(value: float | None, spec: str) -> str:
+    """As people read it; a dash where there is none."""
+    return MISSING if value is None else format(value, spec)
+
+
+def format_table(table: Table, clean: Callable[[str], str] = str) -> list[str]:
+    """The table as text, a heading first, each cell cleaned of what does not belong on a terminal."""
+    lines = [table.head, *([clean(cell) for cell in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<" if not number or name in table.text_columns else ">" for number, name in enumerate(table.head)]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def render_markdown(report: Report, figures: Sequence[str]) -> str:
+    """Return the report in Markdown, with links to these figures."""
+    lines = [f"# {report.title}", ""]
+    for paragraph in report.opening:
+        lines += [paragraph, ""]
+    for table in report.tables:
+        rows = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
+        lines += [f"## {table.title}", "", *map(markdown_row, rows), ""]
+    if report.failed:
+        lines += ["## Runs that did not come to their end", "", *(f"- {reason}" for reason in report.failed), ""]
+    for name in figures:
+        lines += [f"![{name.replace('-', ' ')}]({name}.svg)", "", report.captions[name][1], ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def write_page(report: Report, figures: Mapping[str, Callable[[], Figure | None]], out: Path) -> list[Path]:
     """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
     atomic.make_dir_durable(out)
-    files_by_figure = draw_all(selection.runs, out)
-    figures = {
-        name: inline_svg(files[0].read_text("utf-8"), name.replace("-", " ")) for name, files in files_by_figure.items()
-    }
-    page = out / PAGE
-    page.write_text(render_page(selection, figures), "utf-8", errors="replace")
-    return [page, *(file for files in files_by_figure.values() for file in files)]
+    files = style.draw_all(figures, out)
+    inlined = {name: inline_svg(svg.read_text("utf-8"), name.replace("-", " ")) for name, (svg, _) in files.items()}
+    page = render_page(report, inlined).encode("utf-8", "replace").decode()
+    atomic.write_text_atomic(out / PAGE, page)
+    return [out / PAGE, *(file for pair in files.values() for file in pair)]
 
 
-def render_page(selection: Selection, figures: dict[str, Markup]) -> str:
-    """The page, around figures made ready by `inlined`."""
-    runs = selection.runs
+def render_page(report: Report, figures: Mapping[str, Markup]) -> str:
+    """The page, around figures made ready by `inline_svg`."""
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,41 +121,16 @@ def render_page(selection: Selection, figures: dict[str, Markup]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters["number"] = table.format_number
+    styles = zip(report.names, style.line_styles(len(report.names)), strict=True) if len(report.names) > 1 else ()
     return jinja.get_template("page.html").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        rows=table.table_rows(selection),
-        columns={name: format_cell for name, format_cell in table.COLUMNS.items() if name != "last change"},
-        text_columns=table.TEXT_COLUMNS,
-        swatches=swatches(len(runs)),
-        best=_best_run(table.table_rows(selection)),
-        colors=COLORS,
-        tabs={name: label for name, label in TABS.items() if name in figures},
-        captions={name: caption for name, caption in CAPTIONS.items() if name in figures},
+        report=report,
+        title=report.title,
         figures=figures,
-        runs=runs,
-        mixtures=history.source_totals_by_run(runs),
-        samples=samples_by_prompt(runs),
-        settings=compare_settings(runs),
-        timelines={run.name: list(timeline(run)) for run in runs},
-        environments={run.name: list(environments(run)) for run in runs},
+        tabs={name: label for name, label in report.tabs.items() if name in figures},
+        colors=COLORS,
+        swatches={name: (_css_color(line.color), _svg_dashes(line.dashes[1])) for name, line in styles},
+        **report.details,
     )
-
-
-def _best_run(rows: Sequence[table.RunRow]) -> str | None:
-    """The run with the lowest held-out loss, where there are several to choose from."""
-    losses = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
-    return min(losses)[1] if len(losses) > 1 else None
-
-
-def swatches(count: int) -> list[Swatch]:
-    """How each run's line looks, in the page's colours; one run alone needs none."""
-    if count == 1:
-        return []
-    return [
-        Swatch(_css_color(line_style.color), _svg_dashes(line_style.dashes[1]))
-        for line_style in style.line_styles(count)
-    ]
 
 
 def _svg_dashes(lengths: tuple[float, ...]) -> str:

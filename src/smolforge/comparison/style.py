@@ -1,27 +1,24 @@
-"""Style all figures: colors, fonts, lines, legends, files. Draw step times as stacked bars, one for each run.
+"""Style all figures: colors, fonts, lines, legends, files.
 
 Colors are Okabe and Ito's, which colorblind people tell apart (https://jfly.uni-koeln.de/color/). Lines and markers
 differ as well, for print without color. A page may replace the colors: each is one word of an SVG.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Patch
-
-from smolforge.comparison.history import RunHistory
+from matplotlib.lines import Line2D
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 INK, QUIET, RULE, PAPER = "#1c1c1c", "#6f6f6f", "#dcdcdc", "#ffffff"
@@ -69,20 +66,13 @@ STYLE = {
 }
 
 
-LegendEntries = list[tuple[str, Artist]]
+LegendEntries = Sequence[tuple[str, Artist]]
 """What a legend says: name and sample."""
-PHASE_STYLES = {
-    "data": ("waiting for data", "#8c8c8c", DARK),
-    "forward": ("forward", SKY, DARK),
-    "backward": ("backward", BLUE, LIGHT),
-    "optimizer": ("optimizer", ORANGE, DARK),
-    "other": ("other", GREEN, LIGHT),
-    "between": ("between steps", PURPLE, DARK),
-}
-"""Of each part: its name, its colour, the colour of a word on it."""
-MIN_LABEL_SHARE = 0.08
-"""Of the whole width, for a number to stand inside."""
-_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds"}
+
+
+def dots(marker: str, color: str = QUIET, **settings: Any) -> Line2D:
+    """Markers without a line, as a legend shows them."""
+    return Line2D([], [], color=color, linestyle="", marker=marker, **settings)
 
 
 class LineStyle(NamedTuple):
@@ -91,6 +81,11 @@ class LineStyle(NamedTuple):
     color: str
     dashes: tuple[float, tuple[float, ...]]
     marker: str
+
+    def sample(self, alpha: float | None = None, with_marker: bool = True) -> Line2D:
+        """The line as a legend shows it."""
+        marker = self.marker if with_marker else ""
+        return Line2D([], [], color=self.color, linestyle=self.dashes, marker=marker, markersize=4, alpha=alpha)
 
 
 def line_styles(count: int) -> list[LineStyle]:
@@ -157,15 +152,15 @@ def style_context(salt: str) -> Iterator[None]:
         yield
 
 
-def draw_and_save(draw: Callable[[], Figure | None], stem: Path) -> list[Path]:
-    """Draw, and write it as `stem`.svg and .png; no files where there is nothing to draw."""
-    with style_context(stem.name):
-        figure = draw()
-        if figure is None:
-            return []
-        files = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
-        for file in files:
-            write_figure(figure, file)
+def draw_all(figures: Mapping[str, Callable[[], Figure | None]], out: Path) -> dict[str, tuple[Path, Path]]:
+    """Draw figures into a folder, each as NAME.svg and NAME.png; returns the files of those that have something."""
+    files = {}
+    for name, draw in figures.items():
+        with style_context(name):
+            if figure := draw():
+                files[name] = (out / f"{name}.svg", out / f"{name}.png")
+                for file in files[name]:
+                    write_figure(figure, file)
     return files
 
 
@@ -174,72 +169,10 @@ def write_figure(figure: Figure, file: Path) -> None:
     figure.savefig(file, dpi=DPI, metadata=SVG_METADATA if file.suffix == ".svg" else {"Software": None})
 
 
-def style_axes(axes: Axes) -> None:
-    """Short ticks, a little room at the sides."""
+def finish_axes(axes: Axes, entries: LegendEntries = (), **settings: Any) -> None:
+    """Set labels and limits, short ticks, a little room at the sides, and the figure's legend."""
+    axes.set(**settings)
     axes.tick_params(length=3, width=0.6)
     axes.margins(x=0.015)
-
-
-def mean_phase_seconds(run: RunHistory) -> dict[str, float]:
-    """Seconds a step, for each part the run knows; the first step of each start, which compiles, is left out."""
-    first_steps = [0, *run.resumes]
-    after_first = ~np.isin(run.record_steps - 1, first_steps)
-    included = after_first if after_first.any() else np.ones_like(after_first)
-    return {
-        phase: float(np.nanmean(values[included]))
-        for phase, values in run.phase_seconds.items()
-        if _has_values(values[included])
-    }
-
-
-def _has_values(values: np.ndarray) -> bool:
-    return bool(np.isfinite(values).any())
-
-
-def step_time_figure(runs: Sequence[RunHistory]) -> Figure | None:
-    """One bar for each run that knows its parts, the first on top."""
-    runs_with_phases = [(run, mean_phase_seconds(run)) for run in runs if run.phase_seconds]
-    if not runs_with_phases:
-        return None
-    max_seconds = max(sum(phase_seconds.values()) for _, phase_seconds in runs_with_phases)
-    scale, unit = (1.0, "s") if max_seconds >= 1 else (1e3, "ms")
-    figure = new_figure(0.7 + 0.42 * len(runs_with_phases))
-    axes = figure.subplots()
-    for row, (_, phase_seconds) in enumerate(runs_with_phases):
-        _draw_bar(
-            axes,
-            row,
-            {phase: seconds * scale for phase, seconds in phase_seconds.items()},
-            max_value=max_seconds * scale,
-            unit=unit,
-        )
-    axes.set_yticks(range(len(runs_with_phases)), [printable_name(run.name) for run, _ in runs_with_phases])
-    axes.set(
-        xlabel=f"{_UNIT_NAMES[unit]} per step",
-        xlim=(0, 1.1 * max_seconds * scale),
-        ylim=(len(runs_with_phases) - 0.45, -0.55),
-    )
-    axes.grid(False)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    phases = [phase for phase in PHASE_STYLES if any(phase in phase_seconds for _, phase_seconds in runs_with_phases)]
-    add_legend(figure, [(PHASE_STYLES[phase][0], Patch(color=PHASE_STYLES[phase][1])) for phase in phases])
-    return figure
-
-
-def _draw_bar(axes: Axes, row: int, phase_values: dict[str, float], *, max_value: float, unit: str) -> None:
-    """Parts one after the other, the whole at the end."""
-    left = 0.0
-    for phase, (_, color, text_color) in PHASE_STYLES.items():
-        width = phase_values.get(phase, 0.0)
-        axes.barh(row, width, left=left, height=0.62, color=color, edgecolor=PAPER, linewidth=0.8)
-        if width > MIN_LABEL_SHARE * max_value:
-            axes.text(
-                left + width / 2, row, _format_seconds(width), ha="center", va="center", fontsize=8.5, color=text_color
-            )
-        left += width
-    axes.text(left + 0.008 * max_value, row, f"{_format_seconds(left)} {unit}", ha="left", va="center", fontsize=9)
-
-
-def _format_seconds(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    assert isinstance(axes.figure, Figure)
+    add_legend(axes.figure, entries)

@@ -1,19 +1,166 @@
-"""Put what runs wrote side by side: samples, settings, a timeline of events, the machine of each start."""
+"""Runs side by side, as a report: a table, figures, samples, settings, what happened, the machine of each start."""
 
 import re
+import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from smolforge.comparison.history import Record, RunHistory
+from smolforge.comparison import page
+from smolforge.comparison.figures import FIGURES
+from smolforge.comparison.history import Record, RunHistory, State, read_source_totals
+from smolforge.comparison.page import MISSING, Report, Table, format_number
+from smolforge.comparison.select import Selection
 from smolforge.config.base import leaves
+from smolforge.formatting import flatten, format_setting
+from smolforge.training.environment import ENVIRONMENT
+from smolforge.training.run_folder import METRICS
 
+TABS = {"loss-tokens": "tokens", "loss-steps": "steps", "loss-seconds": "time"}
+CAPTIONS = {
+    **dict.fromkeys(TABS, ("Loss", "Of the very first steps, what lies above the frame is cut.")),
+    "learning-rate": ("Learning rate", ""),
+    "gradient-norm": ("Gradient norm", "Of all gradients together, before clipping."),
+    "speed": ("Speed", "Without the time between steps. Utilisation counts causal attention, after PaLM."),
+    "step-time": (
+        "Where a step's time goes",
+        "Mean of all steps but the first after a start. Between steps lie measuring, sampling and saving.",
+    ),
+}
 MAX_SAMPLES = 8
 """Rows of samples of one prompt; the rest is in the runs."""
 MAX_SAMPLE_CHARS = 900
 """Characters."""
 NON_MACHINE_KEYS = ("step", "time", "ended")
 """Of a start in environment.json."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run; what it does not know is None. Rates and losses are its newest."""
+
+    run: str
+    path: str | None = None
+    state: State | Literal["broken"] = "broken"
+    step: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    loss: float | None = None
+    validation_loss: float | None = None
+    validation_bits_per_byte: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    """Of training, without pauses."""
+    resumed: list[int] = field(default_factory=list)
+    """After these steps."""
+    changed: str | None = None
+    """When it last wrote something down."""
+    why: str = ""
+    """Why it is in this state."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Tokens learned from each source of a mixture."""
+
+
+def table_rows(selection: Selection) -> list[RunRow]:
+    """The runs in their order, and after them those that cannot be read."""
+    return [*map(run_row, selection.runs), *(RunRow(name, why=reason) for name, reason in selection.broken.items())]
+
+
+def run_row(run: RunHistory) -> RunRow:
+    """One run's line."""
+    return RunRow(
+        run=run.name,
+        path=str(run.path),
+        state=run.state,
+        step=run.step,
+        steps=run.steps,
+        tokens=int(run.tokens[-1]) if run.metrics else 0,
+        seconds=float(run.seconds[-1]) if run.metrics else 0.0,
+        tokens_per_second=run.tokens_per_second,
+        resumed=run.resumes,
+        changed=_last_change(run),
+        why=run.reason,
+        sources={totals.source: totals.tokens for totals in read_source_totals(run)},
+        **{key: run.newest(key) for key in ("loss", "validation_loss", "validation_bits_per_byte")},
+    )
+
+
+def _last_change(run: RunHistory) -> str | None:
+    times = [file.stat().st_mtime for name in (METRICS, ENVIRONMENT) if (file := run.path / name).is_file()]
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(max(times))) if times else None
+
+
+def runs_table(rows: Sequence[RunRow]) -> Table:
+    """What people see of them; the lowest held-out loss stands out, where there are several to choose from."""
+    columns = {
+        "run": lambda row: row.run,
+        "state": lambda row: row.state,
+        "step": lambda row: MISSING if row.step is None else f"{row.step:,} of {row.steps:,}",
+        "loss": lambda row: format_number(row.loss, ".3f"),
+        "held out": lambda row: format_number(row.validation_loss, ".3f"),
+        "bits/byte": lambda row: format_number(row.validation_bits_per_byte, ".3f"),
+        "tokens/s": lambda row: format_number(row.tokens_per_second, ",.0f"),
+        "time": lambda row: MISSING if row.seconds is None else str(timedelta(seconds=round(row.seconds))),
+        "last change": lambda row: format_time(row.changed) or MISSING,
+        "why": lambda row: row.why,
+    }
+    losses = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
+    best = (min(losses)[1], "held out") if len(losses) > 1 else None
+    return Table("", list(columns), [[cell(row) for cell in columns.values()] for row in rows], ("state", "why"), best)
+
+
+def source_tables(runs: Sequence[RunHistory]) -> Iterator[Table]:
+    """What each run that has a mixture read."""
+    for run in runs:
+        rows = [
+            [
+                totals.source,
+                f"{totals.tokens:,}",
+                f"{totals.share:.2%}",
+                format_number(totals.epochs, ".2f"),
+                format_number(totals.validation_loss, ".3f"),
+            ]
+            for totals in read_source_totals(run)
+        ]
+        if rows:
+            title = "What was read" if len(runs) == 1 else f"What was read by {run.name}"
+            yield Table(title, ["source", "tokens", "share", "epochs", "held out"], rows)
+
+
+def runs_report(selection: Selection) -> Report:
+    """All that their page shows."""
+    runs, table = selection.runs, runs_table(table_rows(selection))
+    newest = table.head.index("last change")  # a page is of its day
+    table = table._replace(
+        head=[*table.head[:newest], *table.head[newest + 1 :]],
+        rows=[[*row[:newest], *row[newest + 1 :]] for row in table.rows],
+    )
+    return Report(
+        kind="runs",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        names=[run.name for run in runs],
+        tables=[table, *source_tables(runs)],
+        tabs=TABS,
+        captions=CAPTIONS,
+        details={
+            "runs": runs,
+            "samples": samples_by_prompt(runs),
+            "settings": compare_settings(runs),
+            "timelines": {run.name: list(timeline(run)) for run in runs},
+            "environments": {run.name: list(environments(run)) for run in runs},
+        },
+    )
+
+
+def write_report(selection: Selection, out: Path) -> list[Path]:
+    """Write the page and the figures into a folder; returns the files, the page first. Raises OSError."""
+    figures = {name: partial(draw, selection.runs) for name, draw in FIGURES.items()}
+    return page.write_page(runs_report(selection), figures, out)
 
 
 class Sample(NamedTuple):
@@ -89,35 +236,19 @@ def compare_settings(runs: Sequence[RunHistory]) -> dict[str, list[str]]:
     return {name: run_values[:1] if len(set(run_values)) == 1 else run_values for name, run_values in values.items()}
 
 
-def format_setting(value: Any) -> str:
-    """A value as a recipe says it."""
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return (
-            ", ".join(f"{key} {format_setting(item)}" for key, item in value.items() if item is not None) or "nothing"
-        )
-    if isinstance(value, list | tuple):
-        return ", ".join(map(format_setting, value)) or "nothing"
-    return str(value) or '""'
-
-
 def timeline(run: RunHistory) -> Iterator[Event]:
     """Starts, ends and incidents, oldest first. An incident has no time: it follows the last start it can belong to."""
     start_steps = [start["step"] for start in run.starts]
-    owners = [
-        max((i for i, step in enumerate(start_steps) if step < incident["step"]), default=-1)
-        for incident in run.incidents
-    ]
-    yield from (_incident_event(incident) for incident, owner in zip(run.incidents, owners, strict=True) if owner < 0)
+    incidents: dict[int, list[Event]] = defaultdict(list)
+    for incident in run.incidents:
+        owner = max((number for number, step in enumerate(start_steps) if step < incident["step"]), default=-1)
+        incidents[owner].append(_incident_event(incident))
+    yield from incidents[-1]
     for number, start in enumerate(run.starts):
         label = "resumed" if start["step"] else "started again" if number else "began"
-        yield Event(
-            format_time(start.get("time")), start["step"], label, str(start.get("name") or start.get("device") or "")
-        )
-        yield from (
-            _incident_event(incident) for incident, owner in zip(run.incidents, owners, strict=True) if owner == number
-        )
+        machine = str(start.get("name") or start.get("device") or "")
+        yield Event(format_time(start.get("time")), start["step"], label, machine)
+        yield from incidents[number]
         yield _end_event(run, start, last=number == len(start_steps) - 1)
 
 
@@ -125,9 +256,8 @@ def _end_event(run: RunHistory, start: Record, last: bool) -> Event:
     match start.get("ended"):
         case {"state": str(state), **ending}:
             return Event(format_time(ending.get("time")), None, state, str(ending.get("reason") or ""))
-    return (
-        Event("", None, run.state, run.reason) if last else Event("", None, "ended", "without a word: killed, perhaps")
-    )
+    state, reason = (run.state, run.reason) if last else ("ended", "without a word: killed, perhaps")
+    return Event("", None, state, reason)
 
 
 def _incident_event(record: Record) -> Event:
@@ -139,18 +269,11 @@ def environments(run: RunHistory) -> Iterator[Machine]:
     """The machine of each start."""
     before: dict[str, str] = {}
     for number, start in enumerate(run.starts, 1):
-        metadata = dict(_flatten_metadata({key: value for key, value in start.items() if key not in NON_MACHINE_KEYS}))
+        facts = flatten({key: value for key, value in start.items() if key not in NON_MACHINE_KEYS})
+        metadata = {key: format_setting(value) for key, value in facts.items()}
         changed = {key: value for key, value in metadata.items() if before.get(key) != value}
         yield Machine(number, start["step"], format_time(start.get("time")), changed)
         before = metadata
-
-
-def _flatten_metadata(metadata: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in metadata.items():
-        if isinstance(value, dict):
-            yield from _flatten_metadata(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", format_setting(value)
 
 
 def format_time(timestamp: Any) -> str:

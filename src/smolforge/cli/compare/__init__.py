@@ -1,11 +1,12 @@
 """`smolforge compare`, and the table of runs that `inspect` shows as well."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -42,28 +43,31 @@ def compare(
     if study_named:
         compare_study(what[0], out, json_)
         return
-    from smolforge.comparison.page import write_page
-    from smolforge.comparison.select import select
-    from smolforge.comparison.table import table_rows
+    compare_runs([Path(path) for path in what], out, json_)
 
-    selection = select([Path(path) for path in what])
+
+def compare_runs(folders: Sequence[Path], out: Path, as_json: bool) -> None:
+    """Write the page and the figures of some runs, and print their table."""
+    from smolforge.comparison.select import select
+    from smolforge.comparison.summaries import table_rows, write_report
+
+    selection = select(folders)
     if not selection.runs:
         raise ConfigError(f"no run can be read there: {next(iter(selection.broken.values()))}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; it should be a folder, which is made where there is none")
+    files = write_into(out, lambda: write_report(selection, out))
+    print_runs(table_rows(selection), as_json, files=[str(file) for file in files])
+    if not as_json:
+        print(f"\n{files[0]} has the figures, the samples and the settings")
+
+
+def write_into(out: Path, write: Callable[[], list[Path]]) -> list[Path]:
+    """Write files into a folder. Raises MissingResourceError where that fails."""
     try:
-        files = write_page(selection, out)
+        return write()
     except OSError as error:
         raise MissingResourceError(f"{error.filename or out} could not be written: {error.strerror}") from None
-    if json_:
-        print(
-            json.dumps(
-                {"runs": [row.as_json() for row in table_rows(selection)], "files": [str(file) for file in files]}
-            )
-        )
-        return
-    print_runs(table_rows(selection))
-    print(f"\n{files[0]} has the figures, the samples and the settings")
 
 
 def is_study(names: Sequence[str]) -> bool:
@@ -95,18 +99,18 @@ def run_folders_named(first: str, more: Sequence[str]) -> list[str]:
 def inspect_runs(folders: Sequence[str], as_json: bool) -> None:
     """Print the table of some runs."""
     from smolforge.comparison.select import select
-    from smolforge.comparison.table import table_rows
+    from smolforge.comparison.summaries import table_rows
 
-    table = table_rows(select([Path(folder) for folder in folders]))
-    if as_json:
-        print(json.dumps({"runs": [row.as_json() for row in table]}))
-    else:
-        print_runs(table)
+    print_runs(table_rows(select([Path(folder) for folder in folders])), as_json)
 
 
-def print_runs(table: Sequence) -> None:
-    """Print a table of runs, without control characters."""
+def print_runs(rows: Sequence, as_json: bool, **more: Any) -> None:
+    """Print a table of runs, without control characters, or as one JSON object with something `more`."""
     from smolforge.cli import one_line
-    from smolforge.comparison.table import format_table
+    from smolforge.comparison.page import format_table
+    from smolforge.comparison.summaries import runs_table
 
-    print("\n".join(format_table(table, one_line)))
+    if as_json:
+        print(json.dumps({"runs": [asdict(row) for row in rows], **more}))
+    else:
+        print("\n".join(format_table(runs_table(rows), one_line)))

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.cli import one_line
+from smolforge.cli.compare import write_into
 from smolforge.cli.run_display import Display
+from smolforge.comparison.page import format_table
 from smolforge.comparison.study import run_variants
 from smolforge.comparison.study.report import failed_runs, results_json, results_table, write_report
 from smolforge.comparison.study.spec import read_study
 from smolforge.config import Recipe
 from smolforge.device.environment import describe_environment
-from smolforge.errors import MissingResourceError
 from smolforge.runs.estimate import RunEstimate
 from smolforge.training.loop import TrainState
 from smolforge.training.signals import stop_signals
@@ -58,24 +59,11 @@ def compare_study(name_or_path: str, out: Path, as_json: bool) -> None:
     spec = read_study(name_or_path)
     with stop_signals(), Display(quiet=as_json) as display:
         outcome = run_variants(spec, out, StudyDisplay(display), environment=describe_environment(os.environ))
-    try:
-        files = write_report(outcome, out)
-    except OSError as error:
-        raise MissingResourceError(f"{error.filename or out} could not be written: {error.strerror}") from None
+    files = write_into(out, lambda: write_report(outcome, out))
     if as_json:
         print(results_json(outcome), end="")
         return
-    print("\n".join(align_columns([results_table(outcome).head, *results_table(outcome).rows])))
+    print("\n".join(format_table(results_table(outcome))))
     for shortfall in failed_runs(outcome):
         print(f"not finished: {one_line(shortfall)}")
     print(f"\n{files[0]} has the figures and what each variant cost")
-
-
-def align_columns(rows: list[list[str]]) -> list[str]:
-    """Format rows as lines; the first and last column are left-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<", *(">" for _ in widths[2:]), "<"]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
-        for row in rows
-    ]
