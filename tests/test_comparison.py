@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolforge import cli
+from smolforge.cli.compare import report_lines
 from smolforge.comparison import figures, page, style, summaries
 from smolforge.comparison.history import TIME_PARTS, read_history
 from smolforge.comparison.select import holds_runs, select, shortest_names
@@ -193,7 +194,7 @@ def test_table_shows_each_run(runs):
     assert (through.loss, through.validation_loss) == (pytest.approx(6 - 8 / 9), pytest.approx(5.2))
     assert (through.tokens, through.seconds, through.tokens_per_second) == (8 * 128, pytest.approx(4.0), 256.0)
     assert (wrong.step, wrong.steps, wrong.state, wrong.why) == (7, 8, "diverged", "its numbers went wrong")
-    heading, *lines = page.format_table(summaries.runs_table(rows))
+    heading, *lines = report_lines(summaries.runs_table(rows))
     assert heading.split()[:4] == ["run", "state", "step", "loss"]
     said = r"through +finished +8 of 8 +5\.111 +5\.200 +2\.000 +256 +0:00:04 +[\d-]{10} \d\d:\d\d  all 8 steps are done"
     assert re.fullmatch(said, lines[2])

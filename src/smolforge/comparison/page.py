@@ -1,4 +1,4 @@
-"""Show a report as one HTML page, as Markdown, and its tables as text. What is in it comes from runs or from a study.
+"""Show a report as one HTML page, and as Markdown. What is in it comes from runs or from a study.
 
 index.html   tables, figures, samples, settings, what happened       NAME.svg, NAME.png   the same figures for print
 
@@ -70,17 +70,6 @@ class Report:
 def format_number(value: float | None, spec: str) -> str:
     """As people read it; a dash where there is none."""
     return MISSING if value is None else format(value, spec)
-
-
-def format_table(table: Table, clean: Callable[[str], str] = str) -> list[str]:
-    """The table as text, a heading first, each cell cleaned of what does not belong on a terminal."""
-    lines = [table.head, *([clean(cell) for cell in row] for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = ["<" if not number or name in table.text_columns else ">" for number, name in enumerate(table.head)]
-    return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)).rstrip()
-        for line in lines
-    ]
 
 
 def render_markdown(report: Report, figures: Sequence[str]) -> str:

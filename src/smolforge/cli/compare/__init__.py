@@ -1,6 +1,5 @@
 """`smolforge compare`, and the table of runs that `inspect` shows as well."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from smolforge.cli.table import print_result, table_lines
 from smolforge.errors import ConfigError, MissingResourceError
 from smolforge.training.signals import stop_signals
 
@@ -105,12 +105,15 @@ def inspect_runs(folders: Sequence[str], as_json: bool) -> None:
 
 
 def print_runs(rows: Sequence, as_json: bool, **more: Any) -> None:
-    """Print a table of runs, without control characters, or as one JSON object with something `more`."""
-    from smolforge.cli import one_line
-    from smolforge.comparison.page import format_table
+    """Print a table of runs, or one JSON object with something `more`."""
     from smolforge.comparison.summaries import runs_table
 
-    if as_json:
-        print(json.dumps({"runs": [asdict(row) for row in rows], **more}))
-    else:
-        print("\n".join(format_table(runs_table(rows), one_line)))
+    print_result({"runs": [asdict(row) for row in rows], **more}, report_lines(runs_table(rows)), as_json=as_json)
+
+
+def report_lines(table: Any) -> list[str]:
+    """Return a table of a report as lines, without control characters."""
+    from smolforge.cli import one_line
+
+    align = "".join("<" if not number or name in table.text_columns else ">" for number, name in enumerate(table.head))
+    return table_lines([[one_line(cell) for cell in row] for row in table.rows], table.head, align)

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.cli import one_line
-from smolforge.cli.compare import write_into
+from smolforge.cli.compare import report_lines, write_into
 from smolforge.cli.run_display import Display
-from smolforge.comparison.page import format_table
 from smolforge.comparison.study import run_variants
 from smolforge.comparison.study.report import failed_runs, results_json, results_table, write_report
 from smolforge.comparison.study.spec import read_study
@@ -63,7 +62,7 @@ def compare_study(name_or_path: str, out: Path, as_json: bool) -> None:
     if as_json:
         print(results_json(outcome), end="")
         return
-    print("\n".join(format_table(results_table(outcome))))
+    print("\n".join(report_lines(results_table(outcome))))
     for shortfall in failed_runs(outcome):
         print(f"not finished: {one_line(shortfall)}")
     print(f"\n{files[0]} has the figures and what each variant cost")
