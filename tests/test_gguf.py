@@ -477,13 +477,16 @@ def rewritten(file: Path, **changes) -> None:
 
 
 LIES = [
-    ({"llama__embedding_length": 64}, "token_embd.weight has shape (320, 32) where its settings make it (320, 64)"),
+    (
+        {"llama__embedding_length": 64},
+        "token_embd.weight has shape (320, 32) where its settings make it (320, 64)",
+    ),
     ({"llama__embedding_length": 2**31}, "hidden_size"),
     ({"llama__embedding_length": "32"}, "hidden_size"),
     ({"llama__embedding_length": None}, "does not say hidden_size"),
     ({"llama__block_count": 4096}, "20 tensors, too few for 4,096 layers"),
     ({"llama__block_count": 3}, "lacks 9 of 29 tensors, the first blk.2.attn_k.weight"),
-    ({"llama__block_count": 1}, "9 tensors this model has no place for, the first 'blk.1.attn_k.weight'"),
+    ({"llama__block_count": 1}, "9 tensors this model has no place for, the first blk.1.attn_k.weight"),
     ({"llama__attention__head_count": [4, 4]}, "num_attention_heads"),
     ({"llama__attention__head_count": 0}, "num_attention_heads"),
     ({"llama__attention__head_count": True}, "num_attention_heads"),

@@ -7,8 +7,8 @@ model.safetensors.index.json lists.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ def with_quantized_layers(model: LanguageModel, scheme: QuantizationScheme | Non
     return model
 
 
+@contextmanager
+def safetensors_errors(path: Path, close: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn errors of reading a safetensors file into an InvalidFileError that names it; call `close` before."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        close()
+        raise InvalidFileError(f"{path} cannot be read: {error}") from None
+
+
 class SafetensorsReader:
     """Reader of a folder's safetensors files, one tensor at a time.
 
@@ -80,13 +90,10 @@ class SafetensorsReader:
 
     def __enter__(self) -> "SafetensorsReader":
         for path in weight_files(self.folder):
-            try:
+            with safetensors_errors(path, self.stack.close):
                 path.open("rb").close()  # safetensors says of every file it may not read that there is none
                 file = self.stack.enter_context(safe_open(path, "pt"))
                 names = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                self.stack.close()
-                raise InvalidFileError(f"{path} cannot be read: {error}") from None
             repeated = self.files.keys() & set(names)
             if repeated:
                 self.stack.close()
@@ -117,10 +124,8 @@ class SafetensorsReader:
 
     def get_tensor(self, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
         """Return a tensor of one of these dtypes. Raises InvalidFileError where it has another."""
-        try:
+        with safetensors_errors(self.path):
             tensor = self.files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InvalidFileError(f"{self.path} cannot be read: {error}") from None
         if tensor.dtype not in dtypes:
             kind, expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, dtypes[0]))
             rule = (
@@ -174,6 +179,18 @@ def check_tensors(tensors: SafetensorsReader, config: ModelConfig, scheme: Quant
         raise InvalidFileError(f"{source} has {len(shapes):,} tensors where config.json makes it {count:,}")
     expected = dict(expected_shapes(config, scheme))
     optional = {HEAD} if config.tie_word_embeddings and EMBEDDING in expected else set()
+    check_shapes(source, shapes, expected, optional=optional)
+    if optional & shapes.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise InvalidFileError(
+            f"{source} has an lm_head.weight that differs from the embedding, but config.json ties them; "
+            "set tie_word_embeddings to false there if the head is its own"
+        )
+
+
+def check_shapes(
+    source: Path, shapes: Mapping[str, Shape], expected: Mapping[str, Shape], *, optional: Set[str] = frozenset()
+) -> None:
+    """Raise InvalidFileError if a file's tensors have other names or shapes than a model's."""
     missing, unknown = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys() - optional)
     if missing:
         raise InvalidFileError(f"{source} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}")
@@ -183,12 +200,7 @@ def check_tensors(tensors: SafetensorsReader, config: ModelConfig, scheme: Quant
         )
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise InvalidFileError(f"{source}: {name} has shape {shapes[name]} where config.json makes it {shape}")
-    if optional & shapes.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
-        raise InvalidFileError(
-            f"{source} has an lm_head.weight that differs from the embedding, but config.json ties them; "
-            "set tie_word_embeddings to false there if the head is its own"
-        )
+            raise InvalidFileError(f"{source}: {name} has shape {shapes[name]} where its settings make it {shape}")
 
 
 def tensor_count(config: ModelConfig) -> int:

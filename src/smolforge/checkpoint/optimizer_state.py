@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from smolforge import atomic
 from smolforge.checkpoint import nanotron, training_state
+from smolforge.checkpoint.huggingface import safetensors_errors
 from smolforge.checkpoint.nanotron.optimizer import MOMENTS, STEP
 from smolforge.errors import InvalidFileError
 
@@ -46,11 +47,8 @@ def read_checkpoint_moments(folder: Path) -> dict[str, Tensor]:
 
 def check_optimizer_file(folder: Path) -> None:
     """Raise InvalidFileError where a checkpoint's file is corrupted, empty, or has more than AdamW's state."""
-    try:
-        with safe_open(folder / OPTIMIZER_FILE, "pt") as file:
-            kinds = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InvalidFileError(f"{folder / OPTIMIZER_FILE} cannot be read: {error}") from None
+    with safetensors_errors(folder / OPTIMIZER_FILE), safe_open(folder / OPTIMIZER_FILE, "pt") as file:
+        kinds = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
     if not kinds:
         raise InvalidFileError(f"{folder} was saved before its first step and has no moments; leave init_moments out")
     if unexpected := kinds - {*MOMENTS, STEP}:

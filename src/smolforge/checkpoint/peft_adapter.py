@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def merge_adapter(model: LanguageModel, folder: Path) -> None:
             linear = None
         if not isinstance(linear, torch.nn.Linear):
             raise InvalidFileError(f"{folder / WEIGHTS} changes {name}, which is no linear layer of its base")
-        lora.set_module(model, name, lora.LoRALinear(linear, rank, float(content["lora_alpha"])))
+        model.set_submodule(name, lora.LoRALinear(linear, rank, float(content["lora_alpha"])))
     fill_adapter(model, values, folder / WEIGHTS)
     lora.merge(model)
 
@@ -119,10 +118,8 @@ def check_settings(content: dict[str, Any], path: Path) -> None:
 def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by our parameters' names. Raises InvalidFileError where the file is broken."""
     path = folder / WEIGHTS
-    try:
+    with huggingface.safetensors_errors(path):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InvalidFileError(f"{path} cannot be read: {error}") from None
     ends = (f".{lora.A}.weight", f".{lora.B}.weight")
     unexpected = [name for name in tensors if not (name.startswith(PREFIX) and name.endswith(ends))]
     if unexpected:

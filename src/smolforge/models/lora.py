@@ -66,13 +66,7 @@ def add_lora(model: nn.Module, settings: Lora, seed: int) -> None:
         bound = 1 / math.sqrt(module.in_features)
         values = torch.empty(lora_linear.lora_A.shape).uniform_(-bound, bound, generator=generator)
         lora_linear.lora_A.data.copy_(values)
-        set_module(model, name, lora_linear)
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace a module by another."""
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).add_module(child, module)
+        model.set_submodule(name, lora_linear)
 
 
 def last_component(name: str) -> str:
@@ -107,7 +101,7 @@ def merge(model: nn.Module) -> None:
         o, i = layer.weight.shape
         plain = nn.Linear(i, o, bias=layer.bias is not None, device="meta")
         plain.weight, plain.bias = nn.Parameter(layer.merged_weight()), layer.bias
-        set_module(model, name, plain)
+        model.set_submodule(name, plain)
 
 
 def lora_parameter_count(name: str, shape: Sequence[int], settings: Lora) -> int:

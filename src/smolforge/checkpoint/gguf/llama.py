@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smolforge.checkpoint import gguf
+from smolforge.checkpoint import gguf, huggingface
 from smolforge.checkpoint.families import from_hugging_face
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
@@ -147,16 +147,7 @@ def check_tensors(file: gguf.GGUFReader, config: ModelConfig) -> None:
         raise InvalidFileError(f"{path} has {len(tensors):,} tensors, too few for {config.num_hidden_layers:,} layers")
     weights = meta_model(config).named_parameters()
     expected = {gguf_tensor_name(name, config): tuple(weight.shape) for name, weight in weights}
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing:
-        raise InvalidFileError(f"{path} lacks {len(missing)} of {len(expected)} tensors, the first {missing[0]}")
-    if unknown:
-        raise InvalidFileError(
-            f"{path} has {len(unknown)} tensors this model has no place for, the first {unknown[0]!r}"
-        )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise InvalidFileError(f"{path}: {name} has shape {tensors[name].shape} where its settings make it {shape}")
+    huggingface.check_shapes(path, {name: stored.shape for name, stored in tensors.items()}, expected)
 
 
 def gguf_metadata(config: ModelConfig) -> dict[str, gguf.MetadataValue]:

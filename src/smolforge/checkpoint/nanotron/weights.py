@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -205,10 +204,8 @@ class WeightFiles:
 
 def read_weight_file(path: Path) -> Tensor:
     """The tensor of a weight file. Raises InvalidFileError where there is none, or more."""
-    try:
+    with huggingface.safetensors_errors(path):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InvalidFileError(f"{path} cannot be read: {error}") from None
     if tensors.keys() != {"data"} or tensors["data"].dtype not in DTYPES:
         raise InvalidFileError(
             f"{path} should hold one tensor of weights called data, and has {', '.join(tensors) or 'none'}"
