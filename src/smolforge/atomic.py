@@ -8,17 +8,19 @@ hash of itself, so that a flipped bit in it is noticed as well; the rule of that
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import InvalidFileError, MissingResourceError, NewerFormatError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, NewerFormatError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -140,6 +142,46 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def lock_file(path: Path, refusal: Callable[[str], str] | None = None) -> Iterator[str]:
+    """Hold a lock, which ends with this process however that ends. The file says who has it: `1234 on host`.
+
+    Yields the process that had it and never released it; an empty text where there is none. Waits where another process
+    has it. Raises ConfigError instead where there is a `refusal`, which makes a sentence of that process.
+    """
+    with path.open("ab+", buffering=0) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            assert refusal is not None
+            raise ConfigError(refusal(_holder(path))) from None
+        left = _holder(path)
+        lock.truncate(0)
+        with suppress(OSError):  # a full disk keeps nobody from the lock, only from saying whose it is
+            lock.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield left
+        finally:
+            lock.truncate(0)
+
+
+def lock_holder(path: Path) -> str | None:
+    """Return the process that has a lock now: `1234 on host`. None where nobody has it, or it cannot be read."""
+    try:
+        with path.open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _holder(path)
+    except OSError:
+        pass  # never locked, or not ours to read
+    return None
+
+
+def _holder(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace").strip()
 
 
 def file_digest(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Runs share what is prepared; a source or tokenizer that changed is prepared agai
 mixture.json names, and nothing else.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -127,7 +126,7 @@ def prepare_in_cache(
     atomic.make_dir_durable(cache)
     with blame_source(name):
         folder = cache / cache_name(of_source, tokenizer, max_tokens)
-        with locked(folder.with_name(f".{folder.name}.lock")):
+        with atomic.lock_file(folder.with_name(f".{folder.name}.lock")):
             if is_broken(folder):
                 shutil.rmtree(folder)
             return build.prepare(
@@ -149,14 +148,6 @@ def is_broken(folder: Path) -> bool:
     except InvalidFileError:
         return folder.exists()
     return False
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process prepares the same."""
-    with path.open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def log_mixture(mixture: Mixture, rows: MixtureWindows, recipe: Recipe) -> None:

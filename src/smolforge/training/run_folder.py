@@ -9,17 +9,14 @@ tracking.json     its id in trackers              tensorboard/      TensorBoard'
 The .jsonl files are journals: they grow by whole lines and are read back on resume.
 """
 
-import fcntl
 import itertools
 import json
 import logging
 import math
-import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import RawIOBase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,31 +137,13 @@ class RunFolder:
         if path.exists() and not (path.is_dir() and (run.exists or not any(path.iterdir()))):
             raise ConfigError(f"{path} exists and is not a run folder; give --run another name")
         atomic.make_dir_durable(path)
-        with (path / LOCK).open("ab+", buffering=0) as lock:
-            left = run._lock(lock)
+        refusal = "{} is being trained by process {}; wait, or stop it".format
+        with atomic.lock_file(path / LOCK, partial(refusal, path)) as left:
             atomic.fsync_path(path)  # a log without a lock would be a folder of something else
-            try:
-                with run._logging():
-                    if left:
-                        log.warning("process %s left %s without a word; its run is taken over", left, path)
-                    yield run
-            finally:
-                lock.truncate(0)
-
-    def _lock(self, lock: RawIOBase) -> str:
-        """Lock the folder; return the process that had it and never released it, if there was one."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = (lock.read() or b"").decode(errors="replace").strip()
-            raise ConfigError(f"{self.path} is being trained by process {holder}; wait, or stop it") from None
-        lock.seek(0)
-        left = (lock.read() or b"").decode(errors="replace").strip()
-        lock.truncate(0)
-        with suppress(OSError):  # a full disk keeps nobody from the lock, only from saying whose it is
-            lock.write(f"{os.getpid()} on {socket.gethostname()}".encode())
-        return left
+            with run._logging():
+                if left:
+                    log.warning("process %s left %s without a word; its run is taken over", left, path)
+                yield run
 
     @property
     def exists(self) -> bool:
@@ -237,15 +216,7 @@ class RunFolder:
 
     def lock_holder(self) -> str | None:
         """Return the process that trains into the folder now, if one does: `1234 on host`."""
-        try:
-            with (self.path / LOCK).open("rb") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return lock.read().decode(errors="replace").strip()
-        except OSError:
-            pass  # never locked, or not ours to read
-        return None
+        return atomic.lock_holder(self.path / LOCK)
 
     def _ended(self, error: BaseException | None) -> None:
         if self.started:

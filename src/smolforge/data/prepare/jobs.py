@@ -6,13 +6,12 @@ A chunk's facts.json says how many rows were read, so that the next process cont
 neither on which process runs a job, nor on which parts are done already.
 """
 
-import fcntl
 import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -117,16 +116,13 @@ def run_job(job: PrepareJob, report: ProgressCallback = lambda _: None) -> None:
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a second process out of a folder, a job of a cluster or somebody's second try."""
-    try:
-        atomic.make_dir_durable(folder)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise atomic.write_error(folder, error, 0) from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process prepares the same corpus ({folder}); let it finish") from None
+            atomic.make_dir_durable(folder)
+            refusal = f"another process prepares the same corpus ({folder}); let it finish"
+            stack.enter_context(atomic.lock_file(folder / ".lock", lambda _: refusal))
+        except OSError as error:
+            raise atomic.write_error(folder, error, 0) from error
         yield
 
 
