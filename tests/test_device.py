@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from smolforge import device as device_module
-from smolforge.device import device_name, matmul_flops_per_second, measure_matmul_flops, peak_flops, pick_device
+from smolforge.device import device_name, matmul_flops_per_second, measure_matmul_flops, peak_flops, pick_device, usage
 from smolforge.device.peak_flops import PUBLISHED_PEAKS, device_peak, find_published_peak, published_flops_per_second
-from smolforge.device.usage import (
-    EnergyMeter,
-    EnergyPerToken,
-    JouleCounter,
-    nvml_counters,
-    open_energy_meter,
-    rapl_counters,
-)
+from smolforge.device.usage import EnergyPerToken, joule_counter
 
 CPU = torch.device("cpu")
 
@@ -144,37 +137,8 @@ def test_cpu_has_a_name():
     assert device_name(pick_device("cpu"))
 
 
-def test_energy_sums_counters_over_their_wraparound():
-    first, second = iter([5.0, 7.0, 7.5]), iter([90.0, 99.0, 4.0])
-    drawn = EnergyMeter([JouleCounter(lambda: next(first)), JouleCounter(lambda: next(second), range=100.0)])
-    assert drawn.joules() == pytest.approx(2 + 9)
-    assert drawn.joules() == pytest.approx(2.5 + 9 + 5)
-
-
-def test_energy_without_counters_is_none(monkeypatch):
-    assert EnergyMeter([]).joules() is None
-    assert open_energy_meter(torch.device("meta")).joules() is None
-
-
-def test_rapl_counts_packages_and_memory_once(tmp_path):
-    zones = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:0:1": "dram", "intel-rapl:1": "psys"}
-    for zone, name in zones.items():
-        (tmp_path / zone).mkdir()
-        (tmp_path / zone / "name").write_text(name + "\n")
-        (tmp_path / zone / "energy_uj").write_text("900000\n")
-        (tmp_path / zone / "max_energy_range_uj").write_text("1000000\n")
-    drawn = EnergyMeter(rapl_counters(tmp_path))
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("200000\n")
-    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("950000\n")
-    (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("950000\n")
-    assert drawn.joules() == pytest.approx(0.3 + 0.05)
-
-
-def test_rapl_skips_unreadable_counters(tmp_path):
-    (tmp_path / "intel-rapl:0" / "energy_uj").mkdir(parents=True)  # reading it is an OSError, as for all but root
-    (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
-    assert rapl_counters(tmp_path) == []
-    assert rapl_counters(tmp_path / "absent") == []
+def test_energy_is_not_counted_without_a_gpu():
+    assert joule_counter(CPU) is None
 
 
 class NVML(Exception):
@@ -201,24 +165,27 @@ def test_nvml_finds_a_gpu_by_its_uuid(monkeypatch, known):
         NVMLError=NVML,
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert EnergyMeter(nvml_counters("1234")).joules() == (250.0 if known else None)
+    monkeypatch.setattr(usage, "uuid_of", lambda device: "1234")
+    counter = joule_counter(torch.device("cuda"))
+    assert (counter and [counter(), counter()]) == ([1000.0, 1250.0] if known else None)
 
 
 def test_nvml_missing_gives_no_counters(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert nvml_counters("1234") == []
+    monkeypatch.setattr(usage, "uuid_of", lambda device: "1234")
+    assert joule_counter(torch.device("cuda")) is None
 
 
 def test_joules_per_token_cover_all_steps_so_far():
     drawn, now = iter([100.0, 130.0, 190.0]), iter([0.0, 5.0, 10.0, 10.0, 12.0, 25.0, 25.0])
-    counted = EnergyPerToken(EnergyMeter([JouleCounter(lambda: next(drawn))]), 5, lambda: next(now))
+    counted = EnergyPerToken(lambda: next(drawn), 5, lambda: next(now))
     assert [counted.sample() for _ in range(4)] == [
         {},
         {"joules_per_token": 30 / (2 * 5)},
         {},
         {"joules_per_token": 90 / (4 * 5)},
     ]
-    assert EnergyPerToken(EnergyMeter([]), 5, iter([0.0, 20.0, 20.0]).__next__).sample() == {}
+    assert EnergyPerToken(None, 5, iter([0.0, 20.0, 20.0]).__next__).sample() == {}
 
 
 @pytest.mark.parametrize(("times", "name"), [(2.0, "bfloat16"), (1.2, "float32"), (0.14, "float32")])

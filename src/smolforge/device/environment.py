@@ -37,13 +37,7 @@ class SlowVariable(NamedTuple):
 
 
 NCCL = "docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html"
-PYTHON = "docs.python.org/3/using/cmdline.html#environment-variables"
-GLIBC = "sourceware.org/glibc/manual: Memory Allocation Tunables; from glibc 2.34 with libc_malloc_debug.so preloaded"
-SANITIZERS = (
-    "clang.llvm.org/docs: AddressSanitizer 2 times, ThreadSanitizer 5 to 15 times as slow; valgrind.org 10 to 50"
-)
 OPENMP = "gcc.gnu.org/onlinedocs/libgomp: GOMP_SPINCOUNT; measured in docs/performance.md"
-DISPATCH = "uxlfoundation.github.io/oneDNN: CPU dispatcher control"
 
 SLOW_VARIABLES = {
     "CUDA_LAUNCH_BLOCKING": SlowVariable(
@@ -52,14 +46,8 @@ SLOW_VARIABLES = {
         "docs.pytorch.org: CUDA semantics, asynchronous execution",
         "cuda",
     ),
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": SlowVariable(
-        TRUTHY, "asks the driver for the memory of each tensor", "docs.pytorch.org: CUDA environment variables", "cuda"
-    ),
     "NVIDIA_TF32_OVERRIDE": SlowVariable("0", "keeps fp32 off the tensor cores", "docs.nvidia.com/cuda/cublas", "cuda"),
     "NCCL_P2P_DISABLE": SlowVariable(TRUTHY, "sends what GPUs exchange by way of the processor's memory", NCCL, "cuda"),
-    "NCCL_SHM_DISABLE": SlowVariable(
-        TRUTHY, "sends what GPUs exchange over the network, also within a machine", NCCL, "cuda"
-    ),
     "NCCL_IB_DISABLE": SlowVariable(
         TRUTHY, "sends what machines exchange over IP sockets instead of InfiniBand", NCCL, "cuda"
     ),
@@ -70,45 +58,20 @@ SLOW_VARIABLES = {
     ),
     "TORCH_COMPILE_DISABLE": SlowVariable(TRUTHY, "makes torch.compile do nothing", "torch/_dynamo/config.py"),
     "TORCHDYNAMO_DISABLE": SlowVariable(TRUTHY, "makes torch.compile do nothing", "torch/_dynamo/config.py"),
-    "TORCH_COMPILE_DEBUG": SlowVariable(
-        TRUTHY, "writes down all that torch.compile does", "docs.pytorch.org: torch.compile"
-    ),
-    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": SlowVariable(
-        TRUTHY, "compiles anew at each start", "torch/compiler/config.py"
-    ),
-    "TORCHINDUCTOR_NAN_ASSERTS": SlowVariable(
-        TRUTHY, "looks for NaN in all that is computed", "torch/_inductor/config.py"
-    ),
     "ATEN_CPU_CAPABILITY": SlowVariable(
         "default|avx2", "keeps torch's own kernels from wider vectors", "docs.pytorch.org: torch.backends.cpu", "cpu"
     ),
-    "ONEDNN_MAX_CPU_ISA": SlowVariable(
-        "(?!(all|default)$).+", "keeps matrix products to older instructions", DISPATCH, "cpu"
-    ),
-    "DNNL_MAX_CPU_ISA": SlowVariable(
-        "(?!(all|default)$).+", "keeps matrix products to older instructions", DISPATCH, "cpu"
-    ),
-    "OMP_WAIT_POLICY": SlowVariable("active", "lets waiting threads spin, which starves others", OPENMP, "cpu"),
     "GOMP_SPINCOUNT": SlowVariable(
         r"\d{6,}|\d+[kmgt]|infinit[ey]", "lets waiting threads spin, which starves others", OPENMP, "cpu"
-    ),
-    "PYTHONDEVMODE": SlowVariable(".+", "checks each allocation of Python's", "docs.python.org/3/library/devmode.html"),
-    "PYTHONMALLOC": SlowVariable(".*debug", "checks each allocation of Python's", PYTHON),
-    "PYTHONTRACEMALLOC": SlowVariable("[1-9].*", "keeps a traceback of each allocation of Python's", PYTHON),
-    "MALLOC_CHECK_": SlowVariable("[1-9].*", "checks each allocation", GLIBC),
-    "MALLOC_PERTURB_": SlowVariable("[1-9].*", "overwrites all memory that is taken or given back", GLIBC),
-    "LD_PRELOAD": SlowVariable(
-        ".*(lib[atlmu]b?san|valgrind|libc_malloc_debug).*", "checks each access to memory", SANITIZERS
     ),
 }
 RECORDED_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
-    "KMP_BLOCKTIME",
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
 )
-RECORDED_VARIABLES += ("CUDA_VISIBLE_DEVICES",)
 """They change speed either way, so they are recorded and not reported by themselves."""
 
 TRACERS = {

@@ -1,23 +1,18 @@
 """Resource usage of a run: CPU, memory and GPU once a second, and the energy that it draws.
 
-    gauges     psutil for the process and its machine, NVML (nvidia-ml-py) for a GPU   -> ResourceUsage
-    counters   NVML's joules of a GPU, RAPL's of the CPU's packages and memory         -> EnergyMeter -> EnergyPerToken
-
-A GPU counts itself alone. RAPL counts whatever else runs on the CPU too.
+gauges     psutil for the process and its machine, NVML (nvidia-ml-py) for a GPU   -> ResourceUsage
+counter    NVML's joules of a GPU                                                  -> EnergyPerToken
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 USAGE_INTERVAL_SECONDS, ENERGY_INTERVAL_SECONDS = 1, 10
-POWERCAP = Path("/sys/class/powercap")
 Gauge = Callable[[], dict[str, float | int]]
 """Returns values of now, or since the last call. Never raises: what cannot be read is left out."""
 
@@ -115,83 +110,32 @@ def gpu_gauges(uuid: str) -> list[Gauge]:
     return [utilization, memory]
 
 
-@dataclass(frozen=True)
-class JouleCounter:
-    """A counter of joules, which starts again at zero once `range` is reached."""
-
-    read: Callable[[], float]
-    range: float = float("inf")
-
-
-class EnergyMeter:
-    """Joules since this object was made."""
-
-    def __init__(self, counters: Sequence[JouleCounter]) -> None:
-        self._counters = list(counters)
-        self._last = [counter.read() for counter in self._counters]
-        self._joules = 0.0
-
-    def joules(self) -> float | None:
-        """Return the joules; None without a counter. Call it every few minutes: RAPL's counter may wrap in ten."""
-        for index, counter in enumerate(self._counters):
-            current, before = counter.read(), self._last[index]
-            self._joules += current - before if current >= before else current - before + counter.range
-            self._last[index] = current
-        return self._joules if self._counters else None
-
-
 class EnergyPerToken:
     """Joules per token since this object was made; each step has this many tokens."""
 
-    def __init__(self, energy: EnergyMeter, tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._energy, self._tokens, self._clock = energy, tokens, clock
+    def __init__(
+        self, counter: Callable[[], float] | None, tokens: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._counter, self._tokens, self._clock = counter, tokens, clock
+        self._first = counter() if counter is not None else 0.0
         self._steps, self._read_at = 0, clock()
 
     def sample(self) -> dict[str, float]:
         """Return `joules_per_token` every ENERGY_INTERVAL_SECONDS, where joules are counted."""
         self._steps += 1
-        if self._clock() - self._read_at < ENERGY_INTERVAL_SECONDS:
+        if self._counter is None or self._clock() - self._read_at < ENERGY_INTERVAL_SECONDS:
             return {}
-        self._read_at, joules = self._clock(), self._energy.joules()
-        return {} if joules is None else {"joules_per_token": joules / (self._steps * self._tokens)}
+        self._read_at = self._clock()
+        return {"joules_per_token": (self._counter() - self._first) / (self._steps * self._tokens)}
 
 
-def open_energy_meter(device: torch.device) -> EnergyMeter:
-    """Return a meter of what the device draws from now on."""
-    if device.type == "cuda":
-        return EnergyMeter(nvml_counters(uuid_of(device)))
-    return EnergyMeter(rapl_counters() if device.type == "cpu" else [])
-
-
-def nvml_counters(uuid: str) -> list[JouleCounter]:
-    """Return the counter of one GPU, in millijoules since its driver was loaded; none before Volta, or without NVML."""
-    gpu = find_nvml_device(uuid)
+def joule_counter(device: torch.device) -> Callable[[], float] | None:
+    """Return the counter of a GPU, in joules since its driver was loaded; None before Volta, or without NVML."""
+    gpu = find_nvml_device(uuid_of(device)) if device.type == "cuda" else None
     if gpu is None:
-        return []
+        return None
     try:
         gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle)
     except gpu.library.NVMLError:
-        return []
-    return [JouleCounter(lambda: gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1e3)]
-
-
-def rapl_counters(folder: Path = POWERCAP) -> list[JouleCounter]:
-    """Return the counters of the CPU's packages and memory, where Linux has them and lets us read them.
-
-    https://docs.kernel.org/power/powercap/powercap.html; most systems let only root do so.
-    """
-    counters = []
-    for zone in sorted(folder.glob("intel-rapl:*")):
-        try:
-            kind, _ = (zone / "name").read_text().strip(), (zone / "energy_uj").read_text()
-            if kind.startswith("package") or kind == "dram":  # cores are in their package, psys holds all
-                counters.append(
-                    JouleCounter(_microjoules(zone / "energy_uj"), _microjoules(zone / "max_energy_range_uj")())
-                )
-        except OSError:
-            continue
-    return counters
-
-
-def _microjoules(path: Path) -> Callable[[], float]:
-    return lambda: int(path.read_text()) / 1e6
+        return None
+    return lambda: gpu.library.nvmlDeviceGetTotalEnergyConsumption(gpu.handle) / 1e3

@@ -17,7 +17,7 @@ from smolforge.data import corpus
 from smolforge.data.mixture import Mixture
 from smolforge.data.preference_pairs import PairRows
 from smolforge.device import autocast
-from smolforge.device.usage import EnergyMeter, EnergyPerToken, ResourceUsage, open_energy_meter
+from smolforge.device.usage import EnergyPerToken, ResourceUsage, joule_counter
 from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.multiple_choice import score, summary
 from smolforge.evaluation.perplexity import measure_mixture, measure_pairs
@@ -62,8 +62,8 @@ class TrainingCallbacks:
         self.metrics: dict[str, Any] = {}
         """Of the last step."""
         self.retry_save = False
-        meter = open_energy_meter(context.device) if self.ranks.size == 1 else EnergyMeter([])
-        self.energy_meter = EnergyPerToken(meter, self.recipe.train.batch_tokens)
+        counter = joule_counter(context.device) if self.ranks.size == 1 else None
+        self.energy_meter = EnergyPerToken(counter, self.recipe.train.batch_tokens)
         self.usage = ResourceUsage(context.device)
         self.watch = Watch(model, self.recipe.report, context.trackers)
 
