@@ -30,6 +30,7 @@ from smolforge.data.prepare.build import prepare
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.runs import resume_or_start, train
+from smolforge.runs.context import NullListener
 from smolforge.runs.estimate import (
     checkpoint_bytes,
     estimate_run,
@@ -636,16 +637,12 @@ def test_run_folder_is_locked_by_one_process(tmp_path, recipe_file):
 # Signals, crashes, full disks
 
 
-class At:
+class At(NullListener):
     """An observer that does something at a step."""
 
     def __init__(self, step, act):
         self.step, self.act = step, act
 
-    def on_plan(self, *_): ...
-    def on_prepare(self, *_): ...
-    def on_reference(self, *_): ...
-    def on_sample(self, *_): ...
     def on_step(self, metrics):
         if metrics["step"] == self.step:
             self.act()

@@ -22,23 +22,26 @@ from smolforge.training.signals import StopRequest
 
 @runtime_checkable
 class ProgressListener(Protocol):
-    """Receives what a run reports while it goes."""
+    """Receives what a run reports while it goes. A class that inherits from it ignores what it does not define."""
 
-    def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None: ...
-    def on_prepare(self, counts: dict[str, int], source: str = "") -> None: ...
-    def on_reference(self, pairs: int, total: int) -> None: ...
-    def on_step(self, metrics: dict[str, Any]) -> None: ...
-    def on_sample(self, text: str) -> None: ...
+    def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None:
+        """The recipe is resolved, and the run is about to start after a step."""
+
+    def on_prepare(self, counts: dict[str, int], source: str = "") -> None:
+        """So many documents, bytes and tokens are prepared, of one source of a mixture."""
+
+    def on_reference(self, pairs: int, total: int) -> None:
+        """The reference model of DPO has read so many pairs."""
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        """A step is done."""
+
+    def on_sample(self, text: str) -> None:
+        """A text was drawn."""
 
 
-class NullListener:
+class NullListener(ProgressListener):
     """Ignores everything."""
-
-    def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None: ...
-    def on_prepare(self, counts: dict[str, int], source: str = "") -> None: ...
-    def on_reference(self, pairs: int, total: int) -> None: ...
-    def on_step(self, metrics: dict[str, Any]) -> None: ...
-    def on_sample(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
