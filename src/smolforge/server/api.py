@@ -80,12 +80,10 @@ class Service:
         if len(prompts) * request.num_choices > 128:
             raise APIError(400, "prompts times n may be 128", "n")
         max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-        echo_texts = [""] * len(prompts)
-        if request.echo:
-            echo_texts = [prompt if isinstance(prompt, str) else self.decode(prompt) for prompt in request.prompt_list]
-        return await self._respond(
-            request, prompts, max_tokens, echo_texts=echo_texts, echo=bool(request.echo), raw_request=raw_request
-        )
+        if not request.echo:
+            return await self._respond(request, raw_request, prompts, max_tokens=max_tokens)
+        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) for prompt in request.prompt_list]
+        return await self._respond(request, raw_request, prompts, max_tokens=max_tokens, echo_texts=texts)
 
     async def chat(self, request: ChatCompletionRequest, raw_request: Request) -> Response:
         """/v1/chat/completions."""
@@ -95,71 +93,43 @@ class Service:
         )
         prompt = await run_in_threadpool(self.chat_ids, request.messages, **template_kwargs)
         max_tokens = request.max_completion_tokens or request.max_tokens or self.max_model_len
-        return await self._respond(request, [prompt], max_tokens, echo_texts=[""], echo=False, raw_request=raw_request)
+        return await self._respond(request, raw_request, [prompt], max_tokens=max_tokens)
 
     async def _respond(
         self,
         request: CompletionRequest | ChatCompletionRequest,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        *,
-        echo_texts: Sequence[str],
-        echo: bool,
         raw_request: Request,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        echo_texts: Sequence[str] | None = None,
     ) -> Response:
+        """Answer with JSON or a stream of events. With `echo_texts`, one a prompt, answers begin with their prompt."""
         if request.logit_bias and max(map(int, request.logit_bias)) >= self.vocab_size:
             raise APIError(400, f"logit_bias: this model has token ids below {self.vocab_size:,}", "logit_bias")
+        is_chat, count = isinstance(request, ChatCompletionRequest), request.num_choices
         choices = [
-            self.make_choice(request, prompt, max_tokens, echo=echo, index=index)
+            self.make_choice(request, prompt, max_tokens, echo=echo_texts is not None, index=index)
             for prompt in prompts
-            for index in range(request.num_choices)
+            for index in range(count)
         ]
         builder = ResponseBuilder(
             self.name,
-            isinstance(request, ChatCompletionRequest),
+            is_chat,
             self.token_text,
-            prompts=prompts,
-            choices=request.num_choices,
+            prompt_tokens=sum(map(len, prompts)),
+            echo_texts=[text for text in echo_texts or [""] * len(prompts) for _ in range(count)],
+            with_logprobs=request.num_logprobs is not None,
         )
-        echo_texts = [text for text in echo_texts for _ in range(request.num_choices)]
         stream = self.engine_thread.submit(choices)
         stream.disconnect_task = asyncio.ensure_future(close_on_disconnect(raw_request, stream))
         if request.stream:
-            events = self._stream_events(stream, builder, request, echo_texts=echo_texts)
+            events = stream_events(stream, builder, request.stream_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         try:
             async for index, chunk in stream.chunks():
                 builder.add(index, chunk)
-            return JSONResponse(builder.to_json(echo_texts, request.num_logprobs is not None))
-        finally:
-            stream.close()
-
-    async def _stream_events(
-        self,
-        stream: ResponseStream,
-        builder: ResponseBuilder,
-        request: CompletionRequest | ChatCompletionRequest,
-        *,
-        echo_texts: Sequence[str],
-    ) -> AsyncIterator[str]:
-        """Yield server-sent events; a client that stops reading closes the stream."""
-        with_logprobs = request.num_logprobs is not None
-        try:
-            for index, text in enumerate(echo_texts):
-                if builder.is_chat:
-                    yield builder.chunk_event(index, {"role": "assistant", "content": ""})
-                elif text:
-                    yield builder.chunk_event(index, text)
-            async for index, chunk in stream.chunks():
-                builder.add(index, chunk)
-                for event in builder.events(index, chunk, with_logprobs):
-                    yield event
-            if request.stream_usage:
-                yield builder.usage_event()
-            yield DONE
-        except APIError as error:
-            yield sse_event(error.body())
-            yield DONE
+            return JSONResponse(builder.to_json())
         finally:
             stream.close()
 
@@ -184,10 +154,10 @@ class Service:
             )
         eos_id = None if request.ignore_eos else self.tokenizer.eos_id
         sampler, seed = request.sampler(len(prompt)), request.seed_for_choice(index)
-        engine_request = engine.Request(
-            prompt, sampler, min(max_tokens, available), eos_id, seed, request.num_logprobs, echo
+        max_new_tokens, top_logprobs = min(max_tokens, available), request.num_logprobs
+        return Choice(
+            engine.Request(prompt, sampler, max_new_tokens, eos_id, seed, top_logprobs, echo), request.stop_strings
         )
-        return Choice(engine_request, request.stop_strings)
 
     def token_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
         """Return the token ids of a prompt; an empty one starts a document."""
@@ -203,9 +173,6 @@ class Service:
             return self.tokenizer.chat([message.as_template_message() for message in messages], **template_kwargs)
         except (ConfigError, InvalidFileError) as error:
             raise APIError(400, str(error), "messages") from None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids)
 
     def check_name(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -227,6 +194,25 @@ async def close_on_disconnect(raw_request: Request, stream: ResponseStream) -> N
     stream.close()
 
 
+async def stream_events(stream: ResponseStream, builder: ResponseBuilder, with_usage: bool) -> AsyncIterator[str]:
+    """Yield server-sent events; a client that stops reading closes the stream."""
+    try:
+        for event in builder.first_events():
+            yield event
+        async for index, chunk in stream.chunks():
+            builder.add(index, chunk)
+            for event in builder.events(index, chunk):
+                yield event
+        if with_usage:
+            yield builder.usage_event()
+        yield DONE
+    except APIError as error:
+        yield sse_event(error.body())
+        yield DONE
+    finally:
+        stream.close()
+
+
 def create_app(service: Service, metrics: Metrics, rules: AccessRules, *, cors_origins: Sequence[str] = ()) -> ASGIApp:
     """Return the ASGI application. The caller starts and drains the engine thread."""
     app = FastAPI(title="smolforge", version=__version__, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
@@ -235,31 +221,31 @@ def create_app(service: Service, metrics: Metrics, rules: AccessRules, *, cors_o
     operator_routes(app, service, metrics)
     page_routes(app)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return validation_error(error.errors()).response()
+    async def refused(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
 
-    @app.exception_handler(APIError)
-    async def refused(request: Request, error: APIError) -> Response:
-        return error.response()
-
-    @app.exception_handler(InvalidFileError)
-    async def not_encodable(request: Request, error: InvalidFileError) -> Response:
-        return APIError(400, str(error)).response()
-
-    @app.exception_handler(HTTPException)
-    async def plain(request: Request, error: HTTPException) -> Response:
-        messages = {404: "there is no such route", 405: "this route does not take this method"}
-        return APIError(error.status_code, messages.get(error.status_code, str(error.detail))).response()
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return InternalServerError().response()
-
+    for kind in (RequestValidationError, APIError, InvalidFileError, HTTPException, Exception):
+        app.add_exception_handler(kind, refused)
     guarded: ASGIApp = RequestGuard(app, rules, metrics)
     if cors_origins:
         guarded = CORSMiddleware(guarded, cors_origins, allow_methods=["*"], allow_headers=["*"])
     return guarded
+
+
+def as_api_error(error: Exception) -> APIError:
+    """Return the error that the client gets for an exception in a route."""
+    match error:
+        case APIError():
+            return error
+        case RequestValidationError():
+            return validation_error(error.errors())
+        case InvalidFileError():  # a text that the tokenizer cannot encode
+            return APIError(400, str(error))
+        case HTTPException(status_code=status):
+            messages = {404: "there is no such route", 405: "this route does not take this method"}
+            return APIError(status, messages.get(status, str(error.detail)))
+        case _:
+            return InternalServerError()
 
 
 def openai_routes(app: FastAPI, service: Service) -> None:
@@ -307,7 +293,7 @@ def token_routes(app: FastAPI, service: Service) -> None:
     def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         """Text of token ids."""
         service.check_name(request.model)
-        return {"prompt": service.decode(request.tokens)}
+        return {"prompt": service.tokenizer.decode(request.tokens)}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

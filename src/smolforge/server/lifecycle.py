@@ -3,7 +3,7 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,11 @@ def build_server(
     model: LanguageModel, name: str, server_config: ServerConfig, *, rules: AccessRules
 ) -> tuple[uvicorn.Server, EngineThread]:
     """Return an HTTP server of a model, and its engine thread, neither of them started."""
-    metrics = Metrics(name)
-    engine_thread = EngineThread(
-        TextEngine(Engine(model, server_config.slots, server_config.context), require_tokenizer(model)),
-        metrics,
-        server_config.queue,
-    )
-    app = create_app(
-        Service(name, require_tokenizer(model), engine_thread), metrics, rules, cors_origins=server_config.cors_origins
-    )
+    metrics, tokenizer = Metrics(name), require_tokenizer(model)
+    text_engine = TextEngine(Engine(model, server_config.slots, server_config.context), tokenizer)
+    engine_thread = EngineThread(text_engine, metrics, server_config.queue)
+    service = Service(name, tokenizer, engine_thread)
+    app = create_app(service, metrics, rules, cors_origins=server_config.cors_origins)
     config = uvicorn.Config(
         app,
         host=server_config.host,
@@ -69,9 +65,7 @@ def serve(server: uvicorn.Server, engine_thread: EngineThread, ready: Callable[[
     """
     thread = threading.Thread(target=_run_server, args=(server,), name="http", daemon=True)
     received_signals: list[int] = []  # an Event's lock may be held by this very thread when the signal comes
-    previous_handlers = _set_signal_handlers(
-        [signal.SIGTERM, signal.SIGINT], lambda number, _: received_signals.append(number)
-    )
+    previous_handlers = _set_signal_handlers(lambda number, _: received_signals.append(number))
     engine_thread.thread.start()
     thread.start()
     try:
@@ -83,7 +77,7 @@ def serve(server: uvicorn.Server, engine_thread: EngineThread, ready: Callable[[
         ready()
         while not received_signals and thread.is_alive():
             thread.join(0.2)
-        _set_signal_handlers([signal.SIGTERM, signal.SIGINT], _interrupt)
+        _set_signal_handlers(signal.default_int_handler)
         engine_thread.drain(DRAIN_SECONDS)
     finally:
         engine_thread.drain(0.0)
@@ -100,12 +94,8 @@ def _run_server(server: uvicorn.Server) -> None:
         log.debug("the server did not start")
 
 
-def _set_signal_handlers(signal_numbers: Sequence[int], handler: Callable[..., object]) -> dict[int, Any]:
+def _set_signal_handlers(handler: Callable[..., object]) -> dict[int, Any]:
     """Set handlers where Python allows it, and return the previous ones."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in signal_numbers}
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    return {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -10,7 +10,9 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,15 +55,10 @@ class Metrics:
         self.kv_cache_usage = metric(
             Gauge, "kv_cache_usage_perc", "Tokens in the cache, of those it has room for; 1 is full."
         )
-        self.time_to_first_token = metric(
-            Histogram, "time_to_first_token_seconds", "To the first token.", buckets=LATENCY_BUCKETS
-        )
-        self.inter_token_latency = metric(
-            Histogram, "inter_token_latency_seconds", "To the next token.", buckets=LATENCY_BUCKETS
-        )
-        self.e2e_latency = metric(
-            Histogram, "e2e_request_latency_seconds", "To the last token.", buckets=LATENCY_BUCKETS
-        )
+        latency = partial(metric, Histogram, buckets=LATENCY_BUCKETS)
+        self.time_to_first_token = latency("time_to_first_token_seconds", "To the first token.")
+        self.inter_token_latency = latency("inter_token_latency_seconds", "To the next token.")
+        self.e2e_latency = latency("e2e_request_latency_seconds", "To the last token.")
         self.prompt_tokens = metric(Counter, "prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = metric(Counter, "generation_tokens", "Tokens of answers.")
         success = Counter(
@@ -148,14 +145,10 @@ class RequestGuard:
 
 def replay_body(body: bytes, receive: Receive) -> Receive:
     """Return a `receive` that sends the body, which was read already, once more, and then what follows it."""
-    replayed = False
+    messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def again() -> Message:
-        nonlocal replayed
-        if replayed:
-            return await receive()
-        replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return next(messages, None) or await receive()
 
     return again
 

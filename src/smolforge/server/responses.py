@@ -7,7 +7,7 @@ Every error has the one shape that OpenAI's clients read.
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -101,18 +101,32 @@ def clamp_logprob(logprob: float) -> float:
 
 
 class ResponseBuilder:
-    """Build one HTTP response from chunks: the fields that all its events share, and its choices so far."""
+    """Build one HTTP response from chunks: the fields that all its events share, and its choices so far.
+
+    `echo_texts` is the start of each choice's text.
+    """
 
     def __init__(
-        self, model: str, chat: bool, token_text: TokenText, *, prompts: Sequence[Sequence[int]], choices: int
+        self,
+        model: str,
+        chat: bool,
+        token_text: TokenText,
+        *,
+        prompt_tokens: int,
+        echo_texts: Sequence[str],
+        with_logprobs: bool,
     ) -> None:
-        self.is_chat, self.model, self.prompts, self.num_choices = chat, model, prompts, choices
-        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        count = len(prompts) * choices
-        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(token_text) for _ in range(count)]
-        self.chunks: list[list[TextChunk]] = [[] for _ in range(count)]
-        self.num_generated = 0
+        self.is_chat, self.echo_texts, self.with_logprobs = chat, echo_texts, with_logprobs
+        self.fields = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
+        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(token_text) for _ in echo_texts]
+        self.chunks: list[list[TextChunk]] = [[] for _ in echo_texts]
+        self.prompt_tokens, self.num_generated = prompt_tokens, 0
 
     def add(self, index: int, chunk: TextChunk) -> None:
         self.chunks[index].append(chunk)
@@ -120,54 +134,52 @@ class ResponseBuilder:
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt = sum(map(len, self.prompts))
         return {
-            "prompt_tokens": prompt,
+            "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.num_generated,
-            "total_tokens": prompt + self.num_generated,
+            "total_tokens": self.prompt_tokens + self.num_generated,
         }
 
-    def to_json(self, echo_texts: Sequence[str], with_logprobs: bool) -> dict[str, Any]:
-        """Return the body of a response that is not streamed. `echo_texts` is the start of each choice's text."""
+    def to_json(self) -> dict[str, Any]:
+        """Return the body of a response that is not streamed."""
         choices = []
         for index, chunks in enumerate(self.chunks):
-            text = echo_texts[index] + "".join(chunk.text for chunk in chunks)
+            text = self.echo_texts[index] + "".join(chunk.text for chunk in chunks)
             tokens = [token for chunk in chunks for token in chunk.tokens]
-            choice = (
+            content = (
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self.is_chat else {"text": text}
             )
-            logprobs = self.logprobs[index].to_json(tokens) if with_logprobs else None
-            choices.append({"index": index, **choice, "logprobs": logprobs, "finish_reason": chunks[-1].finish_reason})
-        kind = "chat.completion" if self.is_chat else "text_completion"
-        return {**self._common_fields(kind), "choices": choices, "usage": self.usage}
+            choices.append(self._choice(index, content, tokens, finish_reason=chunks[-1].finish_reason))
+        kind = {"object": "chat.completion"} if self.is_chat else {}
+        return {**self.fields, **kind, "choices": choices, "usage": self.usage}
 
-    def chunk_event(
-        self, index: int, delta: str | dict[str, str], tokens: Sequence[Token] = (), *, finish_reason: str | None = None
-    ) -> str:
-        """Return one event: text of a completion or a delta of a chat, the tokens to be scored, the finish reason."""
-        content = {"delta": delta} if self.is_chat else {"text": delta}
-        logprobs = self.logprobs[index].to_json(tokens) if tokens else None
-        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
-        return sse_event({**self._common_chunk_fields(), "choices": [choice]})
+    def first_events(self) -> Iterator[str]:
+        """Yield the events before the first chunk: the role in a chat, the prompt in a completion that echoes it."""
+        for index, text in enumerate(self.echo_texts):
+            if self.is_chat or text:
+                content = {"delta": {"role": "assistant", "content": ""}} if self.is_chat else {"text": text}
+                yield self._event([self._choice(index, content)])
+
+    def events(self, index: int, chunk: TextChunk) -> Iterator[str]:
+        """Yield the events of a chunk; after the last one comes an empty one with the finish reason."""
+        if chunk.text or (chunk.tokens and self.with_logprobs):
+            content = {"delta": {"content": chunk.text}} if self.is_chat else {"text": chunk.text}
+            yield self._event([self._choice(index, content, chunk.tokens)])
+        if chunk.finish_reason is not None:
+            content = {"delta": {}} if self.is_chat else {"text": ""}
+            yield self._event([self._choice(index, content, finish_reason=chunk.finish_reason)])
 
     def usage_event(self) -> str:
-        return sse_event({**self._common_chunk_fields(), "choices": [], "usage": self.usage})
+        return self._event([], usage=self.usage)
 
-    def events(self, index: int, chunk: TextChunk, with_logprobs: bool) -> list[str]:
-        """Return the events of a chunk; after the last one comes an empty one with the finish reason."""
-        events = []
-        tokens = chunk.tokens if with_logprobs else ()
-        if chunk.text or tokens:
-            events.append(self.chunk_event(index, {"content": chunk.text} if self.is_chat else chunk.text, tokens))
-        if chunk.finish_reason is not None:
-            events.append(self.chunk_event(index, {} if self.is_chat else "", (), finish_reason=chunk.finish_reason))
-        return events
+    def _choice(
+        self, index: int, content: dict[str, Any], tokens: Sequence[Token] = (), *, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = self.logprobs[index].to_json(tokens) if self.with_logprobs and tokens else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def _common_fields(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "system_fingerprint": None}
-
-    def _common_chunk_fields(self) -> dict[str, Any]:
-        return self._common_fields("chat.completion.chunk" if self.is_chat else "text_completion")
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        return sse_event({**self.fields, "choices": choices, **more})
 
 
 def sse_event(body: dict[str, Any]) -> str:
