@@ -109,17 +109,12 @@ class IntLinear:
         integers = torch.cat([unpack(layer.weight_packed, layer.bits) for layer in layers])
         scale = torch.cat([layer.weight_scale for layer in layers])
         if layers[0].bits == 8:
-            self.weight, self.scale = integers, scale.flatten()
+            scale = scale.flatten()
+            self.matmul: Callable[[Tensor], Tensor] = lambda x: torch._weight_int8pack_mm(x, integers, scale)
         else:
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
-            self.scale = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # g n 2
-        self.matmul: Callable[[Tensor], Tensor] = self._8_bits if layers[0].bits == 8 else self._4_bits(group)
-
-    def _8_bits(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.weight, self.scale)
-
-    def _4_bits(self, group: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.weight, group, self.scale)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
+            scale = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # g n 2
+            self.matmul = lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale)
 
     def __call__(self, x: Float[Tensor, "... c"], activation: str = "none") -> Float[Tensor, "... n"]:
         rows = x.flatten(0, -2)

@@ -178,14 +178,6 @@ class ChatSession:
             self.text_engine.cancel(request_id)
 
 
-def stream_batch(
-    model: LanguageModel, prompts: Sequence[Prompt], options: Generation
-) -> Iterator[tuple[int, TextChunk]]:
-    """Stream (row, chunk) of all prompts, as they come."""
-    tokenizer = require_tokenizer(model)
-    yield from stream_batch_ids(model, [prompt_ids(tokenizer, prompt) for prompt in prompts], options)
-
-
 def stream_batch_ids(
     model: LanguageModel, prompts: Sequence[Sequence[int]], options: Generation
 ) -> Iterator[tuple[int, TextChunk]]:
@@ -207,15 +199,19 @@ def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[Tex
     text), or "length" at max_new_tokens or the end of the model's context. Raises ConfigError for an
     option that is unknown or out of range, or a prompt that fills the context.
     """
-    for _, chunk in stream_batch(model, [prompt], validate_settings(Generation, options)):
+    settings = validate_settings(Generation, options)
+    ids = prompt_ids(require_tokenizer(model), prompt)
+    for _, chunk in stream_batch_ids(model, [ids], settings):
         yield chunk
 
 
 def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
     """The joined streams of several prompts, run as one batch. Options and errors as for `stream`."""
+    settings = validate_settings(Generation, options)
     rows: list[list[TextChunk]] = [[] for _ in prompts]
     if prompts:
-        for row, chunk in stream_batch(model, prompts, validate_settings(Generation, options)):
+        ids = [prompt_ids(require_tokenizer(model), prompt) for prompt in prompts]
+        for row, chunk in stream_batch_ids(model, ids, settings):
             rows[row].append(chunk)
     return [join_chunks(row) for row in rows]
 
