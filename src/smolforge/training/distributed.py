@@ -151,13 +151,10 @@ class RankGroup:
 
     def _broadcast(self, text: str) -> str:
         """Return rank 0's text on every rank, once all have it."""
-        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        length = torch.tensor([len(data)])
-        dist.broadcast(length, 0)
-        data = data if self.is_main else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, 0)
+        texts = [text]
+        dist.broadcast_object_list(texts, 0)
         dist.barrier()  # rank 0 may be about to end
-        return data.numpy().tobytes().decode()
+        return texts[0]
 
     def all_gather(self, *numbers: int) -> list[tuple[int, ...]]:
         """Return these integers of every rank, by rank."""

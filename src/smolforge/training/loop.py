@@ -72,23 +72,14 @@ class StepGuard(Protocol):
         ...
 
 
-def never() -> bool:
-    """Return False: training stops at its last step only."""
-    return False
-
-
-def ignore_gradients(step: int) -> None:
-    """Do nothing with the gradients of a step."""
-
-
 @dataclass(frozen=True)
 class Hooks:
     """What the caller adds to the loop. The defaults add nothing."""
 
     callbacks: Sequence[Callback] = ()
-    should_stop: Callable[[], bool] = never
+    should_stop: Callable[[], bool] = lambda: False
     """Asked before each step. All ranks must answer the same."""
-    on_gradients: Callable[[int], None] = ignore_gradients
+    on_gradients: Callable[[int], None] = lambda step: None
     """Called with the number of a step when its gradients are complete and not yet clipped."""
     step_guard: StepGuard | None = None
 

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from smolforge.data.batches import IGNORE_INDEX
 
@@ -112,37 +114,18 @@ def logits_to_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> t
 
 def label_log_probs(hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """Return the log-probability of each label, 0 where there is none; in fp32 at least, with a gradient."""
-    return _LabelLogProbs.apply(hidden.flatten(0, 1), head, labels.flatten()).view_as(labels)
+    states, size = hidden.flatten(0, 1), chunk_tokens(hidden.device)
+    parts = [
+        checkpoint(_log_probs_of_chunk, part, head, chunk, use_reentrant=False)
+        for part, chunk in zip(states.split(size), labels.flatten().split(size), strict=True)
+    ]
+    return torch.cat(parts).view_as(labels)
 
 
-class _LabelLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
-        ctx.save_for_backward(states, head, labels)
-        ctx.dtype = product_dtype(states)
-        log_probs = torch.empty(len(states), dtype=at_least_fp32(ctx.dtype), device=states.device)
-        for chunk, _, logits in chunks_of_logits(states, head.to(ctx.dtype)):
-            counts = labels[chunk] != IGNORE_INDEX
-            label = labels[chunk].where(counts, 0)[:, None]
-            log_p, _, _ = logits_to_odds(logits.to(log_probs.dtype), label)
-            log_probs[chunk] = log_p[:, 0].where(counts, 0)
-        return log_probs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
-        states, head, labels = ctx.saved_tensors
-        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        of_head = torch.zeros_like(head, dtype=at_least_fp32(ctx.dtype)) if ctx.needs_input_grad[1] else None
-        factor = head.to(ctx.dtype)
-        for chunk, part, logits in chunks_of_logits(states, factor):
-            logits_to_gradient(logits, labels[chunk], 0.0)  # of -log p
-            logits.mul_(-grads[0][chunk, None])
-            if of_states is not None:
-                of_states[chunk] = logits @ factor
-            if of_head is not None:
-                add_product(of_head, logits.T, part)
-        return of_states, of_head, None
+def _log_probs_of_chunk(states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
+    dtype = product_dtype(states)
+    logits = states.to(dtype) @ head.to(dtype).T
+    return -F.cross_entropy(logits.to(at_least_fp32(dtype)), labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 def add_product(total: Head, left: Float[Tensor, "v k"], right: Float[Tensor, "k c"]) -> None:

@@ -20,21 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from smolforge import atomic
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, TrainingDivergedError
 from smolforge.training.environment import record_end, record_start
 
 log = logging.getLogger("smolforge")
-RECIPE, METRICS, SAMPLES, INCIDENTS, LOG, LOCK, TRACKING, TENSORBOARD = (
-    "recipe.toml",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "incidents.jsonl",
-    "run.log",
-    ".lock",
-    "tracking.json",
-    "tensorboard",
-)
+RECIPE, LOG, LOCK, TRACKING, TENSORBOARD = "recipe.toml", "run.log", ".lock", "tracking.json", "tensorboard"
+METRICS, SAMPLES, INCIDENTS = JOURNALS = "metrics.jsonl", "samples.jsonl", "incidents.jsonl"
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
 
@@ -92,10 +86,7 @@ class Journal:
 
 def as_line(record: dict[str, Any]) -> str:
     """Return a record as a line of JSON; a number that is not finite becomes null."""
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(to_jsonable_python(record, inf_nan_mode="null"), ensure_ascii=False) + "\n"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +117,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.journals = {name: Journal(path / name) for name in (METRICS, SAMPLES, INCIDENTS)}
+        self.journals = {name: Journal(path / name) for name in JOURNALS}
         self.started = False
 
     @classmethod
