@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,14 @@ NANO = {
 """A recipe that runs in a fraction of a second; give it data.sources."""
 
 
+get_freeze_count = gc.get_freeze_count
+_frozen_modules = 0
+
+
+def pytest_configure() -> None:
+    gc.disable()  # while tests are imported, which makes little garbage and much that is looked through
+
+
 def pytest_unconfigure() -> None:
     MIRROR.__exit__()
     shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -72,6 +81,7 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest is begun first: at the end each worker has something short to take."""
+    gc.enable()
     items.sort(key=lambda item: item.get_closest_marker("heavy") is None)
 
 
@@ -103,11 +113,15 @@ def compiling() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _libraries_are_no_garbage():
     """Each run begins with a full collection, which took half of a short run's time, with all that was imported."""
-    gc.collect()
-    gc.freeze()
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules:
+        gc.collect()
+        gc.freeze()
+        count, _frozen_modules = get_freeze_count(), len(sys.modules)
+        gc.get_freeze_count = lambda: count  # which runs ask for as well, and to count them takes as long
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What a model is made of and what it costs, from its shape alone: parameters, FLOPs, bytes of cache."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -33,7 +34,8 @@ class ParameterRow(NamedTuple):
         return math.prod(self.shape) * self.times
 
 
-def parameter_table(config: ModelConfig) -> list[ParameterRow]:
+@functools.lru_cache(maxsize=16)  # a run asks for it twenty times
+def parameter_table(config: ModelConfig) -> tuple[ParameterRow, ...]:
     """Return every tensor of the model in order, those of layers once, with their number."""
     one_layer_model = meta_model(config.model_copy(update={"num_hidden_layers": 1}))
     times: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
@@ -41,7 +43,7 @@ def parameter_table(config: ModelConfig) -> list[ParameterRow]:
         short = re.sub(r"^model\.(layers\.\d+)?", lambda match: "layers.N" if match[1] else "", name)
         count = config.num_hidden_layers if ".layers." in name else 1
         times[short.removesuffix(".weight"), component(name), tuple(weight.shape)] += count
-    return [ParameterRow(*key, count) for key, count in times.items()]
+    return tuple(ParameterRow(*key, count) for key, count in times.items())
 
 
 def component(name: str) -> str:
