@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface
+from smolforge.cli.chat import TerminalChat, format_speed
 from smolforge.cli.chat import read_message as typed_message
-from smolforge.cli.chat.session import TerminalChat, format_speed
 from smolforge.cli.generate import GenerationFlags, escape_controls, generation_from_flags, print_note
 from smolforge.config import Data, Generation
 from smolforge.data.prepare.conversations import messages_of

@@ -24,12 +24,13 @@ from smolforge.errors import (
     MissingResourceError,
     Stopped,
     TrainingDivergedError,
+    exit_code_of,
 )
 
 if TYPE_CHECKING:
     from cyclopts import App
 
-EXIT_UNEXPECTED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_INTERRUPTED = 130
 MAX_LINE_LENGTH = 1200
 DEFAULT_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
@@ -71,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         try:
             return _run(args, debug)
         except KeyboardInterrupt:  # also amid imports
-            return _print_error(KeyboardInterrupt("interrupted"), EXIT_INTERRUPTED, debug)
+            return _print_error(Stopped("interrupted", EXIT_INTERRUPTED), debug)
 
 
 def build_cli(command: str | None = None) -> "App":
@@ -106,16 +107,16 @@ def _run(args: Sequence[str], debug: bool) -> int:
         _flush_output()
         return code
     except CycloptsError as error:
-        return _print_error(ConfigError(_explain_usage_error(error, args)), EXIT_USAGE, debug)
+        return _print_error(ConfigError(_explain_usage_error(error, args)), debug)
     except FailedOnRankZeroError as error:
         return error.exit_code
     except (ConfigError, InvalidFileError, MissingResourceError, TrainingDivergedError, Stopped) as error:
-        return _print_error(error, error.exit_code, debug)
+        return _print_error(error, debug)
     except BrokenPipeError:
         _drop_output()
         return 0
     except Exception as error:
-        return _print_error(*_explain_error(error), debug)
+        return _print_error(_explain_error(error), debug)
 
 
 def _flush_output() -> None:
@@ -174,29 +175,26 @@ def _explain_usage_error(error: Exception, args: Sequence[str]) -> str:
     return str(error)
 
 
-def _explain_error(error: Exception) -> tuple[Exception, int]:
-    """Return an error the user can act on for one that is not ours, and its exit code."""
+def _explain_error(error: Exception) -> Exception:
+    """Return an error the user can act on for one that is not ours."""
     from smolforge.config.custom_classes import error_location
 
     message = str(error)
     if location := error_location(error):
-        return ConfigError(f"{location}: {type(error).__name__}: {message}"), EXIT_USAGE
+        return ConfigError(f"{location}: {type(error).__name__}: {message}")
     match error:
         case OSError(errno=errno.ENAMETOOLONG):
-            return ConfigError("that name is longer than any file's"), EXIT_USAGE
+            return ConfigError("that name is longer than any file's")
         case OSError():
-            return OSError(
-                f"{error.filename}: {error.strerror}" if error.filename else message
-            ), MissingResourceError.exit_code
+            return MissingResourceError(f"{error.filename}: {error.strerror}" if error.filename else message)
         case ValueError() if "embedded null" in message:
-            return ConfigError("a name has a zero byte in it, which no file's has"), EXIT_USAGE
+            return ConfigError("a name has a zero byte in it, which no file's has")
         case OverflowError():
-            return ConfigError("a number that was given is too large to count with"), EXIT_USAGE
+            return ConfigError("a number that was given is too large to count with")
         case _ if "allocate memory" in message or "out of memory" in message.lower():
             advice = "there is not enough memory; a smaller --train.micro-batch-size or model needs less"
-            return MissingResourceError(advice), MissingResourceError.exit_code
-    unexpected = f"this should not have happened: {type(error).__name__}: {message} (--debug shows where)"
-    return RuntimeError(unexpected), EXIT_UNEXPECTED
+            return MissingResourceError(advice)
+    return RuntimeError(f"this should not have happened: {type(error).__name__}: {message} (--debug shows where)")
 
 
 @contextmanager
@@ -235,13 +233,14 @@ def _log_to_stderr_filtered() -> Iterator[None]:
         downloads.setLevel(level)
 
 
-def _print_error(error: BaseException, code: int, debug: bool) -> int:
+def _print_error(error: Exception, debug: bool) -> int:
+    """Print an error as one line, and return its exit code."""
     if debug:
         import traceback
 
         traceback.print_exc()
     print(f"smolforge: {one_line(str(error))}", file=sys.stderr)
-    return code
+    return exit_code_of(error)
 
 
 def one_line(text: str) -> str:

@@ -4,15 +4,15 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from smolforge.cli.flags import LoadingFlags, Model, check_at_least, split_names
+from smolforge.cli.flags import LoadingFlags, Model, check_at_least, check_unique, split_names
 from smolforge.cli.table import print_result, progress_bar, table_lines
 from smolforge.errors import ConfigError, InvalidFileError
 
@@ -23,21 +23,65 @@ if TYPE_CHECKING:
 
 MAX_WINDOW = 2048
 """Longest window over a text unless another is asked for."""
+TEXT_METRICS = {
+    "loss": "loss {:.4f}",
+    "perplexity": "perplexity {:.2f}",
+    "bits_per_byte": "bits/byte {:.4f}",
+    "accuracy": "accuracy {:.1%}",
+    "tokens": "{:,} tokens",
+}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Flags for what is measured, and how."""
+
+    tasks: str | None = None
+    """Names and files, with commas between: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa,
+    commonsense_qa, lambada, mmlu_cloze, or a .jsonl file whose lines have query, choices and gold."""
+    text: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None
+    """Text files, and prepared corpora, whose held-out part is measured."""
+    harness: str | None = None
+    """Tasks of lm-evaluation-harness, with commas between: names from `lm_eval ls tasks`, or .yaml files. Values are
+    the harness's, whose acc_norm is by characters."""
+    limit: int | None = None
+    """So many items of each task, from its beginning."""
+    few_shot: int | None = None
+    """So many examples with answers before each query: a named task's first training items, or a file's first ones.
+    By default none; of the harness's, as many as each task says."""
+    sequence_length: int | None = None
+    """Window over a text, in tokens; by default the model's context, at most 2048."""
+    stride: int | None = None
+    """Tokens from one window to the next; by default half a window, so that each token has that much before it."""
+    log: Path | None = None
+    """A file for one JSON object an item: id, gold, log-probabilities, predictions."""
+
+    def check(self) -> None:
+        """Raise ConfigError for wrong flags before anything is loaded."""
+        texts, names = self.text or [], [*split_names(self.tasks), *split_names(self.harness)]
+        if not names and not texts:
+            choices = "--tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
+            raise ConfigError(f"there is nothing to measure; name {choices}")
+        check_at_least(1, limit=self.limit)
+        check_at_least(0, few_shot=self.few_shot)
+        if self.log is not None and not self.log.parent.is_dir():
+            raise ConfigError(f"there is no folder {self.log.parent} for the log")
+        check_unique(Path(name).stem for name in (*names, *texts))
+
+    def window_and_stride(self, context: int) -> tuple[int, int]:
+        """Return the tokens of a window over a text, and from one window to the next."""
+        window = min(MAX_WINDOW, context) if self.sequence_length is None else self.sequence_length
+        if not 1 <= window <= context:
+            raise ConfigError(f"sequence-length is {window}; it should be 1 to {context}, this model's context")
+        stride = max(1, window // 2) if self.stride is None else self.stride
+        if not 1 <= stride <= window:
+            raise ConfigError(f"stride is {stride}; it should be 1 to {window}, the length of a window")
+        return window, stride
 
 
 def evaluate(
-    model: Model,
-    *,
-    tasks: str | None = None,
-    text: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
-    harness: str | None = None,
-    limit: int | None = None,
-    few_shot: int | None = None,
-    sequence_length: int | None = None,
-    stride: int | None = None,
-    log: Path | None = None,
-    loading: LoadingFlags | None = None,
-    json_: bool = False,
+    model: Model, *, flags: EvaluateFlags | None = None, loading: LoadingFlags | None = None, json_: bool = False
 ) -> None:
     """How good a model is: on a text, HellaSwag, ARC and others, or items of your own.
 
@@ -45,91 +89,52 @@ def evaluate(
 
     Parameters
     ----------
-    tasks
-        Names and files, with commas between: hellaswag, arc_easy, arc_challenge, piqa, winogrande, openbookqa,
-        commonsense_qa, lambada, mmlu_cloze, or a .jsonl file whose lines have query, choices and gold.
-    text
-        Text files, and prepared corpora, whose held-out part is measured.
-    harness
-        Tasks of lm-evaluation-harness, with commas between: names from `lm_eval ls tasks`, or .yaml files. Values are
-        the harness's, whose acc_norm is by characters.
-    limit
-        So many items of each task, from its beginning.
-    few_shot
-        So many examples with answers before each query: a named task's first training items, or a file's first ones.
-        By default none; of the harness's, as many as each task says.
-    sequence_length
-        Window over a text, in tokens; by default the model's context, at most 2048.
-    stride
-        Tokens from one window to the next; by default half a window, so that each token has that much before it.
-    log
-        A file for one JSON object an item: id, gold, log-probabilities, predictions.
     json_
         Print tasks.NAME.{acc, acc_norm, acc_chars, acc_stderr, n} or {loss, perplexity, bits_per_byte, accuracy,
         tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's own figures are.
         Of the harness's tasks: all it measured, and n.
     """
-    task_names, harness_names, loading = split_names(tasks), split_names(harness), loading or LoadingFlags()
-    if not task_names and not text and not harness_names:
-        raise ConfigError(
-            "there is nothing to measure; name --tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
-        )
-    check_at_least(1, limit=limit)
-    check_at_least(0, few_shot=few_shot)
-    if log is not None and not log.parent.is_dir():
-        raise ConfigError(f"there is no folder {log.parent} for the log")
-    _check_unique(Path(name).stem for name in (*task_names, *harness_names, *(text or [])))
-    harness_tasks = _find_harness_tasks(harness_names)
+    flags, loading = flags or EvaluateFlags(), loading or LoadingFlags()
+    flags.check()
+    harness_tasks, harness_results, samples = {}, {}, {}
+    if names := split_names(flags.harness):
+        with _harness() as harness:
+            harness_tasks = harness.load_tasks(names)
     from smolforge.checkpoint.loading import fingerprint
+    from smolforge.evaluation.multiple_choice import summary
     from smolforge.evaluation.tasks import load_task, published_scores
     from smolforge.training.environment import version, versions
 
-    loaded_tasks = [load_task(task_name, limit, few_shot or 0) for task_name in task_names]
+    limit, few_shot = flags.limit, flags.few_shot or 0
+    tasks = [load_task(name, limit, few_shot) for name in split_names(flags.tasks)]
     loaded = loading.load(model)
     weights = fingerprint(model) if json_ and not loading.random else None  # a run goes on, and its name means others
-    window, step = _window_and_stride(loaded, sequence_length, stride)
-    results = {path.stem: _evaluate_text(loaded, path, window, stride=step) for path in text or []}
-    scores = {task.name: _score_task(loaded, task) for task in loaded_tasks}
-    results |= {task.name: _summarize_scores(scores[task.name], task, few_shot or 0) for task in loaded_tasks}
-    harness_results, samples = _run_harness(loaded, harness_tasks, limit, few_shot=few_shot)
-    if log is not None:
-        _write_samples(log, scores, samples)
-    char_accuracies = {
-        name: values["acc_chars"] for name, values in results.items() if "acc_chars" in values and not few_shot
-    }
-    comparisons = published_scores(model, char_accuracies)
-    summary = {
+    window, stride = flags.window_and_stride(loaded.config.max_position_embeddings)
+    results = {path.stem: _evaluate_text(loaded, path, window, stride=stride) for path in flags.text or []}
+    scores = {task.name: _score_task(loaded, task) for task in tasks}
+    for task in tasks:
+        results[task.name] = summary(scores[task.name]) | {"few_shot": few_shot, "source": task.source}
+    if harness_tasks:
+        with _harness() as harness:
+            harness_results, samples = harness.run_tasks(loaded, harness_tasks, limit, few_shot=flags.few_shot)
+    if flags.log is not None:
+        _write_samples(flags.log, scores, samples)
+    own = {} if few_shot else {name: values["acc_chars"] for name, values in results.items() if "acc_chars" in values}
+    comparisons = published_scores(model, own)
+    report = {
         "model": model,
         "weights": weights,
         "dtype": loading.dtype,
         "tasks": {**results, **harness_results},
         "published": {name: score for name, (_, score) in comparisons.items()},
-        "versions": versions() | ({"lm_eval": version("lm_eval")} if harness_names else {}),
+        "versions": versions() | ({"lm_eval": version("lm_eval")} if harness_tasks else {}),
     }
-    lines = [*table_lines(_result_rows(results), align="<"), *table_lines(_harness_rows(harness_results), align="<")]
+    lines = table_lines([*_result_rows(results), *_harness_rows(harness_results)], align="<")
     lines += [
         f"{name}: acc_chars {measured:.1%}, published {score:.1%}{' over all items' if limit else ''}"
         for name, (measured, score) in comparisons.items()
     ]
-    print_result(summary, lines, as_json=json_)
-
-
-def _check_unique(names: Iterable[str]) -> None:
-    """Raise ConfigError where two results would have the same name."""
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ConfigError(f"two of what is measured are called {repeated[0]}; name each once, or rename a file")
-
-
-def _window_and_stride(model: "LanguageModel", length: int | None, stride: int | None) -> tuple[int, int]:
-    limit = model.config.max_position_embeddings
-    length = min(MAX_WINDOW, limit) if length is None else length
-    if not 1 <= length <= limit:
-        raise ConfigError(f"sequence-length is {length}; it should be 1 to {limit}, this model's context")
-    stride = max(1, length // 2) if stride is None else stride
-    if not 1 <= stride <= length:
-        raise ConfigError(f"stride is {stride}; it should be 1 to {length}, the length of a window")
-    return length, stride
+    print_result(report, lines, as_json=json_)
 
 
 def _evaluate_text(model: "LanguageModel", path: Path, length: int, *, stride: int) -> dict[str, Any]:
@@ -161,42 +166,17 @@ def _score_task(model: "LanguageModel", task: "Task") -> list["ItemScore"]:
         return score(model, task.items, on_progress=advance)
 
 
-def _summarize_scores(scores: Sequence["ItemScore"], task: "Task", few_shot: int) -> dict[str, Any]:
-    from smolforge.evaluation.multiple_choice import summary
-
-    return summary(scores) | {"few_shot": few_shot, "source": task.source}
-
-
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """While it runs: its prints on standard error, its warnings apart from its own log, its bars on a terminal only."""
+def _harness() -> Iterator[Any]:
+    """Yield the adapter of lm-evaluation-harness, whose prints go to standard error: of its log errors alone, of its
+    bars those on a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with redirect_stdout(sys.stderr):
-        yield
-
-
-def _find_harness_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """Return tasks of lm-evaluation-harness, for `_run_harness`."""
-    if not names:
-        return {}
-    with _quiet_harness():
         from smolforge.evaluation import harness
 
-        return harness.load_tasks(names)
-
-
-def _run_harness(
-    model: "LanguageModel", tasks: dict[str, Any], limit: int | None, *, few_shot: int | None
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Return values and samples by task."""
-    if not tasks:
-        return {}, {}
-    with _quiet_harness():
-        from smolforge.evaluation import harness
-
-        return harness.run_tasks(model, tasks, limit, few_shot=few_shot)
+        yield harness
 
 
 def _write_samples(log: Path, scores: dict[str, list["ItemScore"]], samples: dict[str, list[dict[str, Any]]]) -> None:
@@ -215,12 +195,11 @@ def _result_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]
     """Yield a row per text and per task."""
     for name, values in results.items():
         if "acc" in values:
-            accuracies = (_format_metric(metric, values, ".1%") for metric in ("acc", "acc_norm", "acc_chars"))
-            yield name, "  ".join([*accuracies, f"n {values['n']:,}"])
+            parts = [_format_metric(metric, values, ".1%") for metric in ("acc", "acc_norm", "acc_chars")]
+            parts.append(f"n {values['n']:,}")
         else:
-            loss, bits = f"loss {values['loss']:.4f}", f"bits/byte {values['bits_per_byte']:.4f}"
-            accuracy, tokens = f"accuracy {values['accuracy']:.1%}", f"{values['tokens']:,} tokens"
-            yield name, "  ".join([loss, f"perplexity {values['perplexity']:.2f}", bits, accuracy, tokens])
+            parts = [template.format(values[metric]) for metric, template in TEXT_METRICS.items()]
+        yield name, "  ".join(parts)
 
 
 def _harness_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,8 @@ in config, once they lie over the recipe.
 """
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -45,11 +46,14 @@ class LoadingFlags:
     """Let a preset be used with random weights."""
 
     def load(self, model: str) -> "LanguageModel":
-        """Return a MODEL on the device."""
+        """Return a MODEL on the device. Raises InvalidFileError for one that has no tokenizer."""
         from smolforge.checkpoint.loading import load
         from smolforge.device import pick_device
+        from smolforge.generation.stream import require_tokenizer
 
-        return load(model, self.dtype, str(pick_device(self.device)), random=self.random)
+        language_model = load(model, self.dtype, str(pick_device(self.device)), random=self.random)
+        require_tokenizer(language_model)
+        return language_model
 
 
 def check_at_least(minimum: int, **flags: int | None) -> None:
@@ -57,6 +61,13 @@ def check_at_least(minimum: int, **flags: int | None) -> None:
     for name, value in flags.items():
         if value is not None and value < minimum:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it should be at least {minimum}")
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise ConfigError where two results would have the same name."""
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two of what is measured are called {repeated[0]}; name each once, or rename a file")
 
 
 def split_names(names: str | None) -> list[str]:

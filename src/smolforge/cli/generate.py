@@ -71,7 +71,7 @@ def generate(
     options, is_chat = generation_from_flags(draw), prompt is None and sys.stdin.isatty()
     if is_chat and json_:
         raise ConfigError("--json prints one answer, not a chat; give it a --prompt")
-    language_model = load_for_generation(model, loading)
+    language_model = (loading or LoadingFlags()).load(model)
     if is_chat:
         from smolforge.cli.chat import converse
 
@@ -115,15 +115,6 @@ def generation_from_flags(flags: GenerationFlags | None) -> Generation:
     """Return the generation settings of the flags. Raises ConfigError."""
     values = asdict(flags or GenerationFlags())
     return validate_settings(Generation, values | {"stop": tuple(values["stop"] or ())})
-
-
-def load_for_generation(model: str, loading: LoadingFlags | None) -> "LanguageModel":
-    """Load a model that has a tokenizer."""
-    from smolforge.generation.stream import require_tokenizer
-
-    language_model = (loading or LoadingFlags()).load(model)
-    require_tokenizer(language_model)
-    return language_model
 
 
 def escape_controls(text: str) -> str:

@@ -183,15 +183,12 @@ class PreparationProgress:
             print(f"{corpus_line(counts)}{self.rate(counts, now - self.start)}", flush=True)
 
     def rate(self, counts: dict[str, int], seconds: float) -> str:
-        first = self.first_counts or counts
-        processed = {key: counts[key] - first[key] for key in ("tokens", "bytes")}
-        seconds_left = [
-            seconds * max(0, counts[f"of_{key}"] - counts[key]) / count
-            for key, count in processed.items()
-            if f"of_{key}" in counts and count
-        ]
+        """Return the speed since the first counts, and the time left by whichever limit is reached first."""
+        rates = {key: (counts[key] - self.first_counts[key]) / seconds for key in ("tokens", "bytes")}
+        limits = {key: counts[f"of_{key}"] for key, rate in rates.items() if rate and f"of_{key}" in counts}
+        seconds_left = [max(0, limit - counts[key]) / rates[key] for key, limit in limits.items()]
         eta = f", about {format_duration(min(seconds_left))} left" if seconds_left else ""
-        return f", {processed['bytes'] / seconds / 1e6:.1f} MB/s{eta}"
+        return f", {rates['bytes'] / 1e6:.1f} MB/s{eta}"
 
 
 def _print_corpus(corpus: Any, out: Path, seconds: float, *, as_json: bool) -> None:

@@ -52,15 +52,14 @@ class Display:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         warning_console = Console(stderr=True, highlight=False, soft_wrap=True) if quiet else self.console
         self.plain = plain or quiet or not self.console.is_terminal or self.console.is_dumb_terminal
-        self.live: Live | None = None
-        self.reference_progress: Progress | None = None
+        self.live: Live | Progress | None = None
         bar = BarColumn(bar_width=None, complete_style="cyan", finished_style="cyan")
         self.progress = Progress(
             TextColumn("step"), bar, MofNCompleteColumn(), TimeElapsedColumn(), console=self.console, expand=True
         )
+        self.step_task = self.progress.add_task("step", total=None)
         self.live_view = LiveView(self.progress)
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        self.has_new_sample = False
         self.steps, self.last_print_time = 0, 0.0
         self.handler = RichHandler(logging.WARNING, warning_console, show_time=False, show_path=False)
 
@@ -74,10 +73,9 @@ class Display:
 
     def stop(self) -> None:
         """Stop all live drawing."""
-        for drawing in (self.reference_progress, self.live):
-            if drawing is not None:
-                drawing.stop()
-        self.reference_progress = self.live = None
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
 
     def print_line(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -87,9 +85,7 @@ class Display:
         width = UNLIMITED_WIDTH if self.plain else self.console.width
         self.print_line("\n".join(plan_lines(recipe, estimate, start, width=width)))
         self.steps = recipe.train.steps
-        for task in self.progress.task_ids:
-            self.progress.remove_task(task)
-        self.progress.add_task("step", total=recipe.train.steps, completed=start.step)
+        self.progress.reset(self.step_task, total=recipe.train.steps, completed=start.step)
         self.live_view = LiveView(self.progress)
 
     def on_prepare(self, counts: dict[str, int], source: str = "") -> None:
@@ -98,17 +94,17 @@ class Display:
 
     def on_reference(self, pairs: int, total: int) -> None:
         """Show the reference model's pass before the first step: a bar on a terminal, else a line at the end."""
-        if self.reference_progress is None:
-            self.reference_progress = counting_progress(self.console, disable=self.plain)
-            self.reference_progress.add_task("reference", total=total)
-            self.reference_progress.start()
-        self.reference_progress.update(self.reference_progress.task_ids[0], completed=pairs)
+        if not isinstance(self.live, Progress):
+            self.live = counting_progress(self.console, disable=self.plain)
+            self.live.add_task("reference", total=total)
+            self.live.start()
+        self.live.update(self.live.task_ids[0], completed=pairs)
         if pairs == total:
             self.stop()
             self.print_line(f"read {total:,} pairs with the model to start from")
 
     def on_sample(self, text: str) -> None:
-        self.live_view.sample, self.has_new_sample = " ".join(text.split()), True
+        self.live_view.sample = " ".join(text.split())
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         """Show a step: always in the live view, else after an evaluation or after a while."""
@@ -117,7 +113,7 @@ class Display:
         if self.live is None and not self.plain:  # not before: until then trackers may ask for a login
             self.live = Live(self.live_view, console=self.console, refresh_per_second=4, transient=True)
             self.live.start()
-        self.progress.update(self.progress.task_ids[0], completed=metrics["step"])
+        self.progress.update(self.step_task, completed=metrics["step"])
         evaluated = any(name.startswith(("validation_loss", "task_")) for name in metrics)
         if self.live is not None:
             self.live_view.on_step(metrics)
@@ -129,9 +125,9 @@ class Display:
         if evaluated or due or metrics["step"] == self.steps:
             self.last_print_time = time.perf_counter()
             self.print_line(f"step {metrics['step']:,}/{self.steps:,}  {'  '.join(metrics_parts(metrics))}")
-            if self.has_new_sample and self.live_view.sample:
+            if self.live_view.sample:
                 self.print_line(f"  sample: {self.live_view.sample[:200]}")
-                self.has_new_sample = False
+                self.live_view.sample = ""
 
 
 class LiveView:
@@ -159,8 +155,8 @@ class LiveView:
         for line in pack_into_lines(secondary_parts(self.metrics), width):
             yield Text(line, no_wrap=True, overflow="ellipsis")
         if self.sample:
-            text = Text(self.sample[-MAX_SAMPLE_CHARS:], no_wrap=False, overflow="fold")
-            yield Panel(text, title="last sample", width=width)
+            sample = Text(self.sample[-MAX_SAMPLE_CHARS:], no_wrap=False, overflow="fold")
+            yield Panel(sample, title="last sample", width=width)
 
     def _curve_lines(self, width: int) -> Iterator[Text]:
         """Yield a line per curve, all equally long, with their ranges where the terminal is wide enough."""
@@ -261,11 +257,12 @@ def token_rate(metrics: dict[str, Any]) -> float:
 
 def metrics_parts(metrics: dict[str, Any]) -> list[str]:
     """Return the parts of one step's line."""
-    task_names = [name for name in metrics if name.startswith("task_") and name.endswith("_acc")]
-    tasks = ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in task_names)
-    validation = [validation_part(metrics)] if "validation_loss" in metrics else []
-    parts = [f"loss {metrics['loss']:.3f}", *([tasks] if tasks else []), *validation]
-    return [*parts, f"{token_rate(metrics):,.0f} tokens/s", *secondary_parts(metrics)]
+    tasks = (name for name in metrics if name.startswith("task_") and name.endswith("_acc"))
+    accuracies = ", ".join(f"{name[5:-4]} acc {metrics[name]:.1%}" for name in tasks)
+    validation = validation_part(metrics) if "validation_loss" in metrics else ""
+    rate = f"{token_rate(metrics):,.0f} tokens/s"
+    parts = [f"loss {metrics['loss']:.3f}", accuracies, validation, rate, *secondary_parts(metrics)]
+    return [part for part in parts if part]
 
 
 def validation_part(metrics: dict[str, Any]) -> str:

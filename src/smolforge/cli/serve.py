@@ -3,9 +3,12 @@
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
+
+from cyclopts import Parameter
 
 from smolforge.cli.flags import LoadingFlags, Model, check_at_least
 from smolforge.errors import ConfigError, MissingResourceError
@@ -14,18 +17,52 @@ KEY_VARIABLE = "SMOLFORGE_API_KEY"
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ServeFlags:
+    """Flags for the address, the clients and the sequences."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on. Any but this machine's own needs a key."""
+    port: int = 8000
+    """0 takes one that is free."""
+    name: str | None = None
+    """What clients call the model; without it, the Hub id or the folder's name."""
+    slots: int = 8
+    """Sequences answered at the same time; each has its part of the cache."""
+    context: int | None = None
+    """Longest prompt and answer together, in tokens; without it, what the model takes, or 2048 if that is less."""
+    queue: int = 64
+    """Requests that may wait for a slot; more are told to come back."""
+    cors_origin: list[str] | None = None
+    """A web page elsewhere that may ask, as https://example.org; may be given several times."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the host."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def check(self, key: str | None) -> None:
+        """Raise ConfigError for wrong flags, such as those of a server that anyone can use."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}; it should be a number from 0 to 65535")
+        check_at_least(1, slots=self.slots)
+        check_at_least(2, context=self.context)
+        check_at_least(0, queue=self.queue)
+        if key is not None and (not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key):
+            raise ConfigError(f"{KEY_VARIABLE} should be eight or more visible ASCII characters")
+        if key is None and not self.is_local:
+            raise ConfigError(
+                f"--host {self.host} lets other machines in, and there is no key to keep strangers out; "
+                f"set one: {KEY_VARIABLE}=$(openssl rand -hex 16)"
+            )
+
+
 def serve(
-    model: Model,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    name: str | None = None,
-    slots: int = 8,
-    context: int | None = None,
-    queue: int = 64,
-    cors_origin: list[str] | None = None,
-    loading: LoadingFlags | None = None,
-    threads: int | None = None,
+    model: Model, *, flags: ServeFlags | None = None, loading: LoadingFlags | None = None, threads: int | None = None
 ) -> None:
     """Answer OpenAI's clients over HTTP: completions and chats, several at a time.
 
@@ -35,25 +72,11 @@ def serve(
 
     Parameters
     ----------
-    host
-        The address to listen on. Any but this machine's own needs a key.
-    port
-        0 takes one that is free.
-    name
-        What clients call the model; without it, the Hub id or the folder's name.
-    slots
-        Sequences answered at the same time; each has its part of the cache.
-    context
-        Longest prompt and answer together, in tokens; without it, what the model takes, or 2048 if that is less.
-    queue
-        Requests that may wait for a slot; more are told to come back.
-    cors_origin
-        A web page elsewhere that may ask, as https://example.org; may be given several times.
     threads
         Of the processor; without it, one a core.
     """
-    key = os.environ.get(KEY_VARIABLE)
-    check_options(host, port, slots, context=context, queue=queue, key=key)
+    flags, key = flags or ServeFlags(), os.environ.get(KEY_VARIABLE)
+    flags.check(key)
     missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
     if missing:
         raise MissingResourceError(f"serve needs {', '.join(missing)}: pip install 'smolforge[server]'")
@@ -66,43 +89,20 @@ def serve(
     if threads is not None:
         torch.set_num_threads(threads)
     loaded = (loading or LoadingFlags()).load(model)
-    max_model_len = context or min(loaded.config.max_position_embeddings, 2048)
-    config = ServerConfig(host, port, slots, max_model_len, queue, tuple(cors_origin or ()))
-    served_name = name or (Path(model).resolve().name if Path(model).exists() else model)
-    server, engine_thread = build_server(loaded, served_name, config, rules=AccessRules(key, local_only=is_local(host)))
+    max_model_len = flags.context or min(loaded.config.max_position_embeddings, 2048)
+    origins = tuple(flags.cors_origin or ())
+    config = ServerConfig(flags.host, flags.port, flags.slots, max_model_len, flags.queue, origins)
+    name = flags.name or (Path(model).resolve().name if Path(model).exists() else model)
+    server, engine_thread = build_server(loaded, name, config, rules=AccessRules(key, local_only=flags.is_local))
     _log_to_stderr()
 
     def ready() -> None:
-        bound_port = server.servers[0].sockets[0].getsockname()[1]
+        port = server.servers[0].sockets[0].getsockname()[1]
         chats = loaded.tokenizer.template is not None
-        print(client_examples(host, bound_port, served_name, needs_key=key is not None, chats=chats), flush=True)
+        print(client_examples(flags.host, port, name, needs_key=key is not None, chats=chats), flush=True)
 
     answer(server, engine_thread, ready)
     print("smolforge: done", file=sys.stderr)
-
-
-def check_options(host: str, port: int, slots: int, *, context: int | None, queue: int, key: str | None) -> None:
-    """Raise ConfigError for wrong options, such as a server that anyone can use."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"--port is {port}; it should be a number from 0 to 65535")
-    check_at_least(1, slots=slots)
-    check_at_least(2, context=context)
-    check_at_least(0, queue=queue)
-    if key is not None and (not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key):
-        raise ConfigError(f"{KEY_VARIABLE} should be eight or more visible ASCII characters")
-    if key is None and not is_local(host):
-        raise ConfigError(
-            f"--host {host} lets other machines in, and there is no key to keep strangers out; "
-            f"set one: {KEY_VARIABLE}=$(openssl rand -hex 16)"
-        )
-
-
-def is_local(host: str) -> bool:
-    """Return whether only this machine reaches the host."""
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def client_examples(host: str, port: int, name: str, *, needs_key: bool, chats: bool) -> str:

@@ -1,16 +1,9 @@
 """`smolforge verify`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from smolforge.errors import ConfigError, MissingResourceError
-
-if TYPE_CHECKING:
-    from smolforge.verification.report import Check, VerificationReport
-
-    OnCheck = Callable[[Check], None]
 
 
 def verify(
@@ -46,19 +39,24 @@ def verify(
         Print the report as one JSON object instead of lines.
     """
     from smolforge.cli import one_line
-    from smolforge.config.load import PARSERS
+    from smolforge.config.load import PARSERS, import_recipe_classes, read_recipe
     from smolforge.verification.report import Check
 
     def print_check(check: Check) -> None:
         if not json_:
             print(f"{'holds' if check.holds else 'FAILS':<7}{check.name:<17}{one_line(check.message)}", flush=True)
 
-    is_recipe = Path(model).suffix in PARSERS and Path(model).is_file()
-    report = (
-        _verify_recipe(model, against, print_check)
-        if is_recipe
-        else _verify_model(model, against, max_length, on_check=print_check)
-    )
+    if Path(model).suffix in PARSERS and Path(model).is_file():
+        from smolforge.verification.custom_classes import AGAINST, verify_classes
+
+        if against and against != [AGAINST]:
+            raise ConfigError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")
+        config = import_recipe_classes(read_recipe(model), model).model
+        report = verify_classes(model, config, bool(against), on_check=print_check)
+    else:
+        from smolforge.verification import verify as verify_model
+
+        report = verify_model(model, tuple(against or ()), max_length, on_check=print_check)
     content = report.as_json()
     try:
         out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -71,21 +69,3 @@ def verify(
     else:
         print(f"something does not hold; the likeliest cause: {one_line(report.cause or '')}")
     return 0 if report.holds else 1
-
-
-def _verify_model(
-    model: str, against: list[str] | None, max_length: int | None, *, on_check: "OnCheck"
-) -> "VerificationReport":
-    from smolforge.verification import verify
-
-    return verify(model, tuple(against or ()), max_length, on_check=on_check)
-
-
-def _verify_recipe(recipe: str, against: list[str] | None, on_check: "OnCheck") -> "VerificationReport":
-    from smolforge.config.load import import_recipe_classes, read_recipe
-    from smolforge.verification.custom_classes import AGAINST, verify_classes
-
-    if against and against != [AGAINST]:
-        raise ConfigError(f"a recipe's classes are held against {AGAINST}, not {', '.join(against)}")
-    config = import_recipe_classes(read_recipe(recipe), recipe).model
-    return verify_classes(recipe, config, bool(against), on_check=on_check)

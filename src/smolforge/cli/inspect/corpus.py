@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from smolforge.cli.flags import split_names
+from smolforge.cli.flags import check_unique, split_names
 from smolforge.cli.table import bar, progress_bar, table_lines
 from smolforge.data.corpus import SPLITS, TRAIN, Corpus
 from smolforge.errors import ConfigError, MissingResourceError
@@ -80,13 +80,11 @@ def document_lengths(corpus: Corpus, splits: Sequence[str] = SPLITS) -> np.ndarr
 def length_histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Return the documents and tokens of each power of two."""
     powers = np.frexp(lengths)[1] - 1
-    rows = []
-    for power in range(int(powers.min()), int(powers.max()) + 1):
-        selected = lengths[powers == power]
-        rows.append(
-            {"from": 1 << power, "below": 2 << power, "documents": len(selected), "tokens": int(selected.sum())}
-        )
-    return rows
+    parts = {power: lengths[powers == power] for power in range(int(powers.min()), int(powers.max()) + 1)}
+    return [
+        {"from": 1 << power, "below": 2 << power, "documents": len(part), "tokens": int(part.sum())}
+        for power, part in parts.items()
+    ]
 
 
 def sample_windows(corpus: Corpus, split: str) -> list[str]:
@@ -107,11 +105,12 @@ def length_lines(report: dict[str, Any], columns: int | None = None) -> list[str
     """Return the histogram as bars, and the windows, as wide as the terminal."""
     columns = columns or shutil.get_terminal_size().columns
     max_tokens = max(row["tokens"] for row in report["histogram"])
-    spans = [f"{row['from']:,} to {row['below'] - 1:,}" for row in report["histogram"]]
-    rows = [(span, row["documents"], row["tokens"]) for span, row in zip(spans, report["histogram"], strict=True)]
+    rows = [
+        (f"{row['from']:,} to {row['below'] - 1:,}", row["documents"], row["tokens"]) for row in report["histogram"]
+    ]
     head = ("tokens a document", "documents", "tokens")
-    bar_width = min(MAX_BAR_WIDTH, columns - len(max(table_lines(rows, head), key=len)) - 3)
-    rows = [(*row, bar(row[-1] / max_tokens, bar_width)) for row in rows]
+    bar_width = min(MAX_BAR_WIDTH, columns - max(map(len, table_lines(rows, head))) - 3)
+    rows = [(*row, bar(row[2] / max_tokens, bar_width)) for row in rows]
     windows = enumerate((" ".join(window.split()) for window in report["windows"]), 1)
     return [
         "",
@@ -127,7 +126,6 @@ def draw_histogram(path: Path, out: Path) -> None:
     if out.suffix not in FIGURE_SUFFIXES:
         raise ConfigError(f"--figure {out} should end in {', '.join(FIGURE_SUFFIXES)}")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
 
     corpus = Corpus.open(path)
     rows = length_histogram(document_lengths(corpus))
@@ -141,7 +139,7 @@ def draw_histogram(path: Path, out: Path) -> None:
     axes.set_xticks(positions, [f"{row['from']:,}" for row in rows], rotation=45 if len(rows) > 10 else 0)
     axes.set_xlabel("tokens a document, from this power of two to below the next")
     axes.set_ylabel("share")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(f"{corpus.folder.name}: {bytes_per_token(corpus):.2f} bytes a token", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -205,10 +203,7 @@ def task_overlap(path: Path, tasks: str) -> dict[str, Any]:
     if not task_names:
         raise ConfigError("there is no task to look for; name --tasks (hellaswag,arc_easy,items.jsonl)")
     corpus, loaded_tasks = Corpus.open(path), [load_task(name) for name in task_names]
-    names = [task.name for task in loaded_tasks]
-    duplicates = [name for name in names if names.count(name) > 1]
-    if duplicates:
-        raise ConfigError(f"two tasks are called {duplicates[0]}; name each once, or rename a file")
+    check_unique(task.name for task in loaded_tasks)
     overlaps = find_overlaps(loaded_tasks, _iterate_texts(corpus))
     return {name: _overlap_report(overlap) for name, overlap in overlaps.items()}
 

@@ -1,4 +1,4 @@
-"""What `smolforge inspect` reports: of a recipe, what it needs; of a run and the machine, also what makes them slow.
+"""What `smolforge inspect` reports of models, recipes, runs and the machine, of the last two also what makes them slow.
 
 A report is what --json prints. For people it is one line per value, with views for what is more than a value.
 """
@@ -16,7 +16,7 @@ from smolforge.checkpoint import training_state
 from smolforge.checkpoint.gguf import llama
 from smolforge.checkpoint.hub import is_hub_id
 from smolforge.checkpoint.huggingface import INDEX, WEIGHTS
-from smolforge.checkpoint.loading import read_config
+from smolforge.checkpoint.loading import read_config, read_scheme, tokenizer_of, weight_bytes
 from smolforge.cli.inspect.corpus import corpus_report, length_lines, mask_lines, overlap_lines
 from smolforge.cli.inspect.mixture import (
     mixture_lines,
@@ -24,17 +24,18 @@ from smolforge.cli.inspect.mixture import (
     recipe_warnings,
     run_mixture_report,
 )
-from smolforge.cli.inspect.model import model_report, parameter_lines, quantization_report, tokenizer_report
 from smolforge.cli.table import bar, table_lines
 from smolforge.comparison.diagnosis import diagnose
 from smolforge.comparison.history import read_history
 from smolforge.comparison.step_times import time_shares
 from smolforge.config import Recipe, presets
 from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
+from smolforge.config.model import ModelConfig
 from smolforge.device import describe_device, fastest_dtype, matmul_flops_per_second, memory_bytes, pick_device
 from smolforge.device.environment import describe_environment, find_slowdowns
 from smolforge.errors import ConfigError
 from smolforge.formatting import flatten, format_bytes, format_duration, format_setting
+from smolforge.models import stats
 from smolforge.runs.estimate import estimate_run
 from smolforge.runs.resolve import resolve_recipe
 from smolforge.training.environment import versions
@@ -66,6 +67,52 @@ def build_report(target: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return _recipe_report(
         resolve_recipe(import_recipe_classes(read_recipe(recipe, overrides), recipe), overrides.keys())
     )
+
+
+def model_report(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameters of a model, and what it costs in FLOPs and memory."""
+    counts = stats.parameter_counts(config)
+    total = sum(counts.values())
+    return {
+        "config": {name: config.__dict__[name] for name in config.family_fields()},
+        "table": [row._asdict() | {"parameters": row.parameters} for row in stats.parameter_table(config)],
+        "parameters": {
+            "total": total,
+            "embedding": counts["embedding"],
+            "non_embedding": total - counts["embedding"] - counts.get("lm_head", 0),
+            "active": stats.active_parameters(config),
+            **{name: count for name, count in counts.items() if name != "embedding"},
+        },
+        "flops_per_token": stats.flops_per_token(config, config.max_position_embeddings),
+        "kv_bytes_per_token": stats.kv_bytes_per_token(config),
+        "memory_bytes": 4 * total,
+    }
+
+
+def quantization_report(name_or_path: str) -> dict[str, Any]:
+    """Return the quantization of a folder's weights and their bytes in memory; empty where they are not quantized."""
+    scheme = read_scheme(name_or_path)
+    if scheme is None:
+        return {}
+    sizes = weight_bytes(read_config(name_or_path), scheme)
+    return {"quantization": dict(scheme.__dict__), "memory_bytes": sizes}
+
+
+def tokenizer_report(folder: Path) -> dict[str, Any]:
+    """Return the facts of a model's tokenizer, with the bytes it silently drops."""
+    tokenizer = tokenizer_of(folder)
+    if tokenizer is None:
+        return {}
+    missing = tokenizer.missing_bytes.hex(" ")
+    return {
+        "tokenizer": {
+            "ids": len(tokenizer),
+            "special": list(tokenizer.special.by_text),
+            "eos": tokenizer.eos_token,
+            "bytes_without_a_symbol": f"{missing} (they vanish from a text)" if missing else None,
+            "chat_template": tokenizer.template is not None,
+        }
+    }
 
 
 def _recipe_report(recipe: Recipe) -> dict[str, Any]:
@@ -145,9 +192,32 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     }
     values = {key: value for key, value in report.items() if key not in ("table", "windows", *views_below)}
     rows = [(name, _format_value(name, value)) for name, value in flatten(values).items()]
-    above = parameter_lines(report) if "table" in report else []
+    above = _parameter_lines(report) if "table" in report else []
     below = [line for key, view in views_below.items() if report.get(key) for line in view(report)]
     return [*above, *table_lines(rows, align="<"), *below]
+
+
+def _parameter_lines(report: dict[str, Any]) -> list[str]:
+    """Return one line per tensor, its size over all layers and its share, and below what the output head counts for."""
+    total = report["parameters"]["total"]
+    rows = [
+        (name, component, " x ".join(f"{dim:,}" for dim in shape), times, size, f"{size / total:.2%}")
+        for name, component, shape, times, size in map(dict.values, report["table"])
+    ]
+    head = ("tensor", "component", "shape", "times", "parameters", "share")
+    return [*table_lines([*rows, ("total", "", "", "", total, "")], head, "<<>"), *_head_lines(report["config"], total)]
+
+
+def _head_lines(config: dict[str, Any], total: int) -> list[str]:
+    """Return what a tied head, or one of its own, changes in the total: models are quoted with both."""
+    vocab_size, hidden_size, tied = (config[key] for key in ("vocab_size", "hidden_size", "tie_word_embeddings"))
+    matrix = vocab_size * hidden_size
+    size, other = f"{vocab_size:,} x {hidden_size:,} = {matrix:,}", total + matrix if tied else total - matrix
+    sizes = f"it would be {other:,}: {other / 1e6:.1f}M instead of {total / 1e6:.1f}M."
+    if not tied:
+        return [f"The output head is a matrix of its own, {size} numbers.", f"Tied to the embedding {sizes}", ""]
+    tied_line = f"The output head is the embedding (tie_word_embeddings), so its {size} numbers are counted once."
+    return [tied_line, f"Counted twice, or untied, {sizes}", ""]
 
 
 def _format_value(name: str, value: Any) -> str:

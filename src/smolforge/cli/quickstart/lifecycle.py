@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +75,23 @@ def plan_steps(name: str, seconds: int, out: Path) -> dict[str, Any]:
 
 def train_with_interruption(recipe: str, out: Path, overrides: dict[str, Any], *, show: Display) -> Run:
     """Stop half-way by a real signal, as Ctrl-C sends it, then resume."""
-    half = overrides["train.steps"] // 2
-    if not training_state.list_checkpoints(out):
-        with interrupt_at_step(show, half) as sent:
-            try:
-                return resume_or_start(recipe, out, overrides, listener=show)
-            except Stopped as stopped:
-                if not sent:  # the user's own Ctrl-C
-                    raise
-                show.stop()
-                show.print_line(f"\n2. Ctrl-C, sent by the quickstart itself: {stopped}.")
-    return resume_or_start(recipe, out, overrides, listener=show)
-
-
-@contextmanager
-def interrupt_at_step(show: Display, step: int) -> Iterator[list[int]]:
-    """Raise SIGINT when the display gets this step; the list is empty until that happened."""
     sent: list[int] = []
 
-    def listener(metrics: dict[str, Any]) -> None:
-        if metrics["step"] == step:
-            sent.append(step)
+    def interrupt(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == overrides["train.steps"] // 2 and not sent:
+            sent.append(metrics["step"])
             signal.raise_signal(signal.SIGINT)
 
-    show.listeners.append(listener)
-    try:
-        yield sent
-    finally:
-        show.listeners.remove(listener)
+    if not training_state.list_checkpoints(out):
+        show.listeners.append(interrupt)
+        try:
+            return resume_or_start(recipe, out, overrides, listener=show)
+        except Stopped as stopped:
+            if not sent:  # the user's own Ctrl-C
+                raise
+            show.stop()
+            show.print_line(f"\n2. Ctrl-C, sent by the quickstart itself: {stopped}.")
+    return resume_or_start(recipe, out, overrides, listener=show)
 
 
 def score_run(run: Run, text: corpus.Corpus) -> dict[str, Any]:
@@ -155,18 +142,9 @@ def prove_resume(out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "smolforge", "train", str(copy / RECIPE), "--run", str(copy), "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     files = (huggingface.WEIGHTS, f"{training_state.TRAINING}/{training_state.OPTIMIZER}")
-    hashes = {
-        name: [
-            atomic.read_manifest(folder)["files"][name]["sha256"] for folder in (last, copy / "checkpoints" / last.name)
-        ]
-        for name in files
-    }
-    return {
-        "from": earlier.name,
-        "to": last.name,
-        "sha256": {name: pair[0] for name, pair in hashes.items()},
-        "equal": all(last_hash == resumed_hash for last_hash, resumed_hash in hashes.values()),
-    }
+    manifests = [atomic.read_manifest(folder)["files"] for folder in (last, copy / "checkpoints" / last.name)]
+    original, resumed = ({name: manifest[name]["sha256"] for name in files} for manifest in manifests)
+    return {"from": earlier.name, "to": last.name, "sha256": original, "equal": original == resumed}
 
 
 def proof_lines(proof: dict[str, Any]) -> str:

@@ -1,12 +1,17 @@
-"""A conversation on a terminal: its messages, those that fit the context, and its sampling settings.
+"""`smolforge chat`: a conversation on a terminal; with a base model, texts to continue.
 
-All messages are kept, to be saved; the model gets the last ones, as many as its context takes.
+    read_message -> /name  -> the command of that name
+                 -> a text -> TerminalChat.say -> the messages that fit -> ChatSession -> terminal and conversation
+
+A message is a line, lines that end in a backslash, a fenced block, or what is pasted. All messages are kept, to be
+saved; the model gets the last ones, as many as its context takes.
 """
 
 import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,19 +21,113 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge import atomic
 from smolforge.cli import handle_signal, one_line
-from smolforge.cli.flags import split_list
-from smolforge.cli.generate import escape_controls, note_lost_bytes, print_note
+from smolforge.cli.flags import LoadingFlags, split_list
+from smolforge.cli.generate import (
+    GenerationFlags,
+    escape_controls,
+    generation_from_flags,
+    note_lost_bytes,
+    print_note,
+)
+from smolforge.cli.table import table_lines
 from smolforge.config import Generation
 from smolforge.config.base import NONE, allowed_values, replace_settings
-from smolforge.errors import ConfigError, InvalidFileError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, did_you_mean
 
 if TYPE_CHECKING:
     from smolforge.models.decoder import LanguageModel
 
+FENCE = '"""'
+CONTINUATION = "\\"
 MAX_CONTEXT_TOKENS = 8192
 """Of a conversation, for models whose context is longer than memory may be."""
 MAX_ANSWER_SHARE, KEPT_CONTEXT_SHARE = 1 / 4, 1 / 2
 """Of the context: what an answer is left at most, and what stays of it when the oldest turns go."""
+HELP = '''/set                show how answers are drawn; /set temperature 0.2 changes it, /set top_k none turns it off
+/system TEXT        what the model is told first; /system none takes it back
+/retry              another answer to the last message
+/save FILE.jsonl    write the conversation as {"messages": [...]} on a line, which training reads with data.format chat
+/load FILE.jsonl    go on with a conversation that is in such a file
+/clear              begin anew
+/exit               leave, as do Ctrl-D, and Ctrl-C twice
+Ctrl-C stops an answer. A message of several lines: paste it, or begin and end it with """, or end each line but
+the last with \\. One that begins with / takes a space before it.'''
+
+
+def chat(
+    model: str,
+    *,
+    system: str | None = None,
+    draw: GenerationFlags | None = None,
+    loading: LoadingFlags | None = None,
+) -> None:
+    """Talk with a model on a terminal.
+
+    /help there says what can be done.
+
+        smolforge chat runs/mine --temperature 0.7
+
+    Parameters
+    ----------
+    model
+        A Hub id, a model folder, a run folder or one of its checkpoints. One without a chat template goes on
+        with the texts it is given.
+    system
+        What the model is told before the conversation.
+    """
+    options = generation_from_flags(draw)
+    converse((loading or LoadingFlags()).load(model), options, system)
+
+
+def converse(model: "LanguageModel", options: Generation, system: str | None = None) -> None:
+    """Answer what is typed until the end of input, /exit, or Ctrl-C twice at the prompt."""
+    session, warned = TerminalChat(model, options), False
+    if system is not None:
+        session.system(system)
+    print_note(session.greeting)
+    enable_line_editing()
+    with handle_signal(signal.SIGTERM, _end):
+        while True:
+            try:
+                text = read_message()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                if warned:
+                    return
+                print_note("(Ctrl-C again, or Ctrl-D, leaves)")
+                warned = True
+                continue
+            warned = False
+            if text.partition(" ")[0] == "/exit":
+                return
+            _handle_message(session, text)
+
+
+def _handle_message(session: "TerminalChat", text: str) -> None:
+    """Run a /command or answer a message; an error is printed as a sentence."""
+    try:
+        if text.startswith("/") and "\n" not in text:
+            name, _, argument = text[1:].partition(" ")
+            find_command(session, name)(argument.strip())
+        elif text.strip():
+            session.say(text)
+    except (ConfigError, InvalidFileError, MissingResourceError) as error:
+        print_note(one_line(str(error)))
+    except KeyboardInterrupt:
+        print_note("(stopped)")
+
+
+def find_command(session: "TerminalChat", name: str) -> Callable[[str], None]:
+    """Return the function of a /command. Raises ConfigError."""
+    methods = (session.set, session.system, session.retry, session.save, session.load, session.clear)
+    commands = {"help": lambda _: print_note(HELP)} | {method.__name__: method for method in methods}
+    if name not in commands:
+        hint = did_you_mean(name, [*commands, "exit"]).replace("mean ", "mean /") or " /help lists all."
+        raise ConfigError(f"there is no command /{name}.{hint}")
+    return commands[name]
 
 
 class TerminalChat:
@@ -65,11 +164,8 @@ class TerminalChat:
         name, *value = re.split(r"[\s=]+", argument, maxsplit=1)
         name = name.removeprefix("--").replace("-", "_")
         if not argument:
-            print_note(
-                "\n".join(
-                    f"{name:<20}{_format_setting(setting)}" for name, setting in self.options.model_dump().items()
-                )
-            )
+            settings = self.options.model_dump().items()
+            print_note("\n".join(table_lines(((key, _format_setting(value)) for key, value in settings), align="<")))
         elif not value and name in Generation.model_fields:
             current = _format_setting(self.options.model_dump()[name])
             print_note(f"{name} is {current}; it may be {allowed_values(Generation, name)}")
@@ -80,9 +176,7 @@ class TerminalChat:
         """Show, set or remove the system message."""
         self._require_template()
         if not argument:
-            print_note(
-                escape_controls(self.system_message) if self.system_message else "the model is told nothing first"
-            )
+            print_note(escape_controls(self.system_message or "the model is told nothing first"))
             return
         previous, self.system_message = self.system_message, None if argument == NONE else argument
         try:
@@ -94,12 +188,10 @@ class TerminalChat:
 
     def retry(self, argument: str) -> None:
         """Answer the last user message again."""
-        last_user = next(
-            (index for index in reversed(range(len(self.messages))) if self.messages[index]["role"] == "user"), None
-        )
-        if last_user is None:
+        user_turns = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+        if not user_turns:
             raise ConfigError("nothing was said yet that could be answered anew")
-        self._answer(self.messages[: last_user + 1])
+        self._answer(self.messages[: user_turns[-1] + 1])
 
     def save(self, argument: str) -> None:
         """Write the conversation to a file; only its own file is overwritten."""
@@ -124,9 +216,8 @@ class TerminalChat:
         path = _expand_user(argument)
         first, *turns = messages = _read_conversation(path)
         self.tokenizer.chat(messages)  # before anything is changed
-        self.system_message, self.messages = (
-            (first["content"], turns) if first["role"] == "system" else (None, messages)
-        )
+        has_system = first["role"] == "system"
+        self.system_message, self.messages = (first["content"], turns) if has_system else (None, messages)
         self.num_hidden, self.file = 0, path
         unanswered = "; the last has no answer yet, /retry gives one" if messages[-1]["role"] == "user" else ""
         print_note(f"read {len(messages)} messages{unanswered}")
@@ -175,23 +266,11 @@ class TerminalChat:
                 print(escape_controls(prefix + chunk.text), end="", flush=True)
                 prefix = ""
         print(flush=True)
-        print_note(
-            f"({format_speed(start, token_times)}{self._ending_note(finish_reason, len(prompt) + len(token_times))})"
-        )
+        is_full = len(prompt) + len(token_times) >= self.capacity
+        full = f"; the context, {self.capacity:,} tokens, is full"
+        endings = {None: "; stopped", "stop": "", "length": full if is_full else "; /set max_new_tokens lets it go on"}
+        print_note(f"({format_speed(start, token_times)}{endings[finish_reason]})")
         return "".join(texts) if token_times else None
-
-    def _ending_note(self, finish_reason: str | None, num_tokens: int) -> str:
-        """Return why an answer ended, empty where the model ended it."""
-        if finish_reason is None:
-            return "; stopped"
-        if finish_reason == "stop":
-            return ""
-        context_full = num_tokens >= self.capacity
-        return (
-            f"; the context, {self.capacity:,} tokens, is full"
-            if context_full
-            else "; /set max_new_tokens lets it go on"
-        )
 
     def _system_messages(self) -> list[dict[str, Any]]:
         return [] if self.system_message is None else [{"role": "system", "content": self.system_message}]
@@ -259,3 +338,45 @@ def _defer_interrupt() -> Iterator[Callable[[], bool]]:
 
     with handle_signal(signal.SIGINT, on_interrupt):
         yield interrupted.is_set
+
+
+def _end(*_: object) -> None:
+    """End the chat, which a Ctrl-C would not: it only stops an answer."""
+    raise Stopped("the chat was ended by a signal", 130)
+
+
+def enable_line_editing() -> None:
+    """Turn on line editing, history and bracketed paste where readline is installed."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def read_message() -> str:
+    """Return the next message. Raises EOFError at the end of input, KeyboardInterrupt for Ctrl-C."""
+    text = _read_line("> ")
+    if text.lstrip().startswith(FENCE):
+        return _read_fenced(text.lstrip().removeprefix(FENCE))
+    while text.endswith(CONTINUATION):
+        text = text.removesuffix(CONTINUATION) + "\n" + _read_line("... ")
+    return text.strip("\n")
+
+
+def _read_fenced(text: str) -> str:
+    """Return all text up to the closing fence; `text` is what follows the opening one."""
+    while not text.rstrip().endswith(FENCE):
+        text += "\n" + _read_line("... ")
+    return text.rstrip().removesuffix(FENCE).strip("\n")
+
+
+def _read_line(prompt: str) -> str:
+    while True:
+        try:
+            text = input(prompt if sys.stdin.isatty() else "")
+        except UnicodeDecodeError:
+            print_note("(that was not UTF-8 text)")
+            continue
+        # In the C locale bytes beyond ASCII come as halves of characters.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
