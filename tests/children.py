@@ -10,7 +10,7 @@ import torch
 from smolforge import cli
 from smolforge.device import peak_flops
 from smolforge.runs import estimate, resume_or_start, train
-from smolforge.runs.context import NullListener
+from smolforge.runs.context import ProgressListener
 from smolforge.testing.processes import die
 from smolforge.training.distributed import World
 
@@ -21,7 +21,7 @@ def begin_at_once() -> None:
     estimate.matmul_flops_per_second = peak_flops.matmul_flops_per_second = lambda device, dtype: 1e11
 
 
-class KilledAt(NullListener):
+class KilledAt(ProgressListener):
     """An observer that does not survive a step."""
 
     def __init__(self, step: int | None) -> None:

@@ -19,6 +19,7 @@ from smolforge import atomic
 from smolforge.checkpoint import huggingface, safetensors_writer, training_state
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.runs import async_checkpoint, resume_or_start, train
+from smolforge.runs.context import ProgressListener
 from smolforge.testing import flip_bit, recorded, tiny_model
 from smolforge.training.run_folder import Journal, RunFolder, read_records
 
@@ -236,11 +237,7 @@ def test_second_interrupt_abandons_a_slow_write(tmp_path, recipe_file, monkeypat
             time.sleep(0.2)  # times 63 tensors
         return real(tensor)
 
-    class Twice:
-        def on_plan(self, *_): ...
-        def on_prepare(self, *_): ...
-        def on_reference(self, *_): ...
-        def on_sample(self, *_): ...
+    class Twice(ProgressListener):
         def on_step(self, metrics):
             if metrics["step"] == 4:
                 slow.set()

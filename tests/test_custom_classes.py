@@ -30,7 +30,7 @@ from smolforge.models.attention import (
     masked_attention,
 )
 from smolforge.models.decoder import build
-from smolforge.runs.context import NullListener
+from smolforge.runs.context import ProgressListener
 from smolforge.testing import in_child, tiny_config
 from smolforge.testing.processes import start, wait_for_exit
 from smolforge.training import optim
@@ -248,7 +248,7 @@ def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monke
     assert study.recipes["sliding"].model.attention == SLIDING
     assert study.recipes["full"].model.attention is None
 
-    class Nobody(NullListener):
+    class Nobody(ProgressListener):
         on_run_start = on_measure_start = lambda *given: None
 
     found = run_variants(study, tmp_path / "out", Nobody())

@@ -41,7 +41,7 @@ from smolforge.evaluation import measure_corpus
 from smolforge.evaluation.perplexity import measure_mixture
 from smolforge.formatting import format_setting
 from smolforge.runs import resume_or_start
-from smolforge.runs.context import NullListener
+from smolforge.runs.context import ProgressListener
 from smolforge.runs.mixture import SourceTokenCounter, mixture_warnings, source_fractions, tokens_needed, window_counts
 from smolforge.runs.resolve import resolve_recipe, with_resolved_schedule
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
@@ -352,7 +352,7 @@ def mixed(tmp_path):
     return tmp_path / "mixed.json"
 
 
-class Killing(NullListener):
+class Killing(ProgressListener):
     """Ends a run in a hurry when it has done so many steps."""
 
     def __init__(self, after: int) -> None:

@@ -30,7 +30,7 @@ from smolforge.data.prepare.build import prepare
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped
 from smolforge.evaluation import measure_corpus
 from smolforge.runs import resume_or_start, train
-from smolforge.runs.context import NullListener
+from smolforge.runs.context import ProgressListener
 from smolforge.runs.estimate import (
     checkpoint_bytes,
     estimate_run,
@@ -637,7 +637,7 @@ def test_run_folder_is_locked_by_one_process(tmp_path, recipe_file):
 # Signals, crashes, full disks
 
 
-class At(NullListener):
+class At(ProgressListener):
     """An observer that does something at a step."""
 
     def __init__(self, step, act):

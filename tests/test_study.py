@@ -17,6 +17,7 @@ from smolforge.comparison.history import read_history as history
 from smolforge.comparison.statistics import differences
 from smolforge.comparison.study import benchmarks, plan, run_variants, runner
 from smolforge.comparison.study.report import render_markdown, results_json, write_report
+from smolforge.comparison.study.runner import StudyListener
 from smolforge.comparison.study.spec import read_study
 from smolforge.errors import ConfigError, Stopped, TrainingDivergedError
 from smolforge.models.stats import flops_per_token
@@ -52,7 +53,7 @@ def study_file(folder: Path, *changes: dict, name: str = "study.toml") -> Path:
     return folder / name
 
 
-class Audience:
+class Audience(StudyListener):
     """Hears which runs begin, and may do something at a step of one."""
 
     def __init__(self, run: str = "", step: int = 0, act=lambda: None) -> None:
@@ -61,11 +62,6 @@ class Audience:
     def on_run_start(self, name: str, number: int, of: int) -> None:
         self.begun.append((name, number, of))
 
-    def on_measure_start(self, what): ...
-    def on_plan(self, *_): ...
-    def on_prepare(self, *_): ...
-    def on_reference(self, *_): ...
-    def on_sample(self, *_): ...
     def on_step(self, metrics):
         if self.begun[-1][0] == self.run and metrics["step"] == self.step:
             self.act()

@@ -48,7 +48,7 @@ def prepare(setup: Path) -> None:
 def train(setup: Path, out: Path, seed: int) -> None:
     from smolforge.data import batches
     from smolforge.runs import resume_or_start
-    from smolforge.runs.context import NullListener
+    from smolforge.runs.context import ProgressListener
 
     rows: dict[int, list[str]] = {}
     plain = batches.TokenWindows.batch
@@ -61,7 +61,7 @@ def train(setup: Path, out: Path, seed: int) -> None:
     batches.TokenWindows.batch = batch
     write = Steps(out)
 
-    class Watching(NullListener):
+    class Watching(ProgressListener):
         def on_step(self, metrics: dict[str, Any]) -> None:
             write(metrics["step"], rows.pop(metrics["step"]))
 

@@ -26,6 +26,7 @@ from rich.text import Text
 from smolforge.cli.table import UNLIMITED_WIDTH, counting_progress, table_lines
 from smolforge.config import Optim, Recipe, Train
 from smolforge.formatting import format_duration
+from smolforge.runs.context import ProgressListener
 from smolforge.runs.estimate import RunEstimate, trainable_parameter_count
 from smolforge.training.loop import TrainState
 
@@ -45,7 +46,7 @@ MIN_WIDTH_FOR_SCALE = 60
 """Columns from which on a curve's range is shown."""
 
 
-class Display:
+class Display(ProgressListener):
     """Show the progress of runs on standard error: a live view on a terminal, plain lines elsewhere or with `plain`."""
 
     def __init__(self, quiet: bool = False, plain: bool = False) -> None:

@@ -10,7 +10,7 @@ from smolforge.config.base import validate_settings
 from smolforge.config.load import find_recipe, import_recipe_classes, model_settings, read_recipe
 from smolforge.config.model import PARTS
 from smolforge.errors import ConfigError
-from smolforge.runs.context import NullListener, ProgressListener
+from smolforge.runs.context import ProgressListener
 from smolforge.runs.dataset import count_rows
 from smolforge.runs.resolve import check_ranks, merge_resume_overrides, resolve_recipe
 from smolforge.runs.run import Run, run_resolved
@@ -91,7 +91,7 @@ def load_or_resolve(
     """Return what a start on this many ranks will do, by the recipe or by the run that exists."""
     stored = run / RECIPE
     if not stored.is_file():
-        count = partial(count_rows, folder=run, listener=listener or NullListener())
+        count = partial(count_rows, folder=run, listener=listener or ProgressListener())
         requested = import_recipe_classes(read_recipe(recipe, overrides), recipe)
         resolved = resolve_recipe(requested, overrides.keys(), model_settings(recipe), ranks=ranks, count_rows=count)
     elif fresh:

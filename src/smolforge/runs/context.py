@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -20,9 +20,8 @@ from smolforge.training.run_folder import RunFolder
 from smolforge.training.signals import StopRequest
 
 
-@runtime_checkable
-class ProgressListener(Protocol):
-    """Receives what a run reports while it goes. A class that inherits from it ignores what it does not define."""
+class ProgressListener:
+    """Receives what a run reports while it goes; a class that inherits from it ignores what it does not define."""
 
     def on_plan(self, recipe: Recipe, estimate: RunEstimate, start: TrainState) -> None:
         """The recipe is resolved, and the run is about to start after a step."""
@@ -38,10 +37,6 @@ class ProgressListener(Protocol):
 
     def on_sample(self, text: str) -> None:
         """A text was drawn."""
-
-
-class NullListener(ProgressListener):
-    """Ignores everything."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ from smolforge.models.decoder import LanguageModel
 from smolforge.runs import reference_logprobs
 from smolforge.runs.async_checkpoint import AsyncCheckpointer, BackgroundTask
 from smolforge.runs.callbacks import SnapshotTaker, TrainingCallbacks
-from smolforge.runs.context import NullListener, ProgressListener, RunContext
+from smolforge.runs.context import ProgressListener, RunContext
 from smolforge.runs.dataset import (
     build_row_source,
     check_held_out,
@@ -87,7 +87,7 @@ def run_resolved(
     often, MissingResourceError when its last checkpoint could not be saved; on other ranks than the first,
     FailedOnRankZeroError for these.
     """
-    listener = listener or NullListener()
+    listener = listener or ProgressListener()
     with ExitStack() as stack:
         files = open_run_folder(folder, stack, ranks)
         active_trackers = open_trackers(recipe, stack, ranks)

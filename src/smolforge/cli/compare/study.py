@@ -9,6 +9,7 @@ from smolforge.cli.compare import report_lines, write_into
 from smolforge.cli.run_display import Display
 from smolforge.comparison.study import run_variants
 from smolforge.comparison.study.report import failed_runs, results_json, results_table, write_report
+from smolforge.comparison.study.runner import StudyListener
 from smolforge.comparison.study.spec import read_study
 from smolforge.config import Recipe
 from smolforge.device.environment import describe_environment
@@ -17,7 +18,7 @@ from smolforge.training.loop import TrainState
 from smolforge.training.signals import stop_signals
 
 
-class StudyDisplay:
+class StudyDisplay(StudyListener):
     """Show each run of a study with its number; a plan that many runs share is shown once."""
 
     def __init__(self, display: Display) -> None:
@@ -48,9 +49,6 @@ class StudyDisplay:
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         self.display.on_step(metrics)
-
-    def on_sample(self, text: str) -> None:
-        """Show nothing: samples are in the run folders."""
 
 
 def compare_study(name_or_path: str, out: Path, as_json: bool) -> None:

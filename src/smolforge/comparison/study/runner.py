@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from smolforge.comparison.history import RunHistory, read_history
 from smolforge.comparison.study.benchmarks import TaskEvaluator, TaskScores, int4_loss_increase
@@ -68,12 +68,14 @@ RateOutcomes = Mapping[float, Sequence[Outcome]]
 """Outcomes by the factor of the learning rate."""
 
 
-@runtime_checkable
-class StudyListener(ProgressListener, Protocol):
+class StudyListener(ProgressListener):
     """Who watches a study: its runs, which of how many begins, and what is measured after them."""
 
-    def on_run_start(self, name: str, number: int, total: int) -> None: ...
-    def on_measure_start(self, what: str) -> None: ...
+    def on_run_start(self, name: str, number: int, total: int) -> None:
+        """A run starts, of so many."""
+
+    def on_measure_start(self, what: str) -> None:
+        """The runs are done, and something is measured of each variant."""
 
 
 @dataclass
