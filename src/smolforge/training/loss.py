@@ -6,8 +6,8 @@
 Gradients are computed in the forward, while the logits exist, and wait for the backward. So logits are computed once,
 and a batch needs the memory of one chunk. This is Liger Kernel's way: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 
-DPO needs each label's log-probability, and its gradient is known only after all of them: there the logits of a chunk
-are computed again in the backward.
+DPO needs each label's log-probability, and its gradient is known only after all of them: there torch's
+checkpoint computes the logits of a chunk again in the backward.
 
 Axes: b batch, t tokens of a row, n tokens, k tokens of a chunk, c hidden, v vocabulary.
 """
@@ -78,8 +78,10 @@ def chunked_loss(
         loss, z = loss + part_loss, z + part_z
         if states_grad is not None:
             states_grad[chunk] = logits @ factor
-        if head_grad is not None:
-            add_product(head_grad, logits.T, part)
+        if head_grad is not None and head_grad.dtype == logits.dtype:
+            head_grad.addmm_(logits.T, part)
+        elif head_grad is not None:  # kept in its own precision
+            head_grad += logits.T @ part
     return loss, z, states_grad, head_grad
 
 
@@ -97,19 +99,14 @@ def logits_to_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], 
     wide = logits.to(at_least_fp32(logits.dtype))
     counts = (labels != IGNORE_INDEX)[:, None]
     label = labels[:, None].where(counts, 0)
-    log_p, log_z, total = logits_to_odds(wide, label)
+    top, of_label = wide.amax(-1, keepdim=True), wide.gather(-1, label)
+    total = wide.sub_(top).exp_().sum(-1, keepdim=True)  # of the odds against the most likely
+    log_p, log_z = of_label - top - total.log(), top + total.log()
     slope = 1 + 2 * z_loss * log_z  # of loss and z-loss along log Z, whose own gradient is the softmax
     logits.copy_(wide.mul_(counts * slope / total))
     # The label's entry anew, for p - 1 is to be rounded after the difference, not before.
     logits.scatter_(-1, label, (counts * (log_p.exp() * slope - 1)).to(logits.dtype))
     return -log_p.where(counts, 0).sum(), z_loss * log_z.where(counts, 0).square().sum()
-
-
-def logits_to_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[Tensor, Tensor, Tensor]:
-    """log p of each label, log Z, and the sum (k 1) of the odds against the likeliest, which the logits become."""
-    top, of_label = logits.amax(-1, keepdim=True), logits.gather(-1, label)
-    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
-    return of_label - top - total.log(), top + total.log(), total
 
 
 def label_log_probs(hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
@@ -126,14 +123,6 @@ def _log_probs_of_chunk(states: States, head: Head, labels: Labels) -> Float[Ten
     dtype = product_dtype(states)
     logits = states.to(dtype) @ head.to(dtype).T
     return -F.cross_entropy(logits.to(at_least_fp32(dtype)), labels, ignore_index=IGNORE_INDEX, reduction="none")
-
-
-def add_product(total: Head, left: Float[Tensor, "v k"], right: Float[Tensor, "k c"]) -> None:
-    """total += left @ right, kept in the precision of the total."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 def product_dtype(states: States) -> torch.dtype:
