@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from smolforge.errors import InvalidFileError
 from smolforge.generation.stream import require_tokenizer
@@ -239,19 +237,11 @@ def _forward(model: LanguageModel, rows: Sequence[Row]) -> Iterator[tuple[int, i
         tuple(torch.tensor(sources, device=device).T)
     ]
     target_ids = torch.tensor(targets, device=device)
-    results = [
-        _target_losses(model, *chunk)
-        for chunk in zip(hidden.split(HEAD_TOKENS), target_ids.split(HEAD_TOKENS), strict=True)
-    ]
-    losses, hits = (torch.cat(chunks).tolist() for chunks in zip(*results, strict=True))
-    for owner, loss, hit in zip(owners, losses, hits, strict=True):
+    losses, hits = [], []
+    for states, ids_of_chunk in zip(hidden.split(HEAD_TOKENS), target_ids.split(HEAD_TOKENS), strict=True):
+        logits = model.logits(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits, ids_of_chunk, reduction="none"))
+        hits.append(logits.argmax(-1) == ids_of_chunk)
+    for owner, loss, hit in zip(owners, torch.cat(losses).tolist(), torch.cat(hits).tolist(), strict=True):
         yield *owner, loss, hit
-
-
-def _target_losses(
-    model: LanguageModel, states: Float[Tensor, "n c"], targets: Int[Tensor, " n"]
-) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-    """Return the loss of each target, and whether it is the argmax."""
-    logits = model.logits(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
