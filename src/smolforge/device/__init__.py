@@ -10,6 +10,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import psutil
 import torch
 
 from smolforge.errors import ConfigError, MissingResourceError
@@ -159,18 +160,14 @@ def memory_bytes(device: torch.device) -> int:
     """Return the total memory of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return psutil.virtual_memory().total
 
 
 def available_bytes(device: torch.device) -> int:
     """Return the memory that is free now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with Path("/proc/meminfo").open(encoding="utf-8") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return memory_bytes(device) // 2
+    return psutil.virtual_memory().available
 
 
 def describe_device(device: torch.device) -> dict[str, str | int]:

@@ -109,17 +109,13 @@ def metadata_values(model: LanguageModel, name: str, kind: str) -> dict[str, ggu
 
 
 def size_label(config: ModelConfig) -> str:
-    """135M, or 8x47M: parameters at a glance, as gguf.utility has them; of a mixture, those of one expert."""
-    counts = parameter_counts(config)
-    experts = config.num_local_experts if config.has_experts else 1
-    total = sum(counts.values())
-    if experts > 1:
-        stacked = experts * 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
-        total -= stacked - stacked // experts
-    scale = next((exponent for exponent in (9, 6) if total > 10**exponent), 3)
-    digits = max(2 - len(str(round(total / 10**scale)).lstrip("0")), 0)
-    label = f"{total / 10**scale:.{digits}f}{ {9: 'B', 6: 'M', 3: 'K'}[scale] }"
-    return f"{experts}x{label}" if experts > 1 else label
+    """Return 135M, or 8x47M: parameters at a glance; of a mixture, those of one expert."""
+    from gguf import size_label as label_of
+
+    experts = config.num_local_experts if config.model_type == "mixtral" else 1
+    total = sum(parameter_counts(config).values())
+    stacked = experts * 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    return label_of(total, total - stacked, stacked // experts, experts if experts > 1 else 0)
 
 
 def choose_type(name: str, shape: tuple[int, ...], kind: str, *, config: ModelConfig) -> gguf.BlockType:

@@ -27,7 +27,7 @@ from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.data.prepare.documents import read_text
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation.perplexity import TOKENS, windows
-from smolforge.exporters.transformers import inherited_settings, stored_dtype
+from smolforge.exporters.transformers import inherited_settings, new_folder, stored_dtype
 from smolforge.generation.samplers import make_sampler
 from smolforge.generation.stream import generate_tokens, require_tokenizer
 from smolforge.models import quantized
@@ -97,9 +97,7 @@ def to_quantized(
     ConfigError for a model whose widths the scheme does not divide, that is of integers already, or an `out` that has
     something in it, and InvalidFileError for a model whose weights are no numbers.
     """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    out = new_folder(out)
     source = loading.resolve_model_path(model)
     before = loading.load(source)
     check_quantizable(before, model)

@@ -58,9 +58,7 @@ def to_transformers(
     ConfigError where `out` has something in it, InvalidFileError where the check does not hold, MissingResourceError
     where Transformers is not installed or the disk is full.
     """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    out = new_folder(out)
     require_transformers()
     source = loading.resolve_model_path(model)
     loaded = loading.load(source)
@@ -87,6 +85,14 @@ def to_transformers(
     atomic.write_dir_atomic(out, fill)
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     return TransformersExport(files, str(target).removeprefix("torch."), *checked[0])
+
+
+def new_folder(out: Path) -> Path:
+    """Return the absolute path of a folder to write. Raises ConfigError where it has something in it."""
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    return out
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -153,9 +159,7 @@ def to_adapter(model: str | Path, out: Path) -> tuple[dict[str, int], float]:
     The folder appears only if its base, with the adapter added, says the same. Raises ConfigError for a model that has
     no adapter or an `out` that has something in it, InvalidFileError where the check does not hold.
     """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    out = new_folder(out)
     source = loading.resolve_model_path(model)
     if not peft_adapter.is_adapter(source / peft_adapter.FOLDER):
         raise ConfigError(f"{model} has no adapter: it was not trained with --lora.rank")

@@ -108,31 +108,13 @@ def executors(
     """Return datatrove's executor of all jobs, and that of the step after them."""
     from datatrove.executor import RayPipelineExecutor, SlurmPipelineExecutor
 
-    if cluster.kind == "ray":
-        ray_kwargs: dict[str, Any] = {"workers": cluster.workers}
-        return (
-            RayPipelineExecutor([RunPrepareJob(todo)], tasks=len(todo), logging_dir=str(logs / "tasks"), **ray_kwargs),
-            RayPipelineExecutor([assembly], tasks=1, logging_dir=str(logs / "corpus")),
-        )
-    slurm_kwargs: dict[str, Any] = {
-        "time": f"{cluster.hours}:00:00",
-        "partition": cluster.partition or "cpu",
-        "qos": "",
-    }
-    first = SlurmPipelineExecutor(
-        [RunPrepareJob(todo)],
-        tasks=len(todo),
-        workers=cluster.workers,
-        job_name="smolforge-prepare",
-        logging_dir=str(logs / "tasks"),
-        **slurm_kwargs,
-    )
-    last = SlurmPipelineExecutor(
-        [assembly],
-        tasks=1,
-        job_name="smolforge-corpus",
-        logging_dir=str(logs / "corpus"),
-        depends=first,
-        **slurm_kwargs,
-    )
-    return first, last
+    def executor(step: Any, tasks: int, job: str, *, logs: Path, **options: Any) -> Any:
+        options |= {"tasks": tasks, "logging_dir": str(logs)}
+        if cluster.kind == "ray":
+            return RayPipelineExecutor([step], **options)
+        options |= {"time": f"{cluster.hours}:00:00", "partition": cluster.partition or "cpu", "qos": ""}
+        return SlurmPipelineExecutor([step], job_name=f"smolforge-{job}", **options)
+
+    first = executor(RunPrepareJob(todo), len(todo), "prepare", logs=logs / "tasks", workers=cluster.workers)
+    after = {} if cluster.kind == "ray" else {"depends": first}
+    return first, executor(assembly, 1, "corpus", logs=logs / "corpus", **after)

@@ -16,7 +16,7 @@ from smolforge import atomic
 from smolforge.checkpoint import loading, nanotron, peft_adapter
 from smolforge.checkpoint.hub import split_hub_id
 from smolforge.errors import ConfigError, MissingResourceError
-from smolforge.exporters.transformers import to_transformers
+from smolforge.exporters.transformers import new_folder, to_transformers
 
 GRADIO = "6.31.0"
 """What the apps were tried with."""
@@ -33,9 +33,7 @@ def to_space(
     Raises ConfigError where `out` has something in it, the model has no tokenizer, or a dtype is asked of one that the
     app loads from the Hub, and what to_transformers raises.
     """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already; name a new folder, or delete it first")
+    out = new_folder(out)
     source = loading.resolve_model_path(model)
     tokenizer = loading.tokenizer_of(loading.tokenizer_folder(source))
     if tokenizer is None:
