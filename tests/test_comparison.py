@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from smolforge import cli
 from smolforge.cli.compare import report_lines
 from smolforge.comparison import figures, page, style, summaries
-from smolforge.comparison.history import TIME_PARTS, read_history
-from smolforge.comparison.select import holds_runs, select, shortest_names
+from smolforge.comparison.history import TIME_PARTS, holds_runs, read_history, select, shortest_names
 from smolforge.config.load import to_recipe, write_recipe
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.runs import train

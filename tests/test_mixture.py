@@ -18,9 +18,8 @@ from smolforge.checkpoint import training_state
 from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import mixture as mixture_report
 from smolforge.comparison import history
-from smolforge.comparison.history import read_source_totals
+from smolforge.comparison.history import read_source_totals, select
 from smolforge.comparison.page import render_page
-from smolforge.comparison.select import select
 from smolforge.comparison.summaries import runs_report
 from smolforge.config import Data
 from smolforge.config.base import leaves, replace_settings

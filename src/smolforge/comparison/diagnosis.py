@@ -11,13 +11,12 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from smolforge.comparison.history import Record, finite_number
 from smolforge.comparison.step_times import (
     BETWEEN,
     PAUSE_KINDS,
     PauseCost,
-    Record,
     RunTimings,
-    finite_number,
     pause_costs,
     phase_shares,
     records_of_start,

@@ -94,8 +94,8 @@ def downsample(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], max_point
     if len(x) <= max_points:
         return x, y
     starts = np.linspace(1, len(x) - 1, max_points - 1).astype(int)
-    x_means, y_means = (np.array(list(map(finite_mean, np.split(values, starts)))) for values in (x, y))
-    return x_means, y_means
+    x, y = (np.array(list(map(finite_mean, np.split(values, starts)))) for values in (x, y))
+    return x, y
 
 
 def running_mean(y: Float[np.ndarray, " n"], share: float = SMOOTHED_SHARE) -> Float[np.ndarray, " n"]:

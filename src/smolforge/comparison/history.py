@@ -1,11 +1,13 @@
-"""Read a run's folder back: settings, metrics, samples, incidents, starts, and the state of the run.
+"""Find runs in the folders that the user names, and read each back: settings, metrics, samples, incidents, starts.
 
 Nothing is written and nothing is waited for, so a run may be trained meanwhile. Keys that metrics.jsonl does not have
 become columns of NaN. Of a mixture, the tokens, share, epochs and validation loss of each source are read too.
 """
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,13 +20,13 @@ from jaxtyping import Float, Int
 from smolforge.config import Recipe
 from smolforge.config.load import read_recipe
 from smolforge.data.mixture import MIXTURE_FILE
-from smolforge.errors import InvalidFileError
+from smolforge.errors import ConfigError, InvalidFileError, did_you_mean
 from smolforge.training.environment import ENVIRONMENT, starts
-from smolforge.training.run_folder import INCIDENTS, METRICS, RECIPE, SAMPLES, RunFolder, read_records
+from smolforge.training.run_folder import INCIDENTS, LOCK, LOG, METRICS, RECIPE, SAMPLES, RunFolder, read_records
 from smolforge.training.step_timer import Phase
 
 State = Literal["running", "finished", "stopped", "diverged", "failed", "killed", "not begun"]
-Record = dict[str, Any]
+Record = Mapping[str, Any]
 TIME_PARTS = (*get_args(Phase), "between")
 """What a step's seconds are spent on, and what lies between two steps: measuring, sampling, saving."""
 RECENT_STEPS = 20
@@ -32,6 +34,8 @@ RECENT_STEPS = 20
 _TYPE_NAMES = {int: "a whole number", str: "a text"}
 SOURCE_TOKENS_PREFIX = "tokens_from_"
 """Of the keys in metrics.jsonl."""
+MAX_DEPTH = 2
+"""Levels below a folder at which runs are looked for."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class RunHistory:
     name: str
     """What to call it among others."""
     recipe: Recipe = field(repr=False)
-    metrics: list[Record] = field(repr=False)
-    samples: list[Record] = field(repr=False)
-    incidents: list[Record] = field(repr=False)
-    starts: list[Record] = field(repr=False)
+    metrics: Sequence[Record] = field(repr=False)
+    samples: Sequence[Record] = field(repr=False)
+    incidents: Sequence[Record] = field(repr=False)
+    starts: Sequence[Record] = field(repr=False)
     state: State
     reason: str
     """Why it is in this state, in one sentence."""
@@ -68,12 +72,10 @@ class RunHistory:
     @property
     def tokens_per_second(self) -> float | None:
         """The present speed: a running median."""
-        running = self.metrics[-1].get("tokens_per_second_median") if self.metrics else None
-        if isinstance(running, int | float):
-            return float(running)
+        running = finite_number(self.metrics[-1], "tokens_per_second_median") if self.metrics else None
         recent = self.column("tokens_per_second")[-RECENT_STEPS:]
-        finite = recent[np.isfinite(recent)]
-        return float(np.median(finite)) if len(finite) else None
+        known = recent[np.isfinite(recent)] if running is None else running
+        return float(np.median(known)) if np.size(known) else None
 
     @cached_property
     def record_steps(self) -> Int[np.ndarray, " n"]:
@@ -82,7 +84,7 @@ class RunHistory:
 
     def column(self, key: str) -> Float[np.ndarray, " n"]:
         """What each step says under a key; NaN where it says no number."""
-        return np.array([_float_or_nan(record.get(key)) for record in self.metrics], dtype=np.float64)
+        return np.array([finite_number(record, key) for record in self.metrics], dtype=np.float64)
 
     def finite(self, key: str) -> Float[np.ndarray, " k"]:
         """The numbers under a key, without the gaps."""
@@ -130,8 +132,11 @@ class RunHistory:
         return [record["step"] for record in self.metrics if record.get("left_out")]
 
 
-def _float_or_nan(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
+def finite_number(record: Record, key: str) -> float | None:
+    """A finite number, if there is one."""
+    value = record.get(key)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
 
 
 def read_history(folder: Path, name: str | None = None) -> RunHistory:
@@ -144,7 +149,8 @@ def read_history(folder: Path, name: str | None = None) -> RunHistory:
     holder = RunFolder(folder).lock_holder()  # first: what ends after this has said so by the time the rest is read
     recipe = read_recipe(folder / RECIPE)
     metrics = _records(folder / METRICS, step=int)
-    start_records = _starts(folder)
+    start_records = starts(folder)
+    _check_records(folder / ENVIRONMENT, start_records, "start", required={"step": int})
     state, reason = _run_state(holder, start_records, metrics[-1]["step"] if metrics else 0, steps=recipe.train.steps)
     return RunHistory(
         path=folder,
@@ -159,16 +165,10 @@ def read_history(folder: Path, name: str | None = None) -> RunHistory:
     )
 
 
-def _records(path: Path, **required: type) -> list[Record]:
+def _records(path: Path, **required: type) -> Sequence[Record]:
     """The lines of a journal, each with what it cannot do without; none where there is no such file."""
     records = read_records(path) if path.is_file() else []
     _check_records(path, records, "line", required=required)
-    return records
-
-
-def _starts(folder: Path) -> list[Record]:
-    records = starts(folder)
-    _check_records(folder / ENVIRONMENT, records, "start", required={"step": int})
     return records
 
 
@@ -179,7 +179,7 @@ def _check_records(path: Path, records: Sequence[Record], record_name: str, *, r
                 raise InvalidFileError(f"{path}, {record_name} {number} has no {key} that is {_TYPE_NAMES[kind]}")
 
 
-def _run_state(holder: str | None, start_records: list[Record], step: int, *, steps: int) -> tuple[State, str]:
+def _run_state(holder: str | None, start_records: Sequence[Record], step: int, *, steps: int) -> tuple[State, str]:
     """What a run is doing, and the sentence that says why."""
     progress = f"after step {step:,} of {steps:,}" if step else "before its first step"
     if holder is not None:
@@ -240,3 +240,94 @@ def _source_sizes(run: RunHistory) -> dict[str, int]:
         sources = json.loads((run.path / MIXTURE_FILE).read_text("utf-8"))["sources"]
         return {name: int(source["tokens"]) for name, source in sources.items()}
     return {}
+
+
+class Selection(NamedTuple):
+    """Runs in the order they were named in; by name, those that cannot be read, and the sentence that says why."""
+
+    runs: list[RunHistory]
+    broken: dict[str, str]
+
+
+def select(folders: Sequence[Path]) -> Selection:
+    """Read all runs in some folders, each a run or a folder of runs.
+
+    Raises ConfigError for what is no run, and what `read_history` raises for a broken run that was named itself.
+    """
+    paths = list({run.resolve(): run for folder in folders for run in _expand(folder)}.values())
+    names, requested = shortest_names(paths), set(folders)
+    runs, broken = [], {}
+    for path, name in zip(paths, names, strict=True):
+        try:
+            runs.append(read_history(path, name))
+        except (InvalidFileError, ConfigError) as error:
+            if path in requested:
+                raise
+            broken[name] = str(error)
+    return Selection(runs, broken)
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether it is no run itself, but has some in it."""
+    return folder.is_dir() and not _is_run(folder) and next(_runs_below(folder), None) is not None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run was begun in it; a lock alone may be anybody's."""
+    return (folder / RECIPE).is_file() or ((folder / LOCK).is_file() and (folder / LOG).is_file())
+
+
+def _expand(folder: Path) -> list[Path]:
+    if _is_run(folder):
+        return [folder]
+    if runs := list(_runs_below(folder)):
+        return runs
+    raise ConfigError(_not_a_run_message(folder))
+
+
+def _runs_below(folder: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    for child in _folders(folder) if depth else []:
+        if _is_run(child):
+            yield child
+        else:
+            yield from _runs_below(child, depth - 1)
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Sorted as people count: step-2 before step-10. What may not be looked into has none."""
+    with suppress(OSError):
+        return sorted(
+            (child for child in folder.iterdir() if child.is_dir() and child.name[0] != "."), key=_natural_sort_key
+        )
+    return []
+
+
+def _natural_sort_key(path: Path) -> list[tuple[int, str]]:
+    parts = re.findall(r"\d+|\D+", path.name, re.ASCII)
+    return [(int(part), "") if part[0].isdigit() and part.isascii() else (-1, part) for part in parts]
+
+
+def _not_a_run_message(folder: Path) -> str:
+    """Why there is no run under a name, and what may be meant."""
+    inside = next((parent for parent in folder.absolute().parents if _is_run(parent)), None)
+    if inside is not None and folder.exists():
+        return f"{folder} is a part of the run {inside}; give that"
+    if folder.is_dir():
+        return f"{folder} holds no run; smolforge train RECIPE --run {folder / 'NAME'} makes one"
+    if folder.exists():
+        return f"{folder} is a file; a run is a folder that smolforge train made"
+    suggestion = did_you_mean(str(folder), [str(run) for run in _runs_below(folder.parent, 1)])
+    return f"there is no run {folder}.{suggestion or ' A run is a folder that smolforge train made.'}"
+
+
+def shortest_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as many as no other path ends in."""
+    all_parts = [path.resolve().parts for path in paths]
+
+    def name(parts: tuple[str, ...]) -> str:
+        for count in range(1, len(parts)):
+            if sum(other[-count:] == parts[-count:] for other in all_parts) == 1:
+                return "/".join(parts[-count:])
+        return str(Path(*parts))
+
+    return [name(parts) for parts in all_parts]

@@ -11,29 +11,26 @@ after the same step, so they are told apart step by step:
     kinds that come together    those not known yet share the remainder; two that always come together count as one
 """
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from smolforge.comparison.history import Record, finite_number
 from smolforge.config import Recipe
 from smolforge.training.step_timer import Phase
 
 PHASES = get_args(Phase)
 BETWEEN = "between"
 
-Record = Mapping[str, Any]
-
 
 class Step(NamedTuple):
     """One step with its times, and the line before its own: what happened after that is what it came after."""
 
-    record: Record
-    before: Record | None
+    before: Record
     phase_seconds: dict[str, float]
-    """Seconds by part, those there are."""
+    """Seconds by part; 0 where it does not say."""
     between: float
     """Seconds since the step before ended; 0 where old runs do not say."""
 
@@ -41,13 +38,6 @@ class Step(NamedTuple):
     def seconds(self) -> float:
         """Of the step itself."""
         return sum(self.phase_seconds.values())
-
-
-def finite_number(record: Record, key: str) -> float | None:
-    """A finite number, if there is one."""
-    value = record.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
 
 
 def records_of_start(records: Sequence[Record], start: Record) -> list[Record]:
@@ -59,14 +49,11 @@ def records_of_start(records: Sequence[Record], start: Record) -> list[Record]:
 def timed_steps(records: Sequence[Record]) -> list[Step]:
     """Those that say how long they took."""
     steps = []
-    for before, record in zip([None, *records], records, strict=False):
-        seconds_by_phase = {phase: finite_number(record, f"seconds_{phase}") for phase in PHASES}
-        phase_seconds = {
-            phase: seconds for phase, seconds in seconds_by_phase.items() if seconds is not None and seconds >= 0
-        }
+    for before, record in zip([{}, *records], records, strict=False):
+        phase_seconds = {phase: max(0.0, finite_number(record, f"seconds_{phase}") or 0.0) for phase in PHASES}
         between = max(0.0, finite_number(record, "seconds_between") or 0.0)
         if sum(phase_seconds.values()) > 0:
-            steps.append(Step(record, before, phase_seconds, between))
+            steps.append(Step(before, phase_seconds, between))
     return steps
 
 
@@ -75,7 +62,7 @@ def phase_shares(steps: Sequence[Step]) -> dict[str, float]:
     total = sum(step.seconds + step.between for step in steps)
     if not total:
         return {}
-    shares = {phase: sum(step.phase_seconds.get(phase, 0.0) for step in steps) / total for phase in PHASES}
+    shares = {phase: sum(step.phase_seconds[phase] for step in steps) / total for phase in PHASES}
     return shares | {BETWEEN: sum(step.between for step in steps) / total}
 
 
@@ -172,7 +159,7 @@ def pause_costs(steps: Sequence[Step], recipe: Recipe) -> list[PauseCost]:
     """What each kind took; that of no kind is what every step has."""
     pauses: dict[frozenset[str], list[float]] = defaultdict(list)
     for step in steps:
-        pauses[kinds_due(step.before or {}, recipe)].append(step.between)
+        pauses[kinds_due(step.before, recipe)].append(step.between)
     no_kinds = frozenset[str]()
     base_pause = statistics.median(pauses.get(no_kinds, [0.0]))
     mean_seconds = {no_kinds: base_pause}

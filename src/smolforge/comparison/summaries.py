@@ -3,7 +3,7 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -13,9 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from smolforge.comparison import page
 from smolforge.comparison.figures import FIGURES
-from smolforge.comparison.history import Record, RunHistory, State, read_source_totals
+from smolforge.comparison.history import Record, RunHistory, Selection, State, read_source_totals
 from smolforge.comparison.page import MISSING, Report, Table, format_number
-from smolforge.comparison.select import Selection
 from smolforge.config.base import leaves
 from smolforge.formatting import flatten, format_setting
 from smolforge.training.environment import ENVIRONMENT
@@ -95,7 +94,7 @@ def _last_change(run: RunHistory) -> str | None:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(max(times))) if times else None
 
 
-def runs_table(rows: Sequence[RunRow]) -> Table:
+def runs_table(rows: Sequence[RunRow], omit: Collection[str] = ()) -> Table:
     """What people see of them; the lowest held-out loss stands out, where there are several to choose from."""
     columns = {
         "run": lambda row: row.run,
@@ -109,6 +108,7 @@ def runs_table(rows: Sequence[RunRow]) -> Table:
         "last change": lambda row: format_time(row.changed) or MISSING,
         "why": lambda row: row.why,
     }
+    columns = {name: cell for name, cell in columns.items() if name not in omit}
     losses = [(row.validation_loss, row.run) for row in rows if row.validation_loss is not None]
     best = (min(losses)[1], "held out") if len(losses) > 1 else None
     return Table("", list(columns), [[cell(row) for cell in columns.values()] for row in rows], ("state", "why"), best)
@@ -134,17 +134,12 @@ def source_tables(runs: Sequence[RunHistory]) -> Iterator[Table]:
 
 def runs_report(selection: Selection) -> Report:
     """All that their page shows."""
-    runs, table = selection.runs, runs_table(table_rows(selection))
-    newest = table.head.index("last change")  # a page is of its day
-    table = table._replace(
-        head=[*table.head[:newest], *table.head[newest + 1 :]],
-        rows=[[*row[:newest], *row[newest + 1 :]] for row in table.rows],
-    )
+    runs, rows = selection.runs, table_rows(selection)
     return Report(
         kind="runs",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         names=[run.name for run in runs],
-        tables=[table, *source_tables(runs)],
+        tables=[runs_table(rows, omit=("last change",)), *source_tables(runs)],
         tabs=TABS,
         captions=CAPTIONS,
         details={

@@ -48,7 +48,7 @@ def compare(
 
 def compare_runs(folders: Sequence[Path], out: Path, as_json: bool) -> None:
     """Write the page and the figures of some runs, and print their table."""
-    from smolforge.comparison.select import select
+    from smolforge.comparison.history import select
     from smolforge.comparison.summaries import table_rows, write_report
 
     selection = select(folders)
@@ -85,7 +85,7 @@ def is_study(names: Sequence[str]) -> bool:
 
 def run_folders_named(first: str, more: Sequence[str]) -> list[str]:
     """Return the run folders given to `inspect`: several, or one that has runs in it; else an empty list."""
-    from smolforge.comparison.select import holds_runs
+    from smolforge.comparison.history import holds_runs
 
     names = [first, *takewhile(lambda argument: not argument.startswith("--"), more)]
     several = len(names) > 1 and any(Path(name).is_dir() for name in names)
@@ -98,7 +98,7 @@ def run_folders_named(first: str, more: Sequence[str]) -> list[str]:
 
 def inspect_runs(folders: Sequence[str], as_json: bool) -> None:
     """Print the table of some runs."""
-    from smolforge.comparison.select import select
+    from smolforge.comparison.history import select
     from smolforge.comparison.summaries import table_rows
 
     print_runs(table_rows(select([Path(folder) for folder in folders])), as_json)

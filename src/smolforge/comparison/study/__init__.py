@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smolforge.comparison.study import benchmarks
+from smolforge.comparison.study.benchmarks import DECODING, MEMORY, measure_once
 from smolforge.comparison.study.plan import load_or_make_plan
 from smolforge.comparison.study.results import StudyResults, compute_results
 from smolforge.comparison.study.runner import Outcome, StudyListener, Trial, Trials, best_factor
@@ -44,13 +45,13 @@ def run_variants(
         trials.plan,
         rate_outcomes,
         outcomes_by_variant=outcomes,
-        measurements=measure_variants(trials, outcomes, measure_costs),
+        measured=measure_variants(trials, outcomes, measure_costs),
     )
 
 
 def measure_variants(
     trials: Trials, outcomes_by_variant: Mapping[str, Sequence[Outcome]], measure_costs: bool
-) -> benchmarks.VariantMeasurements:
+) -> dict[str, dict[str, Any]]:
     """Decoding and memory of the variants that have a finished run; what is known already is not measured again."""
     finished = {
         name: (outcome.trial, run)
@@ -76,7 +77,5 @@ def measure_variants(
             for name, changes in overrides.items()
         }
 
-    return benchmarks.VariantMeasurements(
-        benchmarks.measure_once(trials.out / benchmarks.DECODING, is_complete, decoding),
-        benchmarks.measure_once(trials.out / benchmarks.MEMORY, is_complete, memory),
-    )
+    files = {"decode_tokens_per_second": (DECODING, decoding), "peak_memory_bytes": (MEMORY, memory)}
+    return {name: measure_once(trials.out / file, is_complete, measure) for name, (file, measure) in files.items()}

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from smolforge import atomic
 from smolforge.checkpoint.loading import load
@@ -48,15 +48,6 @@ resume_or_start(recipe, folder, changes)
 """
 TaskScores = dict[str, dict[str, Any]]
 """By task, as `evaluate` gives them: acc, acc_norm, acc_chars, their standard errors, n, source."""
-
-
-class VariantMeasurements(NamedTuple):
-    """Of each variant; those that were not measured are missing."""
-
-    decoding: dict[str, list[float]]
-    """Tokens/s of each round."""
-    memory: dict[str, int | None]
-    """Bytes."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from smolforge import __version__
 from smolforge.comparison.history import RunHistory
 from smolforge.comparison.statistics import MIN_PAIRS, POWER, MeanDifference, differences
-from smolforge.comparison.study.benchmarks import VariantMeasurements
 from smolforge.comparison.study.plan import StudyPlan
 from smolforge.comparison.study.runner import Outcome, RateOutcomes, best_factor, mean_by_factor
 from smolforge.comparison.study.scaling_law import FittedLaw, fit_law
@@ -138,9 +137,9 @@ def compute_results(
     rate_outcomes: Mapping[str, RateOutcomes],
     *,
     outcomes_by_variant: Mapping[str, Sequence[Outcome]],
-    measurements: VariantMeasurements,
+    measured: Mapping[str, Mapping[str, Any]],
 ) -> StudyResults:
-    """Put numbers to what the runs say."""
+    """Put numbers to what the runs say; `measured` has, by name and variant, what was measured after them."""
     settings, variants, runs = study.settings, [], {}
     values = {
         name: {outcome.trial.seed: outcome.value for outcome in outcomes if outcome.value is not None}
@@ -170,7 +169,8 @@ def compute_results(
                 rates=summarize_rates(rates),
                 steps=plan.steps[name],
                 cost=variant_cost(study, plan, name),
-                speed=variant_speed(histories, measurements.decoding.get(name), measurements.memory.get(name)),
+                speed=variant_speed(histories)
+                | {key: known[name] for key, known in measured.items() if known.get(name)},
             )
         )
     law = fit_study_law(settings, variants)
@@ -239,15 +239,13 @@ def variant_cost(study: Study, plan: StudyPlan, name: str) -> dict[str, int]:
     }
 
 
-def variant_speed(runs: Sequence[RunHistory], decoding: Sequence[float] | None, memory: int | None) -> dict[str, Any]:
-    """Of runs one after the other on a machine that may have other things to do, and of measuring in turn."""
+def variant_speed(runs: Sequence[RunHistory]) -> dict[str, Any]:
+    """Of runs one after the other on a machine that may have other things to do."""
     metrics = {
         "tokens_per_second": mean_and_spread(run.tokens_per_second for run in runs),
         "seconds": mean_and_spread(float(run.seconds[-1]) for run in runs),
     }
-    speeds = {name: metric and asdict(metric) for name, metric in metrics.items()}
-    speeds |= {"decode_tokens_per_second": list(decoding) if decoding else None, "peak_memory_bytes": memory}
-    return {name: speed for name, speed in speeds.items() if speed is not None}
+    return {name: asdict(metric) for name, metric in metrics.items() if metric is not None}
 
 
 def verdict(difference: MeanDifference | None) -> str:
