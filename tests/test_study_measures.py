@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from test_multiple_choice import score_slowly
 from test_study import Audience, conducted, study_file, without_speed
 
 from smolforge.checkpoint.loading import load
@@ -14,7 +15,7 @@ from smolforge.comparison.study.results import read_results
 from smolforge.comparison.study.scaling_law import fit_law, fit_power_law
 from smolforge.comparison.study.spec import LawSettings, read_study
 from smolforge.errors import InvalidFileError
-from smolforge.evaluation.multiple_choice import score_slowly, summary
+from smolforge.evaluation.multiple_choice import summary
 from smolforge.evaluation.tasks import read_items
 
 ITEMS = [

@@ -23,7 +23,6 @@ from smolforge.comparison import style
 from smolforge.comparison.history import RunHistory, read_history
 from smolforge.comparison.style import LegendEntries, LineStyle
 from smolforge.errors import InvalidFileError
-from smolforge.models.stats import flops_per_token
 
 Curve = tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
 """x and y."""
@@ -72,9 +71,7 @@ TRAINING_STYLE, VALIDATION_STYLE = (LineStyle(color, style.SOLID, "o") for color
 
 
 def x_values(run: RunHistory, x_axis: XAxis) -> Float[np.ndarray, " n"]:
-    """Where each step lies, in tokens, steps, seconds or FLOPs."""
-    if x_axis == "flops":
-        return run.tokens * flops_per_token(run.recipe.model, run.recipe.train.sequence_length)
+    """Where each step lies, in tokens, steps or seconds."""
     return {"tokens": run.tokens, "steps": run.record_steps.astype(np.float64), "seconds": run.seconds}[x_axis]
 
 
