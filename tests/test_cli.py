@@ -15,8 +15,8 @@ from conftest import NANO
 
 from smolforge import __version__, cli
 from smolforge.checkpoint import training_state
-from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import corpus, report
+from smolforge.cli.overrides import parse_overrides
 from smolforge.cli.run_display import metrics_parts, precision_line
 from smolforge.config import Train
 from smolforge.device import is_out_of_memory

@@ -17,7 +17,7 @@ from test_sft import Typed, chats
 
 from smolforge import __version__, cli
 from smolforge.checkpoint import huggingface
-from smolforge.cli.flags import parse_overrides
+from smolforge.cli.overrides import parse_overrides
 from smolforge.comparison.study.spec import read_study
 from smolforge.config.load import read_recipe, to_recipe
 from smolforge.testing import sentences, tiny_model

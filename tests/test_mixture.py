@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from smolforge import cli
 from smolforge.checkpoint import training_state
-from smolforge.cli.flags import parse_overrides
 from smolforge.cli.inspect import mixture as mixture_report
+from smolforge.cli.overrides import parse_overrides
 from smolforge.comparison import history
 from smolforge.comparison.history import read_source_totals, select
 from smolforge.comparison.page import render_page

@@ -20,7 +20,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from smolforge import tracking
 from smolforge.cli import run as command
-from smolforge.cli.flags import overrides_from_env
+from smolforge.cli.overrides import overrides_from_env
 from smolforge.config import Report
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.runs import callbacks as workshop_module

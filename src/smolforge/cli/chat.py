@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolforge import atomic
 from smolforge.cli import handle_signal, one_line
-from smolforge.cli.flags import LoadingFlags, split_list
+from smolforge.cli.flags import LoadingFlags
 from smolforge.cli.generate import (
     GenerationFlags,
     escape_controls,
@@ -29,6 +29,7 @@ from smolforge.cli.generate import (
     note_lost_bytes,
     print_note,
 )
+from smolforge.cli.overrides import split_list
 from smolforge.cli.table import table_lines
 from smolforge.config import Generation
 from smolforge.config.base import NONE, allowed_values, replace_settings

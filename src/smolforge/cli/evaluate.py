@@ -180,15 +180,10 @@ def _harness() -> Iterator[Any]:
 
 
 def _write_samples(log: Path, scores: dict[str, list["ItemScore"]], samples: dict[str, list[dict[str, Any]]]) -> None:
-    lines = [
-        json.dumps({"task": name, **score.as_json()}) for name, task_scores in scores.items() for score in task_scores
-    ]
-    lines += [
-        json.dumps({"task": name, "id": str(sample["doc_id"]), **sample}, default=str)
-        for name, task_samples in samples.items()
-        for sample in task_samples
-    ]
-    log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    records = [{"task": name, **score.as_json()} for name, of_task in scores.items() for score in of_task]
+    for name, of_task in samples.items():
+        records += [{"task": name, "id": str(sample["doc_id"]), **sample} for sample in of_task]
+    log.write_text("".join(f"{json.dumps(record, default=str)}\n" for record in records), "utf-8")
 
 
 def _result_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -85,14 +85,16 @@ def _print_continuation(model: "LanguageModel", text: str, options: Generation, 
     from smolforge.generation.stream import join_chunks, require_tokenizer, stream
 
     note_lost_bytes(require_tokenizer(model).lost_bytes(text))
-    show = escape_controls if sys.stdout.isatty() else str
     start, chunks = time.perf_counter(), []
-    if not json_:
-        print(show(text), end="", flush=True)
+
+    def show(part: str) -> None:
+        if not json_:
+            print(escape_controls(part) if sys.stdout.isatty() else part, end="", flush=True)
+
+    show(text)
     for chunk in stream(model, text, **options.model_dump()):
         chunks.append(chunk)
-        if not json_:
-            print(show(chunk.text), end="", flush=True)
+        show(chunk.text)
     completion = join_chunks(chunks)
     if json_:
         rate = len(completion.token_ids) / (time.perf_counter() - start)

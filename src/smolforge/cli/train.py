@@ -45,7 +45,7 @@ def train(
         Print the final metrics as one JSON object.
     """
     with stop_signals():  # also while the imports take their seconds
-        from smolforge.cli.flags import overrides_from_env, parse_overrides
+        from smolforge.cli.overrides import overrides_from_env, parse_overrides
 
         overrides = overrides_from_env(os.environ) | parse_overrides(settings)
         if profile is not None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from smolforge.cli.flags import RecipeSettings, parse_overrides
+from smolforge.cli.overrides import RecipeSettings, parse_overrides
 from smolforge.errors import ConfigError
 
 
