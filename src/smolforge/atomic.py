@@ -164,7 +164,8 @@ def lock_file(path: Path, refusal: Callable[[str], str] | None = None) -> Iterat
         try:
             yield left
         finally:
-            lock.truncate(0)
+            if path.exists():  # and was not deleted with its folder
+                lock.truncate(0)
 
 
 def lock_holder(path: Path) -> str | None:
