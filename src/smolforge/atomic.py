@@ -36,37 +36,41 @@ def write_dir_atomic(
     where they are known) or cannot be written, and what `fill` raises otherwise. What was there before is
     untouched; `folder` is there after all only where its last sync failed.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    try:
+    with _replacement(folder, needed_bytes) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         make_dir_durable(temporary)
         fill(temporary)
         manifest = _write_manifest(temporary, metadata) if metadata is not None else {}
         for path in sorted(temporary.rglob("*")):
             fsync_path(path)
-        fsync_path(temporary)
-        temporary.rename(folder)
-        fsync_path(folder.parent)
-    except (Exception, KeyboardInterrupt) as error:
-        failure = write_error(folder, error, needed_bytes)  # with the room there was
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_write_error(error, folder.parent):
-            raise failure from error
-        raise
     return manifest
 
 
 def write_file_atomic(path: Path, fill: Callable[[Path], None], needed_bytes: int = 0) -> None:
     """Write a single file in the same way: `fill` writes and checks a temporary file, which then becomes `path`."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with _replacement(path, needed_bytes) as temporary:
         make_dir_durable(path.parent)
         fill(temporary)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file by a text, atomically. Raises MissingResourceError where that fails."""
+    with _replacement(path, len(text.encode())) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+@contextmanager
+def _replacement(path: Path, needed_bytes: int) -> Iterator[Path]:
+    """Yield a temporary path, which becomes `path` once all was written, and is removed where that failed."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        yield temporary
         fsync_path(temporary)
-        temporary.rename(path)
+        temporary.replace(path)
         fsync_path(path.parent)
     except (Exception, KeyboardInterrupt) as error:
         failure = write_error(path, error, needed_bytes)  # with the room there was
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
         if _is_write_error(error, path.parent):
@@ -97,22 +101,6 @@ def free_bytes(folder: Path) -> int:
     """Return the free bytes on the disk of a folder that may not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a file by a text, atomically. Raises MissingResourceError where that fails."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-        fsync_path(temporary)
-        temporary.replace(path)
-        fsync_path(path.parent)
-    except OSError as error:
-        failure = write_error(path, error, len(text.encode()))
-        with suppress(OSError):
-            temporary.unlink()
-        raise failure from error
 
 
 def make_dir_durable(folder: Path) -> None:
