@@ -45,26 +45,25 @@ def call(capsys, *words):
     return code, said.out, said.err
 
 
-def fresh(words, modules):
-    """What a new process prints for a command line, and which of these modules that imported."""
+def fresh(*commands, modules):
+    """What a new process prints for command lines, and which of these modules they imported."""
     check = f"print(sorted({set(modules)} & set(sys.modules)))"
-    program = f"import sys; from smolforge import cli; cli.run({words}); {check}"
+    program = f"import sys; from smolforge import cli; [cli.run(words) for words in {commands}]; {check}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *said, imported = done.stdout.strip().splitlines()
     return " ".join(" ".join(said).split()), imported
 
 
 def test_help_imports_no_heavy_module():
-    said, imported = fresh(["--help"], ["torch", "pydantic", "numpy"])
+    said, imported = fresh(["--help"], modules=["torch", "pydantic", "numpy"])
     assert imported == "[]"
     assert all(name in said for name in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
-def test_command_help_works_without_torch(name):
-    said, imported = fresh([name, "--help"], ["torch"])
+def test_command_help_works_without_torch():
+    said, imported = fresh(*([name, "--help"] for name in cli.COMMANDS), modules=["torch"])
     assert imported == "[]"
-    assert cli.COMMANDS[name].split(",")[0] in said
+    assert all(text.split(",")[0] in said for text in cli.COMMANDS.values())
 
 
 def test_version_is_printed(capsys):
@@ -310,7 +309,9 @@ def test_out_of_memory_is_recognized_on_cpu():
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.long)]
+)
 def test_signal_to_a_training_process_saves_and_exits(tmp_path, recipe_file, number, code):
     command = [sys.executable, "-m", "smolforge", "train", recipe_file, "--run", str(tmp_path / "run")]
     started = subprocess.Popen(
@@ -373,6 +374,7 @@ def test_generate_reads_stdin_and_tolerates_a_closed_pipe(tmp_path, finished):
     assert done.stderr == ""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_generate_reports_a_full_disk_on_stdout(finished):
     with Path("/dev/full").open("w") as full:
@@ -394,6 +396,7 @@ def test_result_reports_a_full_disk_on_stdout():
     assert (done.returncode, done.stderr) == (4, "smolforge: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.long
 def test_result_tolerates_a_closed_pipe():
     command = f"{sys.executable} -m smolforge inspect smollm2-135m --json | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)

@@ -226,7 +226,8 @@ def test_nested_sliding_windows_use_the_narrower():
 
 
 @pytest.mark.heavy
-def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monkeypatch):
+@pytest.mark.parametrize("costs", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monkeypatch, costs):
     monkeypatch.chdir(tmp_path)
     for file in EXAMPLES.iterdir():
         if file.is_file():
@@ -251,9 +252,9 @@ def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monke
     class Nobody(ProgressListener):
         on_run_start = on_measure_start = lambda *given: None
 
-    found = run_variants(study, tmp_path / "out", Nobody())
+    found = run_variants(study, tmp_path / "out", Nobody(), measure_costs=costs)
     assert not any(variant.failed for variant in found.variants)
-    assert all(variant.speed["peak_memory_bytes"] for variant in found.variants)
+    assert not costs or all(variant.speed["peak_memory_bytes"] for variant in found.variants)
     monkeypatch.chdir(tmp_path)
     losses = {variant.name: variant.mean for variant in found.variants}
     assert losses["full"] != losses["sliding"]

@@ -170,7 +170,7 @@ def noted(folder: Path, rank: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "rows", "tolerance"),
     [
-        ({}, 5, 1e-6),
+        pytest.param({}, 5, 1e-6, marks=pytest.mark.long),
         ({"optim.name": "muon", "optim.ema_decay": 0.3, "train.micro_batch_size": 1}, 4, 1e-6),
         ({"train.dtype": "float64", "train.micro_batch_size": 1}, 6, 1e-12),
     ],

@@ -1,5 +1,6 @@
 """A model on its way out: its card, its repository on a Hub of this machine, its app."""
 
+import itertools
 import json
 import os
 import re
@@ -519,15 +520,15 @@ def test_space_of_a_hub_model_pins_its_commit(hub, tmp_path):
 
 
 @pytest.mark.parametrize("chats", [False, True])
-@pytest.mark.parametrize("said", ["the model", "", "a word " * 200, "<|im_end|><script>\0"])
-def test_space_app_answers_any_text(tmp_path, monkeypatch, chats, said):
+def test_space_app_answers_any_text(tmp_path, monkeypatch, chats):
     """Numbers come as pages send them: whole ones are integers."""
     space_of(tmp_path, chats)
     monkeypatch.setitem(sys.modules, "gradio", MagicMock())
     monkeypatch.setattr("transformers.TextIteratorStreamer", partial(hurried, TextIteratorStreamer))
     names = runpy.run_path(str(tmp_path / "space" / "app.py"))
-    history = [{"role": role, "content": [{"text": said}]} for role in ("user", "assistant")]
-    for temperature in (0, 0.5, 1, 2):
+    texts = ["the model", "", "a word " * 200, "<|im_end|><script>\0"]
+    for said, temperature in itertools.product(texts, (0, 0.5, 1, 2)):
+        history = [{"role": role, "content": [{"text": said}]} for role in ("user", "assistant")]
         rest = (temperature, 1, 5)
         pieces = list(names["answer"](said, history, *rest) if chats else names["continue_text"](said, *rest))
         assert pieces

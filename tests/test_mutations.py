@@ -12,7 +12,7 @@ from smolforge.errors import ConfigError
 
 @pytest.mark.heavy
 def test_mutated_recipes_and_commands_give_one_sentence():
-    assert mutations(300).endswith("0 tracebacks")
+    assert mutations(150).endswith("0 tracebacks")
 
 
 @pytest.mark.parametrize(

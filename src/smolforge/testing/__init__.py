@@ -7,6 +7,7 @@ damage     bits flipped, files cut, zeroed, swapped
 Nothing in smolforge imports this.
 """
 
+import functools
 from typing import Any
 
 from smolforge.config import ModelConfig
@@ -41,7 +42,12 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_tokenizer(vocab_size: int = 320) -> Tokenizer:
-    """A byte-level BPE of a few merges, trained on `sentences`."""
+    """A byte-level BPE of a few merges, trained on `sentences`; a copy of its own for each caller."""
+    return _train_tiny_tokenizer(vocab_size).with_special_tokens([])
+
+
+@functools.cache
+def _train_tiny_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer.train([sentences(400)], vocab_size)
 
 
