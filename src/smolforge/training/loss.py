@@ -6,8 +6,8 @@
 Gradients are computed in the forward, while the logits exist, and wait for the backward. So logits are computed once,
 and a batch needs the memory of one chunk. This is Liger Kernel's way: Hsu et al. 2024, https://arxiv.org/abs/2410.10989.
 
-DPO needs each label's log-probability, and its gradient is known only after all of them: there torch's
-checkpoint computes the logits of a chunk again in the backward.
+DPO needs each label's log-probability, and its gradient is known only after all of them: there the logits of a chunk
+are computed again in the backward.
 
 Axes: b batch, t tokens of a row, n tokens, k tokens of a chunk, c hidden, v vocabulary.
 """
@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from smolforge.data.batches import IGNORE_INDEX
 
@@ -78,10 +76,8 @@ def chunked_loss(
         loss, z = loss + part_loss, z + part_z
         if states_grad is not None:
             states_grad[chunk] = logits @ factor
-        if head_grad is not None and head_grad.dtype == logits.dtype:
-            head_grad.addmm_(logits.T, part)
-        elif head_grad is not None:  # kept in its own precision
-            head_grad += logits.T @ part
+        if head_grad is not None:
+            add_product(head_grad, logits.T, part)
     return loss, z, states_grad, head_grad
 
 
@@ -99,9 +95,7 @@ def logits_to_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], 
     wide = logits.to(at_least_fp32(logits.dtype))
     counts = (labels != IGNORE_INDEX)[:, None]
     label = labels[:, None].where(counts, 0)
-    top, of_label = wide.amax(-1, keepdim=True), wide.gather(-1, label)
-    total = wide.sub_(top).exp_().sum(-1, keepdim=True)  # of the odds against the most likely
-    log_p, log_z = of_label - top - total.log(), top + total.log()
+    log_p, log_z, total = logits_to_odds(wide, label)
     slope = 1 + 2 * z_loss * log_z  # of loss and z-loss along log Z, whose own gradient is the softmax
     logits.copy_(wide.mul_(counts * slope / total))
     # The label's entry anew, for p - 1 is to be rounded after the difference, not before.
@@ -109,20 +103,54 @@ def logits_to_gradient(logits: Float[Tensor, "k v"], labels: Int[Tensor, " k"], 
     return -log_p.where(counts, 0).sum(), z_loss * log_z.where(counts, 0).square().sum()
 
 
+def logits_to_odds(logits: Float[Tensor, "k v"], label: Int[Tensor, "k 1"]) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of each label, log Z, and the sum (k 1) of the odds against the likeliest, which the logits become."""
+    top, of_label = logits.amax(-1, keepdim=True), logits.gather(-1, label)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return of_label - top - total.log(), top + total.log(), total
+
+
 def label_log_probs(hidden: Float[Tensor, "b t c"], head: Head, labels: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
     """Return the log-probability of each label, 0 where there is none; in fp32 at least, with a gradient."""
-    states, size = hidden.flatten(0, 1), chunk_tokens(hidden.device)
-    parts = [
-        checkpoint(_log_probs_of_chunk, part, head, chunk, use_reentrant=False)
-        for part, chunk in zip(states.split(size), labels.flatten().split(size), strict=True)
-    ]
-    return torch.cat(parts).view_as(labels)
+    return _LabelLogProbs.apply(hidden.flatten(0, 1), head, labels.flatten()).view_as(labels)
 
 
-def _log_probs_of_chunk(states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
-    dtype = product_dtype(states)
-    logits = states.to(dtype) @ head.to(dtype).T
-    return -F.cross_entropy(logits.to(at_least_fp32(dtype)), labels, ignore_index=IGNORE_INDEX, reduction="none")
+class _LabelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: States, head: Head, labels: Labels) -> Float[Tensor, " n"]:
+        ctx.save_for_backward(states, head, labels)
+        ctx.dtype = product_dtype(states)
+        log_probs = torch.empty(len(states), dtype=at_least_fp32(ctx.dtype), device=states.device)
+        for chunk, _, logits in chunks_of_logits(states, head.to(ctx.dtype)):
+            counts = labels[chunk] != IGNORE_INDEX
+            label = labels[chunk].where(counts, 0)[:, None]
+            log_p, _, _ = logits_to_odds(logits.to(log_probs.dtype), label)
+            log_probs[chunk] = log_p[:, 0].where(counts, 0)
+        return log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore [bad-override]
+        states, head, labels = ctx.saved_tensors
+        of_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head, dtype=at_least_fp32(ctx.dtype)) if ctx.needs_input_grad[1] else None
+        factor = head.to(ctx.dtype)
+        for chunk, part, logits in chunks_of_logits(states, factor):
+            logits_to_gradient(logits, labels[chunk], 0.0)  # of -log p
+            logits.mul_(-grads[0][chunk, None])
+            if of_states is not None:
+                of_states[chunk] = logits @ factor
+            if of_head is not None:
+                add_product(of_head, logits.T, part)
+        return of_states, of_head, None
+
+
+def add_product(total: Head, left: Float[Tensor, "v k"], right: Float[Tensor, "k c"]) -> None:
+    """total += left @ right, kept in the precision of the total."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def product_dtype(states: States) -> torch.dtype:
