@@ -30,12 +30,13 @@ from smolforge.checkpoint.gguf import block_types, container, llama
 from smolforge.config import ModelConfig
 from smolforge.config.presets import shape
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
-from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, size_label, to_gguf
+from smolforge.exporters.gguf import FILE_TYPES, size_label, to_gguf
 from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import failing, sentences, tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer import gguf_tokenizer as tokenizers
 from smolforge.tokenizer.gguf_tokenizer import from_values, to_values
+from smolforge.verification import HARD_TEXTS
 
 WIDE = {"intermediate_size": 64}
 """With it every matrix of the tiny model divides into blocks of 32."""

@@ -20,13 +20,14 @@ from test_tokenizer import NASTY
 
 from smolforge.checkpoint import huggingface, loading
 from smolforge.config import Generation
-from smolforge.exporters.gguf import FILE_TYPES, HARD_TEXTS, to_gguf
+from smolforge.exporters.gguf import FILE_TYPES, to_gguf
 from smolforge.exporters.transformers import to_transformers
 from smolforge.generation.samplers import make_sampler
 from smolforge.generation.stream import generate_tokens
 from smolforge.models.decoder import build
 from smolforge.testing import tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
+from smolforge.verification import HARD_TEXTS
 
 LLAMA = Path(__file__).parents[1] / ".llama"
 PYTHON, CONVERTER = LLAMA / "venv/bin/python", LLAMA / "source/vendor/llama.cpp/convert_hf_to_gguf.py"

@@ -21,7 +21,7 @@ from smolforge.models.decoder import LanguageModel
 from smolforge.models.stats import parameter_counts
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.gguf_tokenizer import to_values
-from smolforge.verification import PROMPTS, sample_rows
+from smolforge.verification import HARD_TEXTS, sample_rows
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
 """What a whole file is called, by llama.cpp's numbers (enum llama_ftype)."""
@@ -29,14 +29,6 @@ QUANTIZATION_VERSION = 2
 CHECKED_TOKENS = 512
 LOSS_WINDOW = 1024
 """Length of the windows that a text is measured in, where the model's context allows it."""
-HARD_TEXTS = (
-    *PROMPTS,
-    "  leading, trailing  \n\n\t\tand\r\n  inner   white\u00a0space \u2003 ",
-    "I've you'll THEY'RE 'd '' x2y3 007 3.14159 \u0663\u2167\u00bd",
-    "\u0915\u094d\u0937 \u4f60\u597d\u4e16\u754c \u202eabc\u202c e\u0301\u0301 \U0001f468\u200d\U0001f469",
-    "\ufffd\ufeff\x00\x7f",
-    "{}[]()<>|\\/`~!@#$%^&*_+-=;:'\",.?" * 3,
-)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,15 @@ AGAINST = ("files", *ORACLES)
 LENGTHS = (1, 16, 128, 1024)
 SHORT = 128
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n    ", "Naïve 12345 \u6f22 \U0001f44b\n\n- ")
+HARD_TEXTS = (
+    *PROMPTS,
+    "  leading, trailing  \n\n\t\tand\r\n  inner   white\u00a0space \u2003 ",
+    "I've you'll THEY'RE 'd '' x2y3 007 3.14159 \u0663\u2167\u00bd",
+    "\u0915\u094d\u0937 \u4f60\u597d\u4e16\u754c \u202eabc\u202c e\u0301\u0301 \U0001f468\u200d\U0001f469",
+    "\ufffd\ufeff\x00\x7f",
+    "{}[]()<>|\\/`~!@#$%^&*_+-=;:'\",.?" * 3,
+)
+"""Texts in which tokenizers differ: white space, digits, apostrophes, marks, scripts."""
 
 
 def verify(
@@ -151,10 +160,12 @@ def check_consistency(model: LanguageModel, record: Callable[[Check], Check]) ->
 def compare_with_transformers(
     model: LanguageModel, folder: Path, limit: int, *, record: Callable[[Check], Check]
 ) -> str | None:
-    """Check logits, greedy text and KV cache; return the most likely cause if one does not hold."""
+    """Check the tokenizer, logits, greedy text and KV cache; return the most likely cause if one does not hold."""
     text = sample_rows(model, limit)
     short = [row for row in text if len(row) <= SHORT]
     oracle = Oracle(folder, torch.float32)
+    if model.tokenizer is not None and folder.is_dir():
+        record(checks.check_tokenizer(model.tokenizer, folder, HARD_TEXTS))
     same_logits = record(checks.check_logits(model, oracle, text)).holds
     same_text = record(checks.check_greedy(model, oracle, sample_prompt_ids(model))).holds
     cache_holds = record(checks.check_cache(model, short[-1])).holds

@@ -20,6 +20,7 @@ from smolforge.models import quantized
 from smolforge.models.attention import KVCache
 from smolforge.models.decoder import LanguageModel
 from smolforge.models.stats import parameter_counts
+from smolforge.tokenizer import Tokenizer
 from smolforge.verification.diagnosis import matches_golden
 from smolforge.verification.releases import Release, config_differences
 from smolforge.verification.report import Check
@@ -28,7 +29,9 @@ from smolforge.verification.transformers_reference import (
     Oracle,
     compare_logits,
     compare_models,
+    require_transformers,
     tolerance,
+    transformers_errors,
 )
 
 GREEDY_TOKENS = 64
@@ -66,6 +69,21 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in gguf.GGUFReader(folder).tensors.items()}
     with huggingface.SafetensorsReader(folder) as tensors:
         return tensors.shapes()
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Check:
+    """Check that Transformers' AutoTokenizer turns texts into the same ids. It may not read tokenizer.json as it is."""
+    with transformers_errors():
+        theirs = require_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        differing = [text for text in texts if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text)]
+    name = type(theirs).__name__
+    if not differing:
+        return Check("tokenizer", True, f"Transformers' {name} gives the same ids for {len(texts)} texts")
+    message = (
+        f"Transformers' {name} gives other ids for {len(differing)} of {len(texts)} texts, the first {differing[0]!r}; "
+        "there, PreTrainedTokenizerFast.from_pretrained reads tokenizer.json as it is"
+    )
+    return Check("tokenizer", False, message)
 
 
 def check_finite(model: LanguageModel) -> Check:
