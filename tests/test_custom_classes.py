@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from smolforge import cli, load, train
 from smolforge.comparison.study import benchmarks, run_variants
+from smolforge.comparison.study.runner import StudyListener
 from smolforge.comparison.study.spec import read_study
 from smolforge.config import Optim, custom_classes
 from smolforge.models.attention import (
@@ -30,7 +31,6 @@ from smolforge.models.attention import (
     masked_attention,
 )
 from smolforge.models.decoder import build
-from smolforge.runs.context import ProgressListener
 from smolforge.testing import in_child, tiny_config
 from smolforge.testing.processes import start, wait_for_exit
 from smolforge.training import optim
@@ -249,10 +249,7 @@ def test_custom_class_example_runs_in_a_study(tmp_path, text_file, capsys, monke
     assert study.recipes["sliding"].model.attention == SLIDING
     assert study.recipes["full"].model.attention is None
 
-    class Nobody(ProgressListener):
-        on_run_start = on_measure_start = lambda *given: None
-
-    found = run_variants(study, tmp_path / "out", Nobody(), measure_costs=costs)
+    found = run_variants(study, tmp_path / "out", StudyListener(), measure_costs=costs)
     assert not any(variant.failed for variant in found.variants)
     assert not costs or all(variant.speed["peak_memory_bytes"] for variant in found.variants)
     monkeypatch.chdir(tmp_path)
