@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from smolforge.checkpoint import hub, loading, peft_adapter, training_state
 from smolforge.config import ModelConfig, Recipe
 from smolforge.config.load import read_recipe
-from smolforge.data.mixture import Mixture, open_prepared
+from smolforge.data.mixture import Mixture, PreparedData, open_prepared
 from smolforge.data.sources import is_on_hub
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation.multiple_choice import standard_error
@@ -126,19 +126,25 @@ def _read_run(path: Path, checkpoint: Path) -> RunProvenance:
         recipe,
         metrics,
         used_starts,
-        _read_corpora(path, recipe, training_state.read_metadata(checkpoint)["corpus"]),
+        _read_corpora(path, recipe, checkpoint),
     )
 
 
-def _read_corpora(path: Path, recipe: Recipe, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """What a checkpoint learned from, where that is still there and the same: the run's own, or one that was named."""
+def _read_corpora(path: Path, recipe: Recipe, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    text = training_data(path, recipe, checkpoint)
+    corpora = {} if text is None else text.sources if isinstance(text, Mixture) else {SINGLE_CORPUS: text}
+    return {name: corpus.metadata for name, corpus in corpora.items()}
+
+
+def training_data(path: Path, recipe: Recipe, checkpoint: Path) -> PreparedData | None:
+    """Return what a checkpoint learned from, where that is still there and the same: the run's own, or a named one."""
+    fingerprint = training_state.read_metadata(checkpoint)["corpus"]
     for candidate in (path, path / "corpus", *map(Path, recipe.data.sources)):
         with suppress(InvalidFileError, OSError):
             text = open_prepared(candidate)
             if text.fingerprint == fingerprint:
-                sources = text.sources if isinstance(text, Mixture) else {SINGLE_CORPUS: text}
-                return {name: corpus.metadata for name, corpus in sources.items()}
-    return {}
+                return text
+    return None
 
 
 def _without_path(base: str | None) -> str | None:

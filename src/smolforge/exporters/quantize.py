@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from smolforge import atomic
-from smolforge.checkpoint import gguf, huggingface, loading, training_state
+from smolforge.checkpoint import gguf, huggingface, loading
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation
 from smolforge.config.load import read_recipe
@@ -27,6 +27,7 @@ from smolforge.data.corpus import HELD_OUT, Corpus
 from smolforge.data.prepare.documents import read_text
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.evaluation.perplexity import TOKENS, windows
+from smolforge.exporters.provenance import training_data
 from smolforge.exporters.transformers import inherited_settings, new_folder, stored_dtype
 from smolforge.generation.samplers import make_sampler
 from smolforge.generation.stream import generate_tokens, require_tokenizer
@@ -163,12 +164,9 @@ def run_corpus(source: Path) -> tuple[Corpus | None, int]:
     if not (run / RECIPE).is_file():
         return None, MAX_WINDOW
     recipe = read_recipe(run / RECIPE)
-    for folder in (run / "corpus", *map(Path, recipe.data.sources)):
-        if (folder / "corpus.json").is_file():
-            corpus = Corpus.open(folder)
-            is_same = corpus.fingerprint == training_state.read_metadata(source)["corpus"]
-            has_validation = is_same and corpus.format == "text" and corpus.size(HELD_OUT)["tokens"]
-            return corpus if has_validation else None, recipe.train.sequence_length
+    corpus = training_data(run, recipe, source)
+    if isinstance(corpus, Corpus) and corpus.format == "text" and corpus.size(HELD_OUT)["tokens"]:
+        return corpus, recipe.train.sequence_length
     return None, recipe.train.sequence_length
 
 
