@@ -12,7 +12,7 @@ quickstart: $(VENV)/.base
 
 # Containers often forbid bytecode, without which each worker and child compiles everything anew.
 test: check
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal --durations 15
 
 test-long: $(VENV)/.test
 	$(BIN)/pytest --hypothesis-profile new

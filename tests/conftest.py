@@ -17,6 +17,7 @@ from hypothesis import settings
 
 from smolforge.testing import HubMirror, processes, sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+from smolforge.verification import checks
 
 # huggingface_hub reads these when it is first imported, which must be after this.
 SCRATCH = Path(tempfile.mkdtemp(prefix="smolforge-hub-"))
@@ -127,6 +128,19 @@ def _libraries_are_no_garbage():
 @pytest.fixture(autouse=True)
 def _quiet_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def whole_checks() -> None:
+    """Asked for by tests of what verify and exports check, which takes most of their time; see below."""
+
+
+@pytest.fixture(autouse=True)
+def _shorter_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere models are compared over fewer tokens, and none is compiled to see whether its head is tied."""
+    if "whole_checks" not in request.fixturenames:
+        monkeypatch.setattr(checks, "GREEDY_TOKENS", 16)
+        monkeypatch.setattr(checks, "_is_tied_compiled", lambda model: True)
 
 
 @pytest.fixture(scope="session")

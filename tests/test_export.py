@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_to_transformers_writes_a_clean_equal_model(folder, tmp_path):
+def test_to_transformers_writes_a_clean_equal_model(folder, tmp_path, whole_checks):
     generation = json.loads((folder / "generation_config.json").read_text()) | {
         "temperature": 0.2,
         "do_sample": True,

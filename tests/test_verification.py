@@ -67,7 +67,7 @@ def failing(report) -> set[str]:
     return {check.name for check in report.checks if not check.holds}
 
 
-def test_verify_accepts_the_release(release):
+def test_verify_accepts_the_release(release, whole_checks):
     folder, known = release
     report = verification.verify(folder, releases=[known])
     assert report.holds, failing(report)
@@ -85,7 +85,7 @@ def test_verify_accepts_the_release(release):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_verify_accepts_every_family(tmp_path, family):
+def test_verify_accepts_every_family(tmp_path, family, whole_checks):
     theirs = oracle(random_config(family, 5))
     theirs.save_pretrained(tmp_path)
     report = verification.verify(tmp_path, releases=[])
@@ -400,7 +400,7 @@ def test_golden_check_refuses_constant_logits(release):
     assert not verification.checks.check_golden(model, release[1]).holds
 
 
-def test_greedy_check_uses_the_logits_of_transformers(release, monkeypatch):
+def test_greedy_check_uses_the_logits_of_transformers(release, monkeypatch, whole_checks):
     """Logits of zero are all near ties to themselves."""
     monkeypatch.setattr(
         "smolforge.models.decoder.LanguageModel.logits", lambda self, hidden: F.linear(hidden, self.lm_head_weight) * 0
@@ -409,7 +409,7 @@ def test_greedy_check_uses_the_logits_of_transformers(release, monkeypatch):
     assert {"logits float32", "greedy"} <= failing(report)
 
 
-def test_tied_head_check_detects_separate_storage(release, monkeypatch):
+def test_tied_head_check_detects_separate_storage(release, monkeypatch, whole_checks):
     monkeypatch.setattr(
         "smolforge.models.decoder.LanguageModel.lm_head_weight",
         property(lambda self: self.model.embed_tokens.weight.clone()),
