@@ -18,6 +18,12 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'sm
 WORDS = ["the model", "a token", "follows", "7", "\u00e9t\u00e9", "\u4f60\u597d", "so it", "learns."]
 
 
+@pytest.fixture(autouse=True)
+def _no_list_of_packages(monkeypatch):
+    """The harness asks pip for one with each result."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pip_packages", lambda *_: ("pip", ""))
+
+
 def through_the_harness(folder, path, limit):
     """What its HF model and a local task give for each item, by the item's place."""
     with warnings.catch_warnings():
@@ -89,7 +95,7 @@ WHOLE = [pytest.param(name, None, marks=pytest.mark.long) for name in (HELLASWAG
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("name", "limit"), [(HELLASWAG, 12), (ARC[1], 12), *WHOLE])
+@pytest.mark.parametrize(("name", "limit"), [(HELLASWAG, 6), (ARC[1], 6), *WHOLE])
 def test_lm_eval_equals_ours_on_hellaswag_and_arc(shared, tmp_path, monkeypatch, name, limit):
     """With the published tokenizer."""
     model = tiny_model(vocab_size=49152, max_position_embeddings=1024)

@@ -38,6 +38,7 @@ SHORT = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_readme_commands_run(home, capsys, shortened):
     (home / "notes.txt").write_text(sentences(40, 5000))
