@@ -14,7 +14,7 @@ VAGUE = {"found", "said", "told", "each", "place", "given", "made", "taken", "th
 MAX_VAGUE_SHARE = 0.003
 MAX_TOP_LEVEL_NAMES = 20
 MAX_SOURCE_LINES = 31_300
-"""The ledger: lines of Python in the package. It only goes down; a change that needs more takes as much away elsewhere."""
+"""The ledger: lines of Python in the package. It only goes down: what needs more takes as much away elsewhere."""
 MAX_POSITIONAL = 3
 FIXED_BY_CALLERS = {"forward", "backward", "attend", "masked_attention", "__call__", "__torch_function__"}
 """Called by torch, or as torch's functions are: tensors first, all by position."""

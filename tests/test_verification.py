@@ -15,7 +15,7 @@ from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError
 from smolforge.models.attention import CausalAttention
 from smolforge.models.decoder import Attention, RMSNorm, build, rope_cos_sin
-from smolforge.testing import tiny_config, tiny_model
+from smolforge.testing import tiny_config, tiny_model, tiny_tokenizer
 from smolforge.verification import HARD_TEXTS, checks, reference_model
 from smolforge.verification.releases import Golden, Release, published_releases
 from smolforge.verification.transformers_reference import compare_logits
@@ -535,11 +535,13 @@ def test_verify_refuses_what_is_not_a_model(tmp_path, capsys):
     assert cli.run(["verify", str(tmp_path / "nothing")]) == 2
 
 
-@pytest.mark.parametrize(("family", "holds"), [("llama", True), ("qwen2", False)])
-def test_tokenizer_is_compared_with_transformers(tmp_path, family, holds):
-    """Transformers reads no qwen2 folder's tokenizer.json as it is, but splits text as Qwen's own tokenizer does."""
+@pytest.mark.parametrize(("family", "auto_differs"), [("llama", False), ("qwen2", True)])
+def test_tokenizer_is_compared_with_transformers(tmp_path, family, auto_differs):
+    """AutoTokenizer reads no qwen2 folder's tokenizer.json as it is, but splits text as Qwen's own tokenizer does."""
     model = tiny_model(model_type=family)
     huggingface.save(model, tmp_path, model.tokenizer)
     check = checks.check_tokenizer(model.tokenizer, tmp_path, HARD_TEXTS)
-    assert check.holds == holds, check.message
-    assert ("PreTrainedTokenizerFast" in check.message) != holds
+    assert check.holds, check.message
+    assert (check.figures["auto_tokenizer_differs"] > 0) == ("PreTrainedTokenizerFast" in check.message) == auto_differs
+    other = tiny_tokenizer(vocab_size=280)
+    assert not checks.check_tokenizer(other, tmp_path, HARD_TEXTS).holds
