@@ -332,6 +332,7 @@ def test_import_classes_keeps_sys_path(lab, monkeypatch):
     assert sys.path == before
 
 
+@pytest.mark.long
 @pytest.mark.heavy
 def test_custom_classes_work_on_every_rank(lab):
     recipe = recipe_with(lab, model_attention="lab:Sliding")

@@ -105,6 +105,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.long
 def test_two_failed_starts_delete_the_newest_checkpoint(tmp_path, monkeypatch):
     """The newest folder, though it has no weights yet; the one before it stays."""
 

@@ -171,7 +171,9 @@ def noted(folder: Path, rank: int) -> None:
     ("settings", "rows", "tolerance"),
     [
         pytest.param({}, 5, 1e-6, marks=pytest.mark.long),
-        ({"optim.name": "muon", "optim.ema_decay": 0.3, "train.micro_batch_size": 1}, 4, 1e-6),
+        pytest.param(
+            {"optim.name": "muon", "optim.ema_decay": 0.3, "train.micro_batch_size": 1}, 4, 1e-6, marks=pytest.mark.long
+        ),
         ({"train.dtype": "float64", "train.micro_batch_size": 1}, 6, 1e-12),
     ],
 )
@@ -317,7 +319,11 @@ def test_rank_0_error_ends_all_ranks_with_one_message(bench):
 
 @pytest.mark.parametrize(
     ("size", "who", "number", "code"),
-    [(2, 1, signal.SIGUSR1, 75), (2, 0, signal.SIGINT, 130), (4, 2, signal.SIGTERM, 75)],
+    [
+        (2, 1, signal.SIGUSR1, 75),
+        pytest.param(2, 0, signal.SIGINT, 130, marks=pytest.mark.long),
+        pytest.param(4, 2, signal.SIGTERM, 75, marks=pytest.mark.long),
+    ],
 )
 def test_signal_to_one_rank_saves_once_and_ends_all(pair, size, who, number, code):
     run = f"{number.name}"

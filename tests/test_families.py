@@ -77,7 +77,7 @@ def greedy_ids(model, prompt: list[int], count: int) -> list[int]:
     return [token.id for token in generate_tokens(model, [prompt], GREEDY, max_new_tokens=count)]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 20))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_checkpoints_equal_transformers_both_ways(tmp_path, family, seed):
     torch.manual_seed(seed)

@@ -34,7 +34,14 @@ def benches() -> Iterator[dict[str, Bench]]:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", [name for name in CAMPAIGNS if name != "small-disk"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name == "signals" else ())
+        for name in CAMPAIGNS
+        if name != "small-disk"
+    ],
+)
 def test_campaign_holds_in_its_short_form(benches, name):
     chosen = CAMPAIGNS[name]
     print(chosen(benches[str(chosen.train)], chosen.short, random.Random(0)))

@@ -75,7 +75,7 @@ def check_compiled(shape, checkpoint, caplog):
 
 
 @pytest.mark.filterwarnings(OF_A_LEAF)
-@pytest.mark.parametrize(("shape", "checkpoint"), CASES[:2])
+@pytest.mark.parametrize(("shape", "checkpoint"), CASES[:1])
 def test_objective_as_one_program_equals_eager(compiling, monkeypatch, caplog, shape, checkpoint):
     """All of the compiler but the making of kernels, which takes it half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
@@ -89,6 +89,7 @@ def test_compiled_objective_equals_eager(compiling, caplog, shape, checkpoint):
     check_compiled(shape, checkpoint, caplog)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings(OF_A_LEAF)
 def test_objective_falls_back_to_eager_without_a_compiler(compiling, caplog, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))

@@ -228,6 +228,7 @@ print(kilobytes("VmHWM") - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_head_bytes_are_near_measured_memory(tmp_path):
     """A chunk's logits are 101 MB, and those of all 2048 tokens would be 403."""

@@ -652,6 +652,7 @@ def test_inspect_shows_the_loss_mask(tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 def test_docs_tuning_page_commands_run(tmp_path, monkeypatch, hub, capsys):
     """Its commands and its Python, on a Hub of our own where the name stands for a small model."""
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()

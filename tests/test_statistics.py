@@ -94,7 +94,7 @@ def test_smallest_visible_equals_gpower_and_scipy():
 
 
 @pytest.mark.parametrize("test", ["paired-t", "welch-t"])
-@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("n", [pytest.param(3, marks=pytest.mark.long), 5])
 def test_differences_keep_the_false_positive_rate(test, n):
     """Studies whose variants are the same, of final losses of real nano runs. A test that is right at alpha calls
     10 of 200 in the mean, so of 200 a bound that chance exceeds once in a hundred times, and the rate of many.

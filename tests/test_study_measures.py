@@ -86,6 +86,7 @@ def test_study_keeps_measurements_until_their_file_is_deleted(tmp_path, monkeypa
     assert told == ["decoding", "the memory of training", "decoding"]
 
 
+@pytest.mark.long
 def test_peak_memory_is_measured_in_a_separate_process(tmp_path, monkeypatch):
     """One that begins as large as this one would hide what the variant needs."""
     study_file(tmp_path)

@@ -192,6 +192,7 @@ def in_wandb(run):
     }
 
 
+@pytest.mark.long
 @pytest.mark.heavy
 def test_wandb_has_each_step_after_two_kills(recipe_file, tmp_path):
     run = tmp_path / "run"

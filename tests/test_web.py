@@ -209,6 +209,7 @@ def test_web_stop_frees_the_slot_and_keeps_the_text(chatty, look, monkeypatch, h
     assert seen.page.get_by_role("button", name="Send").is_visible()
 
 
+@pytest.mark.long
 def test_web_runs_one_generation_at_a_time_in_both_views(chatty, look, monkeypatch):
     """While the chat is answering, the document's Regenerate asks for nothing, and Stop still stops."""
     seen = look(chatty)
@@ -342,6 +343,7 @@ def test_web_token_colors_equal_the_probabilities(base, look):
     assert seen.page.input_value("#document") == "the" + told["text"]
 
 
+@pytest.mark.long
 def test_web_completion_continues_a_document(base, look):
     seen = look(base, "#document")
     assert seen.page.locator("#chat").is_hidden()
@@ -498,6 +500,7 @@ def test_web_reports_every_error_in_one_sentence(chatty, look, monkeypatch):
     seen.complaints = [said for said in seen.complaints if "Failed to load resource" not in said]
 
 
+@pytest.mark.long
 def test_web_key_is_kept_only_for_the_tab(keyed, look):
     seen = look(keyed, "#key-form:not([hidden])")
     for key in ("wrong", KEY):
@@ -545,6 +548,7 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.long
 def test_web_follows_the_color_scheme_or_the_user(chatty, look):
     style = "getComputedStyle(document.{}).{}"
     for scheme, other in (("light", "Dark"), ("dark", "Light")):
@@ -562,6 +566,7 @@ def test_web_follows_the_color_scheme_or_the_user(chatty, look):
         )
 
 
+@pytest.mark.long
 def test_web_fits_a_narrow_screen(chatty, look):
     seen = look(chatty, viewport={"width": 360, "height": 640})
     seen.most(8)
@@ -585,6 +590,7 @@ def test_web_fits_a_narrow_screen(chatty, look):
         assert button["y"] + button["height"] <= 640
 
 
+@pytest.mark.long
 def test_web_works_with_the_keyboard_alone(chatty, look):
     """Say something, stop it, walk to an answer's tokens, change a setting and the view, without a mouse."""
     seen = look(chatty)
