@@ -29,7 +29,7 @@ def check_calls(target: Callable, *, typechecker: Callable) -> Callable:
     type checkers only; and a generator, whose return annotation is of what it yields.
     """
     if isinstance(target, type):
-        if dataclasses.is_dataclass(target) and not hasattr(target.__init__, "__wrapped__"):
+        if dataclasses.is_dataclass(target) and "__wrapped__" not in vars(target.__init__):
             target.__init__ = check_calls(target.__init__, typechecker=typechecker)
         return target
     found = [part for hint in target.__annotations__.values() for part in parts(hint)]

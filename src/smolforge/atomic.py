@@ -134,10 +134,10 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def lock_file(path: Path, refusal: Callable[[str], str] | None = None) -> Iterator[str]:
-    """Hold a lock, which ends with this process however that ends. The file says who has it: `1234 on host`.
+    """Hold a lock. It is released when this process ends, also by a kill. The file names its holder: `1234 on host`.
 
-    Yields the process that had it and never released it; an empty text where there is none. Waits where another process
-    has it. Raises ConfigError instead where there is a `refusal`, which makes a sentence of that process.
+    Yields the holder that ended without releasing it, or an empty string. If another process holds the lock, waits for
+    it, or, with a `refusal`, raises ConfigError with the sentence that `refusal` makes of that holder.
     """
     with path.open("ab+", buffering=0) as lock:
         try:

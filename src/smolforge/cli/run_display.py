@@ -231,7 +231,7 @@ def sparkline(values: Sequence[float | None], width: int, ends: tuple[float, flo
 
 
 def finite_range(values: Sequence[float | None]) -> tuple[float, float]:
-    """Return the minimum and maximum of the finite values, NaN where there is none."""
+    """Return the minimum and maximum of the finite values, or NaN if there are none."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return min(finite, default=math.nan), max(finite, default=math.nan)
 

@@ -68,7 +68,7 @@ class Report:
 
 
 def format_number(value: float | None, spec: str) -> str:
-    """As people read it; a dash where there is none."""
+    """Return the value as text, or a dash if it is missing."""
     return MISSING if value is None else format(value, spec)
 
 

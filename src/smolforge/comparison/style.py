@@ -170,7 +170,7 @@ def write_figure(figure: Figure, file: Path) -> None:
 
 
 def finish_axes(axes: Axes, entries: LegendEntries = (), **settings: Any) -> None:
-    """Set labels and limits, short ticks, a little room at the sides, and the figure's legend."""
+    """Set labels, limits, short ticks, margins at the sides, and the legend of the figure."""
     axes.set(**settings)
     axes.tick_params(length=3, width=0.6)
     axes.margins(x=0.015)

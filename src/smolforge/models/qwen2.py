@@ -25,11 +25,6 @@ FAMILY = Family(
     norm=residual_rms_norm,
     feed_forward=MLP,
     config_defaults={**CONFIG_DEFAULTS, "num_key_value_heads": 32, "max_position_embeddings": 32768},
-    config_fixed={
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "use_mrope": False,
-    },
+    config_fixed={"attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, "use_mrope": False},
     gguf=GGUFNames("qwen2"),
 )

@@ -51,7 +51,7 @@ TaskScores = dict[str, dict[str, Any]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is none."""
+    """Return the JSON object in a file, or an empty one if the file is missing."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

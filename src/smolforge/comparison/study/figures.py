@@ -28,7 +28,7 @@ SEED_OFFSET = 0.2
 
 
 def run_points(run: RunMeasurements, metric: str, x_axis: XAxis, *, flops: int) -> dict[float, tuple[float, float]]:
-    """What one run measured: by step, where it lies, at so many FLOPs a token, and the value."""
+    """One measurement of a run: its step, its position on the axis, FLOPs per token, and the value."""
     points = {}
     for record, seconds in zip(run.measured, run.speed["seconds"], strict=True):
         step, tokens, value = record["step"], record["tokens"], record[metric]

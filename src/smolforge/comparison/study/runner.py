@@ -72,7 +72,7 @@ class StudyListener(ProgressListener):
     """Who watches a study: its runs, which of how many begins, and what is measured after them."""
 
     def on_run_start(self, name: str, number: int, total: int) -> None:
-        """A run starts, of so many."""
+        """Called when a run starts, with the number of all runs."""
 
     def on_measure_start(self, what: str) -> None:
         """The runs are done, and something is measured of each variant."""

@@ -148,9 +148,13 @@ def one_line_errors(source: str) -> AbstractContextManager[None]:
 
 def call_hub(source: str, action: Callable[[], Any]) -> Any:
     """Call the Hub for a data set, again where it fails for a while. Raises as `rows`."""
+
+    def attempt() -> Any:
+        set_timeout_hook()  # each time: after an error the library may have a new client
+        return action()
+
     with one_line_errors(source):
-        set_timeout_hook()
-        return with_retries(action, RETRY_SECONDS)
+        return with_retries(attempt, RETRY_SECONDS)
 
 
 def explain_error(source: str, name: DatasetName, error: BaseException) -> Exception | None:
