@@ -199,6 +199,21 @@ def test_fastest_dtype_is_robust_to_a_slow_measurement(monkeypatch, times, name)
         return alone / 10 if (seen[dtype], dtype) in ((2, torch.bfloat16), (4, torch.float32)) else alone
 
     monkeypatch.setattr(device_module, "measure_matmul_flops", measured)
-    device_module.fastest_dtype.cache_clear()
+    device_module.explain_fastest_dtype.cache_clear()
     assert device_module.fastest_dtype(CPU) == name
-    device_module.fastest_dtype.cache_clear()
+    device_module.explain_fastest_dtype.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "units", "dtype"),
+    [((7, 5), False, "float32"), ((8, 0), True, "bfloat16"), ((9, 0), True, "bfloat16")],
+)
+def test_gpus_take_bfloat16_only_where_they_have_units_for_it(monkeypatch, capability, units, dtype):
+    """A T4 (7.5) emulates bfloat16, which torch calls supported unless asked not to."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: units or including_emulation)
+    device_module.explain_fastest_dtype.cache_clear()
+    chosen, reason = device_module.explain_fastest_dtype(torch.device("cuda"))
+    assert chosen == dtype
+    assert "{}.{}".format(*capability) in reason
+    device_module.explain_fastest_dtype.cache_clear()

@@ -13,6 +13,7 @@ from smolforge.checkpoint import hub, huggingface, nanotron, peft_adapter, quant
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import ModelConfig, presets
 from smolforge.config.custom_classes import import_classes
+from smolforge.device import check_dtype
 from smolforge.errors import ConfigError, InvalidFileError, did_you_mean
 from smolforge.models.decoder import LanguageModel, build, meta_model
 from smolforge.models.quantized import QuantizationScheme
@@ -38,6 +39,7 @@ def load(
     """
     import_classes(own)
     dtype = torch_dtype(dtype)
+    check_dtype(dtype, torch.device(device))
     if not Path(model).exists() and str(model) in presets.names():
         if not random:
             raise ConfigError(f"{_preset_message(str(model))} (--random insists)")

@@ -27,7 +27,7 @@ from torch import Tensor
 from smolforge import atomic
 from smolforge.checkpoint import huggingface, peft_adapter, safetensors_writer
 from smolforge.config import ModelConfig
-from smolforge.device import synchronize
+from smolforge.device import is_async, synchronize
 from smolforge.errors import InvalidFileError, NewerFormatError
 from smolforge.models import lora
 from smolforge.models.decoder import LanguageModel
@@ -91,7 +91,7 @@ class StagingBuffer:
         for name, tensor in tensors.items():
             if name not in self.buffers:
                 self.buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self.buffers[name].copy_(tensor.detach(), non_blocking=True)
+            self.buffers[name].copy_(tensor.detach(), non_blocking=is_async(tensor.device))
         for device in {tensor.device for tensor in tensors.values()}:
             synchronize(device)
         return {name: self.buffers[name] for name in tensors}

@@ -23,7 +23,7 @@ class LoadingFlags:
     dtype: str = "float32"
     """float32, bfloat16, float16 or float64."""
     device: str = "auto"
-    """cpu, cuda or mps; auto takes the fastest present."""
+    """cpu, cuda or mps; auto is cuda where that is present, else cpu: mps must be asked for."""
     random: bool = False
     """Let a preset be used with random weights."""
 

@@ -58,7 +58,7 @@ class Train(Settings):
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log of the softmax's normaliser in what is minimised; PaLM used 1e-4, 0 is off."""
     device: Annotated[str, FREE] = "auto"
-    """cpu, cuda or mps; auto takes the fastest present."""
+    """cpu, cuda or mps; auto is cuda where that is present, else cpu: mps must be asked for."""
     rank_timeout_seconds: Annotated[PositiveInt, FREE] = 600
     """How long a rank waits for another within a step before it takes it for hung, and ends."""
     checkpoint_every: Annotated[PositiveInt | None, FREE] = 1000

@@ -1,6 +1,7 @@
 """What this machine is and what it can do: device, dtype, speed, memory, and the CPU cores that a process may use."""
 
 import functools
+import logging
 import os
 import platform
 import resource
@@ -15,6 +16,8 @@ import torch
 
 from smolforge.errors import ConfigError, MissingResourceError
 
+log = logging.getLogger("smolforge")
+
 DTYPES = {"float32": torch.float32, "tfloat32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 MIN_SPEEDUP = 1.5
 """How many times as fast bfloat16 must be to be chosen."""
@@ -22,12 +25,13 @@ CGROUP_ROOT, PROCESS_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Pick a device by name. `auto` is the fastest one present; where several ranks train, each has a GPU of its own.
+    """Pick a device by name. `auto` is a CUDA GPU or the CPU; where several ranks train, each has a GPU of its own.
 
-    Raises MissingResourceError for a device that is not there, ConfigError for one that cannot be shared so.
+    An Apple GPU must be asked for, and is warned of, until a run on one was checked. Raises MissingResourceError for a
+    device that is not there, ConfigError for one that cannot be shared so.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if local_rank is not None:
         name = device_of_rank(name, local_rank)
     if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
@@ -37,7 +41,18 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise MissingResourceError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if device.type == "mps":
+        warn_of_apple_gpu()
     return device
+
+
+@functools.cache
+def warn_of_apple_gpu() -> None:
+    """Say once in a process what is known of Apple GPUs here."""
+    log.warning(
+        "no run on an Apple GPU (mps) was checked by this project: if the loss is NaN or rises, use --train.device cpu "
+        "(--device cpu of other commands), and send a report: docs/machines.md"
+    )
 
 
 def device_of_rank(name: str, local_rank: int) -> str:
@@ -62,23 +77,43 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
+    check_dtype(DTYPES[name], device)
     return DTYPES[name]
 
 
-@functools.cache
-def fastest_dtype(device: torch.device) -> str:
-    """bfloat16 where the device multiplies it clearly faster than fp32, which on a processor is measured.
+def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ConfigError for a dtype that the device cannot hold."""
+    if dtype == torch.float64 and widest_float(device) != torch.float64:
+        raise ConfigError(f"dtype is float64, which the device {str(device)!r} does not have; use float32, or the CPU")
 
-    Without units for it a processor takes seven times as long; an Apple GPU is not known well enough.
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the dtype for sums and metrics on a device: float64, which an Apple GPU does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """Return bfloat16 where the device multiplies it clearly faster than fp32, else float32."""
+    return explain_fastest_dtype(device)[0]
+
+
+@functools.cache
+def explain_fastest_dtype(device: torch.device) -> tuple[str, str]:
+    """Return the fastest dtype and why it is that. On a CPU it is measured: without units for it one is seven times
+    as slow.
     """
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        capability = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", f"this GPU ({capability}) has units for bfloat16"
+        return "float32", f"this GPU ({capability}) only emulates bfloat16; 8.0 and later have units for it"
     if device.type != "cpu":
-        return "float32"
+        return "float32", "bfloat16 was not checked on an Apple GPU"
     dtypes = (torch.bfloat16, torch.float32)
     pairs = [[measure_matmul_flops(device, dtype, runs=2) for dtype in dtypes] for _ in range(5)]
     ratio = statistics.median(half / full for half, full in pairs)  # in turn, so that other programs hit both alike
-    return "bfloat16" if ratio > MIN_SPEEDUP else "float32"
+    dtype = "bfloat16" if ratio > MIN_SPEEDUP else "float32"
+    return dtype, f"bfloat16 is {ratio:.1f} times as fast as float32 here; it is taken beyond {MIN_SPEEDUP:g}"
 
 
 def use_tensor_cores(dtype: str, device: torch.device) -> None:
@@ -122,13 +157,17 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, runs: int) ->
 
 
 def is_async(device: torch.device) -> bool:
-    """Whether the processor can ask for the next thing while the device is at work on this one."""
+    """Whether the CPU can ask for the next thing while the device is at work on this one.
+
+    An Apple GPU reads a tensor after its memory was released, so there each copy is waited for:
+    https://github.com/pytorch/pytorch/issues/189690
+    """
     return device.type == "cuda"
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to a device without waiting for the copy."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Copy a tensor to a device; to a CUDA GPU without waiting for the copy."""
+    return (tensor.pin_memory() if is_async(device) else tensor).to(device, non_blocking=is_async(device))
 
 
 def synchronize(device: torch.device) -> None:

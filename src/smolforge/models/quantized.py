@@ -60,7 +60,7 @@ def quantize_weight(
 def pack(integers: Int8[Tensor, "o i"], bits: int) -> Int32[Tensor, "o w"]:
     """Side by side in words of 32 bits."""
     raised = (integers.int() + 2 ** (bits - 1)).unflatten(-1, (-1, 32 // bits))
-    return (raised << torch.arange(0, 32, bits, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    return (raised << torch.arange(0, 32, bits, dtype=torch.int32, device=integers.device)).sum(-1, dtype=torch.int32)
 
 
 def unpack(packed: Int32[Tensor, "... w"], bits: int) -> Int8[Tensor, "... i"]:

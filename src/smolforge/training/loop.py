@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from smolforge.config import Recipe
 from smolforge.data.batches import Batch
-from smolforge.device import is_async, peak_memory_bytes, synchronize, to_device
+from smolforge.device import is_async, peak_memory_bytes, synchronize, to_device, widest_float
 from smolforge.training.distributed import SINGLE_PROCESS, RankGroup, no_sync
 from smolforge.training.optim import lr_at_step, set_found_inf, set_lr_scale
 from smolforge.training.step_timer import Phase, StepTimer
@@ -204,7 +204,8 @@ def finish_step(
     step_guard: StepGuard | None,
 ) -> TrainState:
     """Wait for a step's metrics, let the guard judge them, and run the callbacks that are due after it."""
-    values = torch.stack([value.double() for value in pending.metrics.values()]).tolist()
+    widest = widest_float(pending.metrics["loss"].device)
+    values = torch.stack([value.to(widest) for value in pending.metrics.values()]).tolist()
     values_by_name = dict(zip(pending.metrics, values, strict=True))
     skip_reason = None
     if step_guard is not None:

@@ -31,7 +31,14 @@ from smolforge.comparison.step_times import time_shares
 from smolforge.config import Recipe, presets
 from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
 from smolforge.config.model import ModelConfig
-from smolforge.device import describe_device, fastest_dtype, matmul_flops_per_second, memory_bytes, pick_device
+from smolforge.device import (
+    describe_device,
+    explain_fastest_dtype,
+    fastest_dtype,
+    matmul_flops_per_second,
+    memory_bytes,
+    pick_device,
+)
 from smolforge.device.environment import describe_environment, find_slowdowns
 from smolforge.errors import ConfigError
 from smolforge.formatting import flatten, format_bytes, format_duration, format_setting
@@ -167,9 +174,11 @@ def _fastest_dtype(recipe: Recipe, start: Mapping[str, Any]) -> str | None:
 
 def _machine_report() -> dict[str, Any]:
     device, environment = pick_device("auto"), describe_environment(os.environ)
+    dtype, reason = explain_fastest_dtype(device)
     return {
         **describe_device(device),
-        "dtype": fastest_dtype(device),
+        "dtype": dtype,
+        "dtype_reason": reason,
         "memory_bytes": memory_bytes(device),
         "float32_flops_per_second": matmul_flops_per_second(device, torch.float32),
         "bfloat16_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
