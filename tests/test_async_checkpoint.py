@@ -347,8 +347,8 @@ def test_resume_refuses_an_edited_recipe(tmp_path, recipe_file):
 
 def test_run_lock_of_a_dead_process_is_taken_over(tmp_path, recipe_file, caplog):
     train(recipe_file, tmp_path / "run")
-    assert (tmp_path / "run" / ".lock").read_text() == ""
-    (tmp_path / "run" / ".lock").write_text("4711 on elsewhere")
+    assert not (tmp_path / "run" / ".lock-holder").exists()
+    (tmp_path / "run" / ".lock-holder").write_text("4711 on elsewhere")
     train(recipe_file, tmp_path / "run")
     assert "process 4711 on elsewhere left" in caplog.text
     assert "is taken over" in caplog.text

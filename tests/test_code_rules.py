@@ -12,7 +12,7 @@ LONGEST_FUNCTION = 50
 VAGUE = {"found", "said", "told", "each", "place", "given", "made", "taken", "there"}
 """Names that say nothing of the thing they are bound to."""
 MAX_VAGUE_SHARE = 0.003
-MAX_TOP_LEVEL_NAMES = 20
+MAX_TOP_LEVEL_NAMES = 21
 MAX_SOURCE_LINES = 31_233
 """The ledger: lines of Python in the package. It only goes down: what needs more takes as much away elsewhere."""
 MAX_POSITIONAL = 3

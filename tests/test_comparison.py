@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -24,7 +25,13 @@ from smolforge.runs import train
 from smolforge.training.run_folder import as_line
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HELD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('77 on here'); f.flush()"
+HOLD = """
+import pathlib, sys
+from smolforge.atomic import lock_file
+with lock_file(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def step_line(step: int, **more) -> dict:
@@ -126,14 +133,13 @@ def test_run_history_reports_a_running_process(tmp_path):
     folder = make_run(tmp_path / "run", 5, [start()])
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    code = f"{HELD}; print('held', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, folder / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout.readline() == b"held\n"
+    command = [sys.executable, "-c", HOLD, folder / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline().strip() == b"held"
         run = read_history(folder)
-        child.stdin.close()
-    assert (run.state, run.reason, run.step) == ("running", "process 77 on here trains it", 5)
+        child.kill()
+    holder = f"{child.pid} on {socket.gethostname()}"
+    assert (run.state, run.reason, run.step) == ("running", f"process {holder} trains it", 5)
     assert read_history(folder).state == "killed"
 
 

@@ -8,9 +8,9 @@ hash of itself, so that a flipped bit in it is noticed as well; the rule of that
 """
 
 import errno
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -20,11 +20,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, NewerFormatError
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from smolforge import operating_system
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, NewerFormatError
+from smolforge.operating_system import fsync_path
+
+log = logging.getLogger("smolforge")
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a lock fails with on a file system that has none."""
 
 
 def write_dir_atomic(
@@ -56,7 +62,7 @@ def write_file_atomic(path: Path, fill: Callable[[Path], None], needed_bytes: in
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a file by a text, atomically. Raises MissingResourceError where that fails."""
     with _replacement(path, len(text.encode())) as temporary:
-        temporary.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8", newline="\n")
 
 
 @contextmanager
@@ -66,7 +72,7 @@ def _replacement(path: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         yield temporary
         fsync_path(temporary)
-        temporary.replace(path)
+        operating_system.replace(temporary, path)
         fsync_path(path.parent)
     except (Exception, KeyboardInterrupt) as error:
         failure = write_error(path, error, needed_bytes)  # with the room there was
@@ -88,8 +94,8 @@ def _is_write_error(error: BaseException, folder: Path) -> bool:
 def write_error(path: Path, error: BaseException, needed_bytes: int) -> MissingResourceError:
     """Return the error for a write that failed."""
     reason = str(error)
-    full = isinstance(error, OSError) and error.errno in _DISK_FULL
-    if not full and not any(f"(os error {number})" in reason for number in _DISK_FULL):
+    full = isinstance(error, OSError) and error.errno in operating_system.DISK_FULL_ERRORS
+    if not full and not any(f"(os error {number})" in reason for number in operating_system.DISK_FULL_ERRORS):
         return MissingResourceError(f"{path} could not be written: {reason}")
     needs = f"needs {needed_bytes:,} bytes and" if needed_bytes else "needs more:"
     return MissingResourceError(
@@ -118,59 +124,75 @@ def remove_dir_atomic(folder: Path) -> None:
     """Delete a folder so that no half of it ever bears its name."""
     temporary = folder.with_name(f".tmp-removed-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    folder.rename(temporary)
+    operating_system.replace(folder, temporary)
     fsync_path(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fsync_path(path: Path) -> None:
-    """Make a file's content, or the names in a directory, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def lock_file(path: Path, refusal: Callable[[str], str] | None = None) -> Iterator[str]:
-    """Hold a lock. It is released when this process ends, also by a kill. The file names its holder: `1234 on host`.
+    """Hold a lock. It is released when this process ends, also by a kill. A file beside it names the holder.
 
     Yields the holder that ended without releasing it, or an empty string. If another process holds the lock, waits for
-    it, or, with a `refusal`, raises ConfigError with the sentence that `refusal` makes of that holder.
+    it, or, with a `refusal`, raises ConfigError with the sentence that `refusal` makes of that holder: `1234 on host`.
     """
-    with path.open("ab+", buffering=0) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
-        except BlockingIOError:
-            assert refusal is not None
-            raise ConfigError(refusal(_holder(path))) from None
+    try:
+        lock = _acquire(path, 0.0 if refusal else -1.0)
+    except Timeout:
+        assert refusal is not None
+        raise ConfigError(refusal(_holder(path))) from None
+    try:
         left = _holder(path)
-        lock.truncate(0)
         with suppress(OSError):  # a full disk keeps nobody from the lock, only from saying whose it is
-            lock.write(f"{os.getpid()} on {socket.gethostname()}".encode())
+            _holder_path(path).write_text(f"{os.getpid()} on {socket.gethostname()}", "utf-8", newline="\n")
         try:
             yield left
         finally:
-            if path.exists():  # and was not deleted with its folder
-                lock.truncate(0)
+            with suppress(OSError):
+                _holder_path(path).unlink()
+    finally:
+        lock.release()
 
 
 def lock_holder(path: Path) -> str | None:
     """Return the process that has a lock now: `1234 on host`. None where nobody has it, or it cannot be read."""
     try:
-        with path.open("rb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return _holder(path)
+        if _holder_path(path).exists():  # else nobody has it, and no lock file is made to find that out
+            _acquire(path, 0.0).release()
+    except Timeout:
+        return _holder(path)
     except OSError:
-        pass  # never locked, or not ours to read
+        pass  # not ours to read
     return None
 
 
+def _acquire(path: Path, timeout: float) -> BaseFileLock:
+    """Acquire a lock within so many seconds (-1: wait). Raises filelock.Timeout.
+
+    Where the file system has no locks, such as Lustre without flock, the existence of a file is the lock.
+    """
+    try:
+        return FileLock(path, fallback_to_soft=False, preserve_lock_file=True).acquire(timeout).lock
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+            raise
+        marker = path.with_name(f"{path.name}-file")
+        log.warning(
+            "%s is on a file system without locks (%s); %s stands for one, and is to be deleted by hand after a crash "
+            "of the machine", path.parent, error.strerror, marker.name,
+        )  # fmt: skip
+        return SoftFileLock(marker).acquire(timeout).lock
+
+
+def _holder_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}-holder")
+
+
 def _holder(path: Path) -> str:
-    return path.read_text("utf-8", errors="replace").strip()
+    try:
+        return _holder_path(path).read_text("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def file_digest(path: Path) -> dict[str, Any]:
@@ -180,14 +202,14 @@ def file_digest(path: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format_version": FORMAT_VERSION,
         **metadata,
         "files": {name: file_digest(folder / name) for name in names},
     }
     manifest["sha256"] = manifest_hash(manifest)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    with (folder / MANIFEST).open("w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
 

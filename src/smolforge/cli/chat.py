@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolforge import atomic
+from smolforge import atomic, operating_system
 from smolforge.cli import handle_signal, one_line
 from smolforge.cli.flags import LoadingFlags
 from smolforge.cli.generate import (
@@ -86,7 +86,8 @@ def converse(model: "LanguageModel", options: Generation, system: str | None = N
     if system is not None:
         session.system(system)
     print_note(session.greeting)
-    enable_line_editing()
+    if sys.stdin.isatty():
+        operating_system.enable_line_editing()
     with handle_signal(signal.SIGTERM, _end):
         while True:
             try:
@@ -344,15 +345,6 @@ def _defer_interrupt() -> Iterator[Callable[[], bool]]:
 def _end(*_: object) -> None:
     """End the chat, which a Ctrl-C would not: it only stops an answer."""
     raise Stopped("the chat was ended by a signal", 130)
-
-
-def enable_line_editing() -> None:
-    """Turn on line editing, history and bracketed paste where readline is installed."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            import readline
-
-            readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 def read_message() -> str:

@@ -2,11 +2,8 @@
 
 import functools
 import logging
-import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from smolforge import operating_system
 from smolforge.errors import ConfigError, MissingResourceError
 
 log = logging.getLogger("smolforge")
@@ -182,12 +180,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory so far: of the accelerator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # getrusage's begins with that of the process which started this one
-        with Path("/proc/self/status").open(encoding="utf-8") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return operating_system.peak_memory_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -241,8 +234,7 @@ def _cpu_name() -> str:
 
 def usable_cores() -> float:
     """Return the cores that a process may use, no more than its container's quota; may be a fraction."""
-    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return min(float(allowed), *cpu_quotas())
+    return min(float(operating_system.allowed_cores()), *cpu_quotas())
 
 
 def cpu_quotas(process_cgroup: Path = PROCESS_CGROUP, root: Path = CGROUP_ROOT) -> list[float]:

@@ -9,12 +9,10 @@ then holds more than its trace (`power.after_power_loss`) says, which is how to 
 
 import builtins
 import errno
-import fcntl
 import importlib
 import io
 import itertools
 import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -155,6 +153,22 @@ def folder_content(folder: Path) -> dict[Path, bytes | None]:
     return {path.relative_to(folder): None if path.is_dir() else path.read_bytes() for path in paths}
 
 
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that was opened below the folder."""
+
+    path: Path
+    """Relative to the folder; the present one, also after a rename."""
+    appends: bool
+    identity: tuple[int, int]
+
+
+def identity_of(file: int) -> tuple[int, int]:
+    """Return what tells an open file from any other."""
+    stat = os.fstat(file)
+    return stat.st_dev, stat.st_ino
+
+
 class _Calls:
     """Replacements for the functions of `os` that change a disk. Calls for other folders pass through."""
 
@@ -162,6 +176,7 @@ class _Calls:
         self.folder, self.rule, self.lock = folder, rule, threading.RLock()
         self.real: dict[str, Callable[..., Any]] = dict(vars(os))
         self.real_open = io.open
+        self.opened: dict[int, OpenFile] = {}
 
     def os_replacements(self) -> dict[str, Callable[..., Any]]:
         """Return the replacements by the names of `os`."""
@@ -177,11 +192,20 @@ class _Calls:
     def relative_path(self, path: Any, dir_fd: int | None = None) -> Path | None:
         """Return the path, relative to the folder, of a path or an open file; None if it is not below the folder."""
         if isinstance(path, int):
-            resolved = path_of(path)
-        else:
-            full_path = Path(path_of(dir_fd) if dir_fd is not None else Path.cwd(), os.fsdecode(path))
-            resolved = full_path.parent.resolve() / full_path.name
+            return self.opened[path].path if self.is_open(path) else None
+        parent = self.relative_path(dir_fd) if dir_fd is not None else None
+        if dir_fd is not None and parent is None:
+            return None
+        full_path = Path(self.folder / parent if parent is not None else Path.cwd(), os.fsdecode(path))
+        resolved = full_path.parent.resolve() / full_path.name
         return resolved.relative_to(self.folder) if resolved.is_relative_to(self.folder) else None
+
+    def is_open(self, file: int) -> bool:
+        """Whether a file descriptor is one that was opened below the folder, and not another that got its number."""
+        try:
+            return file in self.opened and self.opened[file].identity == identity_of(file)
+        except OSError:  # it is closed
+            return False
 
     def open_file(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         if set(mode) & set("wax+") and self.relative_path(file) is not None:
@@ -192,19 +216,22 @@ class _Calls:
         def perform(_: Operation) -> int:
             return self.real["open"](path, flags, mode, dir_fd=dir_fd)
 
-        inner_path = self.relative_path(path, dir_fd) if flags & (os.O_CREAT | os.O_TRUNC) else None
-        exists = inner_path is not None and os.path.lexists(self.folder / inner_path)
-        if inner_path is None or (exists and not flags & os.O_TRUNC):
+        inner_path = self.relative_path(path, dir_fd)
+        if inner_path is None:
             return self.real["open"](path, flags, mode, dir_fd=dir_fd)
-        return self.apply_rule(Operation("truncate" if exists else "create", inner_path), perform)
+        exists = os.path.lexists(self.folder / inner_path)
+        changes = flags & os.O_TRUNC if exists else flags & os.O_CREAT
+        operation = Operation("truncate" if exists else "create", inner_path)
+        file = self.apply_rule(operation, perform) if changes else perform(operation)
+        self.opened[file] = OpenFile(inner_path, bool(flags & os.O_APPEND), identity_of(file))
+        return file
 
     def write(self, file: int, data: Any) -> int:
         inner_path = self.relative_path(file)
         if inner_path is None:
             return self.real["write"](file, data)
         with self.lock:
-            appends = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_APPEND
-            offset = os.fstat(file).st_size if appends else os.lseek(file, 0, os.SEEK_CUR)
+            offset = os.fstat(file).st_size if self.opened[file].appends else os.lseek(file, 0, os.SEEK_CUR)
             operation = Operation("write", inner_path, offset, bytes(data))
             return self.apply_rule(operation, lambda applied: self.real["write"](file, applied.data))
 
@@ -213,13 +240,20 @@ class _Calls:
             source_path = self.relative_path(source, kwargs.get("src_dir_fd"))
             target_path = self.relative_path(target, kwargs.get("dst_dir_fd"))
             if source_path is None or target_path is None:
-                return self.real[name](source, target, **kwargs)
-            return self.apply_rule(
-                Operation("rename", source_path, target=target_path),
-                lambda _: self.real[name](source, target, **kwargs),
-            )
+                self.real[name](source, target, **kwargs)
+                return
+            with self.lock:
+                operation = Operation("rename", source_path, target=target_path)
+                self.apply_rule(operation, lambda _: self.real[name](source, target, **kwargs))
+                self.follow(source_path, target_path)
 
         return move
+
+    def follow(self, source: Path, target: Path) -> None:
+        """Record the new paths of open files after a rename."""
+        for file, opened in self.opened.items():
+            if opened.path.is_relative_to(source):
+                self.opened[file] = replace(opened, path=target / opened.path.relative_to(source))
 
     def one_path(self, name: str, kind: Kind) -> Callable[..., Any]:
         def act(path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,10 +273,3 @@ class _Calls:
         if self.relative_path(target) is not None:
             raise OSError(errno.EINVAL, "files that are watched are copied by write")
         return self.real["sendfile"](target, *args, **kwargs)
-
-
-def path_of(file: int) -> Path:
-    """Return the current path of an open file or folder, also after a rename."""
-    if sys.platform == "darwin":
-        return Path(os.fsdecode(fcntl.fcntl(file, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
-    return Path(f"/proc/self/fd/{file}").readlink()

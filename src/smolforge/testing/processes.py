@@ -6,26 +6,29 @@ process that has computed with torch would hang: its threads are not copied.)
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import psutil
 
 PRELOADED = ["smolforge.tokenizer", "smolforge.runs", "smolforge.cli.run_display", "cyclopts", "torch._dynamo"]
 PRELOADED += ["smolforge.tracking.tensorboard"]
 """What is imported before the first child; tests may add what their own files begin with."""
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PAUSE_SECONDS = 0.0002
 """Between two looks at a child: a thirtieth of a small save, and a processor that others can use."""
 
 
 def start(work: Callable[..., object], *arguments: object) -> BaseProcess:
     """Run an importable function in a process of its own, and do not wait for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "smolforge.testing.preloaded"])
+    context: Any = multiprocessing.get_context(START_METHOD)
+    if START_METHOD == "forkserver":
+        context.set_forkserver_preload([*PRELOADED, "smolforge.testing.preloaded"])
     child = context.Process(target=work, args=arguments)
     child.start()
     return child
@@ -45,7 +48,7 @@ def wait_for_exit(child: BaseProcess) -> int:
 
 def die(*_: object) -> NoReturn:
     """Kill this process: no handler, no cleaning up."""
-    os.kill(os.getpid(), signal.SIGKILL)
+    psutil.Process().kill()
     raise AssertionError("unreachable")
 
 
@@ -70,12 +73,12 @@ def send_when(child: BaseProcess, number: int, ready: Callable[[], bool], *, del
 
 @contextmanager
 def paused(process: int) -> Iterator[None]:
-    """Stop a process as SIGSTOP does, and let it go on at the end."""
-    os.kill(process, signal.SIGSTOP)
+    """Stop a process for a while, and let it go on at the end."""
+    psutil.Process(process).suspend()
     try:
         yield
     finally:
-        os.kill(process, signal.SIGCONT)
+        psutil.Process(process).resume()
 
 
 def on_small_disk(folder: Path, size_bytes: int) -> list[str]:

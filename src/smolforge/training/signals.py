@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from smolforge.errors import Stopped
+from smolforge.operating_system import SCHEDULER_SIGNALS
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
-"""SIGUSR1 and SIGUSR2 are what schedulers send before they take the machine away."""
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, **dict.fromkeys(SCHEDULER_SIGNALS, 75)}
 
 
 class StopRequest:

@@ -17,6 +17,7 @@ from multiprocessing import connection
 from queue import Empty
 from typing import Any
 
+from smolforge import operating_system
 from smolforge.data.prepare import jobs
 from smolforge.data.prepare.jobs import PrepareJob
 from smolforge.errors import MissingResourceError
@@ -58,7 +59,7 @@ def run_in_processes(todo: Sequence[PrepareJob], report: jobs.ProgressCallback, 
     with worker_pool(workers, context, progress_queue) as pool:
         while True:
             while len(pending) < 2 * workers and (job := next(remaining, None)) is not None:
-                with block_sigint():
+                with operating_system.sigint_blocked():
                     pending.append((job, pool.submit(run_in_worker, replace(job, exclusive=False))))
             if not pending:
                 return
@@ -95,27 +96,11 @@ def worker_pool(workers: int, context: Any, progress_queue: Any) -> Iterator[Pro
         pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def block_sigint() -> Iterator[None]:
-    """Block SIGINT: processes started here never receive Ctrl-C, and this one receives it afterwards."""
-    received: list[int] = []
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.signal(signal.SIGINT, lambda *_: received.append(1)) if in_main_thread else None
-    try:
-        yield
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
-
-
 def init_worker(progress_queue: Any) -> None:
     """Set up a new worker process, so that it ends with its parent."""
     global _progress_queue
     _progress_queue = progress_queue
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
 

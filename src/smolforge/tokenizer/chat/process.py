@@ -6,19 +6,24 @@ it is late, started again when it is gone, and never shared with a fork.
 
 import atexit
 import json
-import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+from smolforge import operating_system
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 
 RENDER_SECONDS = 1.0
 """For one render. The official template takes a thousandth of it."""
 MAX_CHARACTERS = 1 << 20
 MEMORY_BYTES = 128 << 20
+START_BYTES = 64 << 20
+"""For Python and Jinja, at most."""
+WATCH_SECONDS = 0.02
+"""Between two looks at the child's memory, on systems that do not limit it."""
 START_SECONDS = 30.0
 """For Python and Jinja to start: a tenth of a second, but more on a machine that is busy."""
 
@@ -78,29 +83,28 @@ class Worker:
         for fresh in (self.child is None, True):
             child = self.child if self.child and self.child.poll() is None else self._start()
             try:
-                answer, late = _exchange(child, line, seconds)
+                answer, killed_as = _exchange(child, line, seconds)
             except BaseException:  # Ctrl-C between question and answer: the next question must not read this answer
                 self.close()
                 raise
             if answer:
                 return json.loads(answer)
             self.close()
-            if late:
-                return {"error": "late", "says": ""}
+            if killed_as:
+                return {"error": killed_as, "says": "MemoryError" if killed_as == "large" else ""}
             if fresh:
                 break
         return {"error": "gone", "says": ""}
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
-        # A session of its own, so that Ctrl-C in the terminal is not its business.
         self.child = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            start_new_session=True,
+            **operating_system.OWN_SESSION,
         )
         line = json.dumps({"memory_bytes": MEMORY_BYTES}).encode() + b"\n"
         if not _exchange(self.child, line, START_SECONDS)[0]:
@@ -111,23 +115,38 @@ class Worker:
         return self.child
 
 
-def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> tuple[bytes, bool]:
-    """Write a line and return the next one, empty where the child ends instead, and whether it was killed as late."""
+def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> tuple[bytes, str]:
+    """Write a line and return the next one, and an error that the child was killed for.
+
+    The line is empty where the child ends instead.
+    """
     assert child.stdin and child.stdout
-    late = threading.Event()
-    timer = threading.Timer(seconds, lambda: (late.set(), child.kill()))
-    timer.start()
+    answered, killed_as = threading.Event(), list[str]()
+    limits = {"seconds": seconds, "killed_as": killed_as}
+    threading.Thread(target=_watch, args=(child, answered), kwargs=limits, daemon=True).start()
     answer, unsent = b"", memoryview(line)
     try:
         while unsent:
             unsent = unsent[child.stdin.write(unsent) :]
         while not answer.endswith(b"\n") and (piece := child.stdout.read(1 << 20)):
             answer += piece
-    except BrokenPipeError:
-        pass
+    except OSError as error:
+        if not operating_system.is_broken_pipe(error):
+            raise
     finally:
-        timer.cancel()
-    return answer if answer.endswith(b"\n") else b"", late.is_set()
+        answered.set()
+    return answer if answer.endswith(b"\n") else b"", "".join(killed_as)
+
+
+def _watch(child: subprocess.Popen[bytes], answered: threading.Event, *, seconds: float, killed_as: list[str]) -> None:
+    """Kill a child that does not answer in time, or takes too much memory where the system sets no limit."""
+    deadline = time.monotonic() + seconds
+    while not answered.wait(seconds if operating_system.HAS_RESOURCE_LIMITS else WATCH_SECONDS):
+        late = time.monotonic() >= deadline
+        if late or operating_system.memory_bytes(child.pid) > MEMORY_BYTES + START_BYTES:
+            killed_as.append("late" if late else "large")
+            child.kill()
+            return
 
 
 def _close_pipes(child: subprocess.Popen[bytes]) -> None:
@@ -138,5 +157,4 @@ def _close_pipes(child: subprocess.Popen[bytes]) -> None:
 
 WORKER = Worker()
 atexit.register(WORKER.close)
-if os.name == "posix":
-    os.register_at_fork(after_in_child=WORKER.forget)
+operating_system.call_after_fork(WORKER.forget)

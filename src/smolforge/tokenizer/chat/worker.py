@@ -2,7 +2,7 @@
 
 A template comes with a model, from anyone. Jinja's sandbox keeps it from Python's insides, but not from
 `'a' * 10**9` or a loop without end, so this process is small, limited, and its parent kills it when it is late.
-Run as a script; it imports nothing of smolforge, so that it starts in a tenth of a second.
+Run as a script; it imports nothing of smolforge that imports much, so that it starts in a tenth of a second.
 """
 
 import html  # noqa: F401  (this and what is marked alike: a filter would import it when no file can be opened any more)
@@ -10,7 +10,6 @@ import json
 import os
 import pprint  # noqa: F401
 import random  # noqa: F401
-import signal
 import sys
 import textwrap  # noqa: F401
 from datetime import datetime
@@ -23,6 +22,9 @@ import jinja2.debug
 import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
+
+sys.path.append(str(Path(__file__).parents[3]))
+from smolforge import operating_system
 
 MAX_CACHED_TEMPLATES = 8
 
@@ -140,43 +142,21 @@ def handle_request(request: dict[str, Any], cache: dict[str, jinja2.Template]) -
         return {"error": "failed", "says": f"{type(error).__name__}: {error}"}
 
 
-def limit_resources(memory_bytes: int) -> None:
-    """Forbid new files and processes, and limit memory, from here on; what is open stays open."""
-    try:
-        import resource
-    except ImportError:  # not a POSIX system; smolforge's templates run on none of those
-        return
-    status = Path("/proc/self/statm")
-    pages = int(status.read_text().split()[0]) if status.exists() else 0
-    limits = {
-        resource.RLIMIT_AS: pages * resource.getpagesize() + memory_bytes,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NPROC: 0,
-        resource.RLIMIT_NOFILE: 0,
-    }
-    for kind, maximum in limits.items():
-        try:
-            resource.setrlimit(kind, (maximum, maximum))
-        except (ValueError, OSError):  # macOS refuses some
-            continue
-
-
 def main() -> None:
     """Serve until stdin ends."""
     cache: dict[str, jinja2.Template] = {}
     first = json.loads(sys.stdin.buffer.readline())
     # Once through everything that is imported or opened at first use.
     handle_request({"source": "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}", "variables": {}, "characters": 99}, {})
-    limit_resources(first["memory_bytes"])
+    operating_system.limit_resources(first["memory_bytes"])
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         request = json.loads(line)
         # Should the parent be gone, nobody else ends a loop without end.
-        signal.setitimer(signal.ITIMER_REAL, 2 * request["seconds"])
+        operating_system.exit_after(2 * request["seconds"])
         reply = handle_request(request, cache)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        operating_system.exit_after(0)
         sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
         if reply.get("error") == "large":
