@@ -100,10 +100,18 @@ def describe_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         "cores": usable_cores(),
         "physical_cores": psutil.cpu_count(logical=False),
         "machine_cores": os.cpu_count(),
-        "load": round(psutil.getloadavg()[0], 2),
+        "load": load_average(),
         "variables": recorded_variables(environment),
         "tracing": active_tracers(),
     }
+
+
+def load_average() -> float | None:
+    """Return the load of the last minute; None where Windows' performance counters, which it is from, are disabled."""
+    try:
+        return round(psutil.getloadavg()[0], 2)
+    except (RuntimeError, OSError):
+        return None
 
 
 def active_tracers() -> list[str]:
