@@ -20,7 +20,8 @@ test-long: $(VENV)/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	for system in linux darwin win32; do \
+		$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --python-platform $$system || exit; done
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.test

@@ -66,12 +66,22 @@ def test_modules_follow_the_code_rules(path):
             literal = len(node.args) > 1 and isinstance(node.args[1], ast.Constant)
             assert not (node.func.id == "getattr" and literal)
             assert not (below and node.func.id == "print")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            writes_text = node.func.attr == "write_text" or (node.func.attr == "open" and is_text_mode(node.args[:1]))
+            keywords = {keyword.arg for keyword in node.keywords}
+            assert not writes_text or "newline" in keywords, "a text has the same bytes on every system"
         if isinstance(node, ast.Attribute) and below:
             assert not (node.attr in ("environ", "getenv", "argv") and isinstance(node.value, ast.Name))
         if isinstance(node, ast.ImportFrom):
             assert node.module != "__future__"
         if isinstance(node, ast.Import):
             assert not {"pickle", "shelve"} & {name.name for name in node.names}
+
+
+def is_text_mode(arguments):
+    """Whether a file is opened to write text."""
+    mode = arguments[0].value if arguments and isinstance(arguments[0], ast.Constant) else "r"
+    return isinstance(mode, str) and bool(set("wax+") & set(mode)) and "b" not in mode
 
 
 def test_long_public_functions_have_docstrings():

@@ -21,7 +21,7 @@ from typing import Any
 IS_WINDOWS = sys.platform == "win32"
 REPLACE_SECONDS = 2.0
 """How long to wait for another program that has a file open, such as a virus scanner."""
-WINDOWS_PATH_LENGTH = 259
+POSIX_PATH_LENGTH, WINDOWS_PATH_LENGTH, WINDOWS_LONG_PATH_LENGTH = 4095, 259, 32_766
 WINDOWS_DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", re.IGNORECASE)
 NAME_FORBIDDEN = re.compile(r'[<>:"|?*\\/\x00-\x1f]|[. ]$')
 
@@ -84,14 +84,31 @@ def replace(source: Path, target: Path) -> None:
             time.sleep(0.02)
 
 
-def is_broken_pipe(error: OSError) -> bool:
+def is_broken_pipe(error: Exception) -> bool:
     """Return whether a write failed since nobody reads the other end of a pipe."""
-    return error.errno in BROKEN_PIPE_ERRORS
+    return isinstance(error, OSError) and error.filename is None and error.errno in BROKEN_PIPE_ERRORS
 
 
-def is_too_long(path: Path) -> bool:
-    """Return whether a path is longer than Windows allows where long paths are not enabled."""
-    return IS_WINDOWS and len(str(path.absolute())) > WINDOWS_PATH_LENGTH
+def max_path_length() -> int:
+    """Return how many characters a path may have."""
+    if sys.platform != "win32":
+        return POSIX_PATH_LENGTH
+    else:  # noqa: RET505 (type checkers for another system skip this part)
+        import winreg
+
+        with (
+            suppress(OSError),
+            winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key,
+        ):
+            if winreg.QueryValueEx(key, "LongPathsEnabled")[0]:
+                return WINDOWS_LONG_PATH_LENGTH
+        return WINDOWS_PATH_LENGTH
+
+
+def relative_path(path: Path, start: Path) -> str:
+    """Return a path relative to a folder, with forward slashes; an absolute one where they are on different drives."""
+    path, start = path.resolve(), start.resolve()
+    return Path(os.path.relpath(path, start) if path.drive == start.drive else path).as_posix()
 
 
 def is_portable_name(name: str) -> bool:

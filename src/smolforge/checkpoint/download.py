@@ -160,5 +160,5 @@ def write_ref(listing: Listing, revision: str, overwrite: bool) -> None:
     with suppress(OSError):  # a cache that may only be read serves as well
         ref.parent.mkdir(parents=True, exist_ok=True)
         temporary = ref.with_name(f".{ref.name}.tmp")
-        temporary.write_text(listing.commit, "utf-8")
+        temporary.write_text(listing.commit, "utf-8", newline="\n")
         temporary.replace(ref)

@@ -336,4 +336,4 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")

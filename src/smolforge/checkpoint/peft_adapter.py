@@ -54,7 +54,7 @@ def adapter_config(settings: Lora, base: str) -> dict[str, Any]:
 def write_adapter(folder: Path, content: dict[str, Any], values: dict[str, Tensor]) -> None:
     """Write both files; `values` are the `lora_parameters` of a model."""
     folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
     safetensors_writer.write(
         folder / WEIGHTS, {f"{PREFIX}{name}.weight": tensor for name, tensor in values.items()}, huggingface.METADATA
     )

@@ -140,7 +140,7 @@ def save_checkpoint(
         if snapshot.adapter:
             peft_adapter.write_adapter(temporary / peft_adapter.FOLDER, snapshot.adapter_settings, snapshot.adapter)
         content = json.dumps({"format_version": FORMAT_VERSION, **snapshot.metadata}, indent=2)
-        (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8")
+        (temporary / TRAINING / STATE).write_text(content + "\n", "utf-8", newline="\n")
 
     return atomic.write_dir_atomic(folder, fill, {"step": snapshot.metadata["step"]}, needed_bytes=snapshot.nbytes)
 

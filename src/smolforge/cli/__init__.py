@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from smolforge import __version__
+from smolforge import __version__, operating_system
 from smolforge.errors import (
     ConfigError,
     FailedOnRankZeroError,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 MAX_LINE_LENGTH = 1200
+TOO_LONG = "{} is longer than the {:,} characters that a path may have here; choose a shorter folder"
 DEFAULT_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other sleep sooner, or one more busy process stops them all: docs/performance.md."""
 HELP = """SmolLM2-135M and its kin, through their whole life.
@@ -55,12 +56,24 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line and leave with its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def prepare_streams() -> None:
+    """Let a console that lacks a character print its code instead, and let Windows' files and pipes have UTF-8.
+
+    An encoding that PYTHONIOENCODING names stays.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):  # a notebook's
+            continue
+        if operating_system.IS_WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+            stream.reconfigure(encoding="utf-8", newline=None if stream is sys.stdin else "\n")
+        if stream is not sys.stdin:
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -112,10 +125,10 @@ def _run(args: Sequence[str], debug: bool) -> int:
         return error.exit_code
     except (ConfigError, InvalidFileError, MissingResourceError, TrainingDivergedError, Stopped) as error:
         return _print_error(error, debug)
-    except BrokenPipeError:
-        _drop_output()
-        return 0
     except Exception as error:
+        if operating_system.is_broken_pipe(error):
+            _drop_output()
+            return 0
         return _print_error(_explain_error(error), debug)
 
 
@@ -125,7 +138,7 @@ def _flush_output() -> None:
         print(end="", flush=True)
     except OSError as error:
         _drop_output()
-        if not isinstance(error, BrokenPipeError):
+        if not operating_system.is_broken_pipe(error):
             raise
 
 
@@ -185,6 +198,8 @@ def _explain_error(error: Exception) -> Exception:
     match error:
         case OSError(errno=errno.ENAMETOOLONG):
             return ConfigError("that name is longer than any file's")
+        case OSError(filename=str(path)) if len(os.path.abspath(path)) > operating_system.max_path_length():  # noqa: PTH100 (of any text)
+            return ConfigError(TOO_LONG.format(path, operating_system.max_path_length()))
         case OSError():
             return MissingResourceError(f"{error.filename}: {error.strerror}" if error.filename else message)
         case ValueError() if "embedded null" in message:

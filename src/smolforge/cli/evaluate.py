@@ -183,7 +183,7 @@ def _write_samples(log: Path, scores: dict[str, list["ItemScore"]], samples: dic
     records = [{"task": name, **score.as_json()} for name, of_task in scores.items() for score in of_task]
     for name, of_task in samples.items():
         records += [{"task": name, "id": str(sample["doc_id"]), **sample} for sample in of_task]
-    log.write_text("".join(f"{json.dumps(record, default=str)}\n" for record in records), "utf-8")
+    log.write_text("".join(f"{json.dumps(record, default=str)}\n" for record in records), "utf-8", newline="\n")
 
 
 def _result_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]]:

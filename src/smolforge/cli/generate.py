@@ -108,7 +108,7 @@ def _print_continuation(model: "LanguageModel", text: str, options: Generation, 
 def _read_stdin() -> str:
     """Return all of standard input."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8-sig")  # Windows' shells may write a mark
     except UnicodeDecodeError as error:
         raise InvalidFileError(f"standard input is not UTF-8 text: {error}") from None
 

@@ -59,7 +59,7 @@ def verify(
         report = verify_model(model, tuple(against or ()), max_length, on_check=print_check)
     content = report.as_json()
     try:
-        out.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        out.write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
     except OSError as error:
         raise MissingResourceError(f"{out} could not be written: {error.strerror}") from None
     if json_:

@@ -13,7 +13,6 @@ chairman assignment problem"; Baruah et al. 1996, "Proportionate progress").
 import hashlib
 import itertools
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -28,6 +27,7 @@ from smolforge.config.data import integer_weights
 from smolforge.data.batches import Batch, TokenWindows
 from smolforge.data.corpus import TRAIN, Corpus, Tokens
 from smolforge.errors import InvalidFileError
+from smolforge.operating_system import relative_path
 from smolforge.tokenizer import Tokenizer
 
 MIXTURE_FILE = "mixture.json"
@@ -160,7 +160,7 @@ class Mixture:
         """What `open` needs: where each corpus is, as seen from the run's folder, and which."""
         sources = {
             name: {
-                "folder": os.path.relpath(corpus.folder.resolve(), self.folder.resolve()),
+                "folder": relative_path(corpus.folder, self.folder),
                 "fingerprint": corpus.fingerprint,
                 "tokens": corpus.size(TRAIN)["tokens"],
             }

@@ -236,7 +236,9 @@ def write_model_card(
     has_loss = origin.run is not None and any("loss" in record for record in origin.run.metrics)
     if origin.run is not None and has_loss:
         draw(origin.run.path, folder / FIGURE, name)
-    (folder / README).write_text(render_card(origin, scores, name, license_id=license_id, figure=has_loss), "utf-8")
+    (folder / README).write_text(
+        render_card(origin, scores, name, license_id=license_id, figure=has_loss), "utf-8", newline="\n"
+    )
 
 
 def render_card(origin: Origin, scores: Sequence[RecordedScore], name: str, *, license_id: str, figure: bool) -> str:

@@ -56,5 +56,5 @@ class Profiler:
         where = "device" if any(row.self_device_time_total for row in averages) else "cpu"
         table = averages.table(f"self_{where}_time_total", LONGEST)
         head = f"{steps} steps of {1e3 * seconds / steps:.2f} ms, and their longest operators\n\n"
-        (self.folder / SUMMARY).write_text(head + table, "utf-8")
+        (self.folder / SUMMARY).write_text(head + table, "utf-8", newline="\n")
         log.info("%s says where the time of %d steps went", self.folder / SUMMARY, steps)

@@ -233,19 +233,19 @@ class Tokenizer:
         The chat template has a file of its own, as now usual, and stays in the settings for readers of before.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8")
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), "utf-8", newline="\n")
         # The class that runs tokenizer.json as it is; as GPT2Tokenizer, Transformers 5 forgets that digits stand alone.
         # In Transformers 4 that class makes token_type_ids unless told not to, and generate refuses them.
         inputs = ["input_ids", "attention_mask"]
         settings = {"eos_token": self.eos_token, "model_input_names": inputs, **self.settings}
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / "tokenizer_config.json").write_text(
-            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8"
+            json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n"
         )
         template = folder / "chat_template.jinja"
         template.unlink(missing_ok=True)  # of what was here before
         if isinstance(self.settings.get("chat_template"), str):
-            template.write_text(self.settings["chat_template"], "utf-8")
+            template.write_text(self.settings["chat_template"], "utf-8", newline="\n")
 
     def _encode_trusted(self, text: str, unescape_table: dict[int, str]) -> list[int]:
         """Return the ids of a text and its special tokens; `unescape_table` is applied to what is between them."""

@@ -24,11 +24,14 @@ from pydantic_core import to_jsonable_python
 
 from smolforge import atomic
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped, TrainingDivergedError
+from smolforge.operating_system import max_path_length
 from smolforge.training.environment import record_end, record_start
 
 log = logging.getLogger("smolforge")
 RECIPE, LOG, LOCK, TRACKING, TENSORBOARD = "recipe.toml", "run.log", ".lock", "tracking.json", "tensorboard"
 METRICS, SAMPLES, INCIDENTS = JOURNALS = "metrics.jsonl", "samples.jsonl", "incidents.jsonl"
+LONGEST_NAME = "checkpoints/.tmp-removed-step-00000000/training/optimizer.safetensors"
+"""Of all that a run writes."""
 FINISHED, STOPPED, DIVERGED, FAILED = "finished", "stopped", "diverged", "failed"
 
 
@@ -127,6 +130,12 @@ class RunFolder:
         run = cls(path)
         if path.exists() and not (path.is_dir() and (run.exists or not any(path.iterdir()))):
             raise ConfigError(f"{path} exists and is not a run folder; give --run another name")
+        length, limit = len(str((path / LONGEST_NAME).absolute())), max_path_length()
+        if length > limit:
+            raise ConfigError(
+                f"{path} is too long: a file of this run would have a path of {length:,} characters, and {limit:,} are "
+                "allowed here; choose a shorter --run"
+            )
         atomic.make_dir_durable(path)
         refusal = "{} is being trained by process {}; wait, or stop it".format
         with atomic.lock_file(path / LOCK, partial(refusal, path)) as left:

@@ -50,7 +50,7 @@ def run_quickstart(out: Path, seconds: int, show: Display, *, recipe: str = "nan
     summary["figure"] = str(out / "loss.png")
     draw_loss_curve(out, out / "loss.png", f"{steps} steps on the documentation of Python {python}")
     summary["seconds"] = time.perf_counter() - start
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8", newline="\n")
     show.print_line(f"\n   the loss curve is in {summary['figure']}; all of this took {summary['seconds']:.0f} s")
     show.print_line(next_commands(out))
     return summary

@@ -6,6 +6,7 @@ recipe = "nano"                              the recipe all begin from
 [variants.NAME]                              what one of them changes besides
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from smolforge.config.base import Settings, leaves, validate_settings
 from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
 from smolforge.errors import ConfigError, did_you_mean
 from smolforge.formatting import flatten, format_value
+from smolforge.operating_system import is_portable_name
 
 TABLES = ("recipe", "study", "settings", "variants")
 STUDY_OWNED = {
@@ -172,6 +174,9 @@ def check_variant_names(settings: StudySettings, variants: Mapping[str, Any], pa
             raise ConfigError(
                 f"{path}: {label} {format_value(name)}, which is no variant.{did_you_mean(name, variants)}"
             )
+    for first, second in itertools.combinations(variants, 2):
+        if first.lower() == second.lower():
+            raise ConfigError(f"{path}: variants.{first} and variants.{second} are one folder on Windows and macOS")
     min_sizes = 4 if law and law.floor == "fitted" else 3
     if law and len(set(variants) - set(law.predicted)) < min_sizes:
         raise ConfigError(
@@ -189,8 +194,8 @@ def flat_changes(table: Any) -> dict[str, Any]:
 
 def variant_changes(name: str, table: Any, path: Path) -> dict[str, Any]:
     """What a variant changes. Raises ConfigError for a name or a setting that is not its to choose."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,40}", name, re.ASCII):
-        rule = "up to 41 letters, digits, dots, dashes and underscores, a letter or digit first"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,40}", name, re.ASCII) or not is_portable_name(name):
+        rule = "up to 41 letters, digits, dots, dashes and underscores, a letter or digit first (nor CON, NUL, ...)"
         raise ConfigError(f"{path}: variants.{format_value(name)} names folders, so it should be {rule}")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: variants.{name} is {format_value(table)}; it should be a table of settings")

@@ -241,7 +241,7 @@ def write_corpus(
         if not any(metadata["splits"][split]["tokens"] for split in SPLITS):
             raise no_tokens_error(finished, data, dropped, max_tokens=request["max_tokens"])
         metadata["dropped"] = dict(dropped)
-        (temporary / "corpus.json").write_text(json.dumps(header | metadata, indent=2) + "\n", "utf-8")
+        (temporary / "corpus.json").write_text(json.dumps(header | metadata, indent=2) + "\n", "utf-8", newline="\n")
 
     if folder.exists():
         folder.rmdir()

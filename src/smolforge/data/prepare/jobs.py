@@ -230,7 +230,7 @@ def write_chunk(
         "dropped": dropped,
         "lost": {str(byte): count for byte, count in sorted(lost.items())},
     }
-    (folder / METADATA_FILE).write_text(json.dumps(metadata), "utf-8")
+    (folder / METADATA_FILE).write_text(json.dumps(metadata), "utf-8", newline="\n")
 
 
 def encode_pieces(

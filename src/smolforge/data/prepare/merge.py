@@ -157,7 +157,9 @@ class ShardWriter:
             self.loss_file = None
         self.path.with_suffix(".ds.index").write_bytes(np.concatenate(self.ends).astype("<u8").tobytes())
         name = f"{self.tokenizer.fingerprint}|{self.token_bytes}"
-        self.path.with_suffix(".ds.metadata").write_text(f"{name}\n{self.tokens}\n{self.tokens:,} T\n", "utf-8")
+        self.path.with_suffix(".ds.metadata").write_text(
+            f"{name}\n{self.tokens}\n{self.tokens:,} T\n", "utf-8", newline="\n"
+        )
 
 
 class ChunkContent:

@@ -47,9 +47,11 @@ def to_space(
     def fill(folder: Path) -> None:
         if repo == FOLDER:
             to_transformers(model, folder / FOLDER, dtype)
-        (folder / "app.py").write_text(app_code(chats, repo, revision, title=title), "utf-8")
-        (folder / "requirements.txt").write_text(requirements(), "utf-8")
-        (folder / "README.md").write_text(space_readme(title, chats, repo, license_id=license_id), "utf-8")
+        (folder / "app.py").write_text(app_code(chats, repo, revision, title=title), "utf-8", newline="\n")
+        (folder / "requirements.txt").write_text(requirements(), "utf-8", newline="\n")
+        (folder / "README.md").write_text(
+            space_readme(title, chats, repo, license_id=license_id), "utf-8", newline="\n"
+        )
 
     atomic.write_dir_atomic(out, fill)
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
