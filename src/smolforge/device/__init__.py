@@ -5,6 +5,7 @@ import logging
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -145,13 +146,25 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, runs: int) ->
     side = 1024 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+    return 2 * side**3 / best_seconds(lambda: a @ b, device, runs)
+
+
+def measure_copy_rate(device: torch.device) -> float:
+    """Return the bytes per second that a device reads and writes when it copies, the best of a few copies."""
+    source = torch.ones(2**26, device=device)  # 256 MiB, beyond any cache
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device, runs=6)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Return the seconds of the fastest of a few runs."""
     best = float("inf")
     for _ in range(runs):
         start = time.perf_counter()
-        a @ b
+        work()
         synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    return best
 
 
 def is_async(device: torch.device) -> bool:

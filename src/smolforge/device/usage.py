@@ -45,6 +45,12 @@ def find_nvml_device(uuid: str) -> NVMLDevice | None:
         return None
 
 
+def driver_version(device: torch.device) -> str | None:
+    """Return the version of a GPU's driver, where NVML knows it."""
+    gpu = find_nvml_device(uuid_of(device)) if device.type == "cuda" else None
+    return str(gpu.library.nvmlSystemGetDriverVersion()) if gpu is not None else None
+
+
 class ResourceUsage:
     """Usage of the machine since this object was made."""
 

@@ -141,10 +141,15 @@ def prove_resume(out: Path) -> dict[str, Any]:
     shutil.copytree(earlier, copy / "checkpoints" / earlier.name)
     command = [sys.executable, "-m", "smolforge", "train", str(copy / RECIPE), "--run", str(copy), "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    files = (huggingface.WEIGHTS, f"{training_state.TRAINING}/{training_state.OPTIMIZER}")
-    manifests = [atomic.read_manifest(folder)["files"] for folder in (last, copy / "checkpoints" / last.name)]
-    original, resumed = ({name: manifest[name]["sha256"] for name in files} for manifest in manifests)
+    original, resumed = state_hashes(last), state_hashes(copy / "checkpoints" / last.name)
     return {"from": earlier.name, "to": last.name, "sha256": original, "equal": original == resumed}
+
+
+def state_hashes(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of a checkpoint's weights and optimizer state, by file."""
+    files = atomic.read_manifest(checkpoint)["files"]
+    names = (huggingface.WEIGHTS, f"{training_state.TRAINING}/{training_state.OPTIMIZER}")
+    return {name: files[name]["sha256"] for name in names}
 
 
 def proof_lines(proof: dict[str, Any]) -> str:
