@@ -4,15 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-long check bench faults studies demonstration clean
+.PHONY: quickstart test test-oldest test-newest test-long check bench faults studies demonstration clean
 STUDIES := $(basename $(notdir $(wildcard recipes/studies/*.toml)))
 
 quickstart: $(VENV)/.base
 	$(BIN)/smolforge quickstart
 
 # Containers often forbid bytecode, without which each worker and child compiles everything anew.
+SHORT_FORM = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(1)/bin/pytest -m "not long" --numprocesses 3 --dist worksteal --durations 15
+
 test: check
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" --numprocesses 3 --dist worksteal --durations 15
+	$(call SHORT_FORM,$(VENV))
+
+# The same tests at both ends of what pyproject.toml allows: its lower bounds, and the newest of everything.
+test-oldest test-newest: test-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip --disable-pip-version-check install --quiet --upgrade --upgrade-strategy eager \
+		$(if $(filter oldest,$*),--constraint constraints-oldest.txt) --editable .[test]
+	$(call SHORT_FORM,.venv-$*)
 
 test-long: $(VENV)/.test
 	$(BIN)/pytest --hypothesis-profile new
@@ -86,4 +95,4 @@ $(VENV)/.test: $(VENV)/.base
 		$(shell grep -E '^(torch|transformers)==' constraints.txt) || { rm -rf $@; exit 1; }
 
 clean:
-	rm -rf $(VENV) .litgpt .clients .llama .space build dist .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .litgpt .clients .llama .space build dist .ruff_cache .hypothesis

@@ -207,7 +207,7 @@ def fault(line: str) -> str | None:
 REQUIRED = {"train": ("--run",), "prepare": ("--out",), "export": ("--to", "--out")}
 """Flags that a sentence may leave unsaid."""
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TARGETS = re.findall(r"^([\w.%/-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+TARGETS = " ".join(re.findall(r"^([\w.%/ -]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)).split()
 
 
 def check_command(line: str) -> None:

@@ -94,13 +94,28 @@ def test_pins_are_sorted_and_each_is_there_once():
     assert len(lines) == len(pins())
 
 
+def test_oldest_constraints_are_the_lower_bounds():
+    """And below them what those versions need, each with its reason."""
+    extras = (each for extra in EXTRAS.values() for each in extra)
+    requirements = [each for each in [*map(Requirement, PROJECT["dependencies"]), *extras] if each.name != "smolforge"]
+    bounds = {f"{each.name}{each.specifier}".replace(">=", "==") for each in requirements}
+    lines = (ROOT / "constraints-oldest.txt").read_text("utf-8").splitlines()[1:]
+    assert lines[: len(bounds)] == sorted(bounds, key=str.lower)
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+ # .+", line) for line in lines[len(bounds) :])
+
+
 def test_package_says_that_it_is_typed():
     assert (SOURCE / "py.typed").is_file()
 
 
+def classified(topic: str) -> list[str]:
+    """The last words of the classifiers of a topic."""
+    return [each.rpartition(" :: ")[2] for each in PROJECT["classifiers"] if each.startswith(topic)]
+
+
 def test_classifiers_exist_and_agree_with_the_python_range():
     assert set(PROJECT["classifiers"]) <= classifiers
-    versions = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if each.startswith("Programming Language")]
+    versions = classified("Programming Language :: Python")
     assert versions
     assert all(SpecifierSet(PROJECT["requires-python"]).contains(version) for version in versions)
 
@@ -122,6 +137,19 @@ def test_workflow_of_ci_runs_what_a_person_runs():
     steps = workflow("ci.yml")["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
     assert (ROOT / ".ci" / "run").read_text("utf-8").rstrip().endswith("make test")
+
+
+def test_workflow_of_ci_has_every_python_system_and_both_ends_of_the_dependencies():
+    job = workflow("ci.yml")["jobs"]["everywhere"]
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == classified("Programming Language :: Python")
+    runners = {"Linux": "ubuntu-latest", "MacOS": "macos-latest", "Windows": "windows-latest"}
+    assert matrix["system"] == [runners[name] for name in classified("Operating System")]
+    oldest = {"python": matrix["python"][0], "dependencies": "oldest"}
+    assert matrix["include"] == [{"system": system} | oldest for system in matrix["system"]]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert "'oldest' && '--constraint constraints-oldest.txt'" in commands[0]
+    assert commands[1].startswith('python -m pytest -m "not long" ')
 
 
 def test_workflow_of_publishing_uploads_only_what_was_tested():
