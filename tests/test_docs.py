@@ -42,6 +42,7 @@ BEFORE = {"docs/howto/evaluate.md": "smolforge train nano --run runs/mine --data
 """What a page takes for granted."""
 LONG = ("docs/howto", "docs/commands.md")
 NOT_RUN = {
+    "docs/machines.md smolforge inspect machine": "half a minute; tests/test_machine_report.py runs it",
     "README.md make quickstart": "sets up an environment and runs all tests; tests/test_readme.py has the quickstart",
     "docs/clusters.md torchrun --standalone": "needs GPUs; tests/test_distributed.py starts ranks on a processor",
     "docs/clusters.md torchrun --nnodes": "needs machines",

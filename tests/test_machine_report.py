@@ -23,9 +23,8 @@ def _quick(monkeypatch):
     """A tiny model is trained, and one like it decodes, since SmolLM2's shape takes seconds to fill."""
     shape = NANO["model"] | {"max_position_embeddings": 256}
     monkeypatch.setattr(machine.presets, "shape", lambda name: shape)
-    for name in ("matmul_flops_per_second", "measure_copy_rate"):
-        monkeypatch.setattr(machine, name, lambda *_: 1e11)
-    monkeypatch.setattr(machine, "explain_fastest_dtype", lambda device: ("float32", "as it was measured"))
+    monkeypatch.setattr(machine, "measure_copy_rate", lambda device: 1e10)
+    monkeypatch.setattr(device, "explain_fastest_dtype", lambda device: ("float32", "as it was measured"))
     monkeypatch.setattr(device, "_cached_flops_per_second", lambda *_: 1e11)
 
 
@@ -163,3 +162,7 @@ def test_probes_report_what_a_file_system_lacks(tmp_path, monkeypatch):
     assert values["case_matters"] is False
     assert values["longest_path"] == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_keeps_a_loss_that_is_nan():
+    assert machine.without_names({"loss": [float("nan"), 2.5, 3]}, []) == {"loss": ["nan", 2.5, 3]}

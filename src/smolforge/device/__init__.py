@@ -228,6 +228,18 @@ def describe_device(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def describe_speed(device: torch.device) -> dict[str, str | int | float]:
+    """Return what decides how fast a run is: dtype, memory and matrix products."""
+    dtype, reason = explain_fastest_dtype(device)
+    return {
+        "dtype": dtype,
+        "dtype_reason": reason,
+        "memory_bytes": memory_bytes(device),
+        "float32_flops_per_second": matmul_flops_per_second(device, torch.float32),
+        "bfloat16_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
+    }
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of a device: `NVIDIA H200`, `Apple M1 Max 32-core`, or the CPU's model name."""
     if device.type == "cuda":

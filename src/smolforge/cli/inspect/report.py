@@ -31,14 +31,7 @@ from smolforge.comparison.step_times import time_shares
 from smolforge.config import Recipe, presets
 from smolforge.config.load import find_recipe, import_recipe_classes, read_recipe
 from smolforge.config.model import ModelConfig
-from smolforge.device import (
-    describe_device,
-    explain_fastest_dtype,
-    fastest_dtype,
-    matmul_flops_per_second,
-    memory_bytes,
-    pick_device,
-)
+from smolforge.device import describe_device, describe_speed, fastest_dtype, pick_device
 from smolforge.device.environment import describe_environment, find_slowdowns
 from smolforge.errors import ConfigError
 from smolforge.formatting import flatten, format_bytes, format_duration, format_setting
@@ -174,14 +167,9 @@ def _fastest_dtype(recipe: Recipe, start: Mapping[str, Any]) -> str | None:
 
 def _machine_report() -> dict[str, Any]:
     device, environment = pick_device("auto"), describe_environment(os.environ)
-    dtype, reason = explain_fastest_dtype(device)
     return {
         **describe_device(device),
-        "dtype": dtype,
-        "dtype_reason": reason,
-        "memory_bytes": memory_bytes(device),
-        "float32_flops_per_second": matmul_flops_per_second(device, torch.float32),
-        "bfloat16_flops_per_second": matmul_flops_per_second(device, torch.bfloat16),
+        **describe_speed(device),
         "packages": versions(),
         **environment,
         "slow": find_slowdowns(environment, torch.get_num_threads(), device.type),
