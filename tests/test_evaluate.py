@@ -235,7 +235,7 @@ def test_hub_task_is_read_from_the_hub(hub, tmp_path, monkeypatch):
 
 def test_hub_task_without_datasets_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingResourceError, match=r"pip install 'smolforge\[data\]'"):
+    with pytest.raises(MissingResourceError, match=r'pip install "smolforge\[data\]"'):
         load_task("hellaswag")
 
 

@@ -14,7 +14,7 @@ from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import tiny_model
 from smolforge.tokenizer import Tokenizer
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'smolforge[harness]'")
+pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "smolforge[harness]"')
 WORDS = ["the model", "a token", "follows", "7", "\u00e9t\u00e9", "\u4f60\u597d", "so it", "learns."]
 
 

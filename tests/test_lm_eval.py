@@ -14,7 +14,7 @@ from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.exporters.transformers import to_transformers
 from smolforge.testing import tiny_model
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'smolforge[harness]'")
+pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "smolforge[harness]"')
 from smolforge.evaluation import harness
 
 WORDS = ["the model", "a token", "follows", "7", "\u00e9t\u00e9", "\u4f60\u597d", "so it", "learns.", "<|endoftext|>"]
@@ -240,4 +240,4 @@ def test_harness_without_lm_eval_names_the_extra(capsys, monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     code, _, err = call(capsys, folder, "--harness", "hellaswag")
     assert code == 4
-    assert "need the package lm_eval: pip install 'smolforge[harness]'" in err
+    assert 'need the package lm_eval: pip install "smolforge[harness]"' in err

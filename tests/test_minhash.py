@@ -359,5 +359,5 @@ def test_minhash_without_datatrove_names_the_extra(tmp_path, tokenizer, monkeypa
     monkeypatch.delitem(sys.modules, "smolforge.data.prepare.minhash")
     monkeypatch.setitem(sys.modules, "datatrove.utils.text", None)
     source = write(tmp_path / "a.jsonl", json.dumps({"text": "x"}).encode())
-    with pytest.raises(MissingResourceError, match=r"pip install 'smolforge\[data\]' brings it"):
+    with pytest.raises(MissingResourceError, match=r'pip install "smolforge\[data\]" brings it'):
         made(tmp_path / "corpus", tokenizer, source)

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -293,6 +294,14 @@ def test_manifest_names_files_with_forward_slashes(tmp_path):
 
     manifest = atomic.write_dir_atomic(tmp_path / "a", fill, {})
     assert list(manifest["files"]) == ["training/state.json"]
+
+
+def test_printed_commands_are_of_the_shell_at_hand(monkeypatch):
+    body = '{"prompt": "it\'s"}'
+    assert shlex.split(operating_system.shell_word(body)) == [body]
+    monkeypatch.setattr(operating_system, "IS_WINDOWS", True)
+    assert operating_system.shell_word(body) == '"{\\"prompt\\": \\"it\'s\\"}"'
+    assert operating_system.shell_variable("KEY") == "%KEY%"
 
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -297,7 +297,7 @@ def test_full_disk_ends_tensorboard_but_not_the_run(recipe_file, tmp_path, caplo
 
 def test_missing_tracker_package_is_reported_before_start(recipe_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
-    with pytest.raises(MissingResourceError, match=r"^report.to has wandb, .* pip install 'smolforge.wandb.'$"):
+    with pytest.raises(MissingResourceError, match=r'^report.to has wandb, .* pip install "smolforge.wandb."$'):
         train(recipe_file, tmp_path / "run", **{"report.to": ["wandb"]})
     assert command(["train", str(recipe_file), "--run", str(tmp_path / "b"), "--report.to", "trackio"]) == 4
     assert not (tmp_path / "b" / "recipe.toml").exists()

@@ -429,7 +429,7 @@ def test_verify_without_transformers_names_the_extra(release, monkeypatch, tmp_p
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert cli.run(["verify", str(release[0]), "--out", str(tmp_path / "v.json")]) == 4
-    assert "pip install 'smolforge[verify]'" in capsys.readouterr().err
+    assert 'pip install "smolforge[verify]"' in capsys.readouterr().err
     assert cli.run(["verify", str(release[0]), "--max-length", "0", "--against", "golden"]) == 2
 
 

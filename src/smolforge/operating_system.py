@@ -9,7 +9,9 @@ import faulthandler
 import gc
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -103,6 +105,16 @@ def max_path_length() -> int:
             if winreg.QueryValueEx(key, "LongPathsEnabled")[0]:
                 return WINDOWS_LONG_PATH_LENGTH
         return WINDOWS_PATH_LENGTH
+
+
+def shell_word(text: str) -> str:
+    """Quote a text as one word of a command line: for POSIX' shells, or for Windows' cmd."""
+    return subprocess.list2cmdline([text]) if IS_WINDOWS else shlex.quote(text)
+
+
+def shell_variable(name: str) -> str:
+    """Return how a command line names a variable of the environment."""
+    return f"%{name}%" if IS_WINDOWS else f"${name}"
 
 
 def relative_path(path: Path, start: Path) -> str:

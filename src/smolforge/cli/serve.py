@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
+from smolforge import operating_system
 from smolforge.cli.flags import LoadingFlags, Model, check_at_least
-from smolforge.errors import ConfigError, MissingResourceError
+from smolforge.errors import ConfigError, MissingResourceError, install_command
 
 KEY_VARIABLE = "SMOLFORGE_API_KEY"
 REQUIRED_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
@@ -79,7 +80,7 @@ def serve(
     flags.check(key)
     missing = [package for package in REQUIRED_PACKAGES if find_spec(package) is None]
     if missing:
-        raise MissingResourceError(f"serve needs {', '.join(missing)}: pip install 'smolforge[server]'")
+        raise MissingResourceError(f"serve needs {', '.join(missing)}: {install_command('server')}")
     import torch
 
     from smolforge.server.lifecycle import ServerConfig, build_server
@@ -109,18 +110,18 @@ def client_examples(host: str, port: int, name: str, *, needs_key: bool, chats: 
     """Return commands to copy: one line for a shell, a few for Python."""
     url_host = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{url_host}:{port}"
-    header = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if needs_key else ""
+    header = f' -H "Authorization: Bearer {operating_system.shell_variable(KEY_VARIABLE)}"' if needs_key else ""
     key = f'os.environ["{KEY_VARIABLE}"]' if needs_key else '"none"'
     field, value = (
         ("messages", '[{"role": "user", "content": "Hello!"}]') if chats else ("prompt", '"Once upon a time"')
     )
     route, answer = ("chat/completions", "message.content") if chats else ("completions", "text")
     quoted = name.replace("\\", "\\\\").replace('"', '\\"')
-    body = f'{{"model": "{quoted}", "{field}": {value}, "max_tokens": 64}}'.replace("'", "'\\''")
+    body = f'{{"model": "{quoted}", "{field}": {value}, "max_tokens": 64}}'
     call = f'client.{route.replace("/", ".")}.create(model="{quoted}", {field}={value}, max_tokens=64)'
     return f"""{name} is served at {url}/v1, and to be talked to at {url}/
 
-curl {url}/v1/{route} -H "Content-Type: application/json"{header} -d '{body}'
+curl {url}/v1/{route} -H "Content-Type: application/json"{header} -d {operating_system.shell_word(body)}
 
 {"import os" + chr(10) if needs_key else ""}from openai import OpenAI
 client = OpenAI(base_url="{url}/v1", api_key={key})

@@ -71,6 +71,11 @@ def exit_code_of(error: Exception) -> int:
     return 1
 
 
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra; every shell understands its double quotes."""
+    return f'pip install "smolforge[{extra}]"'
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a closing sentence with the nearest of the choices, or an empty string."""
     matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)

@@ -25,7 +25,7 @@ from smolforge.checkpoint import loading
 from smolforge.config import Generation
 from smolforge.config.base import validate_settings
 from smolforge.device import pick_device
-from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean, install_command
 from smolforge.evaluation.multiple_choice import Row, log_probabilities, tokens_at_once
 from smolforge.generation.stream import require_tokenizer, stream_batch_ids
 from smolforge.models.decoder import LanguageModel
@@ -38,7 +38,7 @@ try:
     from tqdm import tqdm
 except ImportError:
     raise MissingResourceError(
-        "the tasks of lm-evaluation-harness need the package lm_eval: pip install 'smolforge[harness]'"
+        f"the tasks of lm-evaluation-harness need the package lm_eval: {install_command('harness')}"
     ) from None
 
 log = logging.getLogger("smolforge")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smolforge.data.prepare.documents import read_text
-from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean, install_command
 from smolforge.evaluation.multiple_choice import DELIMITER, Item
 
 DatasetRow = dict[str, Any]
@@ -215,7 +215,7 @@ def read_task_rows(name: str, split: str, limit: int | None = None) -> list[Item
         from datasets import load_dataset
     except ImportError:
         raise MissingResourceError(
-            f"reading {name} from the Hub needs the package datasets: pip install 'smolforge[data]' "
+            f"reading {name} from the Hub needs the package datasets: {install_command('data')} "
             "(a .jsonl file of items needs nothing)"
         ) from None
     try:

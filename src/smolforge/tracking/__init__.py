@@ -24,7 +24,7 @@ import numpy as np
 
 from smolforge import atomic
 from smolforge.config import Recipe
-from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.errors import InvalidFileError, MissingResourceError, install_command
 from smolforge.training.run_folder import TRACKING
 
 log = logging.getLogger("smolforge")
@@ -149,7 +149,7 @@ def trackers(names: tuple[str, ...] | None) -> Trackers:
     """Return the trackers of `report.to`. Raises MissingResourceError for one that is not installed."""
     for name in names or ():
         if find_spec(name) is None:
-            raise MissingResourceError(f"report.to has {name}, which is not installed: pip install 'smolforge[{name}]'")
+            raise MissingResourceError(f"report.to has {name}, which is not installed: {install_command(name)}")
     return Trackers({name: import_tracker(name) for name in dict.fromkeys(names or ())})
 
 

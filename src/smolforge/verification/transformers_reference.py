@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.errors import InvalidFileError, MissingResourceError, install_command
 from smolforge.models.decoder import LanguageModel
 
 CHUNK_TOKENS = 512
@@ -107,7 +107,7 @@ def require_transformers() -> Any:
     except Exception as error:  # it may be there and broken
         raise MissingResourceError(
             f"this compares with Transformers, which cannot be imported ({' '.join(str(error).split())[:200]}); "
-            "pip install 'smolforge[verify]'"
+            f"{install_command('verify')}"
         ) from None
     return transformers
 

@@ -18,7 +18,7 @@ from smolforge.data.prepare.chunks import BANDS_FILE, load_bands, load_rows
 from smolforge.data.prepare.documents import Document
 from smolforge.data.prepare.token_budget import TokenBudget
 from smolforge.data.prepare.tokenize_documents import DATA_FORMATS
-from smolforge.errors import MissingResourceError
+from smolforge.errors import MissingResourceError, install_command
 from smolforge.tokenizer import Tokenizer
 
 DIGESTS_PER_SORT = 1 << 22
@@ -42,7 +42,7 @@ def band_function(data: Data, tokenizer: Tokenizer | None) -> BandFunction | Non
         from smolforge.data.prepare.minhash import bands_of
     except ImportError:
         raise MissingResourceError(
-            "near duplicates are found by datatrove's MinHash; pip install 'smolforge[data]' brings it"
+            f"near duplicates are found by datatrove's MinHash; {install_command('data')} brings it"
         ) from None
     data_format = DATA_FORMATS[data.format]
 

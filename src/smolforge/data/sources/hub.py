@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from smolforge.config import Data
 from smolforge.data.sources.types import SourcePart, SourceRow, SourceSize
-from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
+from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, install_command
 from smolforge.errors.hub import REPO_PATTERN, is_temporary, one_line, status_code, user_errors, with_retries
 
 log = logging.getLogger("smolforge.hub")
@@ -113,9 +113,7 @@ def import_datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise MissingResourceError(
-            "the Hub's data sets need datasets; pip install 'smolforge[data]' brings it"
-        ) from None
+        raise MissingResourceError(f"the Hub's data sets need datasets; {install_command('data')} brings it") from None
     return datasets
 
 

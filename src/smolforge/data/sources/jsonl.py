@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from smolforge.data.sources.types import LONGEST_LINE, MANY_BYTES, SourcePart, SourceRow
-from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.errors import InvalidFileError, MissingResourceError, install_command
 
 SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSED_SUFFIXES = tuple(f"{suffix}{packing}" for suffix in SUFFIXES for packing in (".gz", ".zst"))
@@ -99,7 +99,7 @@ class ZstdReader(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise MissingResourceError(f"{path} needs zstandard; pip install 'smolforge[data]' brings it") from None
+            raise MissingResourceError(f"{path} needs zstandard; {install_command('data')} brings it") from None
         self.compressed, self.library = packed, zstandard
         self.frame: Any = None
         self.decompressed = b""

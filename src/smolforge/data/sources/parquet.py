@@ -8,7 +8,7 @@ from typing import Any
 from smolforge.config import Data
 from smolforge.data.sources.columns import needed_columns
 from smolforge.data.sources.types import SourcePart, SourceRow
-from smolforge.errors import InvalidFileError, MissingResourceError
+from smolforge.errors import InvalidFileError, MissingResourceError, install_command
 
 SUFFIX = ".parquet"
 PART_BYTES = 64 << 20
@@ -53,7 +53,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
         import pyarrow as arrow
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise MissingResourceError(f"{path} needs pyarrow; pip install 'smolforge[data]' brings it") from None
+        raise MissingResourceError(f"{path} needs pyarrow; {install_command('data')} brings it") from None
     try:
         with ParquetFile(path) as file:
             yield file

@@ -15,7 +15,7 @@ import yaml
 from smolforge import atomic
 from smolforge.checkpoint import loading, nanotron, peft_adapter
 from smolforge.checkpoint.hub import split_hub_id
-from smolforge.errors import ConfigError, MissingResourceError
+from smolforge.errors import ConfigError, MissingResourceError, install_command
 from smolforge.exporters.transformers import new_folder, to_transformers
 
 GRADIO = "6.31.0"
@@ -83,7 +83,7 @@ def requirements() -> str:
         }
     except metadata.PackageNotFoundError:
         raise MissingResourceError(
-            "a Space runs with the version of Transformers that is here, and none is; pip install 'smolforge[verify]'"
+            f"a Space runs with the version of Transformers that is here, and none is; {install_command('verify')}"
         ) from None
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     return "".join(f"{line}\n" for line in (index, *(f"{name}=={version}" for name, version in pins.items())))

@@ -110,7 +110,7 @@ class Worker:
         if not _exchange(self.child, line, START_SECONDS)[0]:
             self.close()
             raise MissingResourceError(
-                "the process that chat templates run in does not start; it needs Jinja: pip install 'jinja2>=3.1.6'"
+                "the process that chat templates run in does not start; it needs Jinja: pip install jinja2"
             )
         return self.child
 
