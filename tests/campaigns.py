@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,7 +38,17 @@ from smolforge import atomic, cli
 from smolforge.checkpoint import loading, training_state
 from smolforge.errors import InvalidFileError
 from smolforge.testing import damage, power, sentences, tiny_config
-from smolforge.testing.disk import NEED_SPACE, Kind, Trace, crashing, failing, folder_content, recorded
+from smolforge.testing.disk import (
+    EVERY_KIND,
+    NEED_SPACE,
+    Kind,
+    Trace,
+    crashing,
+    failing,
+    folder_content,
+    recorded,
+    renaming_by_copies,
+)
 from smolforge.testing.processes import (
     die,
     in_child,
@@ -109,6 +120,8 @@ class Bench:
     goal: Outcome
     seconds: float
     """How long a run takes once its folder is locked."""
+    mirrors: bool = False
+    """Whether each run has a mirror next to it."""
     lost: list[str] = field(default_factory=list)
     """What should have survived and did not."""
 
@@ -135,7 +148,8 @@ class Bench:
         return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=self.folder)) / "run"
 
     def words(self, run: Path) -> list[str]:
-        return ["train", str(self.recipe), "--run", str(run), "--train.steps", str(self.steps), "--json"]
+        mirror = ["--train.mirror", str(mirror_of(run))] if self.mirrors else []
+        return ["train", str(self.recipe), "--run", str(run), "--train.steps", str(self.steps), "--json", *mirror]
 
     def start(self, run: Path, fault: Fault = nullcontext) -> BaseProcess:
         """The command that trains, in a process of its own, with a fault that waits for it."""
@@ -179,6 +193,10 @@ class Bench:
         found = Outcome.of(run)
         for what in ("losses", "samples", "hashes"):
             hold(vars(found)[what] == vars(self.goal)[what], f"{what} are not those of a whole run")
+
+
+def mirror_of(run: Path) -> Path:
+    return run.with_name("mirror")
 
 
 def command(output: Path, words: list[str], fault: Fault) -> None:
@@ -589,6 +607,99 @@ def freezes(bench: Bench, count: int | None, chance: random.Random) -> str:
     return f"freezes: {refused} runs stopped for a while, a second start refused each time; all equal to the bit"
 
 
+# Mirrors
+
+MIRROR_ERRORS = (errno.ENOTCONN, errno.EIO, errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EACCES)
+MIRROR_OPERATIONS = 1500
+"""Of a start, about."""
+
+
+@contextmanager
+def dying_mirror(mirror: Path, after: int, torn: bool, copies: bool) -> Iterator[None]:
+    """The process dies at an operation of its mirror, whose renames may be copies."""
+    with crashing(mirror, after, torn, die=die), renaming_by_copies(mirror) if copies else nullcontext():
+        yield
+
+
+@contextmanager
+def failing_mirror(mirror: Path, after: int, error: int, times: int | None) -> Iterator[None]:
+    """The mirror is out of reach from an operation on, once or for good; or it refuses to sync."""
+    kinds: tuple[Kind, ...] = ("sync",) if error == errno.EINVAL else EVERY_KIND
+    with failing(mirror, after, error, kinds=kinds, times=times):
+        yield
+
+
+def disturb_mirror(bench: Bench, run: Path, chance: random.Random) -> str:
+    """One start of a run with something that happens to it or its mirror. Returns what did, if anything."""
+    mirror, after = mirror_of(run), int(MIRROR_OPERATIONS * chance.random() ** 2)
+    match chance.choice(["kill", "die", "die", "fail", "fail", "fail", "damage"]):
+        case "kill":
+            code, _ = send_anywhere(bench, run, signal.SIGKILL, chance)
+            hold(code in (0, -signal.SIGKILL), f"ended with {code}: {bench.said(run)}")
+            return "kill -9" if code else ""
+        case "die":
+            copies = chance.random() < 0.5
+            fault = partial(dying_mirror, mirror, after, chance.random() < 0.5, copies)
+            code = wait_for_exit(bench.start(run, fault))
+            hold(code in (0, -signal.SIGKILL), f"died at {after}: ended with {code}: {bench.said(run)}")
+            return ("death in a mirror that copies to rename" if copies else "death in a mirror") if code else ""
+        case "fail":
+            error, times = chance.choice([*MIRROR_ERRORS, errno.EINVAL]), chance.choice([1, 1, None])
+            code = wait_for_exit(bench.start(run, partial(failing_mirror, mirror, after, error, times)))
+            failed = f"{errno.errorcode[error]} at {after}"
+            hold(code in (0, 4) and "Traceback" not in bench.said(run), f"{failed}: {code}: {bench.said(run)}")
+            hold(code == 0 or error != errno.EINVAL, f"{failed}: {bench.said(run)}")
+            struck = error == errno.EINVAL or re.search("NOT MIRRORED|the mirror", bench.said(run))
+            return errno.errorcode[error] if struck else ""
+    return damage_mirror(mirror, chance)
+
+
+def damage_mirror(mirror: Path, chance: random.Random) -> str:
+    """A bad disk under the newest copy of several: any file of it, or of its journals."""
+    checkpoints = training_state.list_checkpoints(mirror)
+    if sum(map(training_state.is_valid, checkpoints)) < 2 or not training_state.is_valid(checkpoints[-1]):
+        return ""
+    folders = [checkpoints[-1], mirror / "journals" / checkpoints[-1].name]
+    path = chance.choice([path for folder in folders for path in folder.rglob("*") if path.is_file()])
+    size = path.stat().st_size
+    harm = [partial(damage.truncate, size=size // 2), partial(damage.flip_bit, bit=size * 4), Path.unlink]
+    chance.choice(harm if size else [Path.unlink])(path)
+    return "damage"
+
+
+def mirrors(bench: Bench, count: int | None, chance: random.Random) -> str:
+    """Kills and faults of runs with mirrors, half of which then lose their folder; started again until they end."""
+    bench, done = replace(bench, mirrors=True), Counter[str]()
+    runs = deleted = 0
+    while done.total() < (count or 1):
+        run, event = bench.new("mirrored"), ""
+        while done.total() < (count or 1) and not ended(bench, run):
+            event = disturb_mirror(bench, run, chance)
+            done.update([event] if event else [])
+            if event and run.exists() and chance.random() < 0.5:
+                shutil.rmtree(run)
+                deleted += 1
+        code = bench.run_all([run], [nullcontext])[0]
+        with bench.noting(event, run):
+            hold(code == 0, f"the next start ended with {code}: {bench.said(run)}")
+            for folder in (run, mirror_of(run)):
+                bench.compare(folder)
+                hold(all(map(training_state.is_valid, training_state.list_checkpoints(folder))), f"{folder} is damaged")
+        runs += 1
+        print(f"mirrors: {done.total()} of {count}", file=sys.stderr, flush=True)
+    events = ", ".join(f"{number} {name}" for name, number in sorted(done.items()))
+    return (
+        f"mirrors: {done.total()} kills and faults ({events}) of {runs} runs, whose folder was deleted {deleted} "
+        "times; all equal to the bit, here and in the mirror"
+    )
+
+
+def ended(bench: Bench, run: Path) -> bool:
+    """Whether a run and its mirror have the last step."""
+    folders = [run, mirror_of(run)]
+    return all(training_state.checkpoint_dir(folder, bench.steps).exists() for folder in folders)
+
+
 # All of them
 
 
@@ -622,6 +733,7 @@ CAMPAIGNS = {
     "small-disk": Campaign(small_disk, None, None),
     "signals": Campaign(signals, 4, 50),
     "freezes": Campaign(freezes, 1, 5),
+    "mirror": Campaign(mirrors, 12, 200),
 }
 
 

@@ -37,7 +37,7 @@ def benches() -> Iterator[dict[str, Bench]]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name == "signals" else ())
+        pytest.param(name, marks=pytest.mark.long if name in ("signals", "mirror") else ())
         for name in CAMPAIGNS
         if name != "small-disk"
     ],

@@ -209,23 +209,30 @@ def latest_valid(
     return None
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_best: bool) -> None:
-    """Delete all but the newest checkpoints and, with `keep_best`, the valid one with the lowest validation loss.
+def prune_checkpoints(run: Path, keep_last: int, keep_best: bool, *, in_use: Path | None = None) -> None:
+    """Delete the checkpoints of `expendable_checkpoints`, except one that is `in_use`."""
+    for folder in expendable_checkpoints(run, keep_last, keep_best, is_valid=is_valid):
+        if folder != in_use:
+            atomic.remove_dir_atomic(folder)
 
-    The last two valid ones always stay, and are read back first. Checkpoints in a newer format stay too.
+
+def expendable_checkpoints(
+    run: Path, keep_last: int, keep_best: bool, *, is_valid: Callable[[Path], bool]
+) -> list[Path]:
+    """Return all but the newest checkpoints and, with `keep_best`, the valid one with the lowest validation loss.
+
+    The last two valid ones always stay, and `is_valid` reads them first. Checkpoints in a newer format stay too.
     """
     folders = list_checkpoints(run)
     keep: set[Path] = set(folders[-keep_last:])
     if keep.issuperset(folders):
-        return
+        return []
     cached_is_valid = functools.cache(is_valid)
     scored = sorted((loss, folder) for folder in folders if (loss := validation_loss(folder)) is not None)
     if keep_best:
         keep.update(itertools.islice((folder for _, folder in scored if cached_is_valid(folder)), 1))
     keep.update(itertools.islice(filter(cached_is_valid, reversed(folders)), MIN_VALID_KEPT))
-    for folder in folders:
-        if folder not in keep and not is_newer_format(folder):
-            atomic.remove_dir_atomic(folder)
+    return [folder for folder in folders if folder not in keep and not is_newer_format(folder)]
 
 
 def is_valid(checkpoint: Path) -> bool:

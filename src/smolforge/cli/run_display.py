@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -103,6 +104,16 @@ class Display(ProgressListener):
         if pairs == total:
             self.stop()
             self.print_line(f"read {total:,} pairs with the model to start from")
+
+    def on_restored(self, step: int, mirror: Path) -> None:
+        self.print_line(f"restored step {step:,} from {mirror}")
+
+    def on_mirror(self, step: int, bytes_moved: int) -> None:
+        """Print now and then how far the copy to the mirror is, once training has ended."""
+        self.stop()
+        if time.perf_counter() - self.last_print_time > PLAIN_INTERVAL_SECONDS:
+            self.last_print_time = time.perf_counter()
+            self.print_line(f"copying step {step:,} to the mirror: {bytes_moved / 1e6:,.0f} MB so far")
 
     def on_sample(self, text: str) -> None:
         self.live_view.sample = " ".join(text.split())

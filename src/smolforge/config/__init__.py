@@ -69,6 +69,8 @@ class Train(Settings):
     """Newest checkpoints to keep; the last two sound ones always stay."""
     keep_best: Annotated[bool, FREE] = True
     """Also keep the checkpoint of the lowest validation loss."""
+    mirror: Annotated[Text | None, FREE] = None
+    """A folder that gets a copy of the run, such as one on a mounted drive; a run that is gone here resumes from it."""
     evaluate_every: Annotated[PositiveInt | None, FREE] = 500
     """Steps between measurements on the held-out text."""
     evaluate_tokens: Annotated[PositiveInt | None, FREE] = 65_536

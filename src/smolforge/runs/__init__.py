@@ -12,6 +12,7 @@ from smolforge.config.model import PARTS
 from smolforge.errors import ConfigError
 from smolforge.runs.context import ProgressListener
 from smolforge.runs.dataset import count_rows
+from smolforge.runs.mirror import SETTING, find_mirror, mirror_path, restore_newer
 from smolforge.runs.resolve import check_ranks, merge_resume_overrides, resolve_recipe
 from smolforge.runs.run import Run, run_resolved
 from smolforge.training.distributed import World, rank_group
@@ -88,22 +89,32 @@ def load_or_resolve(
     ranks: int,
     listener: ProgressListener | None = None,
 ) -> Recipe:
-    """Return what a start on this many ranks will do, by the recipe or by the run that exists."""
-    stored = run / RECIPE
-    if not stored.is_file():
-        count = partial(count_rows, folder=run, listener=listener or ProgressListener())
+    """Return what a start on this many ranks will do, by the recipe or by the run that exists, here or in its mirror.
+
+    A newer checkpoint of the mirror is copied into the run's folder.
+    """
+    path, listener = mirror_path(recipe, run, overrides), listener or ProgressListener()
+    mirrored = find_mirror(path, run) if path else None
+    overrides = overrides if path is None else {**overrides, SETTING: str(path)}
+    exists = (run / RECIPE).is_file()
+    stored = read_recipe(run / RECIPE) if exists else mirrored.recipe if mirrored else None
+    if stored is None:
+        count = partial(count_rows, folder=run, listener=listener)
         requested = import_recipe_classes(read_recipe(recipe, overrides), recipe)
         resolved = resolve_recipe(requested, overrides.keys(), model_settings(recipe), ranks=ranks, count_rows=count)
     elif fresh:
-        raise ConfigError(f"{run} holds a run already, and --fresh refuses to resume it; give --run another name")
+        holder, flag = (run, "--run") if exists else (path, f"--{SETTING}")
+        raise ConfigError(f"{holder} holds a run already, and --fresh refuses to resume it; give {flag} another name")
     else:
         in_file = import_recipe_classes(read_recipe(recipe), recipe)
         names = (str(overrides[name]) for name in CLASS_SETTINGS & overrides.keys())
         custom_classes.import_classes((name for name in names if ":" in name), [find_recipe(recipe).parent])
-        resolved = merge_resume_overrides(read_recipe(stored), in_file, expand_preset(recipe, overrides))
+        resolved = merge_resume_overrides(stored, in_file, expand_preset(recipe, overrides))
         for name in resolved.custom_classes:
             custom_classes.check_imported("a class of this run", name)
     check_ranks(resolved, ranks)
+    if mirrored is not None:
+        restore_newer(mirrored, run, listener.on_restored)
     return resolved
 
 

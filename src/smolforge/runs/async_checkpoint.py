@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from smolforge import atomic
@@ -66,13 +67,15 @@ class AsyncCheckpointer:
         corpus_check: BackgroundTask,
         urgent: Callable[[], bool],
         on_saved: Callable[[int], None] = lambda step: None,
+        in_use: Callable[[], Path | None] = lambda: None,
     ) -> None:
         """Checkpoints are written once `corpus_check` has passed, or when `urgent` says that there is no time for it.
 
-        `on_saved` is called with the step of each checkpoint that is on disk.
+        `on_saved` is called with the step of each checkpoint that is on disk. The one that `in_use` returns is not
+        deleted.
         """
         self.settings, self.files, self.take_snapshot = settings, files, take_snapshot
-        self.corpus_check, self.urgent, self.on_saved = corpus_check, urgent, on_saved
+        self.corpus_check, self.urgent, self.on_saved, self.in_use = corpus_check, urgent, on_saved, in_use
         self.staging = StagingBuffer() if settings.checkpoint_in_background else None
         self.pending: BackgroundTask | None = None
         self.failure: MissingResourceError | None = None
@@ -171,7 +174,8 @@ class AsyncCheckpointer:
             training_state.save_checkpoint(folder, snapshot, self._raise_if_abandoned)
             log.info("saved %s", folder.name)
         try:
-            training_state.prune_checkpoints(self.files.path, self.settings.keep_last, self.settings.keep_best)
+            keep_last, keep_best = self.settings.keep_last, self.settings.keep_best
+            training_state.prune_checkpoints(self.files.path, keep_last, keep_best, in_use=self.in_use())
         except OSError as error:
             log.warning("older checkpoints could not be deleted: %s", error)
 

@@ -13,6 +13,7 @@ from smolforge.data.mixture import PreparedData
 from smolforge.evaluation.tasks import Task
 from smolforge.runs.async_checkpoint import BackgroundTask
 from smolforge.runs.estimate import RunEstimate
+from smolforge.runs.mirror import Mirror
 from smolforge.tracking import Incident, Saved, Trackers
 from smolforge.training.distributed import RankGroup
 from smolforge.training.loop import TrainState
@@ -31,6 +32,12 @@ class ProgressListener:
 
     def on_reference(self, pairs: int, total: int) -> None:
         """The reference model of DPO has read so many pairs."""
+
+    def on_restored(self, step: int, mirror: Path) -> None:
+        """A checkpoint was copied back from the run's mirror."""
+
+    def on_mirror(self, step: int, bytes_moved: int) -> None:
+        """The run waits until its last step is in its mirror."""
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         """A step is done."""
@@ -60,6 +67,8 @@ class RunContext:
     stop: StopRequest
     ranks: RankGroup
     device: torch.device
+    mirror: Mirror | None = None
+    """On rank 0, where the recipe names one."""
     profile_steps: int | None = None
     """Steps to profile, on rank 0."""
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -71,5 +80,7 @@ class RunContext:
         self.trackers(Incident(incident))
 
     def report_saved(self, step: int) -> None:
-        """Report to the trackers that a checkpoint is on disk."""
+        """Report to the trackers and the mirror that a checkpoint is on disk."""
+        if self.mirror is not None:
+            self.mirror.offer(step)
         self.trackers(Saved(step, training_state.checkpoint_dir(self.files.path, step)))

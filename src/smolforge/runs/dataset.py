@@ -48,6 +48,8 @@ def open_corpus(
     if exists and (folder / "corpus" / "corpus.json").is_file():
         return corpus.Corpus.open(folder / "corpus")
     sources = recipe.data.sources
+    if exists and not any((Path(source) / "corpus.json").is_file() for source in sources):
+        exists = False  # it was restored from a mirror, which has no corpus
     tokenizers = {} if exists else named_tokenizers(recipe)  # a run that goes on needs nothing it began from
     if recipe.special_tokens and not tokenizers and not exists:
         raise ConfigError("special_tokens are added to a tokenizer that was named; --tokenizer names one")

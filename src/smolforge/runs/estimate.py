@@ -192,7 +192,8 @@ def disk_bytes(recipe: Recipe) -> int:
     """Return the bytes of the checkpoints that exist at the same time, the one being written included."""
     train = recipe.train
     written = -(-train.steps // (train.checkpoint_every or train.steps)) + 1
-    num_kept = max(train.keep_last, MIN_VALID_KEPT) + train.keep_best + 1
+    in_use = train.mirror is not None  # by the copy, however long that takes
+    num_kept = max(train.keep_last, MIN_VALID_KEPT) + train.keep_best + in_use + 1
     return min(num_kept, written) * checkpoint_bytes(recipe)
 
 

@@ -46,6 +46,7 @@ from smolforge.runs.dataset import (
 )
 from smolforge.runs.estimate import estimate_of_ranks, step_cost
 from smolforge.runs.initial_model import base_model_metadata, initial_model, load_initial_moments
+from smolforge.runs.mirror import Mirror
 from smolforge.runs.mixture import SourceTokenCounter
 from smolforge.runs.profiler import Profiler
 from smolforge.runs.resume import check_disk, find_resume_point, restore, rewind_run
@@ -114,6 +115,7 @@ def run_resolved(
             stop=stop,
             ranks=ranks,
             device=device,
+            mirror=open_mirror(recipe, files) if ranks.is_main else None,
             profile_steps=profile_steps if ranks.is_main else None,
             environment=environment or {},
         )
@@ -128,6 +130,11 @@ def open_run_folder(folder: Path, stack: ExitStack, ranks: RankGroup) -> RunFold
     locked: list[RunFolder] = []
     ranks.on_rank_zero(lambda: locked.append(stack.enter_context(RunFolder.open(folder))))
     return locked[0] if locked else RunFolder(folder)
+
+
+def open_mirror(recipe: Recipe, files: RunFolder) -> Mirror | None:
+    """Return the mirror that the recipe names; nothing is read or written yet."""
+    return Mirror(Path(recipe.train.mirror), files, recipe.train) if recipe.train.mirror else None
 
 
 def open_trackers(recipe: Recipe, stack: ExitStack, ranks: RankGroup) -> Trackers:
@@ -257,6 +264,8 @@ def record_attempt_start(
         machine = files.record_start(state.step, machine, dict(context.environment))
     files.rewind(state.step, metadata.get("incidents", []))
     training_state.quarantine_later(files.path, state.step)
+    if first and context.mirror is not None:
+        context.mirror.offer(state.step)
     log.info("training from step %d to %d", state.step, recipe.train.steps)
     incidents = files.incidents()
     again = guard.fold_incidents(incidents).repeated_steps
@@ -304,6 +313,7 @@ def build_callbacks(context: RunContext, loaded: LoadedState, rows: batches.RowS
         corpus_check=context.corpus_check,
         urgent=context.stop.is_set,
         on_saved=context.report_saved,
+        in_use=lambda: context.mirror.copying if context.mirror is not None else None,
     )
     return TrainingCallbacks(
         context,
@@ -348,12 +358,19 @@ def explain_oom(recipe: Recipe) -> Iterator[None]:
 
 
 def finish_run(context: RunContext, callbacks: TrainingCallbacks, end: TrainState) -> dict[str, Any]:
-    """Return the last step's metrics, once its checkpoint is on disk. Raises Stopped where a signal ended the run."""
+    """Return the last step's metrics, once its checkpoint is on disk, and in the mirror.
+
+    Raises Stopped where a signal ended the run.
+    """
     callbacks.finish(end)
+    mirrored = {}
+    if context.mirror is not None:
+        context.mirror.finish(end.step, context.stop, context.listener.on_mirror)
+        mirrored = {"mirrored_step": end.step}
     if end.step < context.recipe.train.steps:
         raise stopped(context.stop, end, context.files.path)
     log.info("finished at step %d", end.step)
-    return {"step": end.step} | last_metrics(context.files.path)
+    return {"step": end.step} | last_metrics(context.files.path) | mirrored
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -13,15 +13,21 @@ import importlib
 import io
 import itertools
 import os
+import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 from unittest import mock
 
-Kind = Literal["create", "truncate", "write", "sync", "rename", "mkdir", "unlink", "rmdir"]
+Kind = Literal[
+    "create", "truncate", "write", "sync", "rename", "mkdir", "unlink", "rmdir", "open", "read", "stat", "list"
+]
+READS: tuple[Kind, ...] = ("open", "read", "stat", "list")
+"""Operations that change nothing. They are intercepted only where that is asked for."""
+EVERY_KIND: tuple[Kind, ...] = get_args(Kind)
 PYTHON_IO: Any = importlib.import_module("_pyio")
 NEED_SPACE: tuple[Kind, ...] = ("create", "write", "mkdir")
 KINDS: dict[str, Kind] = {
@@ -34,11 +40,13 @@ KINDS: dict[str, Kind] = {
     "fdatasync": "sync",
 }
 """The functions of `os` that concern one path or open file."""
+LOOKS: dict[str, Kind] = {"read": "read", "stat": "stat", "lstat": "stat", "listdir": "list", "scandir": "list"}
+"""Those of them that change nothing."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation that is about to change a disk. Paths are relative to the intercepted folder."""
+    """An operation that is about to happen on a disk. Paths are relative to the intercepted folder."""
 
     kind: Kind
     path: Path
@@ -72,9 +80,12 @@ class Trace:
 
 
 @contextmanager
-def intercept(folder: Path, rule: Rule) -> Iterator[None]:
-    """Let a rule decide every operation below a folder, one at a time over all threads."""
-    calls = _Calls(folder.resolve(), rule)
+def intercept(folder: Path, rule: Rule, *, reads: bool = False) -> Iterator[None]:
+    """Let a rule decide every operation below a folder that changes it, one at a time over all threads.
+
+    With `reads` it also decides those that only look at it, and at the folder itself; no path may go through a link.
+    """
+    calls = _Calls(folder.resolve(), rule, reads)
     with (
         mock.patch.dict(vars(os), calls.os_replacements()),
         mock.patch.object(builtins, "open", calls.open_file),
@@ -118,7 +129,7 @@ def failing(
 ) -> AbstractContextManager[None]:
     """Let operations of some kinds below a folder fail with an errno, after `after` successful ones.
 
-    All fail until the end, or the first `times`. By default the disk is full.
+    All fail until the end, or the first `times`. By default the disk is full; EVERY_KIND is a disk out of reach.
     """
     count = itertools.count()
 
@@ -128,6 +139,25 @@ def failing(
             if number >= after and (times is None or number < after + times):
                 raise OSError(error, os.strerror(error), str(folder / operation.path))
         return perform(operation)
+
+    return intercept(folder, rule, reads=not set(kinds).isdisjoint(READS))
+
+
+def renaming_by_copies(folder: Path) -> AbstractContextManager[None]:
+    """Let renames below a folder copy file by file, then delete, as disks do that have no rename.
+
+    Each of those is an operation of its own for an interception that surrounds this one.
+    """
+
+    def rule(operation: Operation, perform: Perform) -> Any:
+        if operation.kind != "rename" or operation.target is None:
+            return perform(operation)
+        source, target = folder / operation.path, folder / operation.target
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+            return shutil.rmtree(source)
+        shutil.copyfile(source, target)
+        return source.unlink()
 
     return intercept(folder, rule)
 
@@ -172,8 +202,8 @@ def identity_of(file: int) -> tuple[int, int]:
 class _Calls:
     """Replacements for the functions of `os` that change a disk. Calls for other folders pass through."""
 
-    def __init__(self, folder: Path, rule: Rule) -> None:
-        self.folder, self.rule, self.lock = folder, rule, threading.RLock()
+    def __init__(self, folder: Path, rule: Rule, reads: bool) -> None:
+        self.folder, self.rule, self.reads, self.lock = folder, rule, reads, threading.RLock()
         self.real: dict[str, Callable[..., Any]] = dict(vars(os))
         self.real_open = io.open
         self.opened: dict[int, OpenFile] = {}
@@ -182,7 +212,8 @@ class _Calls:
         """Return the replacements by the names of `os`."""
         replacements = {"open": self.open, "write": self.write, "sendfile": self.sendfile}
         replacements |= {name: self.move(name) for name in ("rename", "replace")}
-        replacements |= {name: self.one_path(name, kind) for name, kind in KINDS.items()}
+        kinds = KINDS | LOOKS if self.reads else KINDS
+        replacements |= {name: self.one_path(name, kind) for name, kind in kinds.items()}
         return {name: replacement for name, replacement in replacements.items() if name in self.real}
 
     def apply_rule(self, operation: Operation, perform: Perform) -> Any:
@@ -197,7 +228,8 @@ class _Calls:
         if dir_fd is not None and parent is None:
             return None
         full_path = Path(self.folder / parent if parent is not None else Path.cwd(), os.fsdecode(path))
-        resolved = full_path.parent.resolve() / full_path.name
+        # to resolve a link is to look at it
+        resolved = full_path if self.reads else full_path.parent.resolve() / full_path.name
         return resolved.relative_to(self.folder) if resolved.is_relative_to(self.folder) else None
 
     def is_open(self, file: int) -> bool:
@@ -208,7 +240,7 @@ class _Calls:
             return False
 
     def open_file(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        if set(mode) & set("wax+") and self.relative_path(file) is not None:
+        if (self.reads or set(mode) & set("wax+")) and self.relative_path(file) is not None:
             return PYTHON_IO.open(file, mode, *args, **kwargs)
         return self.real_open(file, mode, *args, **kwargs)
 
@@ -219,10 +251,10 @@ class _Calls:
         inner_path = self.relative_path(path, dir_fd)
         if inner_path is None:
             return self.real["open"](path, flags, mode, dir_fd=dir_fd)
-        exists = os.path.lexists(self.folder / inner_path)
+        exists = not flags & (os.O_CREAT | os.O_TRUNC) or os.path.lexists(self.folder / inner_path)
         changes = flags & os.O_TRUNC if exists else flags & os.O_CREAT
-        operation = Operation("truncate" if exists else "create", inner_path)
-        file = self.apply_rule(operation, perform) if changes else perform(operation)
+        operation = Operation("open" if not changes else "truncate" if exists else "create", inner_path)
+        file = self.apply_rule(operation, perform) if changes or self.reads else perform(operation)
         self.opened[file] = OpenFile(inner_path, bool(flags & os.O_APPEND), identity_of(file))
         return file
 
@@ -256,7 +288,7 @@ class _Calls:
                 self.opened[file] = replace(opened, path=target / opened.path.relative_to(source))
 
     def one_path(self, name: str, kind: Kind) -> Callable[..., Any]:
-        def act(path: Any, *args: Any, **kwargs: Any) -> Any:
+        def act(path: Any = ".", *args: Any, **kwargs: Any) -> Any:
             path = path.fileno() if kind == "sync" and not isinstance(path, int) else path
             inner_path = self.relative_path(path, kwargs.get("dir_fd"))
             if inner_path is None:
@@ -270,6 +302,6 @@ class _Calls:
 
     def sendfile(self, target: int, *args: Any, **kwargs: Any) -> int:
         """Refused, so that shutil copies by reading and writing."""
-        if self.relative_path(target) is not None:
+        if self.relative_path(target) is not None or (self.reads and self.relative_path(args[0]) is not None):
             raise OSError(errno.EINVAL, "files that are watched are copied by write")
         return self.real["sendfile"](target, *args, **kwargs)
