@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -98,7 +98,10 @@ class MirrorFolder:
     # Writing
 
     def put(self, source: Path, kind: str) -> None:
-        """Copy a folder with a manifest, unless it is here. The oldest copies give way where the disk is full."""
+        """Copy a folder with a manifest, unless it is here. The oldest copies give way where the disk is full.
+
+        Raises MissingResourceError where it is still full then.
+        """
         manifest, target = atomic.read_manifest(source), self.path / kind / source.name
         if self.is_whole(target, manifest):
             return
@@ -110,8 +113,11 @@ class MirrorFolder:
                 break
             except OSError as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if error.errno not in DISK_FULL or not self.make_room(target):
+                if error.errno not in DISK_FULL:
                     raise
+                if not self.make_room(target):
+                    needed = sum(entry["bytes"] for entry in manifest["files"].values())
+                    raise atomic.write_error(target, error, needed) from error
         self.remove(target)
         temporary.rename(target)
         sync(target.parent)
@@ -225,11 +231,11 @@ class MirrorFolder:
             if not (source / name).exists():
                 raise InvalidFileError(f"{source / name} is missing")
             with (source / name).open("rb") as reader, (target / name).open("wb") as writer:
-                if self._read(reader, writer.write) != expected:
-                    raise InvalidFileError(f"{source / name} is damaged: its content is not what its manifest says")
+                for chunk in self._chunks(reader):
+                    writer.write(chunk)
             sync(target / name)
             if self._digest(target / name) != expected:
-                raise InvalidFileError(f"{target / name} was written, and has another content when it is read back")
+                raise InvalidFileError(f"{source / name}, or its copy, is damaged: it is not what the manifest says")
         shutil.copyfile(source / atomic.MANIFEST, target / atomic.MANIFEST)
         sync(target / atomic.MANIFEST)
         if read_manifest(target) != manifest:
@@ -249,18 +255,23 @@ class MirrorFolder:
         return manifest is None or current == manifest
 
     def _digest(self, path: Path) -> dict[str, Any]:
-        with path.open("rb") as file:
-            return self._read(file)
-
-    def _read(self, file: BinaryIO, write: Callable[[bytes], object] = len) -> dict[str, Any]:
-        """Read a file in chunks, which `write` is called with. Returns size and hash, as a manifest has them."""
+        """Return the size and hash of a file, as a manifest has them."""
         digest, size = hashlib.sha256(), 0
-        while chunk := read_chunk(file):
-            digest.update(chunk)
-            write(chunk)
-            size += len(chunk)
-            self.bytes_moved += len(chunk)
+        with path.open("rb") as file:
+            for chunk in self._chunks(file):
+                digest.update(chunk)
+                size += len(chunk)
         return {"bytes": size, "sha256": digest.hexdigest()}
+
+    def _chunks(self, file: BinaryIO) -> Iterator[bytes]:
+        """Yield the content of a file; an error names the file, which tells it from an error of writing elsewhere."""
+        try:
+            while chunk := file.read(CHUNK_BYTES):
+                self.bytes_moved += len(chunk)
+                yield chunk
+        except OSError as error:
+            error.filename = error.filename or file.name
+            raise
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -268,15 +279,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     with suppress(FileNotFoundError):
         (folder / atomic.MANIFEST).read_bytes()
     return atomic.read_manifest(folder)
-
-
-def read_chunk(file: BinaryIO) -> bytes:
-    """Read some bytes; an error names the file, which tells it from an error of writing them elsewhere."""
-    try:
-        return file.read(CHUNK_BYTES)
-    except OSError as error:
-        error.filename = file.name
-        raise
 
 
 def is_interrupted(folder: Path) -> bool:
