@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from smolforge import atomic
+from smolforge import atomic, operating_system
 from smolforge.checkpoint import training_state
 from smolforge.checkpoint.training_state import step_from_dir
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, NewerFormatError
@@ -36,9 +36,8 @@ MIRROR = "mirror.json"
 COPIED = (run_folder.RECIPE, ENVIRONMENT, MIRROR, run_folder.TRACKING, *run_folder.JOURNALS)
 """What a step needs of the run's folder, beside its checkpoint."""
 CHUNK_BYTES = 4 << 20
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What disks answer that cannot sync, or not a folder."""
+"""What disks answer that cannot sync."""
 
 
 class MirrorFolder:
@@ -113,13 +112,13 @@ class MirrorFolder:
                 break
             except OSError as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if error.errno not in DISK_FULL:
+                if error.errno not in operating_system.DISK_FULL_ERRORS:
                     raise
                 if not self.make_room(target):
                     needed = sum(entry["bytes"] for entry in manifest["files"].values())
                     raise atomic.write_error(target, error, needed) from error
         self.remove(target)
-        temporary.rename(target)
+        operating_system.replace(temporary, target)
         sync(target.parent)
         self.whole.add(target)
 
@@ -129,7 +128,7 @@ class MirrorFolder:
             temporary = self.path / f"{self.temporary}-{name}"
             shutil.copyfile(journals / name, temporary)
             sync(temporary)
-            temporary.replace(self.path / name)
+            operating_system.replace(temporary, self.path / name)
         sync(self.path)
 
     def make_room(self, target: Path) -> bool:
@@ -166,7 +165,7 @@ class MirrorFolder:
         if os.path.lexists(folder):
             temporary = folder.with_name(f"{self.temporary}-removed-{folder.name}")
             shutil.rmtree(temporary, ignore_errors=True)
-            folder.rename(temporary)
+            operating_system.replace(folder, temporary)
             shutil.rmtree(temporary, ignore_errors=True)
 
     def remove_unfinished(self) -> None:
@@ -300,7 +299,7 @@ def is_rolled_back(checkpoint: Path, incidents: list[dict[str, Any]]) -> bool:
 def sync(path: Path) -> None:
     """Make a file or folder survive a power cut, where the disk can."""
     try:
-        atomic.fsync_path(path)
+        operating_system.fsync_path(path)
     except OSError as error:
         if error.errno not in SYNC_REFUSED:
             raise

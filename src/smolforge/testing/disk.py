@@ -210,7 +210,7 @@ class _Calls:
 
     def os_replacements(self) -> dict[str, Callable[..., Any]]:
         """Return the replacements by the names of `os`."""
-        replacements = {"open": self.open, "write": self.write, "sendfile": self.sendfile}
+        replacements = {"open": self.open, "write": self.write, "sendfile": self.sendfile, "close": self.close}
         replacements |= {name: self.move(name) for name in ("rename", "replace")}
         kinds = KINDS | LOOKS if self.reads else KINDS
         replacements |= {name: self.one_path(name, kind) for name, kind in kinds.items()}
@@ -258,6 +258,11 @@ class _Calls:
         self.opened[file] = OpenFile(inner_path, bool(flags & os.O_APPEND), identity_of(file))
         return file
 
+    def close(self, file: int) -> None:
+        """Forget an open file first: the next one may get its number, and even its inode."""
+        self.opened.pop(file, None)
+        self.real["close"](file)
+
     def write(self, file: int, data: Any) -> int:
         inner_path = self.relative_path(file)
         if inner_path is None:
@@ -283,7 +288,7 @@ class _Calls:
 
     def follow(self, source: Path, target: Path) -> None:
         """Record the new paths of open files after a rename."""
-        for file, opened in self.opened.items():
+        for file, opened in list(self.opened.items()):
             if opened.path.is_relative_to(source):
                 self.opened[file] = replace(opened, path=target / opened.path.relative_to(source))
 
