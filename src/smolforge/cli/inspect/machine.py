@@ -63,6 +63,7 @@ OVERRIDES = {
     "train.batch_tokens": 1024,
     "train.checkpoint_every": STEPS,
     "train.evaluate_every": STEPS,
+    "train.evaluate_tokens": 2048,
     "train.sample_every": None,
     "train.dtype": "float32",
     "train.compile": False,
