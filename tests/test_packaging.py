@@ -20,6 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 NOT_INSTALLED_HERE = {"gradio", "ray"}
 """A Space installs the first for itself; a user of a cluster installs the second."""
+EXTRA_NAMES = r"""(?:smolforge|-e ["']\.)\[([a-z, ]+)\]|install_command\('(\w+)'\)"""
 PART_OF = {"markupsafe": "jinja2", "pydantic_core": "pydantic", "starlette": "fastapi", "tqdm": "huggingface-hub"}
 """Packages that a dependency requires and is built on."""
 
@@ -62,8 +63,10 @@ def test_every_extra_named_in_code_and_docs_exists():
     named = {
         extra.strip()
         for page in pages
-        for extras in re.findall(r"(?:smolforge|-e '\.)\[([a-z, ]+)\]", page.read_text("utf-8"))
-        for extra in extras.split(",")
+        for extras, extra_in_code in re.findall(
+            r"(?:smolforge|-e [\"']\.)\[([a-z, ]+)\]|install_command\('(\w+)'\)", page.read_text("utf-8")
+        )
+        for extra in (extras or extra_in_code).split(",")
     }
     assert {"data", "harness", "server", "verify"} <= named <= EXTRAS.keys()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
         self.child = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, "-I", str(Path(__file__).with_name("worker.py")), *import_folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -113,6 +114,12 @@ class Worker:
                 "the process that chat templates run in does not start; it needs Jinja: pip install jinja2"
             )
         return self.child
+
+
+def import_folders() -> list[str]:
+    """Return the folders that the child imports from, which may be known to this process alone (PYTHONPATH)."""
+    specs = [find_spec(name) for name in ("smolforge", "jinja2")]
+    return [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin is not None]
 
 
 def _exchange(child: subprocess.Popen[bytes], line: bytes, seconds: float) -> tuple[bytes, str]:

@@ -13,9 +13,9 @@ import random  # noqa: F401
 import sys
 import textwrap  # noqa: F401
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
+sys.path += sys.argv[1:]  # an isolated script does not know where packages are
 import jinja2
 import jinja2.constants
 import jinja2.debug
@@ -23,7 +23,6 @@ import jinja2.ext
 import jinja2.sandbox
 import jinja2.utils
 
-sys.path.append(str(Path(__file__).parents[3]))
 from smolforge import operating_system
 
 MAX_CACHED_TEMPLATES = 8
