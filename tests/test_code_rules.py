@@ -18,6 +18,8 @@ MAX_SOURCE_LINES = 31_233
 MAX_POSITIONAL = 3
 FIXED_BY_CALLERS = {"forward", "backward", "attend", "masked_attention", "__call__", "__torch_function__"}
 """Called by torch, or as torch's functions are: tensors first, all by position."""
+SCRIPTS = {"__main__.py", "worker.py"}
+"""They have a command line of their own."""
 CALLED_BY_LIBRARIES = {"chat.py", "completion.py", "worker.py", "harness.py"}
 """Gradio, Jinja and lm-eval decide how functions of these files are called."""
 
@@ -59,7 +61,7 @@ def test_attention_and_the_training_loop_are_short():
 def test_modules_follow_the_code_rules(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "each module opens with its story"
-    below = "cli" not in path.parts and path.name != "__main__.py"
+    below = "cli" not in path.parts and path.name not in SCRIPTS
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("hasattr", "eval", "exec")

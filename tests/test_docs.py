@@ -62,6 +62,7 @@ NOT_RUN = {
     "docs/quantisation.md smolforge verify": "tests/test_quantize.py",
     "README.md pip install": "needs the repository; tests/test_wheel.py installs the wheel",
     "docs/releasing.md git tag": "publishes",
+    "docs/reliability.md smolforge train": "needs a mounted disk; tests/test_mirror.py, tests/test_examples.py",
     "docs/serving.md docker build": "needs Docker",
     "docs/serving.md pip install": "never ends; tests/test_server.py",
     "docs/serving.md export SMOLFORGE_API_KEY": "never ends; tests/test_server.py",
