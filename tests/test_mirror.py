@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -213,6 +214,35 @@ def test_run_survives_a_mirror_that_fails(tmp_path, recipe, goal, caplog, error)
         shutil.rmtree(folder / "run")
         mirrored(recipe, folder)
         assert Outcome.of(folder / "run") == Outcome.of(folder / "mirror") == goal
+
+
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.long)])
+def test_start_survives_each_operation_that_fails(tmp_path, recipe, stride):
+    """It restores the newest copy, or the one before where that could not be read, or refuses with a sentence."""
+    mirrored(recipe, tmp_path, steps=4)
+    outcomes = {start_amid_a_fault(tmp_path, number) for number in range(0, operations_of_a_start(tmp_path), stride)}
+    assert {4, os.strerror(errno.ENOTCONN)} <= outcomes <= {2, 4, os.strerror(errno.ENOTCONN)}
+
+
+def start_amid_a_fault(folder, number):
+    """Return the step that is restored where one operation fails, or why none is."""
+    run, restored = folder / f"at-{number}", []
+    with failing(folder / "mirror", number, errno.ENOTCONN, kinds=EVERY_KIND, times=1):
+        try:
+            found = mirror.find_mirror(folder / "mirror", run)
+            mirror.restore_newer(found, run, lambda step, _: restored.append(step))
+        except MissingResourceError as error:
+            assert list((run / "checkpoints").glob("step-*")) == []
+            return re.search(os.strerror(errno.ENOTCONN), str(error))[0]
+    assert training_state.is_valid(training_state.checkpoint_dir(run, restored[0]))
+    return restored[0]
+
+
+def operations_of_a_start(folder):
+    seen = []
+    with intercept(folder / "mirror", lambda each, perform: (seen.append(each), perform(each))[1], reads=True):
+        assert start_amid_a_fault(folder, 10**9) == 4
+    return len(seen)
 
 
 def test_mirror_that_works_again_is_reported_once(tmp_path, recipe, caplog):

@@ -14,6 +14,7 @@ import shutil
 import signal
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from smolforge import atomic
 from smolforge.checkpoint import training_state
 from smolforge.config import Recipe, Train
 from smolforge.config.base import NONE
-from smolforge.config.load import read_recipe
+from smolforge.config.load import read_recipe, to_recipe
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.runs.async_checkpoint import BackgroundTask
 from smolforge.runs.mirror_folder import CHECKPOINTS, COPIED, JOURNALS, MIRROR, MirrorFolder
@@ -84,7 +85,7 @@ def find_mirror(path: Path, run: Path) -> Mirrored | None:
     def attach() -> None:
         run_id = folder.attach(identity.get("run", "" if exists else None), known=known)
         journals = folder.newest_journals()
-        recipe = read_recipe(journals / RECIPE) if journals else None
+        recipe = to_recipe(tomllib.loads((journals / RECIPE).read_text("utf-8"))) if journals else None
         mirrored.append(Mirrored(folder, run_id, recipe))
 
     try:
