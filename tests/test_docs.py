@@ -50,7 +50,6 @@ NOT_RUN = {
     "docs/decay.md smolforge train": "needs the Hub; tests/test_decay_recipe.py",
     "docs/decay.md hf download": "needs the Hub; tests/test_nanotron.py",
     "docs/gguf.md smolforge export": "tests/test_gguf.py",
-    "docs/reliability.md smolforge train": "needs Google Drive; tests/test_mirror.py, tests/test_examples.py",
     "docs/howto/add-a-model.md python": "tests of the repository",
     "docs/howto/add-a-task.md smolforge evaluate": "downloads a benchmark; tests/test_evaluate.py",
     "docs/howto/compare-two-ideas.md smolforge compare": "tests/test_comparison.py",
