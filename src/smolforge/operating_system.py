@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 IS_WINDOWS = sys.platform == "win32"
+SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems answer that cannot sync, such as some of FUSE."""
 REPLACE_SECONDS = 2.0
 """How long to wait for another program that has a file open, such as a virus scanner."""
 POSIX_PATH_LENGTH, WINDOWS_PATH_LENGTH, WINDOWS_LONG_PATH_LENGTH = 4095, 259, 32_766
@@ -52,9 +54,9 @@ else:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut.
+    """Make a file's content, or the names in a folder, survive a power cut, where the file system can.
 
-    A folder on Windows, or on a file system that cannot sync folders, is left as it is. Raises OSError.
+    Windows syncs no folders. Raises OSError.
     """
     is_folder = path.is_dir()
     if is_folder and IS_WINDOWS:
@@ -63,7 +65,7 @@ def fsync_path(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in SYNC_REFUSED:
             raise
     finally:
         os.close(handle)

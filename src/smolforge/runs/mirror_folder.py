@@ -9,7 +9,6 @@ may fail in any call, refuse to sync, and rename by copying, so that a folder is
 Errors of the disk are OSError; InvalidFileError is about content.
 """
 
-import errno
 import hashlib
 import logging
 import os
@@ -26,6 +25,7 @@ from smolforge import atomic, operating_system
 from smolforge.checkpoint import training_state
 from smolforge.checkpoint.training_state import step_from_dir
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, NewerFormatError
+from smolforge.operating_system import fsync_path
 from smolforge.training import run_folder
 from smolforge.training.environment import ENVIRONMENT
 
@@ -36,8 +36,6 @@ MIRROR = "mirror.json"
 COPIED = (run_folder.RECIPE, ENVIRONMENT, MIRROR, run_folder.TRACKING, *run_folder.JOURNALS)
 """What a step needs of the run's folder, beside its checkpoint."""
 CHUNK_BYTES = 4 << 20
-SYNC_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What disks answer that cannot sync."""
 
 
 class MirrorFolder:
@@ -119,7 +117,7 @@ class MirrorFolder:
                     raise atomic.write_error(target, error, needed) from error
         self.remove(target)
         operating_system.replace(temporary, target)
-        sync(target.parent)
+        fsync_path(target.parent)
         self.whole.add(target)
 
     def publish(self, journals: Path) -> None:
@@ -127,9 +125,9 @@ class MirrorFolder:
         for name in atomic.read_manifest(journals)["files"]:
             temporary = self.path / f"{self.temporary}-{name}"
             shutil.copyfile(journals / name, temporary)
-            sync(temporary)
+            fsync_path(temporary)
             operating_system.replace(temporary, self.path / name)
-        sync(self.path)
+        fsync_path(self.path)
 
     def make_room(self, target: Path) -> bool:
         """Delete the oldest checkpoint, if another one is whole. Returns whether there was one to delete."""
@@ -232,11 +230,11 @@ class MirrorFolder:
             with (source / name).open("rb") as reader, (target / name).open("wb") as writer:
                 for chunk in self._chunks(reader):
                     writer.write(chunk)
-            sync(target / name)
+            fsync_path(target / name)
             if self._digest(target / name) != expected:
                 raise InvalidFileError(f"{source / name}, or its copy, is damaged: it is not what the manifest says")
         shutil.copyfile(source / atomic.MANIFEST, target / atomic.MANIFEST)
-        sync(target / atomic.MANIFEST)
+        fsync_path(target / atomic.MANIFEST)
         if read_manifest(target) != manifest:
             raise InvalidFileError(f"{target} has another manifest than was written")
 
@@ -294,12 +292,3 @@ def is_rolled_back(checkpoint: Path, incidents: list[dict[str, Any]]) -> bool:
         return False
     later = incidents[len(training_state.read_metadata(checkpoint).get("incidents", [])) :]
     return any(incident["kind"] == "rewind" and incident["to"] < step_from_dir(checkpoint) for incident in later)
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder survive a power cut, where the disk can."""
-    try:
-        operating_system.fsync_path(path)
-    except OSError as error:
-        if error.errno not in SYNC_REFUSED:
-            raise
