@@ -26,7 +26,7 @@ CALLED_BY_LIBRARIES = {"chat.py", "completion.py", "worker.py", "harness.py"}
 
 @functools.cache
 def trees():
-    return [(path, ast.parse(path.read_text())) for path in FILES]
+    return [(path, ast.parse(path.read_text("utf-8"))) for path in FILES]
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def test_attention_and_the_training_loop_are_short():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_modules_follow_the_code_rules(path):
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text("utf-8"))
     assert ast.get_docstring(tree), "each module opens with its story"
     below = "cli" not in path.parts and path.name not in SCRIPTS
     for node in ast.walk(tree):
@@ -123,7 +123,7 @@ def f(found, *said, told=1):
 
 
 def test_source_fits_the_ledger():
-    lines = sum(len(path.read_text().splitlines()) for path in FILES)
+    lines = sum(len(path.read_text("utf-8").splitlines()) for path in FILES)
     assert lines <= MAX_SOURCE_LINES, f"{lines:,} lines"
 
 

@@ -5,7 +5,6 @@ No Windows is needed: windows/sitecustomize.py takes away what it lacks, and say
 
 import ast
 import errno
-import fcntl
 import json
 import os
 import shlex
@@ -34,6 +33,7 @@ from smolforge.training.run_folder import RunFolder
 
 TESTS = Path(__file__).parent
 NAMES = json.loads((TESTS / "fixtures" / "windows-names.json").read_text("utf-8"))
+ELSEWHERE = pytest.mark.skipif(sys.platform == "win32", reason="of systems that are not Windows")
 HASHED = ("model.safetensors", "training/optimizer.safetensors")
 
 
@@ -132,6 +132,7 @@ for module in pkgutil.walk_packages(smolforge.__path__, "smolforge."):
 """
 
 
+@ELSEWHERE
 @pytest.mark.heavy
 def test_training_survives_a_kill_as_on_windows(tmp_path):
     (tmp_path / "text.txt").write_text(sentences(300))
@@ -158,6 +159,7 @@ def test_training_survives_a_kill_as_on_windows(tmp_path):
     assert not (tmp_path / "run" / ".lock-holder").exists()
 
 
+@ELSEWHERE
 @pytest.mark.long
 def test_whole_life_works_as_on_windows(tmp_path):
     smolforge = ("-m", "smolforge")
@@ -191,6 +193,7 @@ def test_whole_life_works_as_on_windows(tmp_path):
 PRINT = "from smolforge.cli import prepare_streams; prepare_streams(); print('é\u2500\u4e2d')"
 
 
+@ELSEWHERE
 @pytest.mark.parametrize(
     ("encoding", "right"), [({}, "é─中\n".encode()), ({"PYTHONIOENCODING": "cp1252"}, b"\xe9\\u2500\\u4e2d\n")]
 )
@@ -198,12 +201,13 @@ def test_pipes_have_utf8_unless_another_encoding_is_named(tmp_path, encoding, ri
     assert output_of("-c", PRINT, cwd=tmp_path, **encoding) == right
 
 
+@ELSEWHERE
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_lock_without_a_file_system_that_locks_is_a_file(tmp_path, monkeypatch, caplog, number):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     path = tmp_path / ".lock"
     path.touch()
     with atomic.lock_file(path):
@@ -218,11 +222,12 @@ def test_lock_without_a_file_system_that_locks_is_a_file(tmp_path, monkeypatch, 
         assert left == ""
 
 
+@ELSEWHERE
 def test_lock_call_that_fails_otherwise_is_not_taken_for_a_lock(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), atomic.lock_file(tmp_path / ".lock", str):
         pass
 
@@ -238,6 +243,7 @@ def test_replace_waits_for_a_program_that_has_the_file_open(tmp_path, monkeypatc
         return real(path, to)
 
     monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(operating_system, "IS_WINDOWS", False)
     with pytest.raises(PermissionError):
         operating_system.replace(source, target)
     calls.clear()
@@ -250,6 +256,7 @@ def test_replace_waits_for_a_program_that_has_the_file_open(tmp_path, monkeypatc
         operating_system.replace(target, source)
 
 
+@ELSEWHERE
 @pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
 def test_file_system_that_cannot_sync_is_left_so(tmp_path, monkeypatch, number, raises):
     def refuse(_: int) -> None:
@@ -301,6 +308,7 @@ def test_manifest_names_files_with_forward_slashes(tmp_path):
     assert list(manifest["files"]) == ["training/state.json"]
 
 
+@ELSEWHERE
 def test_printed_commands_are_of_the_shell_at_hand(monkeypatch):
     body = '{"prompt": "it\'s"}'
     assert shlex.split(operating_system.shell_word(body)) == [body]
@@ -326,6 +334,7 @@ def test_chat_template_is_watched_where_it_cannot_be_limited(monkeypatch, templa
     worker.close()
 
 
+@ELSEWHERE
 def test_sigint_waits_while_it_is_blocked():
     heard: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
