@@ -132,8 +132,12 @@ def download(url: str) -> bytes | None:
         raise InvalidFileError(f"{url!r} (data.text_url) is no address: it should begin with https://")
 
     def request() -> bytes:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
-            return answer.read()
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            error.close()  # it is the answer too, and holds the connection
+            raise
 
     try:
         return with_retries(request, RETRY_SECONDS)
