@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch._dynamo  # by any optimizer: as well before the first freeze below
 import type_checks  # noqa: F401  before smolforge, whose functions it wraps
-from hypothesis import settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smolforge.testing import HubMirror, processes, sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
@@ -114,12 +115,18 @@ def compiling() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@given(st.none())
+def _draw_once(_):
+    """Make Hypothesis' generator, whose holder it would not find among what is frozen."""
+
+
 @pytest.fixture(autouse=True)
 def _libraries_are_no_garbage():
     """Each run begins with a full collection, which took half of a short run's time, with all that was imported."""
     global _frozen_modules
     if len(sys.modules) > _frozen_modules:
         gc.collect()
+        _draw_once()
         gc.freeze()
         count, _frozen_modules = get_freeze_count(), len(sys.modules)
         gc.get_freeze_count = lambda: count  # which runs ask for as well, and to count them takes as long

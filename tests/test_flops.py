@@ -43,7 +43,8 @@ def test_flops_per_token_adds_what_torch_does_not_count():
     width, head = config.num_attention_heads * config.resolved_head_dim, config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * width * LENGTH
     full = flops_per_token(config, LENGTH, "full")
-    assert counted(config, SDPBackend.FLASH_ATTENTION) == full - attention
+    uncounted, counted_by_torch_2_15 = full - attention, full + attention // 6  # the backward pass forms scores anew
+    assert counted(config, SDPBackend.FLASH_ATTENTION) in (uncounted, counted_by_torch_2_15)
     assert (
         counted(config, loss=lambda model, hidden, ids: loss_sum(hidden, model.lm_head_weight, ids)[0])
         == full - 2 * head

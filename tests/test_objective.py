@@ -35,7 +35,7 @@ def micro_batch(rows=3, length=48, vocabulary=320):
 def outcome(shape, **settings):
     """Sums and gradients of one micro-batch, and bytes held between forward and backward."""
     objective, batch = Objective(build(tiny_config(**shape), seed=1), **settings), micro_batch()
-    with profile(profile_memory=True) as profiler:
+    with profile(profile_memory=True, acc_events=True) as profiler:
         sums = objective(*batch)
     sums["objective"].backward()
     values = [value.detach() for value in sums.values()] + [weight.grad for weight in objective.parameters()]

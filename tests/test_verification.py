@@ -535,13 +535,15 @@ def test_verify_refuses_what_is_not_a_model(tmp_path, capsys):
     assert cli.run(["verify", str(tmp_path / "nothing")]) == 2
 
 
-@pytest.mark.parametrize(("family", "auto_differs"), [("llama", False), ("qwen2", True)])
-def test_tokenizer_is_compared_with_transformers(tmp_path, family, auto_differs):
-    """AutoTokenizer reads no qwen2 folder's tokenizer.json as it is, but splits text as Qwen's own tokenizer does."""
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_tokenizer_is_compared_with_transformers(tmp_path, family):
+    """AutoTokenizer of a newer Transformers does not read a qwen2 folder's tokenizer.json: it splits as Qwen does."""
     model = tiny_model(model_type=family)
     huggingface.save(model, tmp_path, model.tokenizer)
     check = checks.check_tokenizer(model.tokenizer, tmp_path, HARD_TEXTS)
     assert check.holds, check.message
-    assert (check.figures["auto_tokenizer_differs"] > 0) == ("PreTrainedTokenizerFast" in check.message) == auto_differs
+    auto_differs = check.figures["auto_tokenizer_differs"] > 0
+    assert auto_differs == ("PreTrainedTokenizerFast" in check.message)
+    assert family == "qwen2" or not auto_differs
     other = tiny_tokenizer(vocab_size=280)
     assert not checks.check_tokenizer(other, tmp_path, HARD_TEXTS).holds

@@ -29,6 +29,7 @@ class Profiler:
             schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
             activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()],
             on_trace_ready=self._write,
+            acc_events=True,  # torch 2.11 warns of what later cycles lose, and here is one
         )
 
     def __enter__(self) -> "Profiler":
