@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from smolforge import atomic, cli
 from smolforge.checkpoint import loading, training_state
 from smolforge.errors import InvalidFileError
+from smolforge.operating_system import SCHEDULER_SIGNALS
 from smolforge.testing import damage, power, sentences, tiny_config
 from smolforge.testing.disk import (
     EVERY_KIND,
@@ -77,7 +78,7 @@ CHECKPOINTS = "checkpoints"
 IN_MEMORY = Path("/dev/shm")
 """Where a sync costs nothing, on Linux."""
 HASHED = ("model.safetensors", "training/optimizer.safetensors")
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGUSR2: 75}
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, **dict.fromkeys(SCHEDULER_SIGNALS, 75)}
 Fault = Callable[[], AbstractContextManager[Any]]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -516,7 +515,7 @@ class Terminal:
     """A process on a terminal of its own."""
 
     def __init__(self, *words):
-        self.leader, follower = pty.openpty()
+        self.leader, follower = pytest.importorskip("pty").openpty()  # which Windows has not
         environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *map(str, words)], stdin=follower, stdout=follower, stderr=follower,

@@ -21,6 +21,7 @@ from smolforge.cli.run_display import metrics_parts, precision_line
 from smolforge.config import Train
 from smolforge.device import is_out_of_memory
 from smolforge.errors import ConfigError
+from smolforge.operating_system import SCHEDULER_SIGNALS
 from smolforge.runs import train
 from smolforge.testing import sentences
 from smolforge.training import loop
@@ -336,7 +337,7 @@ def test_signal_to_a_training_process_saves_and_exits(tmp_path, recipe_file, num
     [
         ("train", signal.SIGINT, 130),
         ("train", signal.SIGTERM, 75),
-        ("train", signal.SIGUSR1, 75),
+        ("train", SCHEDULER_SIGNALS[0], 75),
         ("inspect", signal.SIGINT, 130),
         ("inspect", signal.SIGTERM, 130),
     ],

@@ -27,6 +27,7 @@ from smolforge.data.corpus import TRAIN, Corpus, Tokens
 from smolforge.data.mixture import Mixture
 from smolforge.device import pick_device
 from smolforge.errors import ConfigError, MissingResourceError
+from smolforge.operating_system import SCHEDULER_SIGNALS
 from smolforge.runs import run as run_module
 from smolforge.runs import train
 from smolforge.runs.dataset import build_row_source
@@ -320,7 +321,7 @@ def test_rank_0_error_ends_all_ranks_with_one_message(bench):
 @pytest.mark.parametrize(
     ("size", "who", "number", "code"),
     [
-        (2, 1, signal.SIGUSR1, 75),
+        (2, 1, SCHEDULER_SIGNALS[0], 75),
         pytest.param(2, 0, signal.SIGINT, 130, marks=pytest.mark.long),
         pytest.param(4, 2, signal.SIGTERM, 75, marks=pytest.mark.long),
     ],

@@ -16,6 +16,7 @@ from smolforge import cli
 from smolforge.checkpoint import training_state
 from smolforge.config import Guard
 from smolforge.errors import Stopped, TrainingDivergedError
+from smolforge.operating_system import SCHEDULER_SIGNALS
 from smolforge.runs import train
 from smolforge.testing import Crash, flip_bit, power, recorded
 from smolforge.training import guard, loop
@@ -265,7 +266,7 @@ def test_full_disk_loses_no_incident(tmp_path, recipe_file, poison, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, SCHEDULER_SIGNALS[0]])
 def test_signal_during_a_rewind_stops_the_run(tmp_path, recipe_file, poison, monkeypatch, number):
     """Between the decision and the step after it: the run stops there, and goes on from there."""
     poison("loss", 5, 6, 7)

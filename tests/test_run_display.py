@@ -3,14 +3,10 @@
 import io
 import math
 import os
-import pty
 import re
 import select
-import struct
 import sys
-import termios
 from contextlib import contextmanager
-from fcntl import ioctl
 from itertools import pairwise
 
 import pytest
@@ -175,8 +171,9 @@ def test_packed_lines_keep_parts_whole(parts, width):
 @contextmanager
 def in_a_terminal(monkeypatch, width):
     """Standard error is a terminal of so many columns; yields what reads all that was written to it."""
-    leader, follower = pty.openpty()
-    ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    termios = pytest.importorskip("termios")  # Windows has no terminals of this kind
+    leader, follower = os.openpty()
+    termios.tcsetwinsize(follower, (24, width))
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +29,7 @@ from smolforge.data.corpus import TRAIN, Corpus
 from smolforge.data.prepare.build import prepare
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, Stopped
 from smolforge.evaluation import measure_corpus
+from smolforge.operating_system import SCHEDULER_SIGNALS
 from smolforge.runs import resume_or_start, train
 from smolforge.runs.context import ProgressListener
 from smolforge.runs.estimate import (
@@ -652,7 +652,7 @@ class At(ProgressListener):
 
 @pytest.mark.parametrize(
     ("number", "code", "step"),
-    [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (signal.SIGUSR1, 75, 1)],
+    [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 4), (signal.SIGTERM, 75, 6), (SCHEDULER_SIGNALS[0], 75, 1)],
 )
 def test_signals_save_and_resume_bit_for_bit(tmp_path, recipe_file, once, number, code, step):
     before = signal.getsignal(number)
@@ -668,7 +668,7 @@ def test_signals_save_and_resume_bit_for_bit(tmp_path, recipe_file, once, number
     assert losses(tmp_path / "run") == losses(once)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (SCHEDULER_SIGNALS[0], 75)])
 def test_signals_before_the_first_step_set_the_exit_code(tmp_path, recipe_file, monkeypatch, number, code):
     """Epochs prepare the whole text there, and a budget measures."""
     before = signal.getsignal(number)
@@ -794,6 +794,7 @@ def test_resume_refuses_a_newer_checkpoint_format(tmp_path, recipe_file):
 def test_file_size_limit_leaves_no_partial_checkpoint(tmp_path, recipe_file, once, limit):
     """A real limit of the system, which libraries written in Rust meet too."""
     train(recipe_file, tmp_path / "run", steps=4, **{"optim.schedule.steps": 8})
+    resource = pytest.importorskip("resource")  # Windows has no such limits
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolforge import device
+from smolforge import device, operating_system
 from smolforge.device import cpu_quotas, usable_cores
 from smolforge.device.environment import (
     SLOW_VARIABLES,
@@ -143,8 +143,7 @@ def test_quotas_read_cgroup_v1_and_v2(tmp_path, mine, files, expected):
 
 
 def test_usable_cores_are_the_smallest_limit(monkeypatch):
-    monkeypatch.setattr(device.sys, "platform", "linux")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    monkeypatch.setattr(operating_system, "allowed_cores", lambda: 4)
     monkeypatch.setattr(device, "cpu_quotas", lambda: [float("inf"), 2.5])
     assert usable_cores() == 2.5
     monkeypatch.setattr(device, "cpu_quotas", lambda: [float("inf")])
