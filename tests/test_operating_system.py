@@ -132,30 +132,35 @@ for module in pkgutil.walk_packages(smolforge.__path__, "smolforge."):
 """
 
 
-@ELSEWHERE
-@pytest.mark.heavy
-def test_training_survives_a_kill_as_on_windows(tmp_path):
+@pytest.fixture
+def recipe(tmp_path) -> Path:
     (tmp_path / "text.txt").write_text(sentences(300))
     tiny_tokenizer().save(tmp_path / "tokenizer")
-    recipe = tmp_path / "tiny.json"
-    train_settings = NANO["train"] | {"checkpoint_every": 2}
     data = {"sources": [str(tmp_path / "text.txt")]}
-    content = NANO | {"data": data, "tokenizer": str(tmp_path / "tokenizer"), "train": train_settings}
-    recipe.write_text(json.dumps(content))
-    begin = "from pathlib import Path; import children, sys; a, b = map(Path, sys.argv[1:]); "
-    killed = as_on_windows("-c", begin + "children.train_until(5, a, b, {})", recipe, "run", cwd=tmp_path)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert (tmp_path / "run" / ".lock-holder").exists()
+    content = NANO | {"data": data, "tokenizer": str(tmp_path / "tokenizer")}
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(content | {"train": NANO["train"] | {"checkpoint_every": 2}}))
+    return path
+
+
+def hashes_of(run: Path) -> list[dict[str, object]]:
+    files = atomic.check_manifest(training_state.list_checkpoints(run)[-1])["files"]
+    return [files[name] for name in HASHED]
+
+
+@ELSEWHERE
+@pytest.mark.parametrize("killed_at", [None, pytest.param(5, marks=pytest.mark.long)])
+def test_training_as_on_windows_has_the_same_bits(tmp_path, recipe, killed_at):
+    if killed_at:
+        begin = f"from pathlib import Path; import children, sys; a, b = map(Path, sys.argv[1:]); t = {killed_at}; "
+        killed = as_on_windows("-c", begin + "children.train_until(t, a, b, {})", recipe, "run", cwd=tmp_path)
+        killed.communicate()
+        assert killed.returncode == -signal.SIGKILL
+        assert (tmp_path / "run" / ".lock-holder").exists()
     text = output_of("-c", LIFE, recipe, "run", cwd=tmp_path)
     assert b"step-00000008" in text or b"8 of 8" in text
-    train(recipe, tmp_path / "unbroken")
-    hashes = [
-        [atomic.check_manifest(checkpoint)["files"][name] for name in HASHED]
-        for run in ("run", "unbroken")
-        for checkpoint in training_state.list_checkpoints(tmp_path / run)[-1:]
-    ]
-    assert hashes[0] == hashes[1]
+    train(recipe, tmp_path / "here")
+    assert hashes_of(tmp_path / "run") == hashes_of(tmp_path / "here")
     assert not (tmp_path / "run" / ".lock-holder").exists()
 
 
