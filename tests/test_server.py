@@ -56,6 +56,7 @@ class Running:
         self.desk.thread.start()
         self.thread.start()
         while not self.server.started:
+            assert self.thread.is_alive(), "the server ended before it began"
             time.sleep(0.01)
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
         self.http = httpx.Client(base_url=self.url, timeout=20)

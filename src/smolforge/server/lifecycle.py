@@ -49,6 +49,7 @@ def build_server(
         host=server_config.host,
         port=server_config.port,
         lifespan="off",
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
