@@ -29,7 +29,7 @@ test-long: $(VENV)/.test
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	for system in linux darwin win32; do \
+	for system in linux win32; do \
 		$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --python-platform $$system || exit; done
 	$(BIN)/lint-imports
 

@@ -129,7 +129,9 @@ def test_report_refusals_are_one_sentence_at_once(home, capsys, words, code, sen
     assert (home / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Stopped("stopped by SIGINT after step 3", 75)])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), pytest.param(Stopped("stopped by SIGINT after step 3", 75), marks=pytest.mark.long)]
+)
 def test_interrupted_report_leaves_nothing(home, capsys, monkeypatch, error):
     def interrupted(folder):
         (folder / "half").touch()

@@ -175,6 +175,7 @@ def test_unmounted_mirror_is_refused_by_a_new_run_and_warned_of_by_another(tmp_p
     assert steps(tmp_path / "drive" / "mirror") == [2, 4]
 
 
+@pytest.mark.long
 def test_two_sessions_of_one_run_leave_whole_copies(tmp_path, recipe, goal):
     """The second one is restored from the mirror while the first goes on."""
     mirrored(recipe, tmp_path, steps=4)
@@ -366,6 +367,7 @@ def test_training_and_saving_never_wait_for_a_hung_mirror(tmp_path, recipe, goal
     assert Outcome.of(tmp_path / "run") == goal
 
 
+@pytest.mark.long
 def test_hung_mirror_at_the_start_is_given_up(tmp_path, recipe, monkeypatch, caplog):
     mirrored(recipe, tmp_path, steps=2)
     monkeypatch.setattr(mirror, "STALL_SECONDS", 0.2)
@@ -379,6 +381,7 @@ def test_hung_mirror_at_the_start_is_given_up(tmp_path, recipe, monkeypatch, cap
     released.set()
 
 
+@pytest.mark.long
 def test_slow_mirror_is_waited_for_and_overtaken_copies_are_skipped(tmp_path, recipe, goal, monkeypatch, caplog):
     """Each write takes longer than a step; it is never idle for long, so that the last step gets there."""
     caplog.set_level("INFO", "smolforge")
@@ -398,6 +401,7 @@ def test_slow_mirror_is_waited_for_and_overtaken_copies_are_skipped(tmp_path, re
     assert Outcome.of(tmp_path / "mirror") == goal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("at_step", "while_waiting", "reason"),
     [
