@@ -183,11 +183,11 @@ def test_whole_life_works_as_on_windows(tmp_path):
     output_of(*smolforge, *prepare, cwd=tmp_path)
     output_of(*smolforge, "chat", model, cwd=tmp_path, text="hello é\n/exit\n")
     child = as_on_windows(*smolforge, "serve", model, "--port", "0", cwd=tmp_path)
-    assert child.stderr is not None
-    words = next(line for line in child.stderr if b"http://" in line).decode().split()
-    url = next(word for word in words if word.startswith("http://")).rstrip("/.,")
+    assert child.stdout is not None
+    words = next(line for line in child.stdout if b"http://" in line).decode().split()
+    url = next(word for word in words if word.startswith("http://")).rstrip(",")
     body = json.dumps({"prompt": "def ", "max_tokens": 4}).encode()
-    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{url}/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] == 4
     child.send_signal(signal.SIGTERM)
