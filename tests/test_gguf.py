@@ -437,7 +437,7 @@ HOSTILE = {
     "an empty side": (head(1) + tensor(sides=(2, 0)), "of shape"),
     "too large": (head(1) + tensor(sides=(2**62, 4)), "cannot hold"),
     "overflowing": (head(1) + tensor(sides=(2**32, 2**32)), "cannot hold"),
-    "another type": (head(1) + tensor(kind=12), "of ggml's type 12; those read here are f32"),
+    "another type": (head(1) + tensor(kind=16), "of ggml's type 16; those read here are f32"),
     "half a block": (head(1) + tensor(sides=(33,), kind=8), "of shape"),
     "no data": (head(1) + tensor(), "ends before a does; it was cut"),
     "overlapping": (head(2) + tensor() + tensor("b") + bytes(128), "data of b at 0, where 32 follows"),

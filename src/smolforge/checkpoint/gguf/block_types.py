@@ -1,9 +1,12 @@
 """How ggml keeps numbers: a row of a tensor is blocks, each of so many values in so many bytes.
 
     f32 f16 bf16   one value a block
-    q8_0           32 values: a half-precision scale and 8 bits each
-    q4_0           32 values: a half-precision scale and 4 bits each
-    q6_K           256 values in 16 groups with a scale of their own; read only, for the head of others' q4_0 files
+    q8_0 q5_0 q4_0 32 values: a half-precision scale, and 8, 5 or 4 bits each
+    q5_1 q4_1      32 values: a half-precision scale and minimum, and 5 or 4 bits each
+    q2_K to q6_K   256 values in groups of 16 or 32 with small scales of their own
+    iq4_nl iq4_xs  4 bits each, which choose one of 16 values that are not evenly spaced; xs by 256 with small scales
+
+K and iq types are read only: llama-quantize writes them.
 
 The gguf package rounds as ggml's reference does, bit-for-bit.
 """
@@ -67,9 +70,18 @@ BLOCK_TYPES = {
         BlockType("f32", 0, 1, 4, torch.float32),
         BlockType("f16", 1, 1, 2, torch.float16),
         BlockType("bf16", 30, 1, 2, torch.bfloat16),
-        BlockType("q8_0", 8, 32, 34),
         BlockType("q4_0", 2, 32, 18),
+        BlockType("q4_1", 3, 32, 20),
+        BlockType("q5_0", 6, 32, 22),
+        BlockType("q5_1", 7, 32, 24),
+        BlockType("q8_0", 8, 32, 34),
+        BlockType("q2_K", 10, 256, 84),
+        BlockType("q3_K", 11, 256, 110),
+        BlockType("q4_K", 12, 256, 144),
+        BlockType("q5_K", 13, 256, 176),
         BlockType("q6_K", 14, 256, 210),
+        BlockType("iq4_nl", 20, 32, 18),
+        BlockType("iq4_xs", 23, 256, 136),
     )
 }
 BLOCK_TYPE_BY_NUMBER = {kind.type_id: kind for kind in BLOCK_TYPES.values()}
