@@ -5,6 +5,7 @@ nothing. Whatever else a file asks for is refused by name.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,28 @@ from smolforge.config.model import FAMILIES, PARTS
 from smolforge.errors import InvalidFileError
 from smolforge.models.family import Family, family_of, load_family
 
+log = logging.getLogger("smolforge")
 CUSTOM_MODEL_TYPE = "smolforge"
 """model_type of a model with custom classes; Transformers must not take it for one that it knows."""
 REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 INERT_KEYS = frozenset(
     """
-    _attn_implementation_autoset _name_or_path add_cross_attention architectures begin_suppress_tokens bos_token_id
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id finetuning_task
-    gradient_checkpointing id2label is_decoder is_llama_config label2id max_window_layers output_attentions
-    output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type pruned_heads return_dict
-    sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class _commit_hash
+    _experts_implementation _experts_implementation_internal _flash_attn_2_enabled _name_or_path _output_attentions
+    add_cross_attention architectures attn_implementation base_model_ep_plan base_model_pp_plan base_model_tp_plan
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype
+    eos_token_id finetuning_task gradient_checkpointing has_no_defaults_at_init id2label is_composition is_decoder
+    is_llama_config keys_to_ignore_at_inference label2id max_sequence_length max_window_layers model_max_length
+    output_attentions output_hidden_states output_router_logits pad_token_id prefix pretraining_tp problem_type
+    pruned_heads return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class
+    torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16
+    use_cache use_return_dict
 
     bad_words_ids diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length max_new_tokens
+    min_length min_p no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
     """.split()  # noqa: SIM905
 )
 """Keys that say nothing about what the model computes; the second group is of how text is drawn from it."""
@@ -88,18 +94,22 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
     family = load_family(model_type)
     _move_rope_theta(content, path)
     _check_layer_types(content, family, path)
-    missing = [key for key in REQUIRED_KEYS if key not in content]
+    missing = [key for key in REQUIRED_KEYS if content.get(key) is None]
     if missing:
         raise InvalidFileError(f"{path} does not say {missing[0]}")
     settings, fixed = dict(family.config_defaults), {**family.config_fixed, **FIXED_NOT_WRITTEN}
     for key, value in content.items():
+        if value is None and key != "num_key_value_heads":  # as if it were not there, whether it is known or not
+            continue
         if key in fixed:
             if value != fixed[key]:
                 raise InvalidFileError(f"{path}: {key} is {value!r}, which is not implemented; only {fixed[key]!r} is")
         elif key in ModelConfig.model_fields and key not in PARTS:
             settings[key] = value
-        elif key not in INERT_KEYS and value is not None:
+        elif key not in INERT_KEYS:
             raise InvalidFileError(f"{path} has a setting {key!r} that is not known here, so the model might differ")
+    if ignored := sorted(content.keys() & INERT_KEYS):
+        log.debug("%s: what a model computes does not depend on %s", path, ", ".join(ignored))
     if settings["num_key_value_heads"] is None:  # every head has its own
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     try:

@@ -8,12 +8,13 @@ The cache is huggingface_hub's, shared with every other program that uses it.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
+from smolforge import operating_system
 from smolforge.checkpoint import download
-from smolforge.checkpoint.huggingface import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names
+from smolforge.checkpoint.huggingface import CONFIG, GENERATION, INDEX, WEIGHTS, shard_names, unlisted_shards
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError
 from smolforge.errors.hub import REPO_PATTERN, failure_reason, is_temporary, user_errors
 from smolforge.tokenizer import FILES
@@ -70,27 +71,44 @@ def fetch(model_id: str, file_names: Sequence[str] | None = None) -> Path:
         return _download_missing(model_id, listing, file_names)
 
 
-def refuse_pickled(source: str, names: Iterable[str]) -> None:
-    """Raise InvalidFileError where these files have weights, but only as pickles."""
-    pickled = sorted(name for name in names if name.endswith(_PICKLED))
-    if pickled and not {WEIGHTS, INDEX} & set(names):
-        raise InvalidFileError(
-            f"{source} has only pickled weights ({pickled[0]}), which can run code when they are read; ask its owner "
-            "for safetensors, or let the Space https://huggingface.co/spaces/safetensors/convert convert it"
-        )
+def refuse_pickled(source: str, names: Collection[str]) -> None:
+    """Raise InvalidFileError where these files have weights, but only as pickles, with the command that converts them
+    where the source is a folder.
+    """
+    pickled = sorted(name for name in names if name.endswith(_PICKLED) and "model" in name)
+    if not pickled or any(name.endswith(".safetensors") for name in names):
+        return
+    hint = "ask its owner for safetensors, or let https://huggingface.co/spaces/safetensors/convert convert it"
+    if Path(source).is_dir():
+        hint = f"this converts them, and runs no code of theirs: {conversion_command(Path(source), pickled[0])}"
+    raise InvalidFileError(
+        f"{source} has only pickled weights ({pickled[0]}), which can run code when they are read; {hint}"
+    )
 
 
-def _select_files(source: str, available: Iterable[str], file_names: Sequence[str] | None) -> list[str]:
-    """Select the files to read from the available ones; shards are not among them yet, since their index names them."""
-    available_names = set(available)
-    if file_names is None and CONFIG in available_names and not {WEIGHTS, INDEX} & available_names:
-        refuse_pickled(source, available_names)
+def conversion_command(folder: Path, name: str) -> str:
+    """Return the command that writes safetensors next to a folder's pickled weights; one of them has this name."""
+    code = (
+        "import pathlib, sys, torch, safetensors.torch as s; "
+        "[s.save_file({k: v.contiguous().clone() for k, v in torch.load(p, 'cpu', weights_only=True).items()}, "
+        "p.with_name(p.stem.replace('pytorch_', '') + '.safetensors'), {'format': 'pt'}) "
+        f"for p in pathlib.Path(sys.argv[1]).glob('*model*{Path(name).suffix}')]"
+    )
+    return f'python -c "{code}" {operating_system.shell_word(str(folder))}'
+
+
+def _select_files(source: str, available: Collection[str], file_names: Sequence[str] | None) -> list[str]:
+    """Select the files to read from the available ones; shards are among them only if no index names them."""
+    weights = [WEIGHTS] if WEIGHTS in available else [INDEX] if INDEX in available else []
+    if file_names is None and not weights:
+        weights = unlisted_shards(source, available)
+    if file_names is None and CONFIG in available and not weights:
+        refuse_pickled(source, available)
         raise InvalidFileError(f"{source} has no {WEIGHTS}, so it is no model that smolforge reads")
-    weights = WEIGHTS if WEIGHTS in available_names else INDEX
-    requested = file_names or (CONFIG, GENERATION, *FILES, weights)  # the weights last: where they are, all is
-    if requested[0] not in available_names:
+    requested = file_names or (CONFIG, GENERATION, *FILES, *weights)  # the weights last: where they are, all is
+    if requested[0] not in available:
         raise InvalidFileError(f"{source} has no {requested[0]}, so it is nothing that smolforge reads")
-    return [name for name in requested if name in available_names]
+    return [name for name in requested if name in available]
 
 
 def _cached_snapshot(model_id: str, file_names: Sequence[str] | None) -> Path | None:

@@ -1,13 +1,15 @@
 """A Hugging Face model folder <-> a model.
 
 Loading is strict: every setting in config.json is understood or known to change nothing, every tensor of
-the files is used, every parameter is filled. Weights stand in model.safetensors, or in several shards that
-model.safetensors.index.json lists.
+the files is used or known to change nothing, every parameter is filled. Weights are in model.safetensors, or in
+several shards, which model.safetensors.index.json lists if it is there. Names may have what torch.compile and DDP
+put before them, or lack the `model.` that a decoder saved without its head has not.
 """
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from smolforge.checkpoint.families import read_config, read_json, to_hugging_fac
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models import quantized
-from smolforge.models.decoder import LanguageModel, empty_model, meta_model
+from smolforge.models.decoder import LanguageModel, empty_model, inverse_frequencies, meta_model
 from smolforge.models.family import family_of
 from smolforge.models.lora import merged_parameters
 from smolforge.models.quantized import QuantizationScheme
@@ -33,7 +35,15 @@ INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 METADATA = {"format": "pt"}
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+"""Names of a model, or of one of its layers, inside what DDP, torch.compile, FSDP and checkpointing wrap it in."""
+OUTER_WRAPPERS = re.compile(rf"((?:{WRAPPERS})\.)*")
+LAYER_WRAPPERS = re.compile(rf"(?<=\.layers\.)(\d+\.)(?:(?:{WRAPPERS})\.)+")
+INERT_TENSOR = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+"""Tensors that say again what config.json says: the frequencies of rotary positions, which old versions saved."""
 Shape = tuple[int, ...]
+log = logging.getLogger("smolforge")
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -69,17 +79,16 @@ def with_quantized_layers(model: LanguageModel, scheme: QuantizationScheme | Non
 
 
 @contextmanager
-def safetensors_errors(path: Path, close: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Turn errors of reading a safetensors file into an InvalidFileError that names it; call `close` before."""
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading a safetensors file into an InvalidFileError that names it."""
     try:
         yield
     except (SafetensorError, OSError) as error:
-        close()
         raise InvalidFileError(f"{path} cannot be read: {error}") from None
 
 
 class SafetensorsReader:
-    """Reader of a folder's safetensors files, one tensor at a time.
+    """Reader of a folder's safetensors files, one tensor at a time, by the names that `plain_names` gives them.
 
     Raises InvalidFileError where they are corrupted.
     """
@@ -87,45 +96,51 @@ class SafetensorsReader:
     def __init__(self, folder: Path) -> None:
         self.folder, self.stack, self.path = folder, ExitStack(), folder / WEIGHTS
         self.files: dict[str, Any] = {}
+        self.names: dict[str, str] = {}
+        """Of each tensor that a model has: its name in its file."""
+        self.inert: dict[str, str] = {}
+        """The same of INERT_TENSOR."""
 
     def __enter__(self) -> "SafetensorsReader":
-        for path in weight_files(self.folder):
-            with safetensors_errors(path, self.stack.close):
-                path.open("rb").close()  # safetensors says of every file it may not read that there is none
-                file = self.stack.enter_context(safe_open(path, "pt"))
-                names = list(file.keys())
-            repeated = self.files.keys() & set(names)
-            if repeated:
-                self.stack.close()
-                raise InvalidFileError(f"{path} holds {min(repeated)}, which another file of {self.folder} holds too")
-            self.files |= dict.fromkeys(names, file)
-            self.path = path
-            self._check_against_index(path, names)
+        with ExitStack() as stack:  # closed if anything here fails
+            for path in weight_files(self.folder):
+                self._open(path, stack)
+            names = plain_names(self.files, self.path)
+            self.inert = {name: stored for name, stored in names.items() if INERT_TENSOR.fullmatch(name)}
+            self.names = {name: stored for name, stored in names.items() if name not in self.inert}
+            self.stack = stack.pop_all()
         return self
 
-    def _check_against_index(self, path: Path, names: list[str]) -> None:
-        """Check that a shard has the tensors that the index lists for it."""
-        if path.name == WEIGHTS:
-            return
-        listed = {name for name, file in read_index(self.folder / INDEX).items() if file == path.name}
-        if listed != set(names):
-            self.stack.close()
-            raise InvalidFileError(f"{path} does not hold what {INDEX} says, such as {min(listed ^ set(names))}")
+    def _open(self, path: Path, stack: ExitStack) -> None:
+        """Open one file. Raises InvalidFileError where it repeats another or has not what the index lists for it."""
+        with safetensors_errors(path):
+            path.open("rb").close()  # safetensors says of every file it may not read that there is none
+            file = stack.enter_context(safe_open(path, "pt"))
+            names = list(file.keys())
+        if repeated := self.files.keys() & set(names):
+            raise InvalidFileError(f"{path} holds {min(repeated)}, which another file of {self.folder} holds too")
+        self.files |= dict.fromkeys(names, file)
+        self.path = path
+        if path.name != WEIGHTS and (self.folder / INDEX).is_file():
+            listed = {name for name, file in read_index(self.folder / INDEX).items() if file == path.name}
+            if listed != set(names):
+                raise InvalidFileError(f"{path} does not hold what {INDEX} says, such as {min(listed ^ set(names))}")
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
     def shapes(self) -> dict[str, Shape]:
         """Name to shape, from the headers alone."""
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
+        return {name: tuple(self.files[stored].get_slice(stored).get_shape()) for name, stored in self.names.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_tensor(name)
 
     def get_tensor(self, name: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Tensor:
         """Return a tensor of one of these dtypes. Raises InvalidFileError where it has another."""
+        stored = self.names.get(name) or self.inert[name]
         with safetensors_errors(self.path):
-            tensor = self.files[name].get_tensor(name)
+            tensor = self.files[stored].get_tensor(stored)
         if tensor.dtype not in dtypes:
             kind, expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, dtypes[0]))
             rule = (
@@ -144,12 +159,55 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise InvalidFileError(f"{folder} has no {WEIGHTS}")
+        names = unlisted_shards(str(folder), [path.name for path in folder.iterdir()]) if folder.is_dir() else []
+        if not names:
+            raise InvalidFileError(f"{folder} has no {WEIGHTS}")
+        return [folder / name for name in names]
     names = shard_names(folder / INDEX)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InvalidFileError(f"{folder} lacks {missing[0]}, which its {INDEX} names")
     return [folder / name for name in names]
+
+
+def unlisted_shards(source: str, names: Iterable[str]) -> list[str]:
+    """Return the shards among the names of a folder's files, for a folder without an index.
+
+    Raises InvalidFileError where one is missing, or where they are of several sets.
+    """
+    shards = {match[0]: match[2] for name in names if (match := SHARD.fullmatch(name))}
+    counts = set(shards.values())
+    if len(counts) > 1:
+        raise InvalidFileError(f"{source} has shards of {' and of '.join(sorted(counts))} files, and no {INDEX}")
+    expected = [name for count in counts for name in _shard_names(int(count))]
+    if missing := sorted(set(expected) - shards.keys()):
+        raise InvalidFileError(f"{source} lacks {missing[0]}, and has no {INDEX} that says otherwise")
+    return sorted(shards)
+
+
+def plain_names(stored: Collection[str], source: Path) -> dict[str, str]:
+    """Return the name of each tensor in a Hugging Face model, with its name in the files.
+
+    Raises InvalidFileError where only some have the prefix of a wrapper, or two become one.
+    """
+    names: dict[str, str] = {}
+    prefixes = {match[0]: name for name in stored if (match := OUTER_WRAPPERS.match(name))}
+    if len(prefixes) > 1:
+        raise InvalidFileError(
+            f"{source} has names with and without a wrapper's prefix, such as {' and '.join(sorted(prefixes.values()))}"
+        )
+    prefix = next(iter(prefixes), "")
+    without_model = f"{prefix}{EMBEDDING.removeprefix('model.')}" in stored
+    for name in stored:
+        plain = name.removeprefix(prefix)
+        plain = f"model.{plain}" if without_model and plain != HEAD else plain
+        plain = LAYER_WRAPPERS.sub(r"\1", plain)
+        if plain in names:
+            raise InvalidFileError(f"{source} has both {names[plain]} and {name}, which are the same tensor")
+        names[plain] = name
+    if renamed := [(name, plain) for plain, name in names.items() if plain != name]:
+        log.debug("%s: %d tensors are renamed, such as %s to %s", source, len(renamed), *renamed[0])
+    return names
 
 
 def shard_names(index: Path) -> list[str]:
@@ -179,11 +237,38 @@ def check_tensors(tensors: SafetensorsReader, config: ModelConfig, scheme: Quant
         raise InvalidFileError(f"{source} has {len(shapes):,} tensors where config.json makes it {count:,}")
     expected = dict(expected_shapes(config, scheme))
     optional = {HEAD} if config.tie_word_embeddings and EMBEDDING in expected else set()
+    if HEAD in expected.keys() - shapes.keys() and EMBEDDING in shapes:
+        raise InvalidFileError(
+            f"{source} has no lm_head.weight, and config.json does not tie the head to the embedding; save the model "
+            "with its head (LlamaForCausalLM, not LlamaModel)"
+        )
     check_shapes(source, shapes, expected, optional=optional)
+    check_rotary_buffers(tensors, config)
     if optional & shapes.keys() and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
         raise InvalidFileError(
             f"{source} has an lm_head.weight that differs from the embedding, but config.json ties them; "
             "set tie_word_embeddings to false there if the head is its own"
+        )
+
+
+def check_rotary_buffers(tensors: SafetensorsReader, config: ModelConfig) -> None:
+    """Check that saved frequencies are those that the config makes, to the precision of their dtype."""
+    expected = inverse_frequencies(config)
+    for name in tensors.inert:
+        values = tensors.get_tensor(name)
+        limits = torch.finfo(values.dtype)
+        rtol, atol = max(2 * limits.eps, 1e-5), limits.eps * limits.tiny
+        if values.shape != expected.shape or not torch.allclose(values.double(), expected.double(), rtol, atol):
+            raise InvalidFileError(
+                f"{tensors.path}: {name} holds other frequencies than rope_theta {config.rope_theta:g} in config.json "
+                "makes, as if positions were scaled; config.json should say how"
+            )
+    if tensors.inert:
+        log.debug(
+            "%s: %d tensors that config.json makes again are ignored: %s",
+            tensors.path,
+            len(tensors.inert),
+            ", ".join(tensors.inert),
         )
 
 

@@ -38,7 +38,8 @@ DEFAULT_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 HELP = """SmolLM2-135M and its kin, through their whole life.
 
 With any command, --own module:Class lets models be loaded that have this class of yours in them, and --debug shows \
-where an error came from. smolforge COMMAND --help has an example of each."""
+where an error came from and what of a model's files was ignored or renamed. smolforge COMMAND --help has an example \
+of each."""
 COMMANDS = {
     "quickstart": "The whole life of a small model on this machine, offline, in about three minutes.",
     "prepare": "Text to token shards, which train reads with --data.sources OUT.",
@@ -81,7 +82,7 @@ def run(argv: Sequence[str]) -> int:
     args = [arg for arg in argv if arg != "--debug"]
     debug = len(args) < len(argv)
     # SIGTERM is as Ctrl-C, so that nothing half-written is left; train has its own handler.
-    with _log_to_stderr_filtered(), handle_signal(signal.SIGTERM, signal.default_int_handler):
+    with _log_to_stderr_filtered(debug), handle_signal(signal.SIGTERM, signal.default_int_handler):
         try:
             return _run(args, debug)
         except KeyboardInterrupt:  # also amid imports
@@ -225,27 +226,33 @@ def handle_signal(number: int, handler: Callable[[int, Any], Any]) -> Iterator[N
 
 
 @contextmanager
-def _log_to_stderr_filtered() -> Iterator[None]:
-    """Log downloads to standard error, and warnings where no live display shows them."""
-    log, downloads = logging.getLogger("smolforge"), logging.getLogger("smolforge.hub")
+def _log_to_stderr_filtered(debug: bool) -> Iterator[None]:
+    """Log downloads to standard error, warnings where no live display shows them, and, once, what `debug` is for."""
+    log, downloads, debug_lines = logging.getLogger("smolforge"), logging.getLogger("smolforge.hub"), set[str]()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("smolforge: %(message)s"))
 
     def should_print(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.DEBUG:
+            is_new = record.getMessage() not in debug_lines
+            debug_lines.add(record.getMessage())
+            return is_new
         if record.levelno < logging.WARNING:
             return record.name == downloads.name
         return all(attached is handler or isinstance(attached, logging.FileHandler) for attached in log.handlers)
 
     handler.addFilter(should_print)
-    level = downloads.level
+    levels = log.level, downloads.level
     log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else log.level)
     downloads.setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # what it has to say comes as our sentence
     try:
         yield
     finally:
         log.removeHandler(handler)
-        downloads.setLevel(level)
+        log.setLevel(levels[0])
+        downloads.setLevel(levels[1])
 
 
 def _print_error(error: Exception, debug: bool) -> int:

@@ -36,15 +36,19 @@ Hidden = Float[Tensor, "b t c"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
 
 
+def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Float[Tensor, " _"]:
+    """Return the radians that each pair of channels turns from one position to the next."""
+    channel = torch.arange(0, config.resolved_head_dim, 2, device=device).float()
+    return 1.0 / config.rope_theta ** (channel / config.resolved_head_dim)
+
+
 def rope_cos_sin(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:
     """Cosine and sine of each position's angles, in fp32 whatever the model's dtype.
 
     Su et al. 2021, https://arxiv.org/abs/2104.09864. Channel i is paired with i + d/2 (half rotation,
     as in Hugging Face's Llama), so both halves carry the same angles.
     """
-    channel = torch.arange(0, config.resolved_head_dim, 2, device=positions.device).float()
-    frequency = 1.0 / config.rope_theta ** (channel / config.resolved_head_dim)
-    angle = positions[:, None, :, None].float() * frequency
+    angle = positions[:, None, :, None].float() * inverse_frequencies(config, positions.device)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

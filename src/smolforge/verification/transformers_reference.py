@@ -69,9 +69,10 @@ class Oracle:
                 output_loading_info=True,
                 **gguf_kwargs,
             )
-        if gguf_kwargs and loading_info["missing_keys"]:  # it would initialize them
+        if loading_info["missing_keys"]:  # it would initialize them
             raise InvalidFileError(
-                f"Transformers does not read all of {folder}: it misses {min(loading_info['missing_keys'])}"
+                f"Transformers does not read all of {folder}: it misses {min(loading_info['missing_keys'])}; "
+                "export --to transformers makes a folder that it reads"
             )
         self.model: Any = model.eval()
         # What a file says of sampling is no part of what the model computes.
@@ -154,7 +155,7 @@ def compare_logits(
 
 
 def logit_chunks(
-    our_head: LogitsOf, our_hidden: Float[Tensor, "t c"], their_head: LogitsOf, *, their_hidden: Float[Tensor, "t c"]
+    our_head: LogitsOf, our_hidden: States, their_head: LogitsOf, *, their_hidden: States
 ) -> Iterator[tuple[Float[Tensor, "t v"], Float[Tensor, "t v"]]]:
     """Yield the logits of both, in fp32, a chunk of tokens at a time."""
     for a, b in zip(our_hidden.split(CHUNK_TOKENS), their_hidden.split(CHUNK_TOKENS), strict=True):
