@@ -1,15 +1,18 @@
 """Decoding: the engine beside `transformers generate`, llama.cpp where it is installed, and plain F.linear.
 
-    python benchmarks/decoding.py [--preset smollm2-135m] [--prompt 64] [--new 24] [--rounds 5] [--llama PYTHON]
+    python benchmarks/decoding.py [MODEL] [--prompt 64] [--new 24] [--rounds 5] [--llama PYTHON]
 
-The same random weights, fp32, contestants in turn, llama.cpp in a process of its own (`make .llama` builds it, and
-`--llama .llama/venv/bin/python` lets it take part) and the others in one; greedy ids must be the same. tokens/s and
-GB/s (the weights, once a step) are by the clock between the first new token and the last. Ratios within a round are by
-the clock and by the processor's seconds; the latter hardly hear of other work on the machine. Then the first token
-beside a plain prefill, and what `smolforge generate` takes from Enter to its first token, with imports told apart.
+MODEL is any model, by default a preset with random weights; `make .released` brings the released one. All contestants
+have the same weights and take turns: ours in fp32, int8 and int4, llama.cpp in f32, q8_0 and q4_0 in processes of
+their own (`make .llama` builds it, and `--llama .llama/venv/bin/python` lets it take part), the others in one process.
+Greedy ids in fp32 must be the same. tokens/s and GB/s (the weights, once per step) are by the clock between the first
+new token and the last. Ratios within a round are by the clock and by CPU seconds; the latter hardly depend on other
+work on the machine. Then the first token beside a plain prefill, and what `smolforge generate` takes from Enter to its
+first token, with the imports as a separate figure.
 """
 
 import argparse
+import copy
 import statistics
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import torch
@@ -25,17 +29,20 @@ from contest import Contestant
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.generation import BaseStreamer
 
-from smolforge.checkpoint import huggingface
-from smolforge.config import Generation, ModelConfig, presets
+from smolforge.checkpoint import huggingface, loading
+from smolforge.config import Generation
 from smolforge.exporters.gguf import to_gguf
 from smolforge.generation.cpu_decoding import prepack
 from smolforge.generation.engine import Engine, Request
 from smolforge.generation.samplers import make_sampler
-from smolforge.models.decoder import LanguageModel, build
+from smolforge.models.decoder import LanguageModel
+from smolforge.models.quantized import QuantizationScheme, quantize
 from smolforge.testing import tiny_tokenizer
 
 GREEDY = make_sampler(Generation(temperature=0))
 PARALLEL = 8
+SCHEMES = {"int8": QuantizationScheme(8, embedding=True), "int4": QuantizationScheme(4, 32, embedding=True)}
+LLAMA_TYPES = ("f32", "q8_0", "q4_0")
 
 
 class Turn(NamedTuple):
@@ -130,11 +137,29 @@ def llama_cpp(running: Contestant) -> Callable[[], Turn]:
     return run
 
 
-def exported(model: LanguageModel, folder: Path) -> Path:
-    """A .gguf in f32, with a tokenizer that only fills its place."""
-    huggingface.save(model, folder / "model", tiny_tokenizer())
-    to_gguf(folder / "model", folder / "model.gguf", "f32")
-    return folder / "model.gguf"
+def export_ggufs(model: LanguageModel, folder: Path) -> dict[str, Path]:
+    """Write a .gguf of each type; a tokenizer of random weights is only a placeholder."""
+    huggingface.save(model, folder / "model", model.tokenizer or tiny_tokenizer())
+    files = {kind: folder / f"{kind}.gguf" for kind in LLAMA_TYPES}
+    for kind, path in files.items():
+        to_gguf(folder / "model", path, kind)
+    return files
+
+
+def load_model(name: str, tokens: int) -> tuple[LanguageModel, list[int]]:
+    """Return a model, and a prompt: random ids for random weights, Python's documentation for others."""
+    model = loading.load(name, random=True)
+    if model.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return model, torch.randint(3, model.config.vocab_size, (tokens,), generator=generator).tolist()
+    return model, model.tokenizer.encode("\n\n".join(topics.values())[: 16 * tokens])[:tokens]
+
+
+def quantized_copy(model: LanguageModel, scheme: QuantizationScheme) -> LanguageModel:
+    """Return the model with integer weights."""
+    copied = copy.deepcopy(model)
+    quantize(copied, scheme)
+    return copied
 
 
 def first_token(model: LanguageModel, prompt: list[int], rounds: int) -> list[float]:
@@ -153,19 +178,22 @@ def first_token(model: LanguageModel, prompt: list[int], rounds: int) -> list[fl
     return ratios
 
 
-def from_enter(model: LanguageModel, rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of `smolforge generate` for one token of a model in a folder, and those of importing what it does."""
+def from_enter(name: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of `smolforge generate` for one token, and those of importing what it does."""
     modules = "smolforge.checkpoint.loading, smolforge.generation.stream, smolforge.device"
     whole, imports = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        huggingface.save(model, Path(folder), tiny_tokenizer())
-        command = ["-m", "smolforge", "generate", folder, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]
-        for _ in range(rounds):
-            for found, words in ((imports, ["-c", f"import {modules}"]), (whole, command)):
-                begun = time.perf_counter()
-                subprocess.run([sys.executable, *words], check=True, capture_output=True)
-                found.append(time.perf_counter() - begun)
+    command = ["-m", "smolforge", "generate", name, "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]
+    for _ in range(rounds):
+        for seconds, words in ((imports, ["-c", f"import {modules}"]), (whole, command)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - start)
     return whole, imports
+
+
+def weight_bytes(model: LanguageModel) -> float:
+    """Return the gigabytes of a model's weights in memory."""
+    return sum(weight.nbytes for weight in model.parameters()) / 1e9
 
 
 def spread(values: Sequence[float]) -> str:
@@ -193,54 +221,67 @@ def raced(contestants: Mapping[str, Callable[[], Turn]], rounds: int) -> dict[st
     return turns
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="smollm2-135m")
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--llama", type=Path, help="interpreter of the environment that has llama-cpp-python")
-    asked = parser.parse_args()
-    model = build(ModelConfig.model_validate(presets.shape(asked.preset))).eval()
-    prompt = torch.randint(3, model.config.vocab_size, (asked.prompt,), generator=torch.Generator().manual_seed(0))
-    prompt, size = prompt.tolist(), sum(each.numel() * each.element_size() for each in model.parameters()) / 1e9
-    given = (model, prompt, asked.new)
-    contestants = {
-        "transformers generate": transformers(*given),
-        "F.linear": ours(*given, 1, True),
-        "smolforge": ours(*given, 1, False),
-        f"F.linear, {PARALLEL} requests": ours(*given, PARALLEL, True),
-        f"smolforge, {PARALLEL} requests": ours(*given, PARALLEL, False),
-    }
-    with ExitStack() as leaving:
-        if asked.llama is not None:
-            scratch = Path(leaving.enter_context(tempfile.TemporaryDirectory()))
-            told = {"file": exported(model, scratch), "threads": torch.get_num_threads(), "prompt": prompt}
-            entrant = Contestant("llama:LlamaCpp", str(asked.llama), scratch / "llama.log", **told, new=asked.new)
-            contestants["llama.cpp, f32"] = llama_cpp(leaving.enter_context(entrant))
-            entrant.answer()
-        turns = raced(contestants, asked.rounds)
-    names = list(turns)
-    for name in names[1:]:
-        agreed([turns[names[0]][0], *turns[name]], name, model, prompt)
-    what = f"{asked.preset}, fp32, {torch.get_num_threads()} threads, {asked.prompt} + {asked.new} tokens"
-    print(f"{what}, {asked.rounds} rounds")
+def print_table(turns: Mapping[str, list[Turn]], gigabytes: Mapping[str, float]) -> None:
+    """Print a row per contestant; `gigabytes` are those of its weights."""
+    first = next(iter(turns))
     print(
         "| contestant | tokens/s | GB/s | times transformers, clock (range) | processor | times F.linear, processor |"
     )
     print("|---|---|---|---|---|---|")
     for name, own in turns.items():
         speed = statistics.median(1 / one.clock for one in own)
-        read = statistics.median(one.steps_a_second for one in own) * size
+        read = statistics.median(one.steps_a_second for one in own) * gigabytes[name]
         ratios = [
             [getattr(base, field) / getattr(one, field) for base, one in zip(turns[against], own, strict=True)]
-            for against, field in ((names[0], "clock"), (names[0], "busy"), ("F.linear", "busy"))
+            for against, field in ((first, "clock"), (first, "busy"), ("F.linear", "busy"))
         ]
         print(f"| {name} | {speed:.1f} | {read:.1f} | {' | '.join(map(spread, ratios))} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m", help="any MODEL; a preset has random weights")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama", type=Path, help="interpreter of the environment that has llama-cpp-python")
+    asked = parser.parse_args()
+    model, prompt = load_model(asked.model, asked.prompt)
+    forms = {name: quantized_copy(model, scheme) for name, scheme in SCHEMES.items()}
+    single = (prompt, asked.new, 1)
+    exact = {
+        "transformers generate": transformers(model, prompt, asked.new),
+        "F.linear": ours(model, *single, True),
+        "smolforge": ours(model, *single, False),
+        f"F.linear, {PARALLEL} requests": ours(model, prompt, asked.new, PARALLEL, True),
+        f"smolforge, {PARALLEL} requests": ours(model, prompt, asked.new, PARALLEL, False),
+    }
+    contestants = exact | {f"smolforge, {name}": ours(form, *single, False) for name, form in forms.items()}
+    with ExitStack() as leaving:
+        folder = Path(leaving.enter_context(tempfile.TemporaryDirectory()))
+        ggufs = export_ggufs(model, folder) if asked.llama is not None else {}
+        told = {"threads": torch.get_num_threads(), "prompt": prompt, "new": asked.new}
+        for kind, file in ggufs.items():
+            entrant = Contestant("llama:LlamaCpp", str(asked.llama), folder / "llama.log", file=file, **told)
+            contestants[f"llama.cpp, {kind}"] = llama_cpp(leaving.enter_context(entrant))
+            entrant.answer()
+        turns = raced(contestants, asked.rounds)
+        sizes = {f"smolforge, {name}": weight_bytes(form) for name, form in forms.items()}
+        sizes |= {f"llama.cpp, {kind}": file.stat().st_size / 1e9 for kind, file in ggufs.items()}
+        named = asked.model
+        if model.tokenizer is None:
+            huggingface.save(model, folder / "model", tiny_tokenizer())
+            named = str(folder / "model")
+        whole, imports = from_enter(named, min(asked.rounds, 3))
+    names = list(turns)
+    for name in [*list(exact)[1:], *(name for name in names if name == "llama.cpp, f32")]:
+        agreed([turns[names[0]][0], *turns[name]], name, model, prompt)
+    what = f"{asked.model}, {torch.get_num_threads()} threads, {asked.prompt} + {asked.new} tokens"
+    print(f"{what}, {asked.rounds} rounds")
+    print_table(turns, {name: sizes.get(name, weight_bytes(model)) for name in turns})
     if asked.llama is None:
-        print("| llama.cpp, f32 | not asked: make .llama, and --llama .llama/venv/bin/python | | | | |")
+        print("| llama.cpp | not asked: make .llama, and --llama .llama/venv/bin/python | | | | |")
     print(f"first token: {spread(first_token(model, prompt, asked.rounds))} times a plain prefill, processor")
-    whole, imports = from_enter(model, min(asked.rounds, 3))
     print(f"Enter to first token: {spread(whole)} s, of which imports {spread(imports)} s")
 
 
