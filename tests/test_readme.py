@@ -1,5 +1,6 @@
 """The README does what it says: its commands and its Python run, shortened; its map and links are there."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import RELEASED, needs_released
 
 from smolforge import cli, verification
 from smolforge.checkpoint import huggingface
@@ -42,7 +44,7 @@ SHORT = {
 @pytest.mark.parametrize("shortened", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_readme_commands_run(home, capsys, shortened):
     (home / "notes.txt").write_text(sentences(40, 5000))
-    lines = blocks("bash")[1].strip().splitlines()
+    lines = blocks("bash")[2].strip().splitlines()
     assert len(lines) == 6
     for line in lines:
         program, verb, *words = shlex.split(line.replace("--budget 5m", "--budget 8K-tokens") if shortened else line)
@@ -61,11 +63,30 @@ def test_readme_hub_commands_run(home, capsys, hub, monkeypatch, compiling):
     huggingface.save(model, home / "small", model.tokenizer)
     hub.add("HuggingFaceTB/SmolLM2-135M", home / "small")
     monkeypatch.setattr(verification, "published_releases", list)
-    for line in blocks("bash")[0].strip().splitlines():
+    for line in blocks("bash")[1].strip().splitlines():
         program, verb, *words = shlex.split(line)
         assert program == "smolforge"
-        assert cli.run([verb, *words, *(["--max-length", "128"] if verb == "verify" else [])]) == 0, line
+        shortened = ["--against", "transformers", "--max-length", "128"] if verb == "verify" else []
+        assert cli.run([verb, *words, *shortened]) == 0, line
     assert "all holds" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@needs_released
+def test_readme_commands_run_on_the_released_model(home, capsys, monkeypatch):
+    """What needs minutes at full length is shortened: the text, the run, and the rows of `verify`."""
+    shortened = {"verify": ["--max-length", "16"], "train": ["--train.sequence-length", "64"]}
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is gravity?\n"))
+    (home / "my.txt").write_text(sentences(30))
+    for line in blocks("bash")[0].strip().splitlines()[1:]:
+        line = line.replace("$MODEL", str(RELEASED)).replace("--budget 10m", "--budget 256-tokens")
+        program, verb, *words = shlex.split(line)
+        assert program == "smolforge"
+        assert cli.run([verb, *words, *shortened.get(verb, [])]) == 0, line
+    out = capsys.readouterr().out
+    (shown,) = (block for block in blocks("") if block.startswith("Gravity is"))
+    assert " ".join(out.split()).startswith(" ".join(shown.split()))
+    assert "all holds" in out
 
 
 def test_readme_verify_output_has_the_format_of_verify():
