@@ -297,8 +297,13 @@ def test_lora_config_errors_are_one_sentence(recipe, tmp_path, capsys, settings,
         ({"lora_alpha": None}, "lora_alpha is None"),
         ({"base_model_name_or_path": None}, "does not say which model"),
         ({"base_model_name_or_path": "SELF"}, "names itself as the model it changes"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4, but adapter_config.json says 2"),
+        ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern of 'q_proj' is '2'; it should be a number above 0"),
+        ({"alpha_pattern": {"(?=q)q_proj": 2}}, "alpha_pattern has '.*', which is not read"),
+        ({"alpha_pattern": {"((a|a)+)+$": 2, "(.*.*)+x{999999}": 1}}, "alpha_pattern has '.*', which is not read"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is '.1.'; it should be a table"),
+        ({"modules_to_save": ["embed_tokens"]}, "lacks 'embed_tokens', which modules_to_save"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is"),
     ],
 )
 def test_adapter_refuses_unsupported_peft_settings(base, tmp_path, change, said):
@@ -312,6 +317,103 @@ def test_adapter_refuses_unsupported_peft_settings(base, tmp_path, change, said)
     )
     with pytest.raises((InvalidFileError, ConfigError), match=said):
         load(tmp_path / "a")
+
+
+PEFT_SETTINGS = {
+    "use_rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp.*": 7}, "target_modules": "all-linear"},
+    "alpha_pattern": {"alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, "v_proj": 40}},
+    "rslora_patterns": {"use_rslora": True, "alpha_pattern": {"(q|v)_proj": 5}, "rank_pattern": {".*1.*v_proj": 3}},
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "layers_pattern": {"layers_to_transform": 0, "layers_pattern": "layers"},
+    "exclude_modules": {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*|.*down_proj"},
+    "target_modules": {"target_modules": r"model\.layers\.\d+\.(mlp\.up|self_attn\.o)_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "fan_in_fan_out": {"fan_in_fan_out": True},
+    "bias_all": {"bias": "all"},
+    "bias_lora_only": {"bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "norms_saved": {"modules_to_save": ["norm", "input_layernorm"]},
+    "head": {"target_modules": ["lm_head", "k_proj"]},
+}
+
+
+def peft_adapter_folder(base: Path, out: Path, **changes) -> tuple[nn.Module, torch.Tensor]:
+    """Write an adapter with peft, everything that it trains random; return peft's model and its logits."""
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"]} | changes)
+    theirs = peft.get_peft_model(plain, config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weight in theirs.parameters():
+        if weight.requires_grad:
+            weight.data += torch.randn(weight.shape, generator=generator) * 0.1
+    theirs.save_pretrained(out)
+    with torch.no_grad():
+        return theirs, theirs(torch.arange(24)[None]).logits
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("name", PEFT_SETTINGS)
+def test_adapter_of_any_settings_equals_peft(tmp_path, name):
+    """On Qwen2, which has biases, with a head of its own."""
+    huggingface.save(tiny_model(model_type="qwen2", tie_word_embeddings=False), tmp_path / "base")
+    _, expected = peft_adapter_folder(tmp_path / "base", tmp_path / "a", **PEFT_SETTINGS[name])
+    with torch.no_grad():
+        merged, plain = (load(tmp_path / folder)(torch.arange(24)[None]) for folder in ("a", "base"))
+    torch.testing.assert_close(merged, expected, atol=2e-5, rtol=1e-5)
+    assert (merged - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model._orig_mod."])
+def test_adapter_inside_a_wrapper_loads(base, tmp_path, prefix):
+    _, expected = peft_adapter_folder(base, tmp_path / "a")
+    file = tmp_path / "a" / peft_adapter.WEIGHTS
+    inner = peft_adapter.PREFIX if prefix.startswith(peft_adapter.PREFIX) else ""
+    save_file({prefix + name.removeprefix(inner): value for name, value in load_file(file).items()}, file)
+    torch.testing.assert_close(load(tmp_path / "a")(torch.arange(24)[None]), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:`lora_bias=True`",
+    "ignore:Adapter 'default'",
+)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "use_dora is 'True', which is not implemented"),
+        ({"lora_bias": True}, "lora_bias is 'True', which is not implemented"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens.lora_embedding_A', which is no tensor"),
+        ({"modules_to_save": ["embed_tokens"]}, "has another model.embed_tokens.weight, and its base ties the head"),
+        ({"modules_to_save": ["lm_head"]}, "has another lm_head.weight, and its base ties the head"),
+    ],
+)
+def test_adapter_of_peft_that_is_not_implemented_is_refused_by_name(base, tmp_path, settings, said):
+    """The base is tied."""
+    peft_adapter_folder(base, tmp_path / "a", **settings)
+    with pytest.raises(InvalidFileError, match=said):
+        load(tmp_path / "a")
+
+
+def test_adapter_beside_other_files_loads(base, tmp_path):
+    """As TRL's trainer leaves it, with pickles that are no weights; and with the config of its base."""
+    _, expected = peft_adapter_folder(base, tmp_path / "a")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+        torch.save({}, tmp_path / "a" / name)
+    shutil.copy(base / "config.json", tmp_path / "a")
+    torch.testing.assert_close(load(tmp_path / "a")(torch.arange(24)[None]), expected, atol=2e-5, rtol=1e-5)
+    torch.save(load_file(tmp_path / "a" / peft_adapter.WEIGHTS), tmp_path / "a" / "adapter_model.bin")
+    (tmp_path / "a" / peft_adapter.WEIGHTS).unlink()
+    with pytest.raises(InvalidFileError, match=r"only pickled weights \(adapter_model.bin\).* python -c "):
+        load(tmp_path / "a")
+
+
+def test_adapter_with_the_tied_embedding_loads(base, tmp_path):
+    theirs, expected = peft_adapter_folder(base, tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert "base_model.model.model.embed_tokens.weight" in load_file(tmp_path / "a" / peft_adapter.WEIGHTS)
+    torch.testing.assert_close(load(tmp_path / "a")(torch.arange(24)[None]), expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["cut", "lacks", "shape", "where", "name"])
