@@ -125,7 +125,7 @@ def feed(words, stop):
     text, given = StopBuffer(tokenizer, stop), []
     ids = [tokenizer.encode(letter)[0] for letter in words]
     for place, token in enumerate(ids):
-        piece = text.push(Token(0, token, "length" if place == len(ids) - 1 else None), tokenizer.eos_id)
+        piece = text.push(Token(0, token, "length" if place == len(ids) - 1 else None), tokenizer.eos_ids)
         given += [piece] if piece else []
         if text.stopped:
             break

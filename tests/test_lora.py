@@ -209,7 +209,7 @@ def test_adapter_works_wherever_a_model_is_named(recipe, base, tmp_path, capsys)
     ids = torch.arange(24)[None]
     assert torch.equal(load(tmp_path / "whole")(ids), ours(ids))
     said = json.loads((tmp_path / "whole" / "generation_config.json").read_text())
-    assert said["eos_token_id"] == ours.tokenizer.eos_id != load(base).tokenizer.eos_id
+    assert said["eos_token_id"] == [ours.tokenizer.eos_id, load(base).tokenizer.eos_id] == [2, 0]
     still = ("--optim.learning-rate", 1e-9, "--optim.schedule.final-learning-rate", 1e-10)
     begun = ("train", recipe, "--init-from", out, "--tokenizer", out, *talking, *still)
     for name, rank in (("full", "none"), ("low", 2)):

@@ -391,7 +391,7 @@ def save_settings(
     """Write everything of a model folder but its weights."""
     special = {
         "bos_token_id": tokenizer.bos_id if tokenizer else None,
-        "eos_token_id": tokenizer.eos_id if tokenizer else None,
+        "eos_token_id": _one_or_list(tokenizer.eos_ids) if tokenizer else None,
         **({"pad_token_id": tokenizer.pad_id} if tokenizer and tokenizer.pad_id is not None else {}),
         **(special or {}),
     }
@@ -401,6 +401,32 @@ def save_settings(
     _write_json(folder / GENERATION, special | (generation or {}))
     if tokenizer:
         tokenizer.save(folder)
+
+
+def _one_or_list(ids: Sequence[int]) -> int | list[int]:
+    return ids[0] if len(ids) == 1 else list(ids)
+
+
+def read_eos_ids(folder: Path) -> list[int]:
+    """Return the ids of eos_token_id in generation_config.json, and then in config.json: any of them ends an answer.
+
+    Raises InvalidFileError where one is no id of the model's vocabulary.
+    """
+    paths = [path for name in (GENERATION, CONFIG) if (path := folder / name).is_file()]
+    contents = {path: read_json(path) for path in paths}
+    vocab_size = contents.get(folder / CONFIG, {}).get("vocab_size")
+    valid = range(vocab_size if isinstance(vocab_size, int) else 1 << 31)
+    eos_ids: list[int] = []
+    for path, content in contents.items():
+        value = content.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(number) is int and number in valid for number in ids):
+            raise InvalidFileError(
+                f"{path}: eos_token_id is {str(value)[:80]}; it should be a token's id, from 0 to "
+                f"{valid[-1]:,}, or a list of such ids"
+            )
+        eos_ids += ids
+    return eos_ids
 
 
 def split_into_shards(tensors: dict[str, Tensor], max_shard_bytes: int | None) -> list[dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from smolforge.models.quantized import QuantizationScheme
 from smolforge.tokenizer import FILES, Tokenizer
 
 log = logging.getLogger("smolforge")
-MODEL_FILES = (huggingface.CONFIG, huggingface.WEIGHTS, *FILES)
+MODEL_FILES = (huggingface.CONFIG, huggingface.GENERATION, huggingface.WEIGHTS, *FILES)
 
 
 def load(
@@ -52,7 +52,8 @@ def load(
     else:
         loaded = load_weights(folder, dtype)
     if (own_tokenizer := tokenizer_of(folder)) is not None:
-        loaded.tokenizer = own_tokenizer
+        base_tokenizer = loaded.tokenizer
+        loaded.tokenizer = own_tokenizer.with_eos_ids(base_tokenizer.eos_ids if base_tokenizer else ())
         if loaded.tokenizer.largest_id >= loaded.config.vocab_size:
             raise InvalidFileError(
                 f"the tokenizer of {folder} has ids up to {loaded.tokenizer.largest_id:,}, the model only "
@@ -69,10 +70,12 @@ def load_weights(folder: Path, dtype: torch.dtype) -> LanguageModel:
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """Load the tokenizer at a path of `resolve_model_path`; None where it has none."""
+    """Load the tokenizer at a path of `resolve_model_path`, with all ids that end an answer; None where it has none."""
     if llama.is_gguf_file(folder):
         return llama.read_tokenizer(folder)
-    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.load(folder).with_eos_ids(huggingface.read_eos_ids(folder))
 
 
 def resolve_model_path(model: str | Path) -> Path:

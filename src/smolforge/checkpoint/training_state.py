@@ -146,7 +146,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: LanguageModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fill the model's weights and set all random states; returns optimizer tensors and metadata.
+    """Fill the model's weights, set all random states and what ends an answer; returns optimizer tensors and metadata.
 
     The folder must have passed `check_checkpoint`.
     """
@@ -159,6 +159,8 @@ def load_checkpoint(folder: Path, model: LanguageModel) -> tuple[dict[str, Tenso
         with huggingface.SafetensorsReader(folder) as tensors:
             huggingface.check_tensors(tensors, model.config)
             huggingface.fill(model, tensors)
+    if model.tokenizer is not None:
+        model.tokenizer = model.tokenizer.with_eos_ids(huggingface.read_eos_ids(folder))
     restore_rng_state(load_file(folder / TRAINING / RANDOM))
     return load_file(folder / TRAINING / OPTIMIZER), metadata
 

@@ -10,7 +10,7 @@ Axes: b batch, t tokens, c hidden, v vocabulary.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal, NamedTuple
@@ -60,7 +60,7 @@ class Request:
     prompt: Sequence[int]
     sampler: SamplerChain
     max_new_tokens: int
-    eos_id: int | None = None
+    eos_ids: Collection[int] = ()
     seed: int | None = None
     top_logprobs: int | None = None
     echo: bool = False
@@ -209,7 +209,7 @@ class Engine:
         request, token = row.request, row.request.sampler(logits, row.token_ids, row.generator)
         row.token_ids.append(token)
         full = row.num_generated == request.max_new_tokens or len(row.token_ids) >= self.capacity
-        reason: FinishReason | None = "stop" if token == request.eos_id else "length" if full else None
+        reason: FinishReason | None = "stop" if token in request.eos_ids else "length" if full else None
         logprobs = (
             None if request.top_logprobs is None else token_logprobs(logits[None], [token], request.top_logprobs)[0]
         )

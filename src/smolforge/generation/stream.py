@@ -3,7 +3,7 @@
 `generate`, `stream`, chat and the server are readers of the engine through `TextEngine`; none has a loop of its own.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def generate_tokens(
     sampler: SamplerChain,
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Generator[Token, None, None]:
     """New tokens of all rows, a step at a time, until each row has ended.
@@ -55,7 +55,7 @@ def generate_tokens(
     Every row draws from a generator of its own, seeded alike, so a row gives what it gives alone.
     Raises ConfigError for a prompt that is empty or leaves no room in the context.
     """
-    requests = [Request(prompt, sampler, max_new_tokens, eos_id, seed) for prompt in prompts]
+    requests = [Request(prompt, sampler, max_new_tokens, eos_ids, seed) for prompt in prompts]
     engine = engine_for(model, requests)
     for request in requests:
         engine.submit(request)
@@ -77,7 +77,7 @@ class StopBuffer:
         self.tokens: list[Token] = []
         self.stopped = False
 
-    def push(self, token: Token, eos_id: int) -> TextChunk | None:
+    def push(self, token: Token, eos_ids: Collection[int]) -> TextChunk | None:
         """Return the chunk that this token completes, if any; `stopped` is set where a stop string came up.
 
         Tokens of the prompt go along with the first chunk and are no part of the text.
@@ -85,7 +85,7 @@ class StopBuffer:
         self.tokens.append(token)
         if token.is_prompt:
             return self._emit(0, token.finish_reason) if token.finish_reason else None
-        if token.id != eos_id:
+        if token.id not in eos_ids:
             self.pending_text += self.decoder.push(token.id)
         if token.finish_reason is not None:
             self.pending_text += self.decoder.finish()
@@ -146,7 +146,7 @@ class TextEngine:
     def step(self) -> Iterator[tuple[int, TextChunk]]:
         """What one step of the engine made whole. A request whose stop string came up has left the engine."""
         for token in self.engine.step():
-            chunk = self.buffers[token.row].push(token, self.tokenizer.eos_id)
+            chunk = self.buffers[token.row].push(token, self.tokenizer.eos_ids)
             if chunk is not None:
                 if chunk.finish_reason is not None:
                     self.cancel(token.row)
@@ -168,7 +168,7 @@ class ChatSession:
 
         Raises as `stream`.
         """
-        request = Request(prompt, make_sampler(options), options.max_new_tokens, self.tokenizer.eos_id, options.seed)
+        request = Request(prompt, make_sampler(options), options.max_new_tokens, self.tokenizer.eos_ids, options.seed)
         request_id = self.text_engine.submit(request, options.stop)
         try:
             while self.text_engine.engine.busy and not should_stop():
@@ -183,7 +183,7 @@ def stream_batch_ids(
 ) -> Iterator[tuple[int, TextChunk]]:
     """Stream (row, chunk) of prompts that are token ids."""
     tokenizer, sampler = require_tokenizer(model), make_sampler(options)
-    requests = [Request(row, sampler, options.max_new_tokens, tokenizer.eos_id, options.seed) for row in prompts]
+    requests = [Request(row, sampler, options.max_new_tokens, tokenizer.eos_ids, options.seed) for row in prompts]
     engine = TextEngine(engine_for(model, requests), tokenizer)
     for request in requests:
         engine.submit(request, options.stop)
@@ -195,7 +195,7 @@ def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[Tex
     """Continue a text, or answer a list of {"role", "content"}, piece by piece. Options are the fields of
     `config.Generation`.
 
-    Ends with finish_reason "stop" at the end-of-text token or a stop string (neither is part of the
+    Ends with finish_reason "stop" at an end-of-text token or a stop string (neither is part of the
     text), or "length" at max_new_tokens or the end of the model's context. Raises ConfigError for an
     option that is unknown or out of range, or a prompt that fills the context.
     """

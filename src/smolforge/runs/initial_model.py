@@ -1,6 +1,7 @@
 """The model a run starts from: new weights, a base model's, or a base model's that LoRA leaves as they are."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ def initial_model(recipe: Recipe, text: PreparedData, filled_later: bool) -> Lan
     if with_lora:
         lora.add_lora(model, recipe.lora, recipe.seed)
     model.tokenizer = text.tokenizer()
+    if recipe.init_from is not None and not filled_later:  # a checkpoint says it itself
+        model.tokenizer = model.tokenizer.with_eos_ids(base_eos_ids(loading.resolve_model_path(recipe.init_from)))
     return model
+
+
+def base_eos_ids(folder: Path) -> Sequence[int]:
+    """Return the ids that end an answer of a folder's model."""
+    tokenizer = loading.tokenizer_of(loading.tokenizer_folder(folder))
+    return () if tokenizer is None else tokenizer.eos_ids
 
 
 def load_base_model(folder: Path, with_moments: bool, dtype: torch.dtype) -> LanguageModel:

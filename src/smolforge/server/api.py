@@ -152,11 +152,11 @@ class Service:
                 "messages" if isinstance(request, ChatCompletionRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        eos_id = None if request.ignore_eos else self.tokenizer.eos_id
+        eos_ids = () if request.ignore_eos else self.tokenizer.eos_ids
         sampler, seed = request.sampler(len(prompt)), request.seed_for_choice(index)
         max_new_tokens, top_logprobs = min(max_tokens, available), request.num_logprobs
         return Choice(
-            engine.Request(prompt, sampler, max_new_tokens, eos_id, seed, top_logprobs, echo), request.stop_strings
+            engine.Request(prompt, sampler, max_new_tokens, eos_ids, seed, top_logprobs, echo), request.stop_strings
         )
 
     def token_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:

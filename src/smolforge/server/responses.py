@@ -68,7 +68,7 @@ class LegacyLogprobs:
             top = None if token.logprobs is None else self.token_text.top_logprobs(token.id, token.logprobs)
             logprob = None if token.logprobs is None else clamp_logprob(token.logprobs.logprob)
             rows.append((self.token_text.text(token.id), logprob, top, self.text_offset))
-            if token.is_prompt or token.id != self.token_text.tokenizer.eos_id:  # an answer's end has no text
+            if token.is_prompt or token.id not in self.token_text.tokenizer.eos_ids:  # an answer's end has no text
                 self.text_offset += len(self.decoder.push(token.id))
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         return {name: [row[index] for row in rows] for index, name in enumerate(names)}

@@ -4,6 +4,7 @@ A tokenizer is Hugging Face's `tokenizer.json`, run by the tokenizers library. U
 special token: `<|endoftext|>` inside a document is encoded as the characters it is made of.
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -56,6 +57,8 @@ class Tokenizer:
                 "name the right one as eos_token in its tokenizer_config.json"
             )
         self.eos_id: int = eos_id
+        self.extra_eos_ids: tuple[int, ...] = ()
+        """Other ids that end an answer, which the model's files name and tokenizer_config.json cannot."""
         self.special = SpecialTokens(backend.get_added_tokens_decoder())
         pipeline = json.loads(backend.to_str())
         check_growth(pipeline["normalizer"])
@@ -127,6 +130,17 @@ class Tokenizer:
     def largest_id(self) -> int:
         """What a model's vocabulary must reach beyond."""
         return max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer; the first, `eos_id`, is the one that ends documents."""
+        return (self.eos_id, *(number for number in self.extra_eos_ids if number != self.eos_id))
+
+    def with_eos_ids(self, ids: Iterable[int]) -> "Tokenizer":
+        """Return this tokenizer with more ids that end an answer. This one stays as it is."""
+        other = copy.copy(self)
+        other.extra_eos_ids = tuple(dict.fromkeys([*self.extra_eos_ids, *ids]))
+        return other
 
     @property
     def bos_id(self) -> int | None:
@@ -225,7 +239,7 @@ class Tokenizer:
         if "added_tokens_decoder" in settings:  # where Transformers looks first
             added = {str(backend.token_to_id(token.content)): token.__getstate__() for token in new_tokens}
             settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], **added}
-        return Tokenizer(backend, settings)
+        return Tokenizer(backend, settings).with_eos_ids(self.extra_eos_ids)
 
     def save(self, folder: Path) -> None:
         """Write the files Transformers reads, 4 and 5.

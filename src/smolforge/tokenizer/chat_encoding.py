@@ -49,7 +49,7 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
         if not closing:
             raise InvalidFileError(_no_end_of_turn(tokenizer))
         settings["eos_token"] = tokenizer.backend.id_to_token(closing[-1])
-    return Tokenizer(tokenizer.backend, settings)
+    return Tokenizer(tokenizer.backend, settings).with_eos_ids(tokenizer.extra_eos_ids)
 
 
 def encode_turns(tokenizer: Tokenizer, conversations: Sequence[RenderedTurns]) -> list[EncodedConversation]:

@@ -5,7 +5,7 @@ that cut as one of those does can be said. Keys and kinds of token as conversion
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from smolforge.errors import ConfigError, InvalidFileError
@@ -38,6 +38,8 @@ TOKEN_ID_KEYS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
+EXTRA_EOS_KEYS = ("eot_token_id", "eom_token_id")
+"""Where a second and a third token that ends an answer are named: the end of a turn, and of a message."""
 MAX_ADDED_TOKENS = 1 << 14
 """Special and added tokens together; each costs time in every text."""
 PREFIX = "tokenizer.ggml."
@@ -62,10 +64,22 @@ def to_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         PREFIX + "token_type": kinds,
         PREFIX + "merges": merges,
         **{key: number for key, number in ids.items() if number is not None},
+        **extra_eos_values(tokenizer),
         PREFIX + "add_bos_token": False,
         PREFIX + "add_space_prefix": False,
         **({TEMPLATE: tokenizer.template.source} if tokenizer.template else {}),
     }
+
+
+def extra_eos_values(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the keys of the ends of an answer beside eos_token_id. Raises ConfigError for more than there are keys."""
+    ids = tokenizer.eos_ids[1:]
+    if len(ids) > len(EXTRA_EOS_KEYS):
+        raise ConfigError(
+            f"the tokens {', '.join(map(str, tokenizer.eos_ids))} all end an answer of this model, and a .gguf names "
+            f"{1 + len(EXTRA_EOS_KEYS)} at most; leave some out of eos_token_id in its generation_config.json"
+        )
+    return {PREFIX + key: number for key, number in zip(EXTRA_EOS_KEYS, ids, strict=False)}
 
 
 def pre_tokenizer_name(pipeline: dict[str, Any]) -> str:
@@ -122,7 +136,16 @@ def from_values(values: Mapping[str, Any], location: str, vocab_size: int | None
         "model": BPE_SETTINGS | {"vocab": vocabulary, "merges": merges},
     }
     backend = parse_backend(json.dumps(content), f"{location} has a tokenizer that is broken")
-    return Tokenizer(backend, settings_of(metadata, values.get(TEMPLATE), vocabulary, location=location))
+    tokenizer = Tokenizer(backend, settings_of(metadata, values.get(TEMPLATE), vocabulary, location=location))
+    ids = [token_id(metadata, key, vocabulary.values(), location=location) for key in EXTRA_EOS_KEYS if key in metadata]
+    return tokenizer.with_eos_ids(ids)
+
+
+def token_id(metadata: Mapping[str, Any], key: str, ids: Container[int], *, location: str) -> int:
+    """Return the value of a key that names a token. Raises InvalidFileError where it names none."""
+    if type(metadata[key]) is not int or metadata[key] not in ids:
+        raise InvalidFileError(f"{location} has {PREFIX}{key} {str(metadata[key])[:40]}, which is no token")
+    return metadata[key]
 
 
 def vocabulary_and_types(
@@ -155,9 +178,7 @@ def settings_of(
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for token, key in TOKEN_ID_KEYS.items():
         if key in metadata:
-            if not isinstance(metadata[key], int) or metadata[key] not in names:
-                raise InvalidFileError(f"{location} has {PREFIX}{key} {str(metadata[key])[:40]}, which is no token")
-            settings[token] = names[metadata[key]]
+            settings[token] = names[token_id(metadata, key, names, location=location)]
     if template is None:
         return settings
     if not isinstance(template, str) or len(template) > MAX_FILE_BYTES["chat_template.jinja"]:
