@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from test_multiple_choice import score_slowly
 
-from smolforge import cli
+from smolforge import cli, load
 from smolforge.checkpoint import huggingface
 from smolforge.config import Data
 from smolforge.data.prepare.build import prepare
 from smolforge.errors import InvalidFileError, MissingResourceError
 from smolforge.evaluation import measure, measure_text, perplexity, tasks
-from smolforge.evaluation.multiple_choice import score, summary
+from smolforge.evaluation.multiple_choice import encode_choices, score, summary
 from smolforge.evaluation.tasks import HUB_TASKS, load_task, published_scores, read_items
 from smolforge.testing import sentences, tiny_model, tiny_tokenizer
 from smolforge.training.environment import PACKAGES
@@ -75,7 +75,52 @@ def test_evaluate_prints_scores_as_json(capsys, model_folder, items, tmp_path, t
     logged = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["id"] for line in logged] == ["first", "2", "3", "4"]
     assert Counter(line["right"]["acc"] for line in logged)[True] == round(mine["acc"] * 4)
-    assert logged[0].keys() == {"task", "id", "gold", "logprobs", "greedy", "predictions", "right"}
+    assert logged[0].keys() == {
+        *("task", "id", "gold", "skipped", "truncated", "logprobs", "greedy", "predictions", "right")
+    }
+
+
+LONG = [
+    {"query": "the model " * 200, "choices": ["a token", "b"], "gold": 0},
+    {"query": "2+2=", "choices": ["4", "5"], "gold": 0},
+    {"query": "2+2=", "choices": ["4", "the model " * 200], "gold": 0},
+]
+
+
+def test_long_items_are_skipped_or_truncated_and_counted(capsys, model_folder, tmp_path):
+    write(tmp_path / "long.jsonl", LONG)
+    words = model_folder, "--tasks", tmp_path / "long.jsonl", "--log", tmp_path / "log.jsonl"
+    counts, logs = {}, {}
+    for name in ("skip", "truncate"):
+        code, out, _ = call(capsys, *words, "--long-items", name, "--json")
+        values = json.loads(out)["tasks"]["long"]
+        counts[name] = [code, *(values[key] for key in ("n", "truncated", "skipped"))]
+        logs[name] = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert counts == {"skip": [0, 1, 0, 2], "truncate": [0, 2, 1, 1]}
+    assert [[line["skipped"], line["truncated"]] for line in logs["skip"]] == [
+        [True, False],
+        [False] * 2,
+        [True, False],
+    ]
+    assert logs["skip"][1] == logs["truncate"][1]
+    short, model = write(tmp_path / "short.jsonl", LONG[1:2]), load(model_folder)
+    assert call(capsys, *words)[1].split("n ")[1].split() == ["1", "skipped", "2"]
+    (alone,) = score(model, read_items(short))
+    assert list(alone.logprobs) == pytest.approx(logs["skip"][1]["logprobs"], abs=1e-5)
+    ((ids, continuation),) = encode_choices(model.tokenizer, [(LONG[0]["query"], " a token")])
+    rows = torch.tensor([[*ids, *continuation][-129:]])
+    expected = (
+        model(rows[:, :-1])[0].log_softmax(-1)[-len(continuation) :].gather(1, rows[0, -len(continuation) :, None])
+    )
+    assert logs["truncate"][0]["logprobs"][0] == pytest.approx(expected.sum().item(), abs=1e-4)
+
+
+def test_items_that_are_all_too_long_are_an_error(capsys, model_folder, tmp_path):
+    path = write(tmp_path / "long.jsonl", LONG[:1] * 2)
+    code, out, err = call(capsys, model_folder, "--tasks", path)
+    assert (code, out) == (3, "")
+    assert "long.jsonl, line 1, as every item here, is longer than this model's context of 128 tokens; evaluate" in err
+    assert call(capsys, model_folder, "--tasks", path, "--long-items", "truncate")[0] == 0
 
 
 def test_evaluate_prints_one_line_per_task(capsys, model_folder, items, text_file):
@@ -267,7 +312,6 @@ GOOD = LINES[0]
         (GOOD | {"gold": True}, "gold is true"),
         (GOOD | {"gold": "a"}, 'gold is "a"'),
         ('{"query": "\\ud800", "choices": ["a"], "gold": 0}', "half of a surrogate pair"),
-        (GOOD | {"query": "the model " * 200}, "more than this model's context of 128"),
     ],
 )
 def test_items_file_errors_name_file_and_line(capsys, model_folder, tmp_path, line, said):
@@ -287,6 +331,7 @@ def test_items_file_errors_name_file_and_line(capsys, model_folder, tmp_path, li
         (["--tasks", "hellaswga"], 2, "there is no task 'hellaswga'.* Did you mean hellaswag?"),
         (["--tasks", "missing.jsonl"], 3, "there is no file of items at missing.jsonl"),
         (["--tasks", "EMPTY"], 3, "has no items"),
+        (["--text", "MINE", "--long-items", "truncate"], 2, "--long-items is of the items of --tasks"),
         (["--tasks", "MINE", "--limit", "0"], 2, "limit is 0; it should be at least 1"),
         (["--tasks", "MINE", "--few-shot", "-1"], 2, "few-shot is -1"),
         (["--tasks", "MINE", "--few-shot", "4"], 2, "has 4 items, and --few-shot 4 shows them all"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from conftest import NANO
@@ -107,6 +108,15 @@ def test_evaluate_tasks_can_be_added_and_removed(recipe, items, tmp_path):
     assert "task_mine_acc" not in lines(tmp_path / "run")[9]
 
 
+def test_evaluate_tasks_skips_long_items_with_a_warning(recipe, items, tmp_path, caplog):
+    path = Path(items)
+    path.write_text(path.read_text() + json.dumps({"query": "the " * 300, "choices": ["a", "b"], "gold": 0}) + "\n")
+    count = len(path.read_text().splitlines())
+    smolforge.train(recipe, tmp_path / "run", **{"train.evaluate_tasks": (items,)})
+    assert f"mine: 1 of {count} items are longer than the model's context of 128 tokens, and skipped" in caplog.text
+    assert {line["task_mine_n"] for line in lines(tmp_path / "run").values() if "task_mine_n" in line} == {count - 1}
+
+
 @pytest.mark.parametrize(
     ("tasks", "error", "said"),
     [
@@ -116,7 +126,7 @@ def test_evaluate_tasks_can_be_added_and_removed(recipe, items, tmp_path):
         (
             ["{long}"],
             InvalidFileError,
-            "long.jsonl, line 1: query and choice 0 have .* more than .* 128",
+            "long.jsonl, line 1, as every item here, is longer than this model's context of 128",
         ),
     ],
 )

@@ -179,7 +179,7 @@ def test_greedy_flag_equals_greedy_decoding(query):
 
 def test_score_refuses_an_item_beyond_the_context():
     item = Item("long", ("the model " * 600,), ("a", "b"), 0, "items.jsonl, line 3")
-    with pytest.raises(InvalidFileError, match="items.jsonl, line 3: query and choice 0 have .* context of 512"):
+    with pytest.raises(InvalidFileError, match="items.jsonl, line 3, as every item here, is longer .* 512"):
         score(MODEL, [item])
 
 

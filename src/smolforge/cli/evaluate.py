@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -17,7 +17,7 @@ from smolforge.cli.table import print_result, progress_bar, table_lines
 from smolforge.errors import ConfigError, InvalidFileError
 
 if TYPE_CHECKING:
-    from smolforge.evaluation.multiple_choice import ItemScore
+    from smolforge.evaluation.multiple_choice import ItemScore, LongItems
     from smolforge.evaluation.tasks import Task
     from smolforge.models.decoder import LanguageModel
 
@@ -50,12 +50,16 @@ class EvaluateFlags:
     few_shot: int | None = None
     """So many examples with answers before each query: a named task's first training items, or a file's first ones.
     By default none; of the harness's, as many as each task says."""
+    long_items: Literal["skip", "truncate"] = "skip"
+    """What becomes of an item of --tasks that is longer than the model's context: skip counts it and scores it not,
+    truncate leaves out the beginning of its query, as the harness always does."""
     sequence_length: int | None = None
     """Window over a text, in tokens; by default the model's context, at most 2048."""
     stride: int | None = None
     """Tokens from one window to the next; by default half a window, so that each token has that much before it."""
     log: Path | None = None
-    """A file for one JSON object an item: id, gold, log-probabilities, predictions."""
+    """A file for one JSON object an item: id, gold, whether it was skipped or truncated, log-probabilities,
+    predictions."""
 
     def check(self) -> None:
         """Raise ConfigError for wrong flags before anything is loaded."""
@@ -63,6 +67,8 @@ class EvaluateFlags:
         if not names and not texts:
             choices = "--tasks (hellaswag,arc_easy,items.jsonl), --text FILE or --harness TASKS"
             raise ConfigError(f"there is nothing to measure; name {choices}")
+        if self.long_items == "truncate" and not self.tasks:
+            raise ConfigError("--long-items is of the items of --tasks, and none is named")
         check_at_least(1, limit=self.limit)
         check_at_least(0, few_shot=self.few_shot)
         if self.log is not None and not self.log.parent.is_dir():
@@ -90,8 +96,9 @@ def evaluate(
     Parameters
     ----------
     json_
-        Print tasks.NAME.{acc, acc_norm, acc_chars, acc_stderr, n} or {loss, perplexity, bits_per_byte, accuracy,
-        tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's own figures are.
+        Print tasks.NAME.{acc, acc_norm, acc_chars, acc_stderr, n, truncated, skipped} or {loss, perplexity,
+        bits_per_byte, accuracy, tokens} as one JSON object; acc_norm is by bytes, acc_chars by characters, as SmolLM2's
+        own figures are; n items were scored, truncated of them shortened, and skipped others too long.
         Of the harness's tasks: all it measured, and n.
     """
     flags, loading = flags or EvaluateFlags(), loading or LoadingFlags()
@@ -111,7 +118,7 @@ def evaluate(
     weights = fingerprint(model) if json_ and not loading.random else None  # a run goes on, and its name means others
     window, stride = flags.window_and_stride(loaded.config.max_position_embeddings)
     results = {path.stem: _evaluate_text(loaded, path, window, stride=stride) for path in flags.text or []}
-    scores = {task.name: _score_task(loaded, task) for task in tasks}
+    scores = {task.name: _score_task(loaded, task, flags.long_items) for task in tasks}
     for task in tasks:
         results[task.name] = summary(scores[task.name]) | {"few_shot": few_shot, "source": task.source}
     if harness_tasks:
@@ -159,11 +166,11 @@ def _evaluate_text(model: "LanguageModel", path: Path, length: int, *, stride: i
         return measure_text(model, content, length, stride=stride, on_progress=advance)
 
 
-def _score_task(model: "LanguageModel", task: "Task") -> list["ItemScore"]:
+def _score_task(model: "LanguageModel", task: "Task", long_items: "LongItems") -> list["ItemScore"]:
     from smolforge.evaluation.multiple_choice import score
 
     with progress_bar(task.name, sum(len(set(item.queries)) for item in task.items)) as advance:
-        return score(model, task.items, on_progress=advance)
+        return score(model, task.items, long_items=long_items, on_progress=advance)
 
 
 @contextmanager
@@ -192,6 +199,7 @@ def _result_rows(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, ...]
         if "acc" in values:
             parts = [_format_metric(metric, values, ".1%") for metric in ("acc", "acc_norm", "acc_chars")]
             parts.append(f"n {values['n']:,}")
+            parts += [f"{count} {values[count]:,}" for count in ("truncated", "skipped") if values[count]]
         else:
             parts = [template.format(values[metric]) for metric, template in TEXT_METRICS.items()]
         yield name, "  ".join(parts)

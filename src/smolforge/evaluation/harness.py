@@ -26,7 +26,7 @@ from smolforge.config import Generation
 from smolforge.config.base import validate_settings
 from smolforge.device import pick_device
 from smolforge.errors import ConfigError, InvalidFileError, MissingResourceError, did_you_mean, install_command
-from smolforge.evaluation.multiple_choice import Row, log_probabilities, tokens_at_once
+from smolforge.evaluation.multiple_choice import Row, fit_context, log_probabilities, tokens_at_once
 from smolforge.generation.stream import require_tokenizer, stream_batch_ids
 from smolforge.models.decoder import LanguageModel
 
@@ -136,14 +136,14 @@ class HarnessModel(TemplateLM):
         """Context and what follows of each request, with the beginning cut off where they are beyond `max_length`."""
         num_truncated = 0
         for _, context, continuation in requests:
-            max_context = self.max_length + 1 - len(continuation)
-            if not continuation or max_context < 1:
+            fitting = fit_context(context, continuation, self.max_length)
+            if not continuation or not fitting:
                 raise InvalidFileError(
                     f"a task asks to score {len(continuation):,} tokens, and this model scores 1 to "
                     f"{self.max_length:,}, its context"
                 )
-            num_truncated += len(context) > max_context
-            yield context[-max_context:], continuation
+            num_truncated += len(fitting) < len(context)
+            yield fitting, continuation
         if num_truncated:
             log.warning(
                 "%d of %d requests are longer than the context, and lose their beginning", num_truncated, len(requests)

@@ -8,13 +8,14 @@ A query and its choices are one row, so that the query is computed once:
 
 Borders and scores are lm-evaluation-harness's (`_encode_pair`, `process_results` of 0.4.13), with two names to
 know: its `acc_norm` divides by characters, which is `acc_chars` here and the normalization of SmolLM2's own figures;
-`acc_norm` here divides by bytes, which it calls `acc_bytes`.
+`acc_norm` here divides by bytes, which it calls `acc_bytes`. An item longer than the model's context is skipped, or
+loses the beginning of its query as in the harness; results count both.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ CPU_TOKENS, GPU_TOKENS = 256, 16384
 HEAD_TOKENS = 1024
 """Tokens whose logits exist at the same time."""
 DELIMITER = " "
+LongItems = Literal["skip", "truncate"]
+"""What becomes of an item longer than the context: it is not scored, or its query loses its beginning."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemScore:
-    """Log-probability in nats of each choice behind its query, and whether greedy decoding gives it."""
+    """Log-probability in nats of each choice behind its query, and whether greedy decoding gives it; of an item that is
+    too long, none.
+    """
 
     item: Item
     logprobs: tuple[float, ...]
     greedy: tuple[bool, ...]
+    truncated: bool = False
+    """Whether a query lost its beginning."""
+
+    @property
+    def skipped(self) -> bool:
+        return not self.logprobs
 
     def predictions(self) -> dict[str, int]:
         """Return the choice that each metric selects; of equal ones the first."""
@@ -105,17 +116,23 @@ class ItemScore:
 
     def as_json(self) -> dict[str, Any]:
         """One line of a log."""
-        plain = {"id": self.item.id, "gold": self.item.gold, "logprobs": self.logprobs, "greedy": self.greedy}
+        plain = {"id": self.item.id, "gold": self.item.gold, "skipped": self.skipped, "truncated": self.truncated}
+        if self.skipped:
+            return plain
+        plain |= {"logprobs": self.logprobs, "greedy": self.greedy}
         return {**plain, "predictions": self.predictions(), "right": self.correct()}
 
 
 def summary(scores: Sequence[ItemScore]) -> dict[str, Any]:
-    """Return each accuracy with its standard error, sqrt(p (1 - p) / (n - 1)) and None if n is 1, and n."""
-    n, values = len(scores), {}
+    """Return each accuracy with its standard error, sqrt(p (1 - p) / (n - 1)) and None if n is 1, the number n of items
+    that were scored, and how many were truncated or skipped.
+    """
+    scored, values = [score for score in scores if not score.skipped], {}
+    n, truncated = len(scored), sum(score.truncated for score in scored)
     for name in ("acc", "acc_norm", "acc_chars"):
-        mean = sum(score.correct()[name] for score in scores) / n
+        mean = sum(score.correct()[name] for score in scored) / n
         values |= {name: mean, f"{name}_stderr": standard_error(mean, n)}
-    return {**values, "n": n}
+    return {**values, "n": n, "truncated": truncated, "skipped": len(scores) - n}
 
 
 def standard_error(mean: float, n: int) -> float | None:
@@ -144,18 +161,22 @@ def score(
     items: Sequence[Item],
     batch_tokens: int | None = None,
     *,
+    long_items: LongItems = "skip",
     on_progress: Callable[[int], None] = lambda rows: None,
 ) -> list[ItemScore]:
     """Return the scores of items, in their order. `on_progress` is called with the number of rows just completed.
 
-    Raises InvalidFileError for an item longer than the model's context, and for a model that gives NaN.
+    Raises InvalidFileError where no item fits into the model's context, and for a model that gives NaN.
     """
-    rows = encode_items(require_tokenizer(model), items, model.config.max_position_embeddings)
+    limit = model.config.max_position_embeddings
+    rows, truncated = encode_items(require_tokenizer(model), items, limit, long_items=long_items)
     scores = log_probabilities(model, rows, batch_tokens, on_progress=on_progress)
-    answers = [[scores[number, choice] for choice in range(len(item.choices))] for number, item in enumerate(items)]
-    return [
-        ItemScore(item, *map(tuple, zip(*answer, strict=True))) for item, answer in zip(items, answers, strict=True)
-    ]
+    item_scores = []
+    for number, item in enumerate(items):
+        answers = [scores[number, choice] for choice in range(len(item.choices)) if (number, choice) in scores]
+        logprobs, greedy = zip(*answers, strict=True) if answers else ((), ())
+        item_scores.append(ItemScore(item, logprobs, greedy, truncated=number in truncated))
+    return item_scores
 
 
 def log_probabilities(
@@ -187,25 +208,37 @@ def tokens_at_once(model: LanguageModel) -> int:
     return CPU_TOKENS if model.lm_head_weight.device.type == "cpu" else GPU_TOKENS
 
 
-def encode_items(tokenizer: Tokenizer, items: Sequence[Item], limit: int) -> list[Row]:
-    """Return the rows of each item: one, unless its choices have queries of their own.
+def encode_items(
+    tokenizer: Tokenizer, items: Sequence[Item], limit: int, *, long_items: LongItems = "skip"
+) -> tuple[list[Row], set[int]]:
+    """Return the rows of each item, and the numbers of those that were truncated to `limit`, the model's context.
 
-    Raises InvalidFileError if one is longer than `limit`, the model's context.
+    An item has one row, several where its choices have queries of their own or lose some of it, and none where it is
+    skipped. Raises InvalidFileError where that is all of them.
     """
     pairs = iter(encode_choices(tokenizer, [(q, DELIMITER + text) for item in items for q, text in item.pairs()]))
     rows: dict[tuple[int, tuple[int, ...]], Row] = {}
+    truncated: set[int] = set()
     for number, item in enumerate(items):
-        for choice in range(len(item.choices)):
-            context, continuation = next(pairs)
-            length = len(context) + len(continuation) - 1
-            if length > limit:
-                raise InvalidFileError(
-                    f"{item.location or item.id}: query and choice {choice} have {length:,} tokens, more than this "
-                    f"model's context of {limit:,}"
-                )
+        encoded = [next(pairs) for _ in item.choices]
+        fitting = [fit_context(context, continuation, limit) for context, continuation in encoded]
+        is_long = any(len(fit) < len(context) for fit, (context, _) in zip(fitting, encoded, strict=True))
+        if not all(fitting) or (is_long and long_items == "skip"):
+            continue
+        truncated |= {number} if is_long else set()
+        for choice, (context, (_, continuation)) in enumerate(zip(fitting, encoded, strict=True)):
             row = rows.setdefault((number, tuple(context)), Row(number, context, {}))
             row.continuations[choice] = continuation
-    return list(rows.values())
+    if not rows:
+        where = f"{items[0].location or items[0].id}, as every item here,"
+        hint = "" if long_items == "truncate" else "; evaluate --long-items truncate leaves out the beginning of each"
+        raise InvalidFileError(f"{where} is longer than this model's context of {limit:,} tokens{hint}")
+    return list(rows.values()), truncated
+
+
+def fit_context(context: list[int], continuation: list[int], limit: int) -> list[int]:
+    """Return the end of a context that fits before its continuation, whose last token is only predicted; [] if none."""
+    return context[-(limit + 1 - len(continuation)) :] if len(continuation) <= limit else []
 
 
 def batch_by_length(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:

@@ -233,6 +233,8 @@ def _task_scores(name: str, values: dict[str, Any]) -> list[RecordedScore]:
     n = values.get("n", values.get("tokens"))
     shots = values.get("few_shot")
     source = f"smolforge evaluate, {shots or 0}-shot" if "n" in values else "smolforge evaluate"
+    counts = [f", {values[name]:,} long items {name}" for name in ("truncated", "skipped") if values.get(name)]
+    source += "".join(counts)
     numbers = {key: value for key, value in values.items() if isinstance(value, float) and "_stderr" not in key}
     return [RecordedScore(name, key, value, values.get(_stderr_key(key)), n, source) for key, value in numbers.items()]
 

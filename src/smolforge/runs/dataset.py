@@ -207,9 +207,13 @@ def check_prompts(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def check_items(eval_tasks: Sequence[Task], recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Raise an error for task items beyond the model's context, before the first step."""
+    """Warn of task items beyond the model's context, before the first step. Raises InvalidFileError for no others."""
+    limit = recipe.model.max_position_embeddings
     for task in eval_tasks:
-        encode_items(tokenizer, task.items, recipe.model.max_position_embeddings)
+        rows, _ = encode_items(tokenizer, task.items, limit)
+        if skipped := len(task.items) - len({row.item for row in rows}):
+            total = f"{skipped:,} of {len(task.items):,} items"
+            log.warning("%s: %s are longer than the model's context of %d tokens, and skipped", task.name, total, limit)
 
 
 def check_held_out(text: PreparedData, recipe: Recipe) -> None:
