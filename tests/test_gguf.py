@@ -38,6 +38,19 @@ from smolforge.tokenizer import gguf_tokenizer as tokenizers
 from smolforge.tokenizer.gguf_tokenizer import from_values, to_values
 from smolforge.verification import HARD_TEXTS
 
+WORST_ROUNDING = {
+    "f32": 0,
+    "f16": 2**-11,
+    "bf16": 2**-8,
+    "q8_0": 0.51 / 127,
+    "q5_0": 1.01 / 16,
+    "q5_1": 1.01 / 31,
+    "q4_0": 1.01 / 8,
+    "q4_1": 1.01 / 15,
+}
+"""Of a type, as a share of the largest number."""
+RELATED_TYPES = ("q5_0", "q5_1", "q4_1")
+"""Of which q4_0 and q8_0 show what differs between families."""
 WIDE = {"intermediate_size": 64}
 """With it every matrix of the tiny model divides into blocks of 32."""
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -181,9 +194,88 @@ def in_c(kind: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([d.half().view(torch.uint8), content], -1), q * d.half().float()
 
 
+def random_blocks(kind: str, count: int) -> np.ndarray:
+    """Return blocks of random bits, whose scales are finite: half-precision numbers of about 0.01."""
+    block_type = gguf.BLOCK_TYPES[kind]
+    content = np.random.default_rng(0).integers(0, 256, (count, block_type.type_size), dtype=np.uint8)
+    for start in SCALE_OFFSETS[kind]:
+        scales = np.random.default_rng(1).normal(0, 0.01, (count, 1)).astype(np.float16)
+        content[:, start : start + 2] = scales.view(np.uint8)
+    return content
+
+
+SCALE_OFFSETS = {
+    "f32": (2,),  # its upper half, so that no number is NaN
+    "f16": (0,),
+    "bf16": (0,),
+    "q8_0": (0,),
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q2_K": (80, 82),
+    "q3_K": (108,),
+    "q4_K": (0, 2),
+    "q5_K": (0, 2),
+    "q6_K": (208,),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
+}
+"""Where in a block its half-precision scales are (ggml-common.h)."""
+
+
+@pytest.mark.parametrize("kind", gguf.BLOCK_TYPES)
+def test_every_block_type_is_read_as_the_gguf_package_does(tmp_path, kind):
+    """From a file of that package, by its own reader; test_llama_cpp.py holds them to llama.cpp."""
+    block_type, reference = gguf.BLOCK_TYPES[kind], theirs.GGMLQuantizationType(gguf.BLOCK_TYPES[kind].type_id)
+    assert (block_type.block_size, block_type.type_size) == theirs.GGML_QUANT_SIZES[reference]
+    assert reference.name == kind.upper()
+    rows = random_blocks(kind, 64).reshape(8, -1)
+    writer = theirs.GGUFWriter(tmp_path / "it.gguf", "llama")
+    writer.add_tensor("x", rows, raw_dtype=reference)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (expected,) = theirs.GGUFReader(tmp_path / "it.gguf").tensors
+    read = gguf.GGUFReader(tmp_path / "it.gguf")["x"].numpy()
+    np.testing.assert_array_equal(read, theirs.dequantize(expected.data, reference).reshape(read.shape))
+    assert read.shape == (8, 8 * block_type.block_size)
+    assert np.isfinite(read).all()
+
+
+@pytest.mark.parametrize("kind", gguf.BLOCK_TYPES)
+def test_every_block_type_is_refused_cut_half_and_mislabeled(tmp_path, kind):
+    block_type, path = gguf.BLOCK_TYPES[kind], tmp_path / "it.gguf"
+    number, width, size = block_type.type_id, block_type.block_size, block_type.type_size
+    padding = bytes(-len(head(1) + tensor(sides=(width, 2), kind=number)) % 32)
+    whole = head(1) + tensor(sides=(width, 2), kind=number) + padding + bytes(2 * size)
+    path.write_bytes(whole)
+    assert not gguf.GGUFReader(path)["a"].any(), "it is read as it is"
+    half = (width + width // 2, 2) if width > 1 else (2**40,)
+    for content, said in (
+        (whole[:-1], "ends before a does; it was cut"),
+        (whole[:-size], "ends before a does; it was cut"),
+        (whole[: len(whole) - 2 * size], "ends before a does|which a file of .* cannot hold"),
+        (head(1) + tensor(sides=half, kind=number) + bytes(4 * size), "no whole blocks of|cannot hold"),
+        (head(1) + tensor(sides=(width, 2**40), kind=number) + bytes(4 * size), "cannot hold"),
+        (head(1) + tensor(sides=(width, 3), kind=number) + bytes(2 * size), "ends before a does|cannot hold"),
+        (
+            head(2) + tensor(sides=(width, 2), kind=number) + tensor("b") + bytes(9 * size + 128),
+            "data of b at 0, where",
+        ),
+    ):
+        path.write_bytes(content)
+        begun = time.process_time()
+        with pytest.raises(InvalidFileError, match=said) as caught:
+            gguf.GGUFReader(path)
+        assert time.process_time() - begun < 2
+        assert "\n" not in str(caught.value)
+
+
 def test_infinite_scales_are_encoded_without_a_warning():
     """As those of weights that a half-precision scale cannot hold, which the check after writing refuses."""
-    for kind in ("q8_0", "q4_0"):
+    for kind in ("q8_0", "q5_0", "q5_1", "q4_0", "q4_1"):
         assert not gguf.BLOCK_TYPES[kind].round_trip(torch.full((2, 32), 1e38)).isfinite().any()
 
 
@@ -203,8 +295,14 @@ def test_q6_k_blocks_are_read_as_ggml_does():
 # A model out and in again.
 
 
-@pytest.mark.parametrize("kind", FILE_TYPES)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=pytest.mark.long if family != "llama" and kind in RELATED_TYPES else ())
+        for family in ("llama", "qwen2", "qwen3", "mixtral")
+        for kind in FILE_TYPES
+    ],
+)
 def test_gguf_round_trip_keeps_every_family_and_type(tmp_path, family, kind):
     source = saved(tmp_path / "source", model_type=family, **WIDE)
     made = to_gguf(source, tmp_path / "it.gguf", kind)
@@ -217,8 +315,8 @@ def test_gguf_round_trip_keeps_every_family_and_type(tmp_path, family, kind):
     weights_after = dict(after.named_parameters())
     for name, weight in before.named_parameters():
         apart = (weight - weights_after[name]).abs().max() / weight.abs().max()
-        assert apart <= {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.51 / 127, "q4_0": 1.01 / 8}[kind]
-        if kind == "q4_0" and weight.ndim > 1 and "mlp.gate.weight" not in name:
+        assert apart <= WORST_ROUNDING[kind]
+        if kind.startswith("q4") and weight.ndim > 1 and "mlp.gate.weight" not in name:
             eight = name.startswith("model.embed") or (family == "mixtral" and (".k_proj" in name or ".v_proj" in name))
             assert apart > 0 or eight
     assert (made.max_abs_logit_diff == 0) == (kind == "f32")
@@ -335,7 +433,10 @@ def test_to_gguf_refuses_added_tokens_it_cannot_express(folder, tmp_path, change
 
 def test_to_gguf_refuses_invalid_arguments_and_models(tmp_path, folder, file):
     for wrong, said in (
-        ({"kind": "q5_K"}, "type is 'q5_K'; it should be one of f32"),
+        ({"kind": "q7_0"}, "type is 'q7_0'; it should be one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"),
+        ({"kind": "q4_K_M"}, "type Q4_K_M is written by llama-quantize alone: export --type f16 --out in.gguf, then "),
+        ({"kind": "iq4_xs"}, "llama-quantize in.gguf out.gguf IQ4_XS, whose file every command here reads"),
+        ({"kind": "Q6_K"}, "type Q6_K is written by llama-quantize alone"),
         ({"out": file}, "is there already; name a new file"),
         ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
         ({"text": ""}, "the text to measure on is empty; name another, or none"),
@@ -437,8 +538,16 @@ HOSTILE = {
     "an empty side": (head(1) + tensor(sides=(2, 0)), "of shape"),
     "too large": (head(1) + tensor(sides=(2**62, 4)), "cannot hold"),
     "overflowing": (head(1) + tensor(sides=(2**32, 2**32)), "cannot hold"),
-    "another type": (head(1) + tensor(kind=16), "of ggml's type 16; those read here are f32"),
-    "half a block": (head(1) + tensor(sides=(33,), kind=8), "of shape"),
+    "IQ2_XXS": (head(1) + tensor(kind=16), "has a in IQ2_XXS, which is not read; f32, f16, bf16, q4_0, "),
+    "MXFP4": (head(1) + tensor(kind=39), "in MXFP4, which is not read"),
+    "TQ1_0": (head(1) + tensor(kind=34), "in TQ1_0, which is not read"),
+    "Q4_0_4_4": (head(1) + tensor(kind=31), "in type 31, which is not read"),
+    "type 77": (
+        head(1) + tensor(kind=77),
+        "in type 77, which is not read; f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_K, q3_K, q4_K, q5_K, q6_K, "
+        "iq4_nl, iq4_xs are. llama-quantize --allow-requantize converts it to one of them, or take another file",
+    ),
+    "half a block": (head(1) + tensor(sides=(33,), kind=8), "(33,), whose rows are no whole blocks of 32 as q8_0 has"),
     "no data": (head(1) + tensor(), "ends before a does; it was cut"),
     "overlapping": (head(2) + tensor() + tensor("b") + bytes(128), "data of b at 0, where 32 follows"),
     "a gap": (head(2) + tensor() + tensor("b", offset=64) + bytes(256), "data of b at 64, where 32"),
@@ -612,6 +721,126 @@ def test_gguf_refuses_or_reads_random_metadata(sound, data):
             values[key] = data.draw(lies)
     rewritten(path, **values)
     tried(path)
+
+
+# In parts.
+
+
+def split_into_parts(file: Path, count: int = 3) -> list[Path]:
+    """Write a file in parts as llama-gguf-split does, and take it away."""
+    read = gguf.GGUFReader(file)
+    names = list(read.tensors)
+    parts = [file.with_name(f"{file.stem}-{index + 1:05}-of-{count:05}.gguf") for index in range(count)]
+    for index, part in enumerate(parts):
+        split = {"split.no": index, "split.count": count, "split.tensors.count": len(names)}
+        values = (read.metadata if index == 0 else {}) | split
+        held = names[index * len(names) // count : (index + 1) * len(names) // count]
+        types = {name: read.tensors[name].type for name in held}
+        container.write(part, values, {name: read[name] for name in held}, types=types)
+    file.unlink()
+    return parts
+
+
+def test_gguf_in_parts_is_one_model(file, capsys):
+    whole, config = dict(smolforge.load(file).named_parameters()), loading.read_config(file)
+    tokenizer = loading.load_tokenizer(file)
+    parts = split_into_parts(file)
+    for part in parts:
+        model = smolforge.load(part)
+        assert model.config == config
+        assert model.tokenizer.fingerprint == tokenizer.fingerprint
+        assert all(torch.equal(weight, whole[name]) for name, weight in model.named_parameters())
+        assert loading.weight_files(part) == parts
+    assert cli.run(["inspect", str(parts[1]), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["parameters"]["total"] == sum(weight.numel() for weight in whole.values())
+    assert content["tokenizer"]["ids"] == len(tokenizer)
+    before = loading.fingerprint(parts[0])
+    content = bytearray(parts[2].read_bytes())
+    content[-40] ^= 1
+    parts[2].write_bytes(content)
+    assert loading.fingerprint(parts[0]) != before, "what identifies the weights is all of them"
+
+
+def test_gguf_refuses_parts_that_are_missing_or_of_another_model(file, capsys):
+    other = Path(shutil.copy(file, file.with_name("other.gguf")))
+    parts = split_into_parts(file)
+    others = split_into_parts(other, 2)
+    for part, missing in ((parts[0], parts[1]), (parts[2], parts[0])):
+        missing.rename(file.with_name("away"))
+        err = refused(capsys, "generate", part, "--prompt", "a")
+        assert f"is one of 3 parts of a model, and {missing.name} is not beside it" in err
+        file.with_name("away").rename(missing)
+    parts[0].rename(file)
+    assert "is not named as the part that it says to be, split.no 0 of 3" in refused(capsys, "generate", file)
+    file.rename(parts[0])
+    for content, said in (
+        (parts[0].read_bytes(), "it has another split.no"),
+        (others[1].read_bytes(), "it has another split.count"),
+        (parts[2].read_bytes(), "it has another split.no"),
+    ):
+        kept = parts[1].read_bytes()
+        parts[1].write_bytes(content)
+        err = refused(capsys, "generate", parts[0], "--prompt", "a")
+        assert f"{parts[1].name} is no part of the model that the parts before it are of: {said}" in err
+        parts[1].write_bytes(kept)
+    rewritten(others[1], general__architecture="qwen2")
+    assert "another general.architecture" in refused(capsys, "generate", others[0], "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"split__tensors__count": 21}, "it has another split.tensors.count"),
+        ({"split__no": None}, "it has another split.no"),
+        ({"split__count": 2**31}, "it has another split.count"),
+        ({"split__no": [1]}, "it has another split.no"),
+    ],
+)
+def test_gguf_refuses_parts_with_other_values(file, capsys, change, said):
+    parts = split_into_parts(file)
+    rewrite_part(parts[1], **change)
+    assert said in refused(capsys, "generate", parts[0], "--prompt", "a")
+
+
+def test_gguf_refuses_parts_with_the_wrong_tensors(file, capsys):
+    first, second = split_into_parts(file, 2)
+    values = gguf.read_header(second)[0]
+    container.write(second, values, {"x": torch.ones(4)}, types={"x": gguf.BLOCK_TYPES["f32"]})
+    assert "have 11 tensors together, where the first says 20" in refused(capsys, "generate", first)
+    container.write(
+        second, values, {"token_embd.weight": torch.ones(4)}, types={"token_embd.weight": gguf.BLOCK_TYPES["f32"]}
+    )
+    assert "it has token_embd.weight again" in refused(capsys, "generate", first)
+
+
+def rewrite_part(part: Path, **changes) -> None:
+    """Write a part with other values and none of its tensors."""
+    values, _ = gguf.read_header(part)
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    container.write(part, {key: value for key, value in values.items() if value is not None}, {}, types={})
+
+
+def test_gguf_tokenizer_needs_no_weights(file, tmp_path, text_file):
+    """The first part of several is enough, and so is a file of llama.cpp's converter with --vocab-only."""
+    tokenizer, values = loading.load_tokenizer(file), gguf.GGUFReader(file).metadata
+    vocabulary = {key: value for key, value in values.items() if "tokenizer" in key or key == "general.architecture"}
+    container.write(tmp_path / "vocabulary.gguf", vocabulary, {}, types={})
+    first, *others = split_into_parts(file)
+    for part in others:
+        part.unlink()
+    for source in (tmp_path / "vocabulary.gguf", first):
+        assert loading.load_tokenizer(source).fingerprint == tokenizer.fingerprint
+        words = ["prepare", str(text_file), "--out", str(tmp_path / source.stem), "--tokenizer", str(source)]
+        assert cli.run(words) == 0
+        assert Tokenizer.load(tmp_path / source.stem / "tokenizer").fingerprint == tokenizer.fingerprint
+
+
+def test_inspect_and_tokenizer_read_no_tensor_data(file, monkeypatch, capsys):
+    monkeypatch.setattr("smolforge.checkpoint.gguf.parts.read_tensor", None)
+    assert cli.run(["inspect", str(file)]) == 0
+    assert loading.load_tokenizer(file).eos_id == 0
+    assert "320 x 32" in capsys.readouterr().out
 
 
 # Through every door.

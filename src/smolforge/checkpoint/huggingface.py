@@ -153,9 +153,7 @@ class SafetensorsReader:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, or the .gguf it is. Raises InvalidFileError where one is missing."""
-    if folder.is_file():
-        return [folder]
+    """The safetensors files of a model folder. Raises InvalidFileError where one is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from smolforge import atomic
-from smolforge.checkpoint import hub, huggingface, nanotron, peft_adapter, quantization, training_state
+from smolforge.checkpoint import gguf, hub, huggingface, nanotron, peft_adapter, quantization, training_state
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import ModelConfig, presets
 from smolforge.config.custom_classes import import_classes
@@ -159,7 +159,7 @@ def weight_files(folder: Path) -> list[Path]:
             folder / peft_adapter.WEIGHTS,
         ]
     if llama.is_gguf_file(folder):
-        return [folder]
+        return gguf.GGUFReader(folder).paths
     return nanotron.weight_files(folder) if nanotron.is_checkpoint(folder) else huggingface.weight_files(folder)
 
 

@@ -59,8 +59,9 @@ class ExportFlags:
     """float32, bfloat16 or float16; by default as the files have it."""
     max_shard_size: str = "5GB"
     """Largest weights file, as 500MB or 2GB; more than that is cut into several."""
-    type_: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = "f16"
-    """Of a .gguf: how its matrices are kept. q8_0 and q4_0 are blocks of 32 with 8 and 4 bits a number."""
+    type_: str = "f16"
+    """Of a .gguf: how its matrices are kept: f32, f16, bf16, or q8_0, q5_1, q5_0, q4_1 and q4_0, which are blocks of 32
+    with 8, 5 and 4 bits a number."""
     group_size: int | None = None
     """Of int4: how many neighbouring weights share a scale, 32 or 64; by default 32."""
     embedding: Literal["int8", "bfloat16"] = "int8"

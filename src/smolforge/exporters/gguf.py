@@ -4,6 +4,7 @@ tensors by llama.cpp's names -> a type for each -> file -> read back: every tens
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,10 @@ from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.gguf_tokenizer import to_values
 from smolforge.verification import HARD_TEXTS, sample_rows
 
-FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}
+FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 """What a whole file is called, by llama.cpp's numbers (enum llama_ftype)."""
+LLAMA_QUANTIZE_TYPES = re.compile(r"(q\d_k|iq\d_|tq\d_|mxfp4).*")
+"""Those that llama-quantize has beside them."""
 QUANTIZATION_VERSION = 2
 CHECKED_TOKENS = 512
 LOSS_WINDOW = 1024
@@ -56,8 +59,7 @@ def to_gguf(model: str | Path, out: Path, kind: str = "f16", *, text: str | None
     Raises ConfigError for what llama.cpp does not have, an `out` that exists or a text that is empty, InvalidFileError
     where the check does not hold, MissingResourceError where the disk is full.
     """
-    if kind not in FILE_TYPES:
-        raise ConfigError(f"type is {kind!r}; it should be one of {', '.join(FILE_TYPES)}")
+    kind = check_file_type(kind)
     out = out.resolve()
     if out.suffix != llama.SUFFIX:
         raise ConfigError(f"{out} should end in {llama.SUFFIX}")
@@ -82,6 +84,19 @@ def to_gguf(model: str | Path, out: Path, kind: str = "f16", *, text: str | None
     atomic.write_file_atomic(out, fill, num_bytes)
     type_counts = Counter(tensor_type.name for tensor_type in types.values())
     return GGUFExport({out.name: out.stat().st_size}, kind, dict(type_counts), *checked[0])
+
+
+def check_file_type(kind: str) -> str:
+    """Return a type's name in lower case. Raises ConfigError for one that is not written here."""
+    kind = kind.lower()
+    if LLAMA_QUANTIZE_TYPES.fullmatch(kind):
+        raise ConfigError(
+            f"type {kind.upper()} is written by llama-quantize alone: export --type f16 --out in.gguf, then "
+            f"llama-quantize in.gguf out.gguf {kind.upper()}, whose file every command here reads"
+        )
+    if kind not in FILE_TYPES:
+        raise ConfigError(f"type is {kind!r}; it should be one of {', '.join(FILE_TYPES)}")
+    return kind
 
 
 def metadata_values(model: LanguageModel, name: str, kind: str) -> dict[str, gguf.MetadataValue]:
@@ -113,15 +128,15 @@ def size_label(config: ModelConfig) -> str:
 def choose_type(name: str, shape: tuple[int, ...], kind: str, *, config: ModelConfig) -> gguf.BlockType:
     """The type of a tensor in a file of some kind, as llama-quantize chooses it (llama-quant.cpp).
 
-    Norms and routers stay fp32. Of 4 bits, the head (the embedding, where it is tied) has 8, and so have keys and
-    values beside 8 experts. What does not divide into blocks is f16. Where llama-quantize has q6_K for the head (widths
-    that 256 divides) it is q8_0 here, which is nearer.
+    Norms and routers stay fp32. Of 4 and 5 bits, the head (the embedding, where it is tied) has 8, and so have keys
+    and values beside 8 experts. What does not divide into blocks is f16. Where llama-quantize has q6_K for the head
+    (widths that 256 divides) it is q8_0 here, which is nearer.
     """
     if len(shape) == 1 or "_norm." in name or "ffn_gate_inp" in name:
         return gguf.BLOCK_TYPES["f32"]
     head_prefix = "token_embd." if config.tie_word_embeddings else "output."
     has_8_experts = config.has_experts and config.num_local_experts == 8
-    if kind == "q4_0" and (
+    if gguf.BLOCK_TYPES[kind].dtype is None and (
         name.startswith(head_prefix) or (has_8_experts and ("attn_k." in name or "attn_v." in name))
     ):
         kind = "q8_0"

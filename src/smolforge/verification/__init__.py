@@ -12,7 +12,7 @@ from pydoc_data.topics import topics
 import torch
 
 from smolforge.atomic import MANIFEST, file_digest
-from smolforge.checkpoint import huggingface, loading
+from smolforge.checkpoint import loading
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.decoder import LanguageModel
 from smolforge.verification import checks, custom_classes, diagnosis
@@ -110,7 +110,7 @@ def _verify(
             f"{model} is no model folder that Transformers opens; export --to transformers makes one, and proves it"
         )
     loaded = loading.load(folder)
-    hashes = {path.name: file_digest(path)["sha256"] for path in huggingface.weight_files(folder)}
+    hashes = {path.name: file_digest(path)["sha256"] for path in loading.weight_files(folder)}
     record(checks.check_parameters(loaded, folder))
     if not record(checks.check_finite(loaded)).holds:
         return None

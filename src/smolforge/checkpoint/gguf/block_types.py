@@ -42,6 +42,13 @@ class BlockType:
         return from_blocks(to_blocks(tensor, self), self, tuple(tensor.shape))
 
 
+def type_name(number: int) -> str:
+    """Return what people call one of ggml's types, read here or not."""
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType(number).name if number in list(GGMLQuantizationType) else f"type {number}"
+
+
 def to_blocks(tensor: Float[Tensor, "..."], kind: BlockType) -> UInt8[Tensor, " _"]:
     """Return the bytes of a tensor, whose last axis divides into blocks."""
     if kind.dtype is not None:

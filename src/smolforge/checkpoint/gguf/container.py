@@ -18,7 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from smolforge.checkpoint.gguf.block_types import BLOCK_TYPE_BY_NUMBER, BLOCK_TYPES, BlockType, from_blocks, to_blocks
+from smolforge.checkpoint.gguf.block_types import (
+    BLOCK_TYPE_BY_NUMBER,
+    BLOCK_TYPES,
+    BlockType,
+    from_blocks,
+    to_blocks,
+    type_name,
+)
 from smolforge.errors import InvalidFileError
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
@@ -38,6 +45,7 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     type: BlockType
+    path: Path
     start: int
     """Where in the file its bytes begin."""
 
@@ -46,36 +54,34 @@ class TensorInfo:
         return self.type.nbytes(prod(self.shape))
 
 
-class GGUFReader:
-    """A file's values and tensors; the data of a tensor is read when it is asked for.
+Header = tuple[dict[str, MetadataValue], dict[str, TensorInfo]]
+"""The values of a file, and where each of its tensors is."""
 
-    Raises InvalidFileError where it is broken, cut, or holds a type of tensor that is not read here.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                head = HeaderParser(path, file.read(MAX_HEADER_BYTES), size)
-        except OSError as error:
-            raise InvalidFileError(f"{path} cannot be read: {error.strerror}") from None
-        self.metadata, self.tensors = head.parse()
+def read_header(path: Path) -> Header:
+    """Return what comes before the data of one file. Raises InvalidFileError where it is broken or cut."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = HeaderParser(path, file.read(MAX_HEADER_BYTES), size)
+    except OSError as error:
+        raise InvalidFileError(f"{path} cannot be read: {error.strerror}") from None
+    return head.parse()
 
-    def __getitem__(self, name: str) -> Float[Tensor, "..."]:
-        """A tensor in fp32."""
-        stored = self.tensors[name]
-        content = torch.empty(stored.nbytes, dtype=torch.uint8)
-        memory: Any = content.numpy()
-        try:
-            with self.path.open("rb") as file:
-                file.seek(stored.start)
-                complete = file.readinto(memory) == stored.nbytes
-        except OSError as error:
-            raise InvalidFileError(f"{self.path} cannot be read: {error.strerror}") from None
-        if not complete:
-            raise InvalidFileError(f"{self.path} ends within {name}; it was cut while it was read")
-        return from_blocks(content, stored.type, stored.shape)
+
+def read_tensor(stored: TensorInfo) -> Float[Tensor, "..."]:
+    """Return a tensor of a file in fp32."""
+    content = torch.empty(stored.nbytes, dtype=torch.uint8)
+    memory: Any = content.numpy()
+    try:
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
+            complete = file.readinto(memory) == stored.nbytes
+    except OSError as error:
+        raise InvalidFileError(f"{stored.path} cannot be read: {error.strerror}") from None
+    if not complete:
+        raise InvalidFileError(f"{stored.path} ends within a tensor; it was cut while it was read")
+    return from_blocks(content, stored.type, stored.shape)
 
 
 class HeaderParser:
@@ -85,7 +91,7 @@ class HeaderParser:
         self.path, self.content, self.size = path, content, size
         self.position, self.values_left = 0, MAX_ARRAY_VALUES
 
-    def parse(self) -> tuple[dict[str, MetadataValue], dict[str, TensorInfo]]:
+    def parse(self) -> Header:
         """The values, and where each tensor is. Raises InvalidFileError for what is not so."""
         if self.read_bytes(4) != MAGIC:
             raise self.invalid_file("does not begin with GGUF, so it is no such file")
@@ -118,7 +124,7 @@ class HeaderParser:
                 raise self.invalid_file(
                     f"has the data of {name} at {offset:,}, where {end:,} follows on the tensor before"
                 )
-            tensors[name] = TensorInfo(shape, kind, start + offset)
+            tensors[name] = TensorInfo(shape, kind, self.path, start + offset)
             end = align_offset(offset + tensors[name].nbytes, alignment)
             if tensors[name].start + tensors[name].nbytes > self.size:
                 raise self.invalid_file(f"has {self.size:,} bytes and ends before {name} does; it was cut")
@@ -161,8 +167,15 @@ class HeaderParser:
         shape = tuple(self.read_number("Q") for _ in range(axes))[::-1]
         kind, offset = BLOCK_TYPE_BY_NUMBER.get(number := self.read_number("I")), self.read_number("Q")
         if kind is None:
-            raise self.invalid_file(f"has {name} of ggml's type {number}; those read here are {', '.join(BLOCK_TYPES)}")
-        if shape[-1] % kind.block_size or not 0 < prod(shape) <= self.size * kind.block_size:
+            raise self.invalid_file(
+                f"has {name} in {type_name(number)}, which is not read; {', '.join(BLOCK_TYPES)} are. llama-quantize "
+                "--allow-requantize converts it to one of them, or take another file of this model"
+            )
+        if shape[-1] % kind.block_size:
+            raise self.invalid_file(
+                f"has {name} of shape {shape}, whose rows are no whole blocks of {kind.block_size} as {kind.name} has"
+            )
+        if not 0 < prod(shape) <= self.size * kind.block_size:
             raise self.invalid_file(f"has {name} of shape {shape}, which a file of {self.size:,} bytes cannot hold")
         return shape, kind, offset
 
