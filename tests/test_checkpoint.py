@@ -88,7 +88,7 @@ def test_save_and_load_are_bit_exact(folder):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias is True, which is not implemented"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "kind of rotary scaling that is not implemented"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type is 'yarn', which is not implemented"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"sliding_window": 128}, "a setting 'sliding_window' that is not known here"),
         ({"num_key_value_heads": 3}, "num_attention_heads"),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from smolforge.checkpoint import quantization
 from smolforge.config import ModelConfig, custom_classes
-from smolforge.config.model import FAMILIES, PARTS
+from smolforge.config.model import FAMILIES, PARTS, ROPE_SETTINGS, RopeScaling
 from smolforge.errors import InvalidFileError
 from smolforge.models.family import Family, family_of, load_family
 
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> ModelConfig:
-    """Return the ModelConfig that a config.json describes; `rope_theta` is read from its old and its new place."""
+    """Return the ModelConfig that a config.json describes; rotary settings are read from their old and new places."""
     content = dict(content)
     quantization.pop_scheme(content, path)
     if "auto_map" in content:
@@ -92,7 +92,7 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
             f"{path}: model_type is {content['model_type']!r}, which is not implemented; {_implemented_families()} are"
         )
     family = load_family(model_type)
-    _move_rope_theta(content, path)
+    _move_rope_settings(content, path)
     _check_layer_types(content, family, path)
     missing = [key for key in REQUIRED_KEYS if content.get(key) is None]
     if missing:
@@ -115,11 +115,7 @@ def from_hugging_face(content: dict[str, Any], path: str = "config.json") -> Mod
     try:
         return ModelConfig.model_validate(settings | classes, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InvalidFileError(
-            f"{path}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise InvalidFileError(f"{path}: {_first_problem(error)}") from None
 
 
 def _pop_custom_classes(content: dict[str, Any], path: str) -> dict[str, str]:
@@ -141,19 +137,43 @@ def _implemented_families() -> str:
     return ", ".join(FAMILIES)
 
 
-def _move_rope_theta(content: dict[str, Any], path: str) -> None:
-    """Move rope_theta out of rope_scaling or rope_parameters. Raises InvalidFileError for any other rotary scaling."""
+def _move_rope_settings(content: dict[str, Any], path: str) -> None:
+    """Move rope_theta out of rope_scaling or rope_parameters, and make the rest a RopeScaling.
+
+    Raises InvalidFileError for a kind of rotary scaling that is not implemented, or two that differ.
+    """
+    scalings = {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = content.pop(key, None)
         if rope is None:
             continue
-        implemented = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        is_default = isinstance(rope, dict) and all(
-            rope[name] == implemented.get(name) for name in rope if name != "rope_theta"
-        )
-        if not is_default:
-            raise InvalidFileError(f"{path}: {key} {rope} is a kind of rotary scaling that is not implemented")
-        content |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        if not isinstance(rope, dict):
+            raise InvalidFileError(f"{path}: {key} is {rope!r}, which is no table of rotary settings")
+        rope = dict(rope)
+        content |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        kind = rope.pop("type", "default")
+        scalings[key] = parse_rope_scaling({"rope_type": kind} | rope, f"{path}: {key}")
+    if len(set(scalings.values())) > 1:
+        raise InvalidFileError(f"{path}: rope_scaling and rope_parameters differ; remove the one that is wrong")
+    content |= {"rope_scaling": next(iter(scalings.values()), RopeScaling())}
+
+
+def parse_rope_scaling(settings: dict[str, Any], location: str) -> RopeScaling:
+    """Return rotary settings as a RopeScaling. Raises InvalidFileError naming a rope_type that is not implemented."""
+    kind = settings["rope_type"]
+    if kind not in [*ROPE_SETTINGS]:
+        implemented = ", ".join(ROPE_SETTINGS)
+        raise InvalidFileError(f"{location}: rope_type is {kind!r}, which is not implemented; {implemented} are")
+    try:
+        return RopeScaling.model_validate(settings, strict=True)
+    except ValidationError as error:
+        raise InvalidFileError(f"{location}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def _check_layer_types(content: dict[str, Any], family: Family, path: str) -> None:
@@ -168,9 +188,17 @@ def _check_layer_types(content: dict[str, Any], family: Family, path: str) -> No
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """config.json as Transformers 4 and 5 read it."""
     family = family_of(config)
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    shape = {name: config.__dict__[name] for name in config.family_fields()}
-    content = {"architectures": [family.architecture], **shape, **family.config_fixed, "rope_parameters": rope}
+    shape = {name: config.__dict__[name] for name in config.family_fields() if name != "rope_scaling"}
+    rope = config.rope_scaling.parameters()
+    if config.rope_scaling != RopeScaling():  # Transformers 4 reads no rope_parameters
+        shape["rope_scaling"] = rope
+    rope_parameters = {**rope, "rope_theta": config.rope_theta}
+    content = {
+        "architectures": [family.architecture],
+        **shape,
+        **family.config_fixed,
+        "rope_parameters": rope_parameters,
+    }
     if config.custom_classes:
         plain = {key: value for key, value in content.items() if key not in config.custom_classes}
         table = {"model_type": config.model_type, **config.custom_classes}

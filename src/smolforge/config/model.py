@@ -1,6 +1,6 @@
 """The shape of a model, in the names of Hugging Face's config.json."""
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
@@ -37,6 +37,46 @@ ModelType = Literal[*FAMILIES]  # pyrefly: ignore
 Activation = Literal[*dict.fromkeys(family.hidden_act for family in FAMILIES.values())]  # pyrefly: ignore
 
 
+ROPE_SETTINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Every rope_type, and the settings that it has."""
+RopeFactor = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class RopeScaling(Settings):
+    """How rotary wavelengths are lengthened for a longer context, in the names of config.json's `rope_parameters`."""
+
+    rope_type: Literal[*ROPE_SETTINGS] = "default"  # pyrefly: ignore
+    """linear lengthens all wavelengths by factor, llama3 only the long ones; default lengthens none."""
+    factor: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    """linear and llama3: how many times longer wavelengths become."""
+    low_freq_factor: RopeFactor | None = None
+    """llama3 only: wavelengths above original_max_position_embeddings / low_freq_factor become longer by factor."""
+    high_freq_factor: RopeFactor | None = None
+    """llama3 only: those below original_max_position_embeddings / high_freq_factor stay; between is a smooth change."""
+    original_max_position_embeddings: Annotated[int, Field(gt=0, le=2**30)] | None = None
+    """llama3 only: context of the model before."""
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> "RopeScaling":
+        for name in ROPE_SETTINGS["llama3"]:
+            if (self.__dict__[name] is not None) != (name in ROPE_SETTINGS[self.rope_type]):
+                problem = "means nothing to" if self.__dict__[name] is not None else "is missing, which is needed by"
+                raise ValueError(f"{name} {problem} rope_type {self.rope_type}")
+        if self.rope_type == "llama3" and self.__dict__["high_freq_factor"] <= self.__dict__["low_freq_factor"]:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor}) must be above low_freq_factor ({self.low_freq_factor})"
+            )
+        return self
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the rope_type and its settings, and no others."""
+        return self.model_dump(exclude_none=True)
+
+
 class ModelConfig(Settings):
     """The shape of a decoder, in the names of Hugging Face's config.json; the defaults are SmolLM2-135M."""
 
@@ -60,6 +100,8 @@ class ModelConfig(Settings):
     """Longest sequence the model is meant for, in tokens."""
     rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 100_000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """How rotary wavelengths are lengthened for a longer context."""
     rms_norm_eps: PositiveFloat = 1e-5
     """Added to the mean square before the root."""
     norm_epsilon: PositiveFloat = 1e-5

@@ -12,7 +12,8 @@ Parameters have Hugging Face's names, so a checkpoint loads strictly and without
 attended to is a value: `hidden_states(ids, positions, context)` hands every layer's queries, keys and values to
 `context.attend`, and plain causal attention, a cache or packed documents differ only there.
 
-Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, c hidden, v vocabulary.
+Axes: b batch, t tokens, h query heads, n heads of either kind, d head width, f pairs of its channels, c hidden,
+v vocabulary.
 """
 
 import copy
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from smolforge.config import ModelConfig, custom_classes
+from smolforge.config.model import ROPE_SETTINGS
 from smolforge.models.activation_checkpointing import LayerCall, call_layer
 from smolforge.models.attention import AttentionContext, CausalAttention
 from smolforge.models.family import family_of
@@ -36,10 +38,22 @@ Hidden = Float[Tensor, "b t c"]
 Rotary = tuple[Float[Tensor, "#b 1 t d"], Float[Tensor, "#b 1 t d"]]
 
 
-def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Float[Tensor, " _"]:
-    """Return the radians that each pair of channels turns from one position to the next."""
-    channel = torch.arange(0, config.resolved_head_dim, 2, device=device).float()
-    return 1.0 / config.rope_theta ** (channel / config.resolved_head_dim)
+def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Float[Tensor, " f"]:
+    """Return the radians by which each pair of channels turns from one token to the next, in fp32.
+
+    `linear` is of Chen et al. 2023, https://arxiv.org/abs/2306.15595; `llama3` of Llama 3.1's reference code. Each
+    operation is Transformers', in its order, so that the results are equal to the bit.
+    """
+    channel, scaling = torch.arange(0, config.resolved_head_dim, 2, device=device).float(), config.rope_scaling
+    frequency = 1.0 / config.rope_theta ** (channel / config.resolved_head_dim)
+    if scaling.rope_type == "llama3":
+        factor, low, high, context = (scaling.__dict__[name] for name in ROPE_SETTINGS["llama3"])
+        wavelength = 2 * math.pi / frequency
+        share = (context / wavelength - low) / (high - low)
+        smooth = (1 - share) * frequency / factor + share * frequency
+        shorter = torch.where(wavelength < context / high, frequency, smooth)
+        return torch.where(wavelength > context / low, frequency / factor, shorter)
+    return frequency if scaling.factor is None else frequency / scaling.factor
 
 
 def rope_cos_sin(config: ModelConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype) -> Rotary:

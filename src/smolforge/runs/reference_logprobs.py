@@ -21,6 +21,7 @@ from smolforge import atomic
 from smolforge.checkpoint import safetensors_writer
 from smolforge.config import Recipe
 from smolforge.config.base import replace_settings
+from smolforge.config.model import RopeScaling
 from smolforge.data.corpus import HELD_OUT, SPLITS, Corpus
 from smolforge.data.preference_pairs import PairRows
 from smolforge.device import autocast
@@ -41,9 +42,10 @@ Report = Callable[[int, int], None]
 
 def path_for(recipe: Recipe, text: Corpus, base: str) -> Path:
     """Return where the log-probabilities of a recipe's pairs are, or will be; `base` is the reference's fingerprint."""
+    added = {"rope_scaling"} if recipe.model.rope_scaling == RopeScaling() else set()  # a later setting, at its default
     key = {
         "model": base,
-        "shape": recipe.model.model_dump(mode="json"),
+        "shape": recipe.model.model_dump(mode="json", exclude=added),
         "corpus": text.fingerprint,
         "lengths": recipe.dpo.lengths(recipe.train.sequence_length),
         "dtype": recipe.train.dtype,

@@ -22,7 +22,7 @@ HEAD_DIM_SETTINGS = ("model.hidden_size", "model.num_attention_heads")
 """What head_dim follows from, where it is not given."""
 DATASET_SETTINGS = ("data.sources", "data.mixture", "data.stages")
 """Each of which says what the text is, so that one given by hand counts before what a file says of the others."""
-ADAPTABLE = ("rope_theta", "max_position_embeddings")
+ADAPTABLE = ("rope_theta", "rope_scaling", "max_position_embeddings")
 """What a model may change when it is the start of another."""
 
 
@@ -71,7 +71,7 @@ def resolve_base_shape(recipe: Recipe, explicit: Set[str], written: Set[str]) ->
     shape = loading.read_config(recipe.init_from)
     if loading.read_scheme(recipe.init_from) is not None:
         raise ConfigError(f"{recipe.init_from} holds integers, which do not learn; start from what it was made from")
-    changes = {name: requested.__dict__[name] for name in ADAPTABLE if f"model.{name}" in explicit | written}
+    changes = {name: requested.__dict__[name] for name in ADAPTABLE if covers(explicit | written, f"model.{name}")}
     for name in sorted(written - explicit):
         base_value, recipe_value = (
             shape.__dict__[name.removeprefix("model.")],

@@ -3,7 +3,7 @@
 If a model's logits are wrong, each known mistake is made here on purpose; the one that gives the same logits is the
 most likely cause. One row, no KV cache, not fast: nothing of smolforge.models is used.
 
-Axes: t tokens, n heads, d head width, c hidden, v vocabulary.
+Axes: t tokens, n heads, d head width, f pairs of its channels, c hidden, v vocabulary.
 """
 
 import math
@@ -28,6 +28,7 @@ class ReferenceOptions:
     """One way to interpret a file's weights; the defaults are the correct one."""
 
     rope_theta: float | None = None
+    rope_scaling: bool = True
     eps: float | None = None
     interleaved: bool = False
     rotation_axis: Literal["tokens", "heads", "nothing"] = "tokens"
@@ -62,6 +63,10 @@ def mistakes(config: ModelConfig) -> dict[str, ReferenceOptions]:
     }
     variants |= {f"wrong theta: rope_theta {theta:g} fits": ReferenceOptions(rope_theta=theta) for theta in THETAS}
     variants |= {f"wrong eps: {other:g} fits": ReferenceOptions(eps=other) for other in EPSILONS if other != eps}
+    if config.rope_scaling.factor is not None:
+        variants[f"rotary scaling of type {config.rope_scaling.rope_type} left out"] = ReferenceOptions(
+            rope_scaling=False
+        )
     if config.num_key_value_heads not in (1, config.num_attention_heads):
         variants["wrong head grouping (query head i reads key head i % k instead of i // group)"] = ReferenceOptions(
             grouped=False
@@ -125,12 +130,26 @@ def apply_rotation(x: Heads, config: ModelConfig, options: ReferenceOptions) -> 
     n, t, d = x.shape
     theta = options.rope_theta or config.rope_theta
     frequency = theta ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)
+    if options.rope_scaling:
+        frequency = frequency / frequency_divisors(frequency, config)
     position = torch.arange(t)[None, :, None] if options.rotation_axis == "tokens" else torch.arange(n)[:, None, None]
     turn = torch.polar(torch.ones((), dtype=torch.float64), position * frequency)
     pairs = x.double().unflatten(-1, (-1, 2) if options.interleaved else (2, -1))
     pairs = pairs if options.interleaved else pairs.transpose(-1, -2)
     turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
     return (turned if options.interleaved else turned.transpose(-1, -2)).flatten(-2).to(x.dtype)
+
+
+def frequency_divisors(frequency: Float[Tensor, " f"], config: ModelConfig) -> Float[Tensor, " f"]:
+    """Return by what rotary scaling divides each frequency."""
+    scaling = config.rope_scaling
+    divisors = torch.full_like(frequency, scaling.factor or 1.0)
+    if scaling.rope_type == "llama3":
+        low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+        assert low is not None and high is not None and context is not None
+        unchanged = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return 1 / (unchanged + (1 - unchanged) / divisors)
+    return divisors
 
 
 def norm(weights: Weights, name: str, x: Hidden, *, config: ModelConfig, options: ReferenceOptions) -> Hidden:

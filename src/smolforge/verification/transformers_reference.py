@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from smolforge.checkpoint.loading import read_config
+from smolforge.config.model import RopeScaling
 from smolforge.errors import InvalidFileError, MissingResourceError, install_command
 from smolforge.models.decoder import LanguageModel
 
@@ -69,9 +71,12 @@ class Oracle:
                 output_loading_info=True,
                 **gguf_kwargs,
             )
-        if loading_info["missing_keys"]:  # it would initialize them
+        unread = sorted(loading_info["missing_keys"])  # it would initialize them
+        if gguf_kwargs and read_config(folder).rope_scaling != RopeScaling():
+            unread.append("the rotary scaling")
+        if unread:
             raise InvalidFileError(
-                f"Transformers does not read all of {folder}: it misses {min(loading_info['missing_keys'])}; "
+                f"Transformers does not read all of {folder}: it misses {unread[0]}; "
                 "export --to transformers makes a folder that it reads"
             )
         self.model: Any = model.eval()

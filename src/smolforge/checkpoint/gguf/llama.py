@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smolforge.checkpoint import gguf, huggingface
 from smolforge.checkpoint.families import from_hugging_face
+from smolforge.checkpoint.gguf import rotary
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.models.decoder import LanguageModel, empty_model, meta_model
@@ -69,10 +70,10 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_tokenizer(path: Path) -> Tokenizer | None:
-    """None where the file has none."""
-    file = gguf.GGUFReader(path)
-    embedding = file.tensors.get(EMBEDDING)
-    return gguf_tokenizer.from_values(file.metadata, str(path), embedding.shape[0] if embedding else None)
+    """Return the tokenizer, for which the first part of a model is enough; None where it has none."""
+    metadata, tensors = gguf.read_header(gguf.first_part(path))
+    embedding = tensors.get(EMBEDDING)
+    return gguf_tokenizer.from_values(metadata, str(path), embedding.shape[0] if embedding else None)
 
 
 def stored_dtype(path: Path) -> torch.dtype:
@@ -85,10 +86,12 @@ def config_from_gguf(file: gguf.GGUFReader) -> ModelConfig:
     """Return the ModelConfig of a file, read as a config.json with the same settings."""
     values, source = file.metadata, str(file.path)
     prefix = f"{values.get('general.architecture')}."
-    settings = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+    settings = {
+        key.removeprefix(prefix): shortest_decimal(value) for key, value in values.items() if key.startswith(prefix)
+    }
     model_type, config_keys = choose_family(values.get("general.architecture"), settings, source)
     content: dict[str, Any] = {"rms_norm_eps": 1e-5, "rope_theta": 10_000.0}  # llama.cpp's, where a file says nothing
-    content |= {field: shortest_decimal(settings.pop(key)) for key, field in config_keys.items() if key in settings}
+    content |= {field: settings.pop(key) for key, field in config_keys.items() if key in settings}
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None:
         raise InvalidFileError(f"{source} lacks {EMBEDDING}")
@@ -96,9 +99,13 @@ def config_from_gguf(file: gguf.GGUFReader) -> ModelConfig:
     for key in ("num_key_value_heads", "head_dim"):  # what follows from others, where a file says nothing
         content.setdefault(key, None)
     content |= {"model_type": model_type, "tie_word_embeddings": "output.weight" not in file.tensors}
-    config = from_hugging_face(content, source)
+    scaling = rotary.pop_scaling(settings, source)
+    config = from_hugging_face(content, source).model_copy(update={"rope_scaling": scaling})
     check_fixed_settings(settings, config, source)
-    return config
+    if rotary.FREQUENCIES not in file.tensors:
+        return config
+    scaling = rotary.scaling_of_divisors(file[rotary.FREQUENCIES], config, source)
+    return config.model_copy(update={"rope_scaling": scaling})
 
 
 def choose_family(architecture: Any, settings: dict[str, Any], source: str) -> tuple[str, dict[str, str]]:
@@ -122,16 +129,12 @@ def choose_family(architecture: Any, settings: dict[str, Any], source: str) -> t
 
 def check_fixed_settings(settings: Mapping[str, Any], config: ModelConfig, source: str) -> None:
     """Check that settings without a field of ours have the one value that is implemented."""
-    fixed = dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim) | {
-        "rope.scaling.type": "none",
-        "rope.scale_linear": 1.0,
-    }
     for key, value in settings.items():
-        if key not in fixed:
+        if key not in SAME_AS_HEAD_DIM:
             raise InvalidFileError(f"{source} has a setting {key!r} that is not known here, so the model might differ")
-        if value != fixed[key]:
+        if value != config.head_dim:
             raise InvalidFileError(
-                f"{source}: {key} is {str(value)[:40]}, which is not implemented; only {fixed[key]} is"
+                f"{source}: {key} is {str(value)[:40]}, which is not implemented; only {config.head_dim} is"
             )
 
 
@@ -147,6 +150,8 @@ def check_tensors(file: gguf.GGUFReader, config: ModelConfig) -> None:
         raise InvalidFileError(f"{path} has {len(tensors):,} tensors, too few for {config.num_hidden_layers:,} layers")
     weights = meta_model(config).named_parameters()
     expected = {gguf_tensor_name(name, config): tuple(weight.shape) for name, weight in weights}
+    if config.rope_scaling.rope_type == "llama3":
+        expected[rotary.FREQUENCIES] = (config.resolved_head_dim // 2,)
     huggingface.check_shapes(path, {name: stored.shape for name, stored in tensors.items()}, expected)
 
 
@@ -160,18 +165,24 @@ def gguf_metadata(config: ModelConfig) -> dict[str, gguf.MetadataValue]:
         unsupported = ", ".join(config.custom_classes.values()) or f"this kind of {config.model_type} model"
         supported = ", ".join(name for name, family in all_families() if family.gguf)
         raise ConfigError(f"llama.cpp does not have {unsupported}; --to gguf takes {supported}")
+    if config.rope_scaling.rope_type == "llama3" and names.architecture != "llama":
+        raise ConfigError(
+            f"llama.cpp has no llama3 rotary scaling in its {names.architecture} models; --to transformers has it"
+        )
     fields, keys = config.family_fields(), {**CONFIG_KEYS, **names.settings}
     settings: dict[str, Any] = {key: config.__dict__[field] for key, field in keys.items() if field in fields}
-    settings |= dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim)
+    settings |= dict.fromkeys(SAME_AS_HEAD_DIM, config.resolved_head_dim) | rotary.scaling_settings(config.rope_scaling)
     return {f"{names.architecture}.{key}": value for key, value in settings.items()}
 
 
 def gguf_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Return every tensor of a model by llama.cpp's name, LoRA merged; a tied head is skipped there too."""
+    config = model.config
+    has_divisors = config.rope_scaling.rope_type == "llama3"
     return {
-        gguf_tensor_name(name, model.config): permute_rope(name, weight.detach(), model.config)
+        gguf_tensor_name(name, config): permute_rope(name, weight.detach(), config)
         for name, weight in merged_parameters(model)
-    }
+    } | ({rotary.FREQUENCIES: rotary.frequency_divisors(config)} if has_divisors else {})
 
 
 def gguf_tensor_name(name: str, config: ModelConfig) -> str:

@@ -74,7 +74,7 @@ def model_report(config: ModelConfig) -> dict[str, Any]:
     counts = stats.parameter_counts(config)
     total = sum(counts.values())
     return {
-        "config": {name: config.__dict__[name] for name in config.family_fields()},
+        "config": config.model_dump(include={*config.family_fields()}, exclude_none=True),
         "table": [row._asdict() | {"parameters": row.parameters} for row in stats.parameter_table(config)],
         "parameters": {
             "total": total,
