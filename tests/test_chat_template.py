@@ -206,6 +206,84 @@ def test_names_keys_and_tools_never_become_special_tokens():
     assert written.startswith("<|im_end|>rolecontentname<|im_start|>[{") and written.endswith("}]<|endoftext|>")
 
 
+READING = """{%- for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} ({{ m['name'] }}){% endif %}
+{% if m.get('content') is not none %}{{ m.content }}{% endif %}
+{%- for call in m.tool_calls or [] %}
+<call>{{ call.function.name }}{% for key, value in call.function.arguments.items() %}{% if key != 'reponame' %}
+{{ key }}={{ value }}{% endif %}{% endfor %}{{ call.function.arguments | tojson(sort_keys=true) }}</call>
+{%- if 'name' in call.function and call.function.name == 'filename' %} file{% endif %}
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- for tool in tools or [] %}{{ tool | tojson }}{% for key in tool.required %}{{ tool.properties[key] }}{% endfor %}
+{%- for key, value in tool.properties | dictsort if key in tool.required %}{{ key }}{% endfor %}{% endfor %}"""
+"""Keys read by their names, compared, looked up, sorted and written."""
+CALL = {"type": "function", "function": {"name": "filename", "arguments": {"reponame": "x", "name": "y", "id": 3}}}
+NAMED = [
+    {"role": "user", "name": "Ann", "content": "Hi."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "12 C"},
+]
+TOOLS = [{"name": "file", "properties": {"repo": "a", "name": "b", "sep": "c"}, "required": ["name", "repo"]}]
+
+
+def test_template_keys_and_null_content_equal_transformers(tmp_path):
+    """The words `name`, `repo` and `file` lie inside special tokens, as they do inside SmolLM2's."""
+    plain = tiny_tokenizer().with_special_tokens(["<reponame>", "<filename>", "<file_sep>"])
+    ours = Tokenizer(plain.backend, {**plain.settings, "chat_template": READING})
+    theirs = transformers_of(ours, tmp_path)
+    assert "(Ann)" in ours.render_chat(NAMED) and " file<|im_end|>" in ours.render_chat(NAMED)
+    assert ours.render_chat(NAMED, tools=TOOLS) == theirs_of(theirs, NAMED, tools=TOOLS, tokenize=False)
+    assert ours.chat(NAMED, tools=TOOLS) == theirs_of(theirs, NAMED, tools=TOOLS)
+    assert ours.chat(NAMED, tools=[]) == theirs_of(theirs, NAMED, tools=[])
+
+
+def test_template_keys_and_null_content_equal_transformers_with_smollm2(shared, tmp_path):
+    real_one = real(shared, tmp_path)
+    ours = Tokenizer(real_one.backend, {**real_one.settings, "chat_template": READING})
+    theirs = transformers_of(ours, tmp_path)
+    assert "(Ann)" in ours.render_chat(NAMED)
+    assert ours.chat(NAMED, tools=TOOLS) == theirs_of(theirs, NAMED, tools=TOOLS)
+
+
+WORDS = ["<reponame>", "repo", "name", "<repo", "name>", "<", ">", "reponame", "<|im_end|>", "<|", "im_end", "|>", " "]
+WORDY = st.lists(st.sampled_from(WORDS), max_size=4).map("".join)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(WORDY, WORDY, max_size=4), WORDY)
+def test_written_keys_never_become_special_tokens(arguments, text):
+    """Whatever a template writes of keys and values, joined, sorted, in JSON or next to signs of its own."""
+    source = (
+        "{% for key, value in messages[0].a.items() %}{{ key ~ value }}{{ '<' + key }}{{ '<' ~ value ~ '>' }}"
+        "{{ key | string | trim }}{{ [key, value] | join }}{% endfor %}{{ messages[0].a | tojson(sort_keys=true) }}"
+        "{% for pair in messages[0].a | dictsort %}{{ pair | join }}{% endfor %}{{ messages[0].a }}{{ messages[0].t }}"
+        "{{ messages[0].a | list | unique | join }}{{ '%s%s' | format(messages[0].t, '>') }}"
+    )
+    plain = tiny_tokenizer().with_special_tokens(["<reponame>", "name"])
+    ours = Tokenizer(plain.backend, {**plain.settings, "chat_template": source})
+    ids = ours.chat([{"role": "user", "content": "", "a": arguments, "t": text}])
+    assert not {number for number, _ in ours.special.by_text.values()} & set(ids)
+    written = ours.decode(ids)
+    assert all(key in written and value in written for key, value in arguments.items() if '"' not in key)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content._plain }}",
+        "{{ messages[0].content | attr('_plain') }}",
+        "{{ [messages[0].content] | map(attribute='_plain') | first }}",
+        "{{ messages[0].content['_plain'] }}",
+        "{{ '{0._plain}'.format(messages[0].content) }}",
+    ],
+)
+def test_templates_cannot_read_what_was_escaped(source):
+    try:
+        assert 2 not in tiny(source).chat([{"role": "user", "content": "<|im_end|>"}])
+    except InvalidFileError as error:
+        assert "is not for templates" in str(error)
+
+
 def test_special_tokens_strip_spaces_like_transformers(tmp_path):
     plain = tiny_tokenizer()
     plain.backend.add_special_tokens(
@@ -244,7 +322,7 @@ def test_message_content_may_be_a_list_of_parts():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert ChatTemplate("{{ messages[0].content }}").render(parts) == "a\nb"
     assert ChatTemplate("{{ messages[0].content[1]['text'] }}").render(parts) == "b"
-    assert ChatTemplate("{{ messages[0].content is defined }}").render([{"role": "user", "content": None}]) == "False"
+    assert ChatTemplate("{{ messages[0].content is none }}").render([{"role": "user", "content": None}]) == "True"
 
 
 def test_chat_template_list_uses_the_default(tmp_path):

@@ -66,7 +66,7 @@ def parse_conversation(record: Any, location: str) -> tuple[list[dict[str, Any]]
             f"{location} is no conversation: it has neither messages nor a prompt and a completion{hint}"
         )
     check_messages(messages, location)
-    return [{key: value for key, value in message.items() if value is not None} for message in messages], first
+    return without_nulls(messages), first
 
 
 def as_messages(record: dict[str, Any], key: str, role: str, *, location: str) -> list[Any]:
@@ -128,7 +128,7 @@ def pair_of(document: Document) -> tuple[Messages, Messages]:
 
 def is_empty(answer: dict[str, Any]) -> bool:
     """Return whether an answer is empty."""
-    return not answer.get("content", "").strip() and not answer.get("tool_calls")
+    return not (answer.get("content") or "").strip() and not answer.get("tool_calls")
 
 
 def parse_pair(record: Any, location: str) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
@@ -157,7 +157,14 @@ def answered_conversation(record: dict[str, Any], key: str, location: str) -> Me
             raise InvalidFileError(f"{location} has no prompt that {key} would answer")
         answer = as_messages(record, "prompt", "user", location=location) + answer
     check_messages(answer, f"{location}, {key}")
-    return [{name: value for name, value in message.items() if value is not None} for message in answer]
+    return without_nulls(answer)
+
+
+def without_nulls(messages: Messages) -> Messages:
+    """Leave out the keys of messages that have no value; a content that is null is the template's to write."""
+    return [
+        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
+    ]
 
 
 def check_answer(messages: Messages, key: str, location: str) -> None:

@@ -8,7 +8,8 @@ tokens in messages are escaped before the template runs, and come back after its
     <|im_end|>   and comes back when the text has been split at the special tokens that are the template's own
 
 A special token may also be put together from two strings, or from a string and the template's own text, so a string
-that ends with the beginning of one, begins with the end of one, or lies inside one is escaped in the same way.
+that ends with the beginning of one, begins with the end of one, or lies inside one is escaped in the same way. Keys
+too, which a template may write; where it only reads or compares, an escaped text is equal to the original (worker.py).
 """
 
 import json
@@ -182,7 +183,7 @@ class ChatTemplate:
         template is broken, breaks out, or takes more than its share of time, memory or text.
         """
         hidden, unescape_table = self._escape_variables(messages, extra)
-        return self._render(hidden, add_generation_prompt), unescape_table
+        return self._render(hidden, unescape_table, add_generation_prompt), unescape_table
 
     def render_turns(self, messages: Any, first: int = 0) -> RenderedTurns:
         """The conversation, and where in it an assistant spoke, from message `first` on.
@@ -201,8 +202,8 @@ class ChatTemplate:
         turns, text, spans = hidden["messages"], "", []
         for index in range(max(first, 1), len(messages)):
             if messages[index]["role"] == "assistant":
-                before = self._render(hidden | {"messages": turns[:index]}, True)
-                after = self._render(hidden | {"messages": turns[: index + 1]}, False)
+                before = self._render(hidden | {"messages": turns[:index]}, unescape_table, True)
+                after = self._render(hidden | {"messages": turns[: index + 1]}, unescape_table, False)
                 if not (before.startswith(text) and after.startswith(before)):
                     raise InvalidFileError(
                         f"the chat template ({' '.join(self.source.split())[:60]}...) writes what is before message "
@@ -221,16 +222,16 @@ class ChatTemplate:
             raise ConfigError(f"the messages have {length:,} characters; a chat may have {MAX_CHARACTERS:,}")
         return self.escaper.escape(variables, self.source)
 
-    def _render(self, hidden: Mapping[str, Any], add_generation_prompt: bool) -> str:
+    def _render(self, hidden: Mapping[str, Any], escapes: Mapping[int, str], add_generation_prompt: bool) -> str:
         variables = {"tools": None, "documents": None, **self.named_tokens, **hidden}
         variables["add_generation_prompt"] = add_generation_prompt
-        return WORKER.render(self.source, variables, self.seconds)
+        return WORKER.render(self.source, variables, escapes, seconds=self.seconds)
 
 
 def plain_messages(messages: Any, parts: bool = True) -> list[dict[str, Any]]:
     """Return the messages as plain JSON. Without `parts`, a content in parts becomes one text, a part a line.
 
-    A key without a value is left out, as Transformers does.
+    A key without a value is left out; a content that is None is the template's to write, as in Transformers.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ConfigError(
@@ -243,12 +244,12 @@ def plain_messages(messages: Any, parts: bool = True) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"message {number} should be {{'role': ..., 'content': ...}}, not {_shortened_repr(message)}"
             )
-        fields = {key: value for key, value in message.items() if value is not None}
-        content = fields.get("content", "")
+        fields = {key: value for key, value in message.items() if value is not None or key == "content"}
+        content = fields.get("content")
         if isinstance(content, list | tuple):
             texts = [_part_text(number, part) for part in content]
             fields["content"] = content if parts else "\n".join(texts)
-        elif not isinstance(content, str):
+        elif not isinstance(content, str | None):
             raise ConfigError(
                 f"the content of message {number} should be a text, or a list of "
                 f"{{'type': 'text', 'text': ...}}, not {_shortened_repr(content)}"

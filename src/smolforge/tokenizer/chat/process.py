@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,20 @@ class Worker:
         self.lock = threading.Lock()
         self.child: subprocess.Popen[bytes] | None = None
 
-    def render(self, source: str, variables: dict[str, Any], seconds: float = RENDER_SECONDS) -> str:
-        """The template's text. Raises ConfigError in the template's own words, InvalidFileError for a bad template."""
+    def render(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        escapes: Mapping[int, str] | None = None,
+        *,
+        seconds: float = RENDER_SECONDS,
+    ) -> str:
+        """The template's text; `escapes` restores the escaped characters in the variables.
+
+        Raises ConfigError in the template's own words, InvalidFileError for a bad template.
+        """
         request = {"source": source, "variables": variables, "seconds": seconds, "characters": MAX_CHARACTERS}
+        request["escapes"] = {chr(code): text for code, text in (escapes or {}).items()}
         line = json.dumps(request).encode() + b"\n"
         with self.lock:
             reply = self._ask(line, seconds)

@@ -36,6 +36,34 @@ class OutputTooLongError(Exception):
     """The template wrote more than it may."""
 
 
+class EscapedText(str):
+    """A text that is written with its special tokens escaped, and compares as it was.
+
+    So `message.name` finds a key, and `role == 'im_end'` holds, though what is written cannot become a special token.
+    """
+
+    _plain: str
+
+    def __eq__(self, other: object) -> bool:
+        return self._plain == plain_text(other)
+
+    def __ne__(self, other: object) -> bool:
+        return self._plain != plain_text(other)
+
+    def __lt__(self, other: Any) -> bool:
+        return self._plain < plain_text(other)
+
+    def __gt__(self, other: Any) -> bool:
+        return self._plain > plain_text(other)
+
+    def __hash__(self) -> int:
+        return hash(self._plain)
+
+
+def plain_text(value: Any) -> Any:
+    return value._plain if isinstance(value, EscapedText) else value
+
+
 class GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; the text is the same without."""
 
@@ -92,6 +120,19 @@ def to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def mark_escaped(value: Any, table: dict[int, str]) -> Any:
+    """Return a copy of a value whose escaped texts, keys included, are EscapedText; the table restores a text."""
+    if isinstance(value, dict):
+        return {mark_escaped(key, table): mark_escaped(item, table) for key, item in value.items()}
+    if isinstance(value, list):
+        return [mark_escaped(item, table) for item in value]
+    if not isinstance(value, str) or (plain := value.translate(table)) == value:
+        return value
+    text = EscapedText(value)
+    text._plain = plain
+    return text
+
+
 def compile_template(source: str) -> jinja2.Template:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols])
     sandbox.filters["tojson"] = to_json
@@ -122,7 +163,8 @@ def handle_request(request: dict[str, Any], cache: dict[str, jinja2.Template]) -
             if len(cache) >= MAX_CACHED_TEMPLATES:
                 cache.clear()
             cache[request["source"]] = compile_template(request["source"])
-        return {"text": render(cache[request["source"]], request["variables"], request["characters"])}
+        variables = mark_escaped(request["variables"], {ord(key): text for key, text in request["escapes"].items()})
+        return {"text": render(cache[request["source"]], variables, request["characters"])}
     except TemplateRefusalError as error:
         return {"error": "refused", "says": str(error)}
     except jinja2.TemplateSyntaxError as error:
@@ -146,7 +188,8 @@ def main() -> None:
     cache: dict[str, jinja2.Template] = {}
     first = json.loads(sys.stdin.buffer.readline())
     # Once through everything that is imported or opened at first use.
-    handle_request({"source": "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}", "variables": {}, "characters": 99}, {})
+    source = "{{ strftime_now('%d %b %Y') }}{{ [1]|tojson }}"
+    handle_request({"source": source, "variables": {}, "escapes": {}, "characters": 99}, {})
     operating_system.limit_resources(first["memory_bytes"])
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
