@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from smolforge import __version__, atomic
 from smolforge.checkpoint import loading, training_state
 from smolforge.config import Data, Recipe, Train
-from smolforge.config.base import replace_settings
+from smolforge.config.base import leaves, replace_settings
 from smolforge.config.load import find_recipe, read_recipe, to_recipe, write_recipe
 from smolforge.data.batches import IGNORE_INDEX, TokenWindows
 from smolforge.data.corpus import TRAIN, Corpus
@@ -98,6 +98,93 @@ def test_recipe_is_the_same_in_toml_yaml_and_json(tmp_path):
     assert one == two == three
     assert one.train.sample_every is None
     assert (one.model.hidden_size, one.model.num_hidden_layers) == (192, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.yaml", "train.steps: 8\noptim.schedule.warmup_steps: 2\nmodel: {preset: smollm2-135m}\n"),
+        ("r.yaml", "train.steps: 8\noptim.schedule: {warmup_steps: 2}\nmodel: smollm2-135m\nmodel.vocab_size: 49152\n"),
+        (
+            "r.yaml",
+            "optim: {schedule.warmup_steps: 2}\ntrain: {steps: 8}\ntrain.steps: 8\nmodel.preset: smollm2-135m\n",
+        ),
+        ("r.json", '{"train.steps": 8, "optim": {"schedule.warmup_steps": 2}, "model.preset": "smollm2-135m"}'),
+        ("r.toml", '"train.steps" = 8\n"optim.schedule.warmup_steps" = 2\nmodel = "smollm2-135m"\n'),
+        ("r.toml", 'train.steps = 8\noptim.schedule.warmup_steps = 2\nmodel.preset = "smollm2-135m"\n'),
+    ],
+)
+def test_dotted_keys_of_a_recipe_are_as_flags(tmp_path, name, content):
+    (tmp_path / "plain.toml").write_text('model = "smollm2-135m"\n')
+    (tmp_path / name).write_text(content)
+    flags = {"train.steps": 8, "optim.schedule.warmup_steps": 2}
+    assert read_recipe(tmp_path / name) == read_recipe(tmp_path / "plain.toml", flags)
+    assert read_recipe(tmp_path / name, {"train.steps": 9}).train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("train.steps: 8\ntrain: {steps: 9}\n", "r.yaml: train.steps is set twice, to 8 and 9; keep one of them"),
+        ("train: {steps: 9}\ntrain.steps: 8\n", "r.yaml: train.steps is set twice, to 9 and 8"),
+        ("train.steps: 1\ntrain: {steps: true}\n", "r.yaml: train.steps is set twice, to 1 and true"),
+        ("lora: none\nlora.rank: 8\n", "r.yaml: lora is set twice, to 'none' and"),
+        (
+            "optim: {schedule.warmup_steps: 1, schedule: {warmup_steps: 2}}\n",
+            "optim.schedule.warmup_steps is set twice",
+        ),
+        ("train.stpes: 8\n", "there is no setting 'train.stpes'. Did you mean train.steps?"),
+        ("train..steps: 8\n", "there is no setting 'train..steps'"),
+        ("train.steps: 8\ntrain.steps: 8\n", "'train.steps' is set twice"),
+    ],
+)
+def test_dotted_keys_that_contradict_are_refused(tmp_path, content, said):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(tmp_path / "r.yaml")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "value"),
+    [
+        ("train.steps", "1_000", 1000),
+        ("train.steps", "0x10", 16),
+        ("train.steps", "+5", 5),
+        ("train.steps", "1e3", 1000),
+        ("optim.learning_rate", "1e-3", 0.001),
+        ("optim.learning_rate", "1.5E-3", 0.0015),
+        ("optim.learning_rate", ".5", 0.5),
+        ("optim.learning_rate", "0", "refused"),
+        ("optim.learning_rate", ".inf", "refused"),
+        ("data.text_key", "no", "no"),
+        ("data.text_key", "1:30", "1:30"),
+        ("data.text_key", "2024-01-02", "2024-01-02"),
+        ("data.text_key", "'010'", "010"),
+        ("data.text_key", "10", "refused"),
+        ("train.keep_best", "no", False),
+        ("train.keep_best", "on", True),
+        ("train.compile", "off", False),
+        ("train.compile", "auto", "auto"),
+        ("train.steps", "1:30", "refused"),
+        ("train.steps", "2024-01-02", "refused"),
+        ("train.steps", "yes", "refused"),
+        ("train.steps", "true", "refused"),
+        ("train.steps", "010", "r.yaml cannot be read: 010 begins with 0, which some read as octal"),
+        ("train.steps", "-08", "begins with 0"),
+        ("train.steps", "0_8", "begins with 0"),
+        ("data.text_key", "007", "begins with 0"),
+    ],
+)
+def test_yaml_values_are_what_they_look_like(tmp_path, setting, text, value):
+    """YAML 1.1 reads 010 as 8, 1:30 as 90, no as false and 1e-3 as text."""
+    (tmp_path / "r.yaml").write_text(f"model: smollm2-135m\n{setting}: {text}\n")
+    if value == "refused" or "begins" in str(value):
+        with pytest.raises(ConfigError, match=setting if value == "refused" else value):
+            read_recipe(tmp_path / "r.yaml")
+    else:
+        read = leaves(read_recipe(tmp_path / "r.yaml"))[setting]
+        assert (type(read), read) == (type(value), value)
 
 
 def test_recipe_survives_write_and_read(tmp_path):

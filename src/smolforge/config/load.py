@@ -2,7 +2,8 @@
 
     file (TOML, YAML or JSON) -> tree of plain values -> overrides -> Recipe
 
-"none" means off everywhere. `model` may be the name of a preset, or a table whose `preset` the other keys change.
+"none" means off everywhere. A key may be dotted, as `train.steps`. `model` may be the name of a preset, or a table
+whose `preset` the other keys change.
 Reading any file ends soon, with the tree or with one sentence that names the file and the line.
 """
 
@@ -69,7 +70,13 @@ PARSERS = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML that says no more than JSON can: an alias may stand for a billion values, a tag for anything."""
+    """YAML that says no more than JSON can: an alias may stand for a billion values, a tag for anything.
+
+    Plain words are what they are in YAML 1.2 (YAML_TYPES), not in 1.1: `no` is text and `1e-3` a number; 1:30 is text,
+    not 90. A setting that is true or false takes `no`, as a flag does.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (add_implicit_resolver writes to it)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -85,6 +92,26 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem="a setting's name is text", problem_mark=name.start_mark)
         _unique_keys((name.value, None) for name, _ in node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> Any:
+        if re.fullmatch(LEADING_ZERO, node.value):
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value} begins with 0, which some read as octal; write it without, or text in quotes",
+                problem_mark=node.start_mark,
+            )
+        return super().construct_yaml_int(node)
+
+
+LEADING_ZERO = "[-+]?0[0-9_]+"
+YAML_TYPES = {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": rf"{LEADING_ZERO}|[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?",
+}
+for _name, _pattern in YAML_TYPES.items():
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), None)
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -266,8 +293,33 @@ def _load_tree(path: Path) -> dict[str, Any]:
     tree = read_tree(path)
     if "study" in tree and "variants" in tree:
         raise ConfigError(f"{path} is a study, not a recipe: smolforge compare {path} --out DIR conducts it")
-    model = tree.get("model")
-    return tree | {"model": {"preset": model}} if isinstance(model, str) else tree
+    if isinstance(tree.get("model"), str):
+        tree = tree | {"model": {"preset": tree["model"]}}
+    return _nest_dotted(tree, f"{path}: ")
+
+
+def _nest_dotted(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a tree with dotted keys as tables. Raises ConfigError for a setting that has two values."""
+    nested: dict[str, Any] = {}
+    for key, value in tree.items():
+        *path, last = key.split(".") if all(key.split(".")) else [key]
+        value = _nest_dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for part in reversed(path):
+            last, value = part, {last: value}
+        _merge_tables(nested, {last: value}, prefix)
+    return nested
+
+
+def _merge_tables(tree: dict[str, Any], other: Mapping[str, Any], prefix: str) -> None:
+    """Add the settings of another tree to a tree. Raises ConfigError for one that has another value there."""
+    for key, value in other.items():
+        present = tree.setdefault(key, value)
+        if isinstance(present, dict) and isinstance(value, dict):
+            tree[key] = present = dict(present)
+            _merge_tables(present, value, f"{prefix}{key}.")
+        elif (type(present), present) != (type(value), value):
+            values = f"{format_value(present)} and {format_value(value)}"
+            raise ConfigError(f"{prefix}{key} is set twice, to {values}; keep one of them")
 
 
 def _without_none(value: Any) -> Any:
