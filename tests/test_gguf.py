@@ -361,11 +361,13 @@ def test_gguf_size_label_equals_the_gguf_package(name, label):
 
 
 def test_to_gguf_measures_loss_before_and_after(folder, tmp_path):
-    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0", text=sentences(20))
-    assert made.loss is not None
-    before, after = made.loss
+    (tmp_path / "text.txt").write_text(sentences(20))
+    made = to_gguf(folder, tmp_path / "it.gguf", "q4_0", text=tmp_path / "text.txt")
+    assert made.comparison is not None
+    before, after = made.comparison.before.loss, made.comparison.after.loss
     assert before != after
     assert math.isclose(before, after, rel_tol=0.05)
+    assert made.comparison.after.kl_divergence > 0
     assert 0 < made.top1_agreement <= 1
 
 
@@ -461,6 +463,7 @@ def test_to_gguf_refuses_added_tokens_it_cannot_express(folder, tmp_path, change
 
 
 def test_to_gguf_refuses_invalid_arguments_and_models(tmp_path, folder, file):
+    (empty := tmp_path / "empty.txt").write_text("")
     for wrong, said in (
         ({"kind": "q7_0"}, "type is 'q7_0'; it should be one of f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0"),
         ({"kind": "q4_K_M"}, "type Q4_K_M is written by llama-quantize alone: export --type f16 --out in.gguf, then "),
@@ -468,7 +471,7 @@ def test_to_gguf_refuses_invalid_arguments_and_models(tmp_path, folder, file):
         ({"kind": "Q6_K"}, "type Q6_K is written by llama-quantize alone"),
         ({"out": file}, "is there already; name a new file"),
         ({"out": tmp_path / "x.bin"}, "should end in .gguf"),
-        ({"text": ""}, "the text to measure on is empty; name another, or none"),
+        ({"text": empty}, "empty.txt is empty; --text names a file to measure on"),
     ):
         with pytest.raises(ConfigError, match=said):
             to_gguf(folder, **({"out": tmp_path / "x.gguf"} | wrong))
@@ -884,7 +887,7 @@ def test_gguf_works_with_every_command(folder, tmp_path, capsys):
     assert f"{out.stat().st_size:,}  {out}" in said
     assert "tensors: 13 in q8_0, 5 in f32, 2 in f16" in said
     assert "the likeliest token the same in" in said
-    assert " before, " in said
+    assert "KL divergence" in said
     assert cli.run(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "f16.gguf"), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["type"] == "f16"

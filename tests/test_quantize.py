@@ -21,12 +21,21 @@ from smolforge.checkpoint import huggingface, loading, peft_adapter, quantizatio
 from smolforge.config import Lora, custom_classes
 from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.exporters.gguf import to_gguf
-from smolforge.exporters.quantize import evaluation_text, to_quantized
+from smolforge.exporters.quantize import to_quantized
+from smolforge.exporters.texts import measured_text
 from smolforge.exporters.transformers import to_transformers
 from smolforge.generation.cpu_decoding import PrepackedModel, prepack
 from smolforge.models import lora, quantized
 from smolforge.models.attention import KVCache
-from smolforge.models.quantized import QuantizationScheme, dequantize, pack, quantize, quantize_weight, unpack
+from smolforge.models.quantized import (
+    QuantizationScheme,
+    dequantize,
+    nearest_integers,
+    pack,
+    quantize,
+    search_grid,
+    unpack,
+)
 from smolforge.testing import failing, sentences, tiny_model
 from smolforge.verification import verify
 
@@ -35,9 +44,15 @@ SCHEMES = {
     "int8, embedding kept": QuantizationScheme(8),
     "int4": QuantizationScheme(4, 32, True),
     "int4, embedding kept": QuantizationScheme(4, 32),
+    "int4, zero points": QuantizationScheme(4, 32, True, zero_point=True),
 }
 TIMES = {"ROUNDS": 1, "PREFILL_TOKENS": 8, "DECODE_TOKENS": 2}
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def quantize_weight(weight, bits, size=None):
+    grid = search_grid(weight, QuantizationScheme(bits, size))
+    return nearest_integers(weight, grid, bits), grid.scale
 
 
 def model():
@@ -60,7 +75,10 @@ def exported(plain):
     with pytest.MonkeyPatch.context() as patch:
         for name, few in TIMES.items():
             patch.setattr(f"smolforge.exporters.quantize.{name}", few)
-        made = {name: to_quantized(plain, plain.parent / name, scheme, text=text) for name, scheme in SCHEMES.items()}
+        made = {
+            name: to_quantized(plain, plain.parent / name, scheme, text=text, calibrate="none")
+            for name, scheme in SCHEMES.items()
+        }
     return {name: (plain.parent / name, table) for name, table in made.items()}
 
 
@@ -92,7 +110,7 @@ def test_quantize_weight_error_is_at_most_half_a_step(values, bits, size):
     weight = torch.tensor([values])
     integers, scale = quantize_weight(weight, bits, size)
     assert torch.equal(unpack(pack(integers, bits), bits), integers)
-    back = dequantize(pack(integers, bits), scale, bits, dtype=torch.float32)
+    back = dequantize(unpack(pack(integers, bits), bits), scale)
     step = scale.float().repeat_interleave(size or 64, 1)
     inside = (integers > -(2 ** (bits - 1))) & (integers < 2 ** (bits - 1) - 1)
     assert ((back - weight).abs() <= step / 2 * (1 + 1e-5) + 1e-30)[inside].all()
@@ -134,7 +152,7 @@ def test_quantize_weight_handles_tiny_and_huge_values(size):
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * size
     for bits, group in ((8, None), (4, 32)):
         integers, scale = quantize_weight(weight, bits, group)
-        back = dequantize(pack(integers, bits), scale, bits, dtype=torch.float32)
+        back = dequantize(unpack(pack(integers, bits), bits), scale)
         assert (back - weight).abs().max() < 0.11 * weight.abs().max()
 
 
@@ -180,7 +198,9 @@ def test_quantized_sizes_equal_hand_arithmetic(exported, name):
     scheme, config = SCHEMES[name], loading.read_config(folder)
     c, f, v, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     matrices = [(c, c), (c // 2, c), (c // 2, c), (c, c), (f, c), (f, c), (c, f)]
-    disk = sum(o * i * scheme.bits // 8 + 2 * o * (i // (scheme.group_size or i)) + 16 for o, i in matrices) * layers
+    group_bytes = 2.5 if scheme.zero_point else 2
+    disk = sum(o * i * scheme.bits // 8 + group_bytes * o * (i // (scheme.group_size or i)) + 16 for o, i in matrices)
+    disk *= layers
     disk += (v * c + 2 * v + 16) if scheme.embedding else 2 * v * c
     norms = (2 * layers + 1) * c
     assert table.after.tensor_bytes == disk + 2 * norms
@@ -222,7 +242,13 @@ def test_quantized_model_works_with_every_verb(exported, plain, capsys):
     ):
         assert cli.run([str(word) for word in words]) == 0, words
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["quantization"] == {"bits": 4, "group_size": 32, "embedding": True}
+    assert facts["quantization"] == {
+        "bits": 4,
+        "group_size": 32,
+        "embedding": True,
+        "zero_point": False,
+        "calibrated": False,
+    }
     assert facts["memory_bytes"] == sum(each.nbytes for each in loading.load(folder).parameters())
 
 
@@ -265,7 +291,7 @@ def test_quantization_refuses_unsupported_uses(exported, plain, tmp_path, capsys
     assert "holds integers, which do not learn" in capsys.readouterr().err
     assert not (tmp_path / "run" / "corpus").exists()
     with pytest.raises(ConfigError, match="has 96 inputs, which groups of 64 do not divide"):
-        to_quantized(plain, tmp_path / "out", QuantizationScheme(4, 64))
+        to_quantized(plain, tmp_path / "out", QuantizationScheme(4, 64), calibrate="none")
     mixture = tiny_model(model_type="mixtral")
     with pytest.raises(ConfigError, match="experts of a mixtral"):
         quantize(mixture, QuantizationScheme(8))
@@ -279,7 +305,8 @@ def quick(monkeypatch):
 
 
 def exporting(source, out, *words, to="int4"):
-    return cli.run(["export", str(source), "--to", to, "--out", str(out), *map(str, words)])
+    rounding = ["--calibrate", "none"] if to == "int4" and "--calibrate" not in words else []
+    return cli.run(["export", str(source), "--to", to, "--out", str(out), *map(str, words), *rounding])
 
 
 @pytest.mark.parametrize("kind", ["adapter", "nanotron", "q8_0", "f16"])
@@ -318,7 +345,7 @@ def test_adapter_of_a_quantized_base_is_refused(exported, tmp_path):
 
 
 def test_failed_quantize_leaves_no_files(plain, tmp_path, quick, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("smolforge.exporters.quantize.measure_speeds", interrupted)
@@ -342,7 +369,7 @@ def test_quantize_refuses_unsupported_models(changes, said, tmp_path):
     made = tiny_model(**WIDE | changes)
     huggingface.save(made, tmp_path / "model", made.tokenizer)
     with pytest.raises(ConfigError, match=said):
-        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32))
+        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32), calibrate="none")
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +377,10 @@ def test_quantize_times_a_short_context(tmp_path, quick):
     made = tiny_model(**WIDE, max_position_embeddings=4)
     huggingface.save(made, tmp_path / "model", made.tokenizer)
     assert (
-        to_quantized(tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32)).after.decode_tokens_per_second > 0
+        to_quantized(
+            tmp_path / "model", tmp_path / "out", QuantizationScheme(4, 32), calibrate="none"
+        ).after.decode_tokens_per_second
+        > 0
     )
 
 
@@ -444,13 +474,13 @@ def test_quantize_measures_a_run_in_its_own_windows(text_file, tmp_path):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(NANO | {"data": {"sources": [str(text_file)]}}))
     run = smolforge.train(recipe, run=tmp_path / "run", steps=8)
-    text = evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
+    text = measured_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
     assert (text.name, text.window) == ("what the run held out", NANO["train"]["sequence_length"])
-    assert evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), text_file).window == text.window
-    assert evaluation_text(run.model, tmp_path / "elsewhere", text_file).window == 128
+    assert measured_text(run.model, loading.resolve_model_path(tmp_path / "run"), text_file).window == text.window
+    assert measured_text(run.model, tmp_path / "elsewhere", text_file).window == 128
     corpus = tmp_path / "run" / "corpus" / "corpus.json"
     corpus.write_text(json.dumps(json.loads(corpus.read_text()) | {"fingerprint": "of another"}))
-    other = evaluation_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
+    other = measured_text(run.model, loading.resolve_model_path(tmp_path / "run"), None)
     assert (other.name, other.window) == ("the documentation of Python's language", text.window)
 
 
@@ -533,7 +563,8 @@ def test_load_refuses_corrupted_quantized_tensors(exported, tmp_path, break_it, 
         {"group_size": 2**60},
         {"group_size": "32"},
         {"group_size": 48},
-        {"symmetric": False},
+        {"symmetric": None},
+        {"zp_dtype": "torch.float16"},
         {"actorder": "static"},
     ],
 )
@@ -553,7 +584,7 @@ NAMED = {"config_groups": "num_bits and group_size"}
 
 
 def weight_keys():
-    return ("num_bits", "group_size", "symmetric", "actorder")
+    return ("num_bits", "group_size", "symmetric", "actorder", "zp_dtype")
 
 
 def test_load_refuses_quantized_weights_without_settings(exported, tmp_path):

@@ -14,36 +14,54 @@ from smolforge.models.decoder import LanguageModel
 from smolforge.models.quantized import QuantizationScheme
 
 KEY, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
-DTYPES = {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64}
+ACTIVATION_ORDER = "weight"
+"""What `actorder` says of calibrated integers: chosen in the order of their inputs' size, and kept in their own."""
+DTYPES = {
+    "weight_packed": torch.int32,
+    "weight_scale": torch.bfloat16,
+    "weight_zero_point": torch.int32,
+    "weight_shape": torch.int64,
+}
 """Dtypes of the tensors of a quantized matrix on disk, by the ends of their names."""
-SUPPORTED_SCHEMES = (
-    f"{METHOD} of 8 bits a channel or 4 bits a group, symmetric and of weights alone, is what is read here"
-)
+SUPPORTED_SCHEMES = f"{METHOD} of 8 bits a channel or 4 bits a group, of weights alone, is what is read here"
 MAX_GROUP_SIZE = 2**20
 
 
 def quantized_dtypes(model: LanguageModel) -> dict[str, torch.dtype]:
     """Return the dtype of every tensor of a model's quantized matrices, by its name on disk."""
-    return {f"{name}.{part}": dtype for name in quantized.quantized_layers(model) for part, dtype in DTYPES.items()}
+    return {
+        f"{name}.{part}": dtype
+        for name, layer in quantized.quantized_layers(model).items()
+        for part, dtype in DTYPES.items()
+        if getattr(layer, part) is not None
+    }
 
 
 def quantization_config(scheme: QuantizationScheme) -> dict[str, Any]:
-    """Return quantization_config as Transformers and vLLM read it; only we read quantized embeddings."""
-    groups = [{"targets": ["Linear"], "weights": _weights_entry(scheme.bits, scheme.group_size)}]
+    """Return quantization_config as Transformers and vLLM read it; only we read quantized embeddings.
+
+    compressed-tensors 0.20 has no place for packed zeros, unless Transformers dequantizes while it loads.
+    """
+    groups = [{"targets": ["Linear"], "weights": _weights_entry(scheme)}]
     if scheme.embedding:
-        groups.append({"targets": [quantized.EMBEDDING, quantized.HEAD], "weights": _weights_entry(8, None)})
+        ends = [quantized.EMBEDDING, quantized.HEAD]
+        groups.append({"targets": ends, "weights": _weights_entry(QuantizationScheme(8))})
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [] if scheme.embedding else [quantized.HEAD],
+        **({"dequantize": True} if scheme.zero_point else {}),
     }
 
 
-def _weights_entry(bits: int, group_size: int | None) -> dict[str, Any]:
-    granularity = {"strategy": "channel"} if group_size is None else {"strategy": "group", "group_size": group_size}
-    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **granularity}
+def _weights_entry(scheme: QuantizationScheme) -> dict[str, Any]:
+    size = scheme.group_size
+    granularity = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+    order = {"actorder": ACTIVATION_ORDER} if scheme.calibrated else {}
+    kind = {"num_bits": scheme.bits, "type": "int", "symmetric": not scheme.zero_point, "dynamic": False}
+    return kind | granularity | order
 
 
 def pop_scheme(content: dict[str, Any], path: str) -> QuantizationScheme | None:
@@ -78,18 +96,20 @@ def _parse_scheme(config: dict[str, Any]) -> QuantizationScheme | None:
     except (KeyError, TypeError, AttributeError):
         return None
     valid_size = size is None or (type(size) is int and 0 < size <= MAX_GROUP_SIZE)
-    valid_bits = type(bits) is int and bits in (4, 8)
-    return QuantizationScheme(bits, size, len(groups) > 1) if valid_bits and valid_size else None
+    if not valid_size or type(bits) is not int or bits not in (4, 8):
+        return None
+    zero_point, calibrated = weights.get("symmetric") is False, weights.get("actorder") == ACTIVATION_ORDER
+    return QuantizationScheme(bits, size, len(groups) > 1, zero_point=zero_point, calibrated=calibrated)
 
 
 def _without_inert_keys(value: Any) -> Any:
     """Return a value without the keys that only say that something is off, or who wrote it."""
     if not isinstance(value, dict):
         return value
-    inert = ("version", "observer", "observer_kwargs", "global_compression_ratio")
+    inert = ("version", "dequantize", "observer", "observer_kwargs", "global_compression_ratio")
     cleaned = {key: _without_inert_keys(item) for key, item in value.items() if key not in inert}
-    off = (None, False, {})
-    return {key: item for key, item in cleaned.items() if item not in off and (key, item) != ("format", FORMAT)}
+    off, implied = (None, False, {}), (("format", FORMAT), ("zp_dtype", "torch.int8"))
+    return {key: item for key, item in cleaned.items() if item not in off and (key, item) not in implied}
 
 
 def _first_difference(content: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> str:

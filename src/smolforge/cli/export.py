@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from cyclopts import Parameter
 
 from smolforge.cli.flags import Model
-from smolforge.cli.table import print_result, table_lines
+from smolforge.cli.table import print_result, progress_bar, table_lines
 from smolforge.errors import ConfigError
 
 if TYPE_CHECKING:
+    from smolforge.evaluation.divergence import Comparison
     from smolforge.exporters.quantize import QuantizedExport
 
 Result = tuple[dict[str, Any], list[str]]
@@ -30,21 +31,27 @@ _FOLDER_FLAGS = ("dtype", "max_shard_size", "license_", "scores")
 FLAGS_BY_TARGET: dict[Target, tuple[str, ...]] = {
     "transformers": _FOLDER_FLAGS,
     "adapter": (),
-    "gguf": ("type_", "text"),
+    "gguf": ("type_", "text", "calibrate"),
     "int8": ("embedding", "text"),
-    "int4": ("group_size", "embedding", "text"),
+    "int4": ("group_size", "zero_point", "embedding", "text", "calibrate"),
     "hub": (*_FOLDER_FLAGS, "public", "replace", "dry_run"),
     "space": ("dtype", "license_"),
 }
 """The flags of each target beside MODEL, --to, --out and --json."""
 _SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-QUANTIZATION_ROWS = {
+COST_ROWS = {
     "bytes_on_disk": ("weights on disk, bytes", ",.0f"),
     "tensor_bytes": ("  as arithmetic says", ",.0f"),
     "bytes_in_memory": ("weights in memory, bytes", ",.0f"),
+}
+PREDICTION_ROWS = {
     "loss": ("loss, nats a token", ".4f"),
     "bits_per_byte": ("bits a byte", ".4f"),
+    "perplexity_ratio": ("perplexity, times before", ".4f"),
+    "kl_divergence": ("KL divergence, nats a token", ".5f"),
     "top1_agreement": ("same likeliest token", ".2%"),
+}
+SPEED_ROWS = {
     "prefill_tokens_per_second": ("reading, tokens/s", ",.0f"),
     "decode_tokens_per_second": ("answering, tokens/s", ",.0f"),
 }
@@ -64,6 +71,11 @@ class ExportFlags:
     with 8, 5 and 4 bits a number."""
     group_size: int | None = None
     """Of int4: how many neighbouring weights share a scale, 32 or 64; by default 32."""
+    zero_point: bool = False
+    """Of int4: whether each group also has an integer that stands for 0: nearer, for 4 bits a group."""
+    calibrate: str | None = None
+    """Of int4, and of gguf with --type q4_0 or q4_1: a text or a prepared corpus to choose the integers by (GPTQ; takes
+    minutes), or none, for the nearest. By default int4 takes what the run trained on, and gguf none."""
     embedding: Literal["int8", "bfloat16"] = "int8"
     """Of int8 and int4: embedding and head as int8 too, or as they are, in bfloat16, which Transformers and vLLM read.
     """
@@ -166,10 +178,11 @@ def _to_adapter(model: str, out: Path, flags: ExportFlags) -> Result:
 
 
 def _to_gguf(model: str, out: Path, flags: ExportFlags) -> Result:
-    from smolforge.data.prepare.documents import read_text
     from smolforge.exporters.gguf import to_gguf
+    from smolforge.exporters.texts import NO_TEXT
 
-    exported = to_gguf(model, out, flags.type_, text=None if flags.text is None else read_text(flags.text))
+    calibrate = NO_TEXT if flags.calibrate is None else flags.calibrate
+    exported = to_gguf(model, out, flags.type_, text=flags.text, calibrate=calibrate, progress=progress_bar)
     lines = ["tensors: " + ", ".join(f"{count} in {name}" for name, count in exported.tensors.items())]
     if exported.max_abs_logit_diff == 0:
         lines.append(
@@ -181,9 +194,10 @@ def _to_gguf(model: str, out: Path, flags: ExportFlags) -> Result:
             f"{exported.max_abs_logit_diff:.1e}, "
             f"the likeliest token the same in {exported.top1_agreement:.1%} of places"
         )
-    if exported.loss is not None:
-        before, after = exported.loss
-        lines.append(f"loss on {flags.text}: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
+    if exported.calibration is not None:
+        lines.append(f"integers chosen by {exported.calibration}")
+    if exported.comparison is not None:
+        lines += comparison_lines(exported.comparison, PREDICTION_ROWS)
     return asdict(exported), lines
 
 
@@ -194,23 +208,39 @@ def _to_quantized(model: str, out: Path, flags: ExportFlags, *, bits: Literal[8,
     size = None if bits == 8 else GROUP_SIZES[0] if flags.group_size is None else flags.group_size
     if size is not None and size not in GROUP_SIZES:
         raise ConfigError(f"group-size is {size}; it should be {' or '.join(map(str, GROUP_SIZES))}")
-    scheme = QuantizationScheme(bits, size, flags.embedding == "int8")
-    exported = to_quantized(model, out, scheme, text=flags.text)
-    hint = "read by smolforge; --embedding bfloat16 leaves the embedding, so that Transformers and vLLM read it too"
-    return asdict(exported), quantization_lines(exported) + ([hint] if flags.embedding == "int8" else [])
+    scheme = QuantizationScheme(bits, size, flags.embedding == "int8", zero_point=flags.zero_point)
+    exported = to_quantized(model, out, scheme, text=flags.text, calibrate=flags.calibrate, progress=progress_bar)
+    lines = quantization_lines(exported)
+    if exported.calibration is not None:
+        lines.append(f"integers chosen by {exported.calibration_tokens:,} tokens of {exported.calibration}")
+    if flags.embedding == "int8":
+        lines.append(
+            "read by smolforge; --embedding bfloat16 leaves the embedding, so that Transformers and vLLM read it too"
+        )
+    return asdict(exported), lines
 
 
 def quantization_lines(exported: "QuantizedExport") -> list[str]:
-    """Return the table of the model before and after; the last column is the change."""
-    rows, slower = [], []
-    for name, (label, spec) in QUANTIZATION_ROWS.items():
-        before, after = exported.before.__dict__[name], exported.after.__dict__[name]
-        change = {".4f": f"{after / before - 1:+.2%}", ".2%": ""}.get(spec, f"x {after / before:.2f}")
-        rows.append((label, f"{before:{spec}}", f"{after:{spec}}", change))
-        if name.endswith("per_second") and after < before:
-            slower.append(f"slower here than before: {label.partition(',')[0]}")
-    title = f"{exported.tokens:,} tokens of {exported.text}"
-    return [title, *table_lines(rows, ("", "before", "after", "")), *slower]
+    """Return the table of the model before and after, and what became slower."""
+    before, after = vars(exported.before), vars(exported.after)
+    slower = [
+        f"slower here than before: {label.partition(',')[0]}"
+        for name, (label, _) in SPEED_ROWS.items()
+        if after[name] < before[name]
+    ]
+    rows = COST_ROWS | PREDICTION_ROWS | SPEED_ROWS
+    return comparison_lines(exported, rows) + slower
+
+
+def comparison_lines(compared: "QuantizedExport | Comparison", rows: dict[str, tuple[str, str]]) -> list[str]:
+    """Return a title and a table of two sides; the last column is the change, where there is more than the number."""
+    changes = {"loss": "{:+.2%}", "bits_per_byte": "{:+.2%}"} | dict.fromkeys(COST_ROWS | SPEED_ROWS, "x {:.2f}")
+    cells = []
+    for name, (label, spec) in rows.items():
+        sides = vars(compared.before)[name], vars(compared.after)[name]
+        relative = sides[1] / sides[0] - (name in PREDICTION_ROWS) if name in changes else 0.0
+        cells.append((label, *(f"{side:{spec}}" for side in sides), changes.get(name, "").format(relative)))
+    return [f"{compared.tokens:,} tokens of {compared.text}", *table_lines(cells, ("", "before", "after", ""))]
 
 
 def _to_hub(model: str, out: Path, flags: ExportFlags) -> Result:

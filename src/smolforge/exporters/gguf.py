@@ -3,22 +3,27 @@
 tensors by llama.cpp's names -> a type for each -> file -> read back: every tensor to the bit, the tokenizer's ids
 """
 
-import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from smolforge import atomic
 from smolforge.checkpoint import gguf, loading
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import ModelConfig
 from smolforge.errors import ConfigError, InvalidFileError
-from smolforge.evaluation.perplexity import measure_text
+from smolforge.evaluation.divergence import Comparison, MeasuredText, compare_predictions
+from smolforge.exporters.quantize import Progress, no_progress, quantize_model
+from smolforge.exporters.texts import NO_TEXT, calibration_text, check_distinct, measured_text
 from smolforge.models.decoder import LanguageModel
+from smolforge.models.quantized import QuantizationScheme, QuantizedWeight, quantized_layers
 from smolforge.models.stats import parameter_counts
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer.gguf_tokenizer import to_values
@@ -30,8 +35,8 @@ LLAMA_QUANTIZE_TYPES = re.compile(r"q[2-6]_k(_[sml])?|iq4_(nl|xs)")
 """Those of llama-quantize that are read only."""
 QUANTIZATION_VERSION = 2
 CHECKED_TOKENS = 512
-LOSS_WINDOW = 1024
-"""Length of the windows that a text is measured in, where the model's context allows it."""
+CALIBRATED_TYPES = ("q4_0", "q4_1")
+"""Types whose integers a text can choose: a scale for each 32 and, in q4_1, a zero."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,32 @@ class GGUFExport:
     """The model as read back against the model as it was, both in fp32 here; 0 where nothing was rounded."""
     top1_agreement: float
     """In how many places of the same row the likeliest token stayed the same."""
-    loss: tuple[float, float] | None
-    """On a text, before and after."""
+    calibration: str | None
+    """The text that chose the integers; None where they are llama-quantize's."""
+    comparison: Comparison | None
+    """On a text, where one is named."""
 
 
-def to_gguf(model: str | Path, out: Path, kind: str = "f16", *, text: str | None = None) -> GGUFExport:
+def to_gguf(
+    model: str | Path,
+    out: Path,
+    kind: str = "f16",
+    *,
+    text: Path | None = None,
+    calibrate: str = NO_TEXT,
+    progress: Progress = no_progress,
+) -> GGUFExport:
     """Write `out` in one of ggml's types, and say by how much that changed the model, on a `text` too.
 
-    The file appears only if every tensor reads back as its type holds it, and the tokenizer gives the same ids.
+    The file appears only if every tensor reads back as its type holds it, and the tokenizer gives the same ids. Of q4_0
+    and q4_1, the text `calibrate` can choose the integers: those of `to_quantized` with groups of 32.
 
     Raises ConfigError for what llama.cpp does not have, an `out` that exists or a text that is empty, InvalidFileError
     where the check does not hold, MissingResourceError where the disk is full.
     """
     kind = check_file_type(kind)
+    if calibrate != NO_TEXT and kind not in CALIBRATED_TYPES:
+        raise ConfigError(f"a text can choose the integers of {' and '.join(CALIBRATED_TYPES)}, not of {kind}")
     out = out.resolve()
     if out.suffix != llama.SUFFIX:
         raise ConfigError(f"{out} should end in {llama.SUFFIX}")
@@ -70,20 +88,49 @@ def to_gguf(model: str | Path, out: Path, kind: str = "f16", *, text: str | None
         raise ConfigError(f"{model} is of integers; export the model it was made from")
     if loaded.tokenizer is None:
         raise ConfigError(f"{model} has no tokenizer, which a .gguf holds beside the weights")
-    if text is not None and not loaded.tokenizer.encode(text):
-        raise ConfigError("the text to measure on is empty; name another, or none")
+    source = loading.resolve_model_path(model)
+    calibration = calibration_text(loaded, source, calibrate)
+    measured_on = measured_text(loaded, source, text) if text or calibration else None
+    integers: dict[str, QuantizedWeight] = {}
+    if calibration is not None and measured_on is not None:
+        check_distinct(measured_on, calibration)
+        scheme = QuantizationScheme(4, 32, zero_point=kind == "q4_1")
+        integers = quantized_layers(quantize_model(loaded, scheme, calibration, progress=progress))
     values, tensors = metadata_values(loaded, str(model), kind), llama.gguf_tensors(loaded)
     types = {name: choose_type(name, tensor.shape, kind, config=loaded.config) for name, tensor in tensors.items()}
     num_bytes = sum(types[name].nbytes(tensor.numel()) for name, tensor in tensors.items())
     checked: list[Any] = []
 
     def fill(path: Path) -> None:
-        gguf.write(path, values, tensors, types=types)
-        checked.append(check_readback(loaded, path, types, text=text))
+        gguf.write(path, values, tensors, types=types, encoded=encode_integers(integers, loaded.config))
+        after = loading.load(path)
+        checked.extend(check_readback(loaded, after, types, integers=integers))
+        checked.append(compare_on_text(loaded, after, measured_on, progress=progress))
 
     atomic.write_file_atomic(out, fill, num_bytes)
     type_counts = Counter(tensor_type.name for tensor_type in types.values())
-    return GGUFExport({out.name: out.stat().st_size}, kind, dict(type_counts), *checked[0])
+    diff, agreement, comparison = checked
+    name = calibration.name if calibration else None
+    return GGUFExport({out.name: out.stat().st_size}, kind, dict(type_counts), diff, agreement, name, comparison)
+
+
+def encode_integers(layers: Mapping[str, QuantizedWeight], config: ModelConfig) -> dict[str, UInt8[Tensor, "o b"]]:
+    """Return the blocks of layers of 4-bit integers, a row of them each output, by llama.cpp's names."""
+    return {
+        llama.gguf_tensor_name(f"{name}.weight", config): llama.permute_rope(
+            f"{name}.weight", gguf.encode_4_bits(layer.integers, layer.weight_scale, layer.zero), config
+        )
+        for name, layer in layers.items()
+    }
+
+
+def compare_on_text(
+    before: LanguageModel, after: LanguageModel, text: MeasuredText | None, *, progress: Progress
+) -> Comparison | None:
+    if text is None:
+        return None
+    with progress("measuring", len(text.ids)) as advance:
+        return compare_predictions(before, after, text, on_progress=advance)
 
 
 def check_file_type(kind: str) -> str:
@@ -145,16 +192,19 @@ def choose_type(name: str, shape: tuple[int, ...], kind: str, *, config: ModelCo
 
 
 def check_readback(
-    before: LanguageModel, path: Path, types: dict[str, gguf.BlockType], *, text: str | None
-) -> tuple[float, float, tuple[float, float] | None]:
+    before: LanguageModel,
+    after: LanguageModel,
+    types: dict[str, gguf.BlockType],
+    *,
+    integers: Mapping[str, QuantizedWeight],
+) -> tuple[float, float]:
     """Hold what was written to what was meant. Raises InvalidFileError where it is not that."""
-    after = loading.load(path)
     written = dict(after.named_parameters())
     for name, weight in before.named_parameters():
-        kind = types[llama.gguf_tensor_name(name, before.config)]
+        kind, layer = types[llama.gguf_tensor_name(name, before.config)], name.removesuffix(".weight")
         if not bool(weight.isfinite().all()):
             raise InvalidFileError(f"{name} holds NaN or infinity; this model is nothing to hand on")
-        expected = kind.round_trip(weight)
+        expected = kind.round_trip(weight) if layer not in integers else integers[layer].weight
         if not bool(expected.isfinite().all()):
             raise InvalidFileError(f"{name} has values that {kind.name} cannot hold; --type f32 or bf16 can")
         assert torch.equal(expected, written[name]), f"{name} was not written as it is"
@@ -164,8 +214,7 @@ def check_readback(
         ids = torch.tensor([row])
         logits_before, logits_after = before(ids), after(ids)
     agreement = (logits_before.argmax(-1) == logits_after.argmax(-1)).float().mean().item()
-    losses = None if text is None else (text_loss(before, text), text_loss(after, text))
-    return (logits_before - logits_after).abs().max().item(), agreement, losses
+    return (logits_before - logits_after).abs().max().item(), agreement
 
 
 def check_gguf_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
@@ -180,9 +229,3 @@ def check_gguf_tokenizer(before: Tokenizer, after: Tokenizer | None) -> None:
 
 def encode_trusted(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_with_special_tokens(text)
-
-
-def text_loss(model: LanguageModel, text: str) -> float:
-    length = min(LOSS_WINDOW, model.config.max_position_embeddings)
-    loss = measure_text(model, text, length)["loss"]
-    return loss if math.isfinite(loss) else math.inf

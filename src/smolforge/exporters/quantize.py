@@ -1,44 +1,36 @@
 """Export a model with int8 or int4 weights, and measure what that costs and what it gains.
 
-source -> quantize -> folder, read back bit-for-bit -> both on validation text, and both timed in turn
+source -> quantize -> folder, read back bit-for-bit -> both on a text, and both timed in turn
 """
 
 import copy
-import math
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from smolforge import atomic
 from smolforge.checkpoint import gguf, huggingface, loading
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation
-from smolforge.config.load import read_recipe
-from smolforge.data.batches import IGNORE_INDEX
-from smolforge.data.corpus import HELD_OUT, Corpus
-from smolforge.data.prepare.documents import read_text
 from smolforge.errors import ConfigError, InvalidFileError
-from smolforge.evaluation.perplexity import TOKENS, windows
-from smolforge.exporters.provenance import training_data
+from smolforge.evaluation.divergence import Comparison, Predictions, compare_predictions
+from smolforge.exporters import gptq
+from smolforge.exporters.texts import CalibrationText, calibration_text, check_distinct, measured_text
 from smolforge.exporters.transformers import inherited_settings, new_folder, stored_dtype
 from smolforge.generation.samplers import make_sampler
-from smolforge.generation.stream import generate_tokens, require_tokenizer
+from smolforge.generation.stream import generate_tokens
 from smolforge.models import quantized
 from smolforge.models.decoder import LanguageModel
 from smolforge.models.quantized import QuantizationScheme
-from smolforge.training.run_folder import RECIPE
 
 GROUP_SIZES = (32, 64)
-MAX_WINDOW, MAX_TOKENS = 1024, 16_384
-"""Of the text: tokens of a window at most (a run's are as long as it trained on), and of all that is measured."""
 ROUNDS, PREFILL_TOKENS, DECODE_TOKENS = 5, 512, 32
 """How often prompts of how many tokens are read, and answers of how many given, after a round that does not count."""
 GREEDY_SAMPLER = make_sampler(Generation(temperature=0))
@@ -47,18 +39,16 @@ MIN_CONTEXT = 4
 """Context in which there is an answer to be timed: the prompt, two tokens that do not count, and one that does."""
 
 
-@dataclass(frozen=True)
-class EvaluationText:
-    """What loss is measured on."""
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Takes what is done and its total, and gives a function that is called with each part."""
 
-    name: str
-    ids: np.ndarray
-    text_bytes: float
-    window: int
+
+def no_progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
 
 
 @dataclass(frozen=True)
-class ModelMeasurements:
+class ModelMeasurements(Predictions):
     """One side of the table."""
 
     bytes_on_disk: int
@@ -67,10 +57,6 @@ class ModelMeasurements:
     """What the tensors in them take by their shapes and types; the rest is the files' heads."""
     bytes_in_memory: int
     """Of the model as it is loaded, everything that is no integer in fp32."""
-    loss: float
-    bits_per_byte: float
-    top1_agreement: float
-    """Share of tokens whose likeliest successor is that of the model before."""
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
 
@@ -83,6 +69,9 @@ class QuantizedExport:
     """Name to bytes."""
     text: str
     tokens: int
+    calibration: str | None
+    """The text that chose the integers; None where they are the nearest."""
+    calibration_tokens: int
     max_abs_logit_diff: float
     """Before and after, on all of the text."""
     before: ModelMeasurements
@@ -90,11 +79,18 @@ class QuantizedExport:
 
 
 def to_quantized(
-    model: str | Path, out: Path, scheme: QuantizationScheme, *, text: Path | None = None
+    model: str | Path,
+    out: Path,
+    scheme: QuantizationScheme,
+    *,
+    text: Path | None = None,
+    calibrate: str | None = None,
+    progress: Progress = no_progress,
 ) -> QuantizedExport:
     """Write `out`, a folder that every verb loads, and measure it on a text, by default what MODEL, a run, held out.
 
-    The folder appears only once what is read back is what was written, to the bit, and is measured. Raises
+    4 bits are chosen by another text: `calibrate`, by default what the run trained on; "none" is rounding. The folder
+    appears only once what is read back is what was written, to the bit, and is measured. Raises
     ConfigError for a model whose widths the scheme does not divide, that is of integers already, or an `out` that has
     something in it, and InvalidFileError for a model whose weights are no numbers.
     """
@@ -102,14 +98,15 @@ def to_quantized(
     source = loading.resolve_model_path(model)
     before = loading.load(source)
     check_quantizable(before, model)
-    measured_on, quantized_model = evaluation_text(before, source, text), copy.deepcopy(before)
-    try:
-        quantized.quantize(quantized_model, scheme)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; {SCHEME_HINT}") from None
+    measured_on = measured_text(before, source, text)
+    calibration = calibration_text(before, source, calibrate) if scheme.bits == 4 else None
+    if calibration is not None:
+        check_distinct(measured_on, calibration)
+    quantized_model = quantize_model(before, scheme, calibration, progress=progress)
     results: list[QuantizedExport] = []
 
     def fill(folder: Path) -> None:
+        """Write and read back, compare and time."""
         huggingface.save(
             quantized_model,
             folder,
@@ -121,10 +118,40 @@ def to_quantized(
         after = loading.load(folder)
         changed = quantized.changed_parameters(quantized_model, after)
         assert not changed, f"{changed[0]} was not written as it is"
-        results.append(compare_quantized(before, after, source, out=folder, text=measured_on))
+        with progress("measuring", len(measured_on.ids)) as advance:
+            comparison = compare_predictions(before, after, measured_on, on_progress=advance)
+        sides = measure_costs(before, after, source, out=folder, comparison=comparison, progress=progress)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        results.append(
+            QuantizedExport(
+                files,
+                text=comparison.text,
+                tokens=comparison.tokens,
+                calibration=calibration.name if calibration else None,
+                calibration_tokens=calibration.rows.numel() if calibration else 0,
+                max_abs_logit_diff=comparison.max_abs_logit_diff,
+                before=sides[0],
+                after=sides[1],
+            )
+        )
 
     atomic.write_dir_atomic(out, fill)
     return results[0]
+
+
+def quantize_model(
+    original: LanguageModel, scheme: QuantizationScheme, text: CalibrationText | None, *, progress: Progress
+) -> LanguageModel:
+    """Return a copy with integers: the nearest, or what a text chooses. Raises ConfigError for what does not fit."""
+    model, scheme = copy.deepcopy(original), dataclasses.replace(scheme, calibrated=text is not None)
+    try:
+        quantized.quantize(model, scheme)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {SCHEME_HINT}") from None
+    if text is not None:
+        with progress("calibrating", len(model.model.layers)) as advance:
+            gptq.calibrate(model, original, text.rows, on_progress=advance)
+    return model
 
 
 def check_quantizable(model: LanguageModel, name: str | Path) -> None:
@@ -141,78 +168,22 @@ def check_quantizable(model: LanguageModel, name: str | Path) -> None:
             raise InvalidFileError(f"{parameter} of {name} holds NaN or infinity; this model is nothing to hand on")
 
 
-def evaluation_text(model: LanguageModel, source: Path, text: Path | None) -> EvaluationText:
-    """A file, or what a run held out, or the documentation of Python's language; in windows as the run trained on."""
-    corpus, length = run_corpus(source)
-    window = min(length, model.config.max_position_embeddings)
-    if text is None and corpus is not None:
-        size = corpus.size(HELD_OUT)
-        ids = np.array(corpus.tokens(HELD_OUT)[:MAX_TOKENS])
-        return EvaluationText("what the run held out", ids, size["bytes"] * len(ids) / size["tokens"], window)
-    content = "\n\n".join(topics.values()) if text is None else read_text(text)
-    name = "the documentation of Python's language" if text is None else text.name
-    ids = np.array(require_tokenizer(model).encode(content[: MAX_TOKENS * 16])[:MAX_TOKENS])
-    if not len(ids):
-        raise ConfigError(f"{name} is empty; --text names a file to measure on")
-    return EvaluationText(name, ids, float(len(require_tokenizer(model).decode(ids.tolist()).encode())), window)
+def measure_costs(
+    before: LanguageModel, after: LanguageModel, source: Path, *, out: Path, comparison: Comparison, progress: Progress
+) -> list[ModelMeasurements]:
+    """Return both sides of the table."""
+    with progress("timing", ROUNDS + 1) as advance:
+        speeds = measure_speeds({"before": before, "after": after}, on_progress=advance)
+    return [
+        ModelMeasurements(**vars(predictions), **model_bytes(model, folder), **speeds[name])
+        for name, model, folder, predictions in (
+            ("before", before, loading.base_folder(source), comparison.before),
+            ("after", after, out, comparison.after),
+        )
+    ]
 
 
-def run_corpus(source: Path) -> tuple[Corpus | None, int]:
-    """What a checkpoint learned from, where that is there and held out plain text; the length of its run's windows."""
-    source = source.resolve()
-    run = source.parents[1] if source.parent.name == "checkpoints" else source
-    if not (run / RECIPE).is_file():
-        return None, MAX_WINDOW
-    recipe = read_recipe(run / RECIPE)
-    corpus = training_data(run, recipe, source)
-    if isinstance(corpus, Corpus) and corpus.format == "text" and corpus.size(HELD_OUT)["tokens"]:
-        return corpus, recipe.train.sequence_length
-    return None, recipe.train.sequence_length
-
-
-def compare_quantized(
-    before: LanguageModel, after: LanguageModel, source: Path, *, out: Path, text: EvaluationText
-) -> QuantizedExport:
-    """Both sides of the table."""
-    losses, agreement, worst = compare_predictions(before, after, text)
-    speed = measure_speeds({"before": before, "after": after})
-    costs: tuple[dict[str, Any], ...] = (
-        model_bytes(before, loading.base_folder(source)) | {"top1_agreement": 1.0} | speed["before"],
-        model_bytes(after, out) | {"top1_agreement": agreement} | speed["after"],
-    )
-    files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    per_byte = len(text.ids) / math.log(2) / text.text_bytes
-    measurements = (
-        ModelMeasurements(loss=loss, bits_per_byte=loss * per_byte, **side)
-        for loss, side in zip(losses, costs, strict=True)
-    )
-    return QuantizedExport(files, text.name, len(text.ids), worst, *measurements)
-
-
-@torch.inference_mode()
-def compare_predictions(
-    before: LanguageModel, after: LanguageModel, text: EvaluationText
-) -> tuple[list[float], float, float]:
-    """Loss of each; share of tokens after which both find the same likeliest; largest difference of logits."""
-    losses, same, worst = [0.0, 0.0], 0, 0.0
-    rows_per_batch = max(1, TOKENS // text.window)
-    rows, targets = windows(text.ids, require_tokenizer(before).eos_id, text.window, stride=text.window)
-    for row, target in zip(rows.split(rows_per_batch), targets.split(rows_per_batch), strict=True):
-        labels = target[target != IGNORE_INDEX]
-        logits = [model.logits(model.hidden_states(row)[target != IGNORE_INDEX]) for model in (before, after)]
-        losses = [
-            loss + F.cross_entropy(model_logits, labels, reduction="sum").item()
-            for loss, model_logits in zip(losses, logits, strict=True)
-        ]
-        same += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
-        worst = max(worst, (logits[0] - logits[1]).abs().max().item())
-    if not all(map(math.isfinite, losses)):
-        raise InvalidFileError("the model gives logits that are no numbers; its weights are damaged")
-    count = len(text.ids)
-    return [loss / count for loss in losses], same / count, worst
-
-
-def model_bytes(model: LanguageModel, folder: Path) -> dict[str, int]:
+def model_bytes(model: LanguageModel, folder: Path) -> dict[str, Any]:
     """Bytes of a model in the files that it is read from, and in memory."""
     if llama.is_gguf_file(folder):
         tensor_bytes = sum(tensor.nbytes for tensor in gguf.GGUFReader(folder).tensors.values())
@@ -226,7 +197,9 @@ def model_bytes(model: LanguageModel, folder: Path) -> dict[str, int]:
     }
 
 
-def measure_speeds(models: Mapping[str, LanguageModel]) -> dict[str, dict[str, float]]:
+def measure_speeds(
+    models: Mapping[str, LanguageModel], *, on_progress: Callable[[int], None] = lambda rounds: None
+) -> dict[str, dict[str, Any]]:
     """Tokens/s of each model, the median of rounds in turn, so that a machine that slows down slows all."""
     benchmarks: dict[str, Callable[[LanguageModel], float]] = {
         "prefill_tokens_per_second": prefill_speed,
@@ -238,6 +211,7 @@ def measure_speeds(models: Mapping[str, LanguageModel]) -> dict[str, dict[str, f
             for metric, benchmark in benchmarks.items():
                 speed = benchmark(model)
                 speeds[name][metric] += [speed] if number else []
+        on_progress(1)
     return {
         name: {metric: statistics.median(rates) for metric, rates in measured.items()}
         for name, measured in speeds.items()

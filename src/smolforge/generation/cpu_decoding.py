@@ -11,7 +11,7 @@
 A step of decoding reads every weight once, so the speed of memory is its limit, and torch's own product of one row
 reads well below it. Measured in docs/performance.md. The integer kernels multiply in bfloat16, sum in fp32, and read a
 half or an eighth of what fp32 weights take. With many tokens they lose, so the matrix is dequantized once and
-multiplied as any other: docs/quantisation.md.
+multiplied as any other: docs/quantization.md.
 
 Axes: b batch, t tokens, r rows, c in, n out, g groups, v vocabulary.
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from smolforge.models.attention import AttentionContext
 from smolforge.models.decoder import MLP, Attention, Hidden, LanguageModel, RMSNorm, apply_rope, rope_cos_sin
-from smolforge.models.quantized import QuantizedLinear, QuantizedWeight, unpack
+from smolforge.models.quantized import QuantizedLinear, QuantizedWeight
 
 MAX_BLOCKED_ROWS = 2
 """Up to this many rows are multiplied by blocks; from three on the prepacked layout is as fast or faster."""
@@ -106,15 +106,16 @@ class IntLinear:
 
     def __init__(self, *layers: QuantizedWeight) -> None:
         self.layers, group = layers, group_size_of(layers[0])
-        integers = torch.cat([unpack(layer.weight_packed, layer.bits) for layer in layers])
+        integers = torch.cat([layer.integers for layer in layers])
         scale = torch.cat([layer.weight_scale for layer in layers])
         if layers[0].bits == 8:
             scale = scale.flatten()
             self.matmul: Callable[[Tensor], Tensor] = lambda x: torch._weight_int8pack_mm(x, integers, scale)
         else:
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
-            scale = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous()  # g n 2
-            self.matmul = lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale)
+            zeros = [torch.zeros_like(layer.weight_scale) if (zero := layer.zero) is None else zero for layer in layers]
+            scale_and_offset = torch.stack([scale, -scale * torch.cat(zeros)], -1).transpose(0, 1).contiguous()  # g n 2
+            self.matmul = lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scale_and_offset)
 
     def __call__(self, x: Float[Tensor, "... c"], activation: str = "none") -> Float[Tensor, "... n"]:
         rows = x.flatten(0, -2)

@@ -1,17 +1,19 @@
 """Weights as small integers, and the layers that compute with them.
 
-    weight (o i)  ->  integers (o i), and one scale for each group of neighbours along i      weight ~ integers x scale
+    weight (o i) -> integers (o i), and for each group of neighbours along i a scale, and where the scheme has it a zero
+    weight ~ (integers - zero) x scale
 
-Nothing else is changed: sums are in the dtype of what comes in, over the matrix that the integers stand for. Zero stays
-zero (symmetric). Integers stand side by side in words of 32 bits, the first lowest, each raised by half its range: the
-layout `pack-quantized` of https://github.com/vllm-project/compressed-tensors, which Transformers and vLLM read. Scales
-are bfloat16, and weights are rounded for the scale as it is kept.
+Nothing else is changed: sums are in the dtype of what comes in, over the matrix that the integers stand for. Without a
+zero of its own a group's is 0 (symmetric). Integers stand side by side in words of 32 bits, the first lowest, each
+raised by half its range: the layout `pack-quantized` of https://github.com/vllm-project/compressed-tensors, which
+Transformers and vLLM read. There zeros stand side by side along o. Scales are bfloat16, and weights are rounded for the
+scale as it is kept.
 
 Axes: o outputs, i inputs, g groups of a row, w words of a row.
 """
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ from smolforge.errors import ConfigError
 Layer = TypeVar("Layer", nn.Linear, nn.Embedding)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 CLIPS = {8: (1.0,), 4: tuple(step / 40 for step in range(26, 43))}
-"""Fractions of a group's largest weight that its scale is tried for. With few integers a cut largest loses less."""
+"""Fractions of a group's full range that its scale is tried for. With few integers a cut largest loses less."""
+ZERO_BITS = 7
+"""Significant bits of the scale of a group with a zero, so that scale x (half + zero) is exact in half precision."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +40,72 @@ class QuantizationScheme:
     """Neighbours that share a scale; by default a whole row, an output channel."""
     embedding: bool = False
     """Whether embedding and head are integers too, of 8 bits with a scale a row."""
+    zero_point: bool = False
+    """Whether each group has an integer, of as many bits, that stands for 0."""
+    calibrated: bool = False
+    """Whether a text chose the integers (exporters/gptq.py). Without it they are the nearest."""
 
 
-def quantize_weight(
-    weight: Float[Tensor, "o i"], bits: int, group_size: int | None = None
-) -> tuple[Int8[Tensor, "o i"], BFloat16[Tensor, "o g"]]:
-    """The nearest integers and their scales, of those clips that lose least in squares."""
-    groups = weight.float().unflatten(-1, (-1, group_size or weight.shape[-1]))
-    half, smallest = 2 ** (bits - 1), torch.finfo(torch.float32).tiny
-    full_scale = groups.abs().amax(-1, keepdim=True) / (half - 0.5)
-    best, scales, error = groups, full_scale, torch.full_like(full_scale, torch.inf)
-    for clip in CLIPS[bits]:
-        scale = (clip * full_scale).bfloat16().float().clamp(min=smallest)
-        integers = (groups / scale).round_().clamp_(-half, half - 1)
-        squared_error = (integers * scale - groups).square_().sum(-1, keepdim=True)
-        better = squared_error <= error  # also where squares are beyond fp32, or too small for it
-        best, scales, error = (
-            torch.where(better, *pair) for pair in ((integers, best), (scale, scales), (squared_error, error))
+class Grid(NamedTuple):
+    """The values that a matrix can take: (n - zero) x scale for each integer n."""
+
+    scale: BFloat16[Tensor, "o g"]
+    zero: Int8[Tensor, "o g"]
+
+    def per_weight(self, inputs: int) -> tuple[Float[Tensor, "o i"], Float[Tensor, "o i"]]:
+        """Return scale and zero of every weight of a matrix with so many inputs."""
+        scale, zero = (part.float().repeat_interleave(inputs // part.shape[1], 1) for part in self)
+        return scale, zero
+
+
+def search_grid(
+    weight: Float[Tensor, "o i"], scheme: QuantizationScheme, importance: Float[Tensor, " i"] | None = None
+) -> Grid:
+    """Return, of those clips that are tried, the grid on which rounding loses least in squares.
+
+    The square of a weight counts as much as its input's `importance`, by default all the same.
+    """
+    group_size = scheme.group_size or weight.shape[-1]
+    groups = weight.float().unflatten(-1, (-1, group_size))
+    share = groups.new_ones(group_size) if importance is None else importance.float().unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    if not scheme.zero_point:
+        high = groups.abs().amax(-1, keepdim=True)
+        low = -high
+    half = 2 ** (scheme.bits - 1)
+    best_scale, best_zero, least = high, torch.zeros_like(high), torch.full_like(high, torch.inf)
+    for clip in CLIPS[scheme.bits]:
+        scale = storable_scale(clip * (high / (2 * half - 1) - low / (2 * half - 1)), scheme)
+        zero = ((low + high) / (-2 * scale) - 0.5).round_().clamp_(-half, half - 1)
+        values = (groups / scale).round_().clamp_(-half - zero, half - 1 - zero) * scale
+        error = (values.sub_(groups).square_() * share).sum(-1, keepdim=True)
+        better = error <= least  # also where squares are beyond fp32, or too small for it
+        best_scale, best_zero, least = (
+            torch.where(better, *pair) for pair in ((scale, best_scale), (zero, best_zero), (error, least))
         )
-    return best.flatten(-2).to(torch.int8), scales.squeeze(-1).bfloat16()
+    return Grid(best_scale.squeeze(-1).bfloat16(), best_zero.squeeze(-1).to(torch.int8))
+
+
+def storable_scale(scale: Float[Tensor, "..."], scheme: QuantizationScheme) -> Float[Tensor, "..."]:
+    """Return the nearest scale that a file can hold, above 0: bfloat16, and of calibrated weights half precision too.
+
+    So a .gguf, whose scales are of half precision, can have the same integers.
+    """
+    if scheme.zero_point:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp((mantissa * 2**ZERO_BITS).round_(), exponent - ZERO_BITS)
+    scale = scale.bfloat16().float()
+    if scheme.calibrated:
+        in_half = scale.half().float()
+        scale = torch.where((in_half > 0) & in_half.isfinite(), in_half, scale)
+    return scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def nearest_integers(weight: Float[Tensor, "o i"], grid: Grid, bits: int) -> Int8[Tensor, "o i"]:
+    """Return the integers whose values are nearest to these weights."""
+    scale, zero = grid.per_weight(weight.shape[-1])
+    half = 2 ** (bits - 1)
+    return ((weight.float() / scale).round_() + zero).clamp_(-half, half - 1).to(torch.int8)
 
 
 def pack(integers: Int8[Tensor, "o i"], bits: int) -> Int32[Tensor, "o w"]:
@@ -71,23 +122,34 @@ def unpack(packed: Int32[Tensor, "... w"], bits: int) -> Int8[Tensor, "... i"]:
     return (raised ^ 128).view(torch.int8) if bits == 8 else raised.view(torch.int8) - 8
 
 
+def pack_zeros(zero: Int8[Tensor, "o g"], bits: int) -> Int32[Tensor, "w g"]:
+    """Side by side along o, the last word filled up."""
+    return pack(F.pad(zero.T, (0, -len(zero) % (32 // bits))), bits).T.contiguous()
+
+
 def dequantize(
-    packed: Int32[Tensor, "... w"], scale: BFloat16[Tensor, "... g"], bits: int, *, dtype: torch.dtype
+    integers: Int8[Tensor, "... i"], scale: BFloat16[Tensor, "... g"], zero: Int8[Tensor, "... g"] | None = None
 ) -> Float[Tensor, "... i"]:
-    """The weights that integers stand for, multiplied in fp32."""
-    groups = unpack(packed, bits).float().unflatten(-1, (scale.shape[-1], -1))
-    return groups.mul_(scale.float()[..., None]).flatten(-2).to(dtype)
+    """The weights that integers stand for, in fp32."""
+    groups = integers.unflatten(-1, (scale.shape[-1], -1))
+    steps = groups if zero is None else groups - zero[..., None]
+    return steps.float().mul_(scale.float()[..., None]).flatten(-2)
 
 
 class QuantizedWeight(nn.Module):
     """A matrix as integers, under the names that files have, yet to be filled; `old` is what it takes the place of."""
 
-    def __init__(self, old: Float[Tensor, "o i"], bits: int, group_size: int | None) -> None:
+    def __init__(self, old: Float[Tensor, "o i"], scheme: QuantizationScheme) -> None:
         super().__init__()
-        self.bits, self.dtype = bits, old.dtype
+        self.scheme, self.bits, self.dtype = scheme, scheme.bits, old.dtype
         self.out_features, self.in_features = o, i = old.shape
-        self.weight_packed = frozen(old.new_empty((o, i * bits // 32), dtype=torch.int32))
-        self.weight_scale = frozen(old.new_empty((o, i // (group_size or i)), dtype=torch.bfloat16))
+        groups = i // (scheme.group_size or i)
+        self.weight_packed = frozen(old.new_empty((o, i * self.bits // 32), dtype=torch.int32))
+        self.weight_scale = frozen(old.new_empty((o, groups), dtype=torch.bfloat16))
+        words = -(-o * self.bits // 32)
+        self.weight_zero_point = (
+            frozen(old.new_empty((words, groups), dtype=torch.int32)) if scheme.zero_point else None
+        )
         self.weight_shape = frozen(old.new_tensor((o, i), dtype=torch.int64))
 
     @property
@@ -95,22 +157,37 @@ class QuantizedWeight(nn.Module):
         """What it stands for; made anew each time."""
         return self.dequantized(self.dtype)
 
+    @property
+    def integers(self) -> Int8[Tensor, "o i"]:
+        return unpack(self.weight_packed, self.bits)
+
+    @property
+    def zero(self) -> Int8[Tensor, "o g"] | None:
+        """What stands for 0 in each group; None where 0 itself does."""
+        packed = self.weight_zero_point
+        return None if packed is None else unpack(packed.T, self.bits).T[: self.out_features]
+
     def dequantized(self, dtype: torch.dtype) -> Float[Tensor, "o i"]:
-        return dequantize(self.weight_packed, self.weight_scale, self.bits, dtype=dtype)
+        return dequantize(self.integers, self.weight_scale, self.zero).to(dtype)
 
     def quantize_from(self, weight: Float[Tensor, "o i"]) -> None:
         """Stand for the nearest to these weights."""
-        groups = self.weight_scale.shape[1]
-        integers, scale = quantize_weight(weight, self.bits, self.in_features // groups)
+        grid = search_grid(weight, self.scheme)
+        self.fill(nearest_integers(weight, grid, self.bits), grid)
+
+    def fill(self, integers: Int8[Tensor, "o i"], grid: Grid) -> None:
+        """Stand for these integers."""
         self.weight_packed.copy_(pack(integers, self.bits))
-        self.weight_scale.copy_(scale)
+        self.weight_scale.copy_(grid.scale)
+        if self.weight_zero_point is not None:
+            self.weight_zero_point.copy_(pack_zeros(grid.zero, self.bits))
 
 
 class QuantizedLinear(QuantizedWeight):
     """A linear layer over integers."""
 
     def __init__(self, old: nn.Linear, scheme: QuantizationScheme) -> None:
-        super().__init__(old.weight, scheme.bits, scheme.group_size)
+        super().__init__(old.weight, scheme)
         self.bias = old.bias
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
@@ -121,7 +198,7 @@ class QuantizedEmbedding(QuantizedWeight):
     """An embedding over integers."""
 
     def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... i"]:
-        return dequantize(self.weight_packed[ids], self.weight_scale[ids], self.bits, dtype=self.dtype)
+        return dequantize(unpack(self.weight_packed[ids], self.bits), self.weight_scale[ids]).to(self.dtype)
 
 
 def frozen(values: Tensor) -> nn.Parameter:
@@ -149,7 +226,7 @@ def insert_quantized_layers(model: Any, scheme: QuantizationScheme) -> None:
         elif type(old) is nn.Linear and scheme.embedding:
             layer = QuantizedLinear(checked_layer(name, old, end_scheme), end_scheme)
         elif type(old) is nn.Embedding and scheme.embedding and name == EMBEDDING:
-            layer = QuantizedEmbedding(checked_layer(name, old, end_scheme).weight, end_scheme.bits, None)
+            layer = QuantizedEmbedding(checked_layer(name, old, end_scheme).weight, end_scheme)
         else:
             continue
         model.set_submodule(name, layer)
@@ -167,11 +244,15 @@ def checked_layer(name: str, old: Layer, scheme: QuantizationScheme) -> Layer:
 
 @torch.no_grad()
 def quantize(model: Any, scheme: QuantizationScheme) -> None:
-    """Make every linear layer of a model one of integers. Raises ConfigError for what does not fit."""
+    """Make every linear layer of a model one of integers. Raises ConfigError for what does not fit.
+
+    Where a text is to choose integers, only embedding and head are filled.
+    """
     before = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     insert_quantized_layers(model, scheme)
     for name, layer in quantized_layers(model).items():
-        layer.quantize_from(before[name].weight)
+        if not layer.scheme.calibrated:
+            layer.quantize_from(before[name].weight)
 
 
 def changed_parameters(written_model: nn.Module, read_model: nn.Module) -> list[str]:

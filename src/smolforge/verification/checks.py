@@ -36,6 +36,8 @@ from smolforge.verification.transformers_reference import (
 
 GREEDY_TOKENS = 64
 GREEDY_SAMPLER = make_sampler(Generation(temperature=0))
+MAX_CALIBRATED_ERROR = 0.3
+"""Relative to a matrix, of integers that a text chose. 4 bits by 32 to 128 move it by 0.09 to 0.15, another by 1.4."""
 MISTAKE_BY_SETTING = {
     "rope_theta": "wrong theta",
     "rms_norm_eps": "wrong eps",
@@ -54,7 +56,7 @@ def check_parameters(model: LanguageModel, folder: Path) -> Check:
     sizes = {name: math.prod(shape) for name, shape in shapes_of(folder).items()}
     for name, layer in quantized.quantized_layers(model).items():
         for part in quantization.DTYPES:
-            sizes.pop(f"{name}.{part}")
+            sizes.pop(f"{name}.{part}", None)
         sizes[f"{name}.weight"] = layer.out_features * layer.in_features
     repeated = sizes.pop(huggingface.HEAD, 0) if model.config.tie_word_embeddings else 0
     message = f"{total:,} in {len(sizes)} tensors ({', '.join(f'{name} {count:,}' for name, count in counts.items())})"
@@ -103,25 +105,38 @@ def check_finite(model: LanguageModel) -> Check:
 
 @torch.no_grad()
 def check_rounding(model: LanguageModel, original: LanguageModel, name: str) -> Check:
-    """Check that integers and scales are bit-for-bit the original's, quantized, and all else is its bfloat16."""
-    assert model.quantization is not None
+    """Check that integers and scales are bit-for-bit the original's, quantized, and all else is its bfloat16.
+
+    Of integers that a text chose, which is not in the files, only that they are near the original's weights.
+    """
+    scheme = model.quantization
+    assert scheme is not None
     if original.quantization is not None:
         raise ConfigError(f"{name} is of integers itself; --against names the model it was made from")
     if model.config != original.config:
         return Check("rounded", False, f"{name} has another shape")
     exact = {layer: original.get_parameter(f"{layer}.weight") for layer in quantized.quantized_layers(model)}
-    squared_error = sum(
-        (module.weight - exact[layer]).square().sum().item()
+    errors = {
+        layer: ((module.weight - exact[layer]).norm() / exact[layer].norm().clamp(min=1e-30)).item()
         for layer, module in quantized.quantized_layers(model).items()
-    )
-    error = math.sqrt(squared_error / sum(weight.square().sum().item() for weight in exact.values()))
-    quantized.quantize(original, model.quantization)
-    changed = quantized.changed_parameters(original, model)
-    if changed:
-        message = f"{len(changed)} tensors are not what rounding {name} gives, the first {changed[0]}"
+    }
+    squares = {layer: weight.square().sum().item() for layer, weight in exact.items()}
+    error = math.sqrt(sum(errors[layer] ** 2 * squares[layer] for layer in errors) / sum(squares.values()))
+    quantized.quantize(original, scheme)
+    chosen = {layer for layer, module in quantized.quantized_layers(model).items() if module.scheme.calibrated}
+    changed = [
+        parameter
+        for parameter in quantized.changed_parameters(original, model)
+        if parameter.rpartition(".")[0] not in chosen or parameter.endswith(".bias")
+    ]
+    far = [layer for layer in sorted(chosen) if not errors[layer] <= MAX_CALIBRATED_ERROR]
+    if changed or far:
+        message = f"{len(changed + far)} tensors are not what rounding {name} gives, the first {(changed + far)[0]}"
+    elif chosen:
+        message = f"near {name}, its integers chosen by a text; its matrices moved by {error:.2%} of their size"
     else:
         message = f"what rounding {name} gives, to the bit; its matrices moved by {error:.2%} of their size"
-    return Check("rounded", not changed, message, {"relative_error": error})
+    return Check("rounded", not (changed or far), message, {"relative_error": error})
 
 
 def check_tied_head(model: LanguageModel) -> Check:

@@ -6,6 +6,7 @@ a file says of itself.
 
 from smolforge.checkpoint.gguf.block_types import BLOCK_TYPES as BLOCK_TYPES
 from smolforge.checkpoint.gguf.block_types import BlockType as BlockType
+from smolforge.checkpoint.gguf.block_types import encode_4_bits as encode_4_bits
 from smolforge.checkpoint.gguf.container import MetadataValue as MetadataValue
 from smolforge.checkpoint.gguf.container import read_header as read_header
 from smolforge.checkpoint.gguf.container import write as write

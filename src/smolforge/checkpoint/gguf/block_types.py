@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 
@@ -69,6 +69,19 @@ def from_blocks(content: UInt8[Tensor, " _"], kind: BlockType, shape: tuple[int,
     rows = content.reshape(-1, kind.nbytes(shape[-1])).numpy()
     with np.errstate(all="ignore"):
         return torch.from_numpy(quants.dequantize(rows, GGMLQuantizationType(kind.type_id))).reshape(shape)
+
+
+def encode_4_bits(
+    integers: Int8[Tensor, "o i"], scale: Float[Tensor, "o g"], zero: Int8[Tensor, "o g"] | None
+) -> UInt8[Tensor, "o b"]:
+    """Return integers with a scale for each 32 as blocks, a row each output: q4_0, or with a zero q4_1.
+
+    Where the scale, times the zero, is exact in half precision, the blocks hold (integers - zero) x scale.
+    """
+    raised = (integers + 8).view(torch.uint8).unflatten(-1, (-1, 2, 16))
+    halves = raised[:, :, 0] | raised[:, :, 1] << 4
+    factors = [scale.float()] if zero is None else [scale.float(), -scale.float() * (8 + zero)]
+    return torch.cat([torch.stack(factors, -1).half().view(torch.uint8), halves], -1).flatten(1)
 
 
 BLOCK_TYPES = {

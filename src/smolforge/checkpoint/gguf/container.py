@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from smolforge.checkpoint.gguf.block_types import (
@@ -216,9 +216,14 @@ class HeaderParser:
 
 
 def write(
-    path: Path, values: Mapping[str, MetadataValue], tensors: Mapping[str, Tensor], *, types: Mapping[str, BlockType]
+    path: Path,
+    values: Mapping[str, MetadataValue],
+    tensors: Mapping[str, Tensor],
+    *,
+    types: Mapping[str, BlockType],
+    encoded: Mapping[str, UInt8[Tensor, "..."]] | None = None,
 ) -> None:
-    """Write a file. Whole numbers become uint32, in lists int32; others float32."""
+    """Write a file. Whole numbers become uint32, in lists int32; others float32. `encoded` are blocks as they are."""
     head = bytearray(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(values)))
     for key, value in values.items():
         head += encode_string(key) + encode_value(value)
@@ -231,7 +236,12 @@ def write(
     with path.open("wb") as file:
         file.write(head + bytes(-len(head) % ALIGNMENT))
         for name, tensor in tensors.items():
-            content: Any = to_blocks(tensor.detach().cpu(), types[name]).numpy()
+            blocks = (
+                encoded[name].flatten()
+                if encoded and name in encoded
+                else to_blocks(tensor.detach().cpu(), types[name])
+            )
+            content: Any = blocks.numpy()
             file.write(memoryview(content))
             file.write(bytes(-len(content) % ALIGNMENT))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from smolforge.checkpoint import gguf, huggingface
@@ -201,7 +201,7 @@ def names_of(config: ModelConfig) -> GGUFNames:
     return names
 
 
-def permute_rope(name: str, weight: Float[Tensor, "..."], config: ModelConfig) -> Float[Tensor, "..."]:
+def permute_rope(name: str, weight: Shaped[Tensor, "..."], config: ModelConfig) -> Shaped[Tensor, "..."]:
     """Return a parameter as a .gguf has it: in each query and key head, channel d/2 + i comes after channel i."""
     return (
         weight if keeps_row_order(name, config) else swap_rows_in_heads(weight, (-1, 2, config.resolved_head_dim // 2))
@@ -219,5 +219,5 @@ def keeps_row_order(name: str, config: ModelConfig) -> bool:
     return not names_of(config).interleaved or not name.endswith(("q_proj.weight", "k_proj.weight"))
 
 
-def swap_rows_in_heads(weight: Float[Tensor, "r c"], sizes: tuple[int, int, int]) -> Float[Tensor, "r c"]:
+def swap_rows_in_heads(weight: Shaped[Tensor, "r c"], sizes: tuple[int, int, int]) -> Shaped[Tensor, "r c"]:
     return weight.unflatten(0, sizes).transpose(1, 2).reshape(weight.shape)
