@@ -37,6 +37,9 @@ class ServeFlags:
     """Requests that may wait for a slot; more are told to come back."""
     cors_origin: list[str] | None = None
     """A web page elsewhere that may ask, as https://example.org; may be given several times."""
+    parse_special: bool = False
+    """Read special tokens (<|im_end|>) in the text of a prompt as such, unless a request says otherwise. For programs
+    that render chats themselves, as lm_eval --apply_chat_template; not for texts of strangers."""
 
     @property
     def is_local(self) -> bool:
@@ -92,7 +95,7 @@ def serve(
     loaded = (loading or LoadingFlags()).load(model)
     max_model_len = flags.context or min(loaded.config.max_position_embeddings, 2048)
     origins = tuple(flags.cors_origin or ())
-    config = ServerConfig(flags.host, flags.port, flags.slots, max_model_len, flags.queue, origins)
+    config = ServerConfig(flags.host, flags.port, flags.slots, max_model_len, flags.queue, origins, flags.parse_special)
     name = flags.name or (Path(model).resolve().name if Path(model).exists() else model)
     server, engine_thread = build_server(loaded, name, config, rules=AccessRules(key, local_only=flags.is_local))
     _log_to_stderr()

@@ -89,20 +89,21 @@ class Corpus:
 
     def text(self, split: str) -> str:
         """The text behind the tokens, documents joined."""
-        ids = self.tokens(split)[:]
-        return self.tokenizer().decode(ids[ids != self.metadata["eos_id"]].tolist())
+        ids, tokenizer = self.tokens(split)[:], self.tokenizer()
+        return tokenizer.decode(ids[~np.isin(ids, tokenizer.border_ids)].tolist())
 
     def texts(self, split: str, at_once: int = TOKENS_PER_READ) -> Iterator[tuple[str, bool, int]]:
         """The text in pieces of about `at_once` tokens or a document: its text, whether the document ends with it, and
         how many tokens that are. Joined, the pieces of a document are its text.
         """
-        ids, eos_id, pieces = self.tokens(split), self.metadata["eos_id"], DocumentDecoder(self.tokenizer())
+        ids, eos_id, tokenizer = self.tokens(split), self.metadata["eos_id"], self.tokenizer()
+        pieces = DocumentDecoder(tokenizer)
         for start in range(0, len(ids), at_once):
             window = ids[start : start + at_once]
             for part in np.split(window, np.flatnonzero(window == eos_id) + 1):
                 if len(part):
                     ends = int(part[-1]) == eos_id
-                    yield pieces.push(part[: len(part) - ends].tolist(), ends), ends, len(part)
+                    yield pieces.push(part[~np.isin(part, tokenizer.border_ids)].tolist(), ends), ends, len(part)
 
     def size(self, split: str) -> dict[str, int]:
         """documents, tokens and bytes (of UTF-8 text) of one split."""

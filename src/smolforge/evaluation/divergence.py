@@ -73,7 +73,7 @@ def compare_predictions(
     Raises InvalidFileError where a model's loss is no number.
     """
     totals, worst, rows_per_batch = torch.zeros(4, dtype=torch.float64), 0.0, max(1, TOKENS // text.window)
-    rows, targets = windows(text.ids, require_tokenizer(before).eos_id, text.window, stride=text.window)
+    rows, targets = windows(text.ids, require_tokenizer(before).start_id, text.window, stride=text.window)
     for row, target in zip(rows.split(rows_per_batch), targets.split(rows_per_batch), strict=True):
         labels = target[target != IGNORE_INDEX]
         hidden = [model.hidden_states(row)[target != IGNORE_INDEX].split(TOKENS_AT_ONCE) for model in (before, after)]

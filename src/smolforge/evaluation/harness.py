@@ -106,13 +106,14 @@ class HarnessModel(TemplateLM):
         return text[: text.rindex(content) + len(content)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text and of the special tokens spelled in it, as chat templates spell them. None is added."""
-        return self._tokenizer.encode_with_special_tokens(string)
+        """Ids of a text and of the special tokens spelled in it, as chat templates spell them; BOS as the HF model."""
+        ids = self._tokenizer.encode_with_special_tokens(string)
+        return ids if add_special_tokens is False else self._tokenizer.add_bos(ids)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The harness's border; a context of nothing but spaces, and what a merge left nothing of, have ids too."""
         before, behind = super()._encode_pair(context, continuation)
-        return before or [self.prefix_token_id], behind or self.tok_encode(continuation)
+        return before or [self.prefix_token_id], behind or self.tok_encode(continuation, add_special_tokens=False)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[LogLikelihood]:
         """Of what follows each context; one bar, while rows are scored."""

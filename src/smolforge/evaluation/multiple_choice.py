@@ -146,10 +146,14 @@ def encode_choices(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> li
     Spaces at the end of the query go to the continuation. An empty query is the token that starts a text. If a merge
     over the border leaves nothing to score, the continuation is encoded by itself.
     """
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [tokenizer.add_bos(ids) for ids in tokenizer.encode_batch(texts)]
+
     queries = [query.rstrip() for query, _ in pairs]
     continuations = [query[len(stripped) :] + text for stripped, (query, text) in zip(queries, pairs, strict=True)]
-    contexts = dict(zip(distinct := list(dict.fromkeys(queries)), tokenizer.encode_batch(distinct), strict=True))
-    joined = tokenizer.encode_batch([stripped + text for stripped, text in zip(queries, continuations, strict=True)])
+    contexts = dict(zip(distinct := list(dict.fromkeys(queries)), encode(distinct), strict=True))
+    joined = encode([stripped + text for stripped, text in zip(queries, continuations, strict=True)])
     return [
         (contexts[stripped] or [tokenizer.prefix_id], joined_ids[len(contexts[stripped]) :] or tokenizer.encode(text))
         for stripped, text, joined_ids in zip(queries, continuations, joined, strict=True)

@@ -1,7 +1,7 @@
 """Measure how well a model predicts a text: loss, perplexity, bits per byte, token accuracy.
 
-Every token is predicted once, the first after an end-of-text token. Windows overlap, so that all but the
-first tokens have at least `sequence_length - stride` tokens before them.
+Every token is predicted once, the first after BOS, or after an end-of-text token where the tokenizer adds no BOS.
+Windows overlap, so that all but the first tokens have at least `sequence_length - stride` tokens before them.
 
     window 1   [. . . . . . . .]            all 8 count
     window 2           [. . . . . . . .]    the last 4 count (stride 4)
@@ -92,7 +92,7 @@ def measure_text(
     tokenizer = require_tokenizer(model)
     ids = np.array(tokenizer.encode(text))
     result = measure(
-        model, ids, tokenizer.eos_id, sequence_length=sequence_length, stride=stride, on_progress=on_progress
+        model, ids, tokenizer.start_id, sequence_length=sequence_length, stride=stride, on_progress=on_progress
     )
     return result | {"bits_per_byte": result["loss"] * len(ids) / math.log(2) / len(text.encode())}
 

@@ -117,7 +117,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """What a model is given: a text, of which an empty one starts a new document, or a chat up to its turn."""
     if not isinstance(prompt, str):
         return tokenizer.chat(prompt)
-    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    return tokenizer.encode_prompt(prompt) or [tokenizer.eos_id]
 
 
 class TextEngine:

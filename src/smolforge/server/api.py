@@ -38,6 +38,7 @@ from smolforge.server.schemas import (
     ChatMessage,
     CompletionRequest,
     DetokenizeRequest,
+    TextFields,
     TokenizeRequest,
 )
 from smolforge.tokenizer import Tokenizer
@@ -67,8 +68,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 class Service:
     """A model under a name, and the engine thread that runs it."""
 
-    def __init__(self, name: str, tokenizer: Tokenizer, engine_thread: EngineThread) -> None:
+    def __init__(
+        self, name: str, tokenizer: Tokenizer, engine_thread: EngineThread, *, parse_special: bool = False
+    ) -> None:
         self.name, self.tokenizer, self.engine_thread = name, tokenizer, engine_thread
+        self.parse_special = parse_special
         self.token_text, self.max_model_len = TokenText(tokenizer), engine_thread.text_engine.engine.capacity
         self.vocab_size = engine_thread.text_engine.engine.model.config.vocab_size
         self.created = int(time.time())
@@ -76,7 +80,7 @@ class Service:
     async def complete(self, request: CompletionRequest, raw_request: Request) -> Response:
         """Answer /v1/completions."""
         self.check_name(request.model)
-        prompts = await run_in_threadpool(lambda: [self.token_ids(prompt) for prompt in request.prompt_list])
+        prompts = await run_in_threadpool(lambda: [self.token_ids(prompt, request) for prompt in request.prompt_list])
         if len(prompts) * request.num_choices > 128:
             raise APIError(400, "prompts times n may be 128", "n")
         max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
@@ -159,10 +163,17 @@ class Service:
             engine.Request(prompt, sampler, max_new_tokens, eos_ids, seed, top_logprobs, echo), request.stop_strings
         )
 
-    def token_ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+    def text_ids(self, text: str, fields: TextFields) -> list[int]:
+        """Return the token ids of a text; `fields` say whether special tokens in it are meant, and BOS is added."""
+        parse_special = self.parse_special if fields.parse_special is None else fields.parse_special
+        if fields.add_special_tokens is not False:
+            return self.tokenizer.encode_prompt(text, parse_special=parse_special)
+        return self.tokenizer.encode_with_special_tokens(text) if parse_special else self.tokenizer.encode(text)
+
+    def token_ids(self, prompt: str | Sequence[int], fields: TextFields) -> Sequence[int]:
         """Return the token ids of a prompt; an empty one starts a document."""
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+            return self.text_ids(prompt, fields) or [self.tokenizer.eos_id]
         if max(prompt) >= self.vocab_size:
             raise APIError(400, f"prompt: this model has token ids below {self.vocab_size:,}", "prompt")
         return prompt
@@ -278,7 +289,7 @@ def token_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     def tokenize(request: TokenizeRequest) -> dict[str, Any]:
-        """Token ids of a text, in which special tokens are plain text unless one is the whole of it, or of messages."""
+        """Token ids of messages, or of a text, in which special tokens are plain text unless parsed, or all of it."""
         service.check_name(request.model)
         if request.messages is not None:
             add_generation_prompt = request.add_generation_prompt is not False
@@ -286,7 +297,7 @@ def token_routes(app: FastAPI, service: Service) -> None:
         elif request.prompt in service.tokenizer.special.by_text:  # how lm-evaluation-harness asks for the id of one
             ids = service.tokenizer.encode_with_special_tokens(request.prompt)
         else:
-            ids = service.tokenizer.encode(request.prompt or "")
+            ids = service.text_ids(request.prompt or "", request)
         return {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
 
     @app.post("/detokenize")

@@ -33,6 +33,7 @@ class ServerConfig:
     context: int = 2048
     queue: int = 64
     cors_origins: tuple[str, ...] = ()
+    parse_special: bool = False
 
 
 def build_server(
@@ -42,7 +43,7 @@ def build_server(
     metrics, tokenizer = Metrics(name), require_tokenizer(model)
     text_engine = TextEngine(Engine(model, server_config.slots, server_config.context), tokenizer)
     engine_thread = EngineThread(text_engine, metrics, server_config.queue)
-    service = Service(name, tokenizer, engine_thread)
+    service = Service(name, tokenizer, engine_thread, parse_special=server_config.parse_special)
     app = create_app(service, metrics, rules, cors_origins=server_config.cors_origins)
     config = uvicorn.Config(
         app,

@@ -58,8 +58,11 @@ class TokenText:
 class LegacyLogprobs:
     """The log-probabilities of /v1/completions; `text_offset` counts characters from the start of the text."""
 
-    def __init__(self, token_text: TokenText) -> None:
+    def __init__(self, token_text: TokenText, echo_text: str) -> None:
         self.token_text, self.decoder, self.text_offset = token_text, IncrementalDecoder(token_text.tokenizer), 0
+        tokenizer = token_text.tokenizer
+        self.hidden_ids = [] if echo_text.startswith(tokenizer.decode(tokenizer.bos_ids)) else tokenizer.bos_ids
+        """A BOS that was added to the prompt, and so is not in its text."""
 
     def to_json(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
         """Return the log-probabilities of the next tokens; the first of a prompt has none."""
@@ -68,8 +71,10 @@ class LegacyLogprobs:
             top = None if token.logprobs is None else self.token_text.top_logprobs(token.id, token.logprobs)
             logprob = None if token.logprobs is None else clamp_logprob(token.logprobs.logprob)
             rows.append((self.token_text.text(token.id), logprob, top, self.text_offset))
-            if token.is_prompt or token.id not in self.token_text.tokenizer.eos_ids:  # an answer's end has no text
+            without_text = self.hidden_ids if token.is_prompt else self.token_text.tokenizer.eos_ids
+            if token.id not in without_text:
                 self.text_offset += len(self.decoder.push(token.id))
+            self.hidden_ids = []
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         return {name: [row[index] for row in rows] for index, name in enumerate(names)}
 
@@ -77,7 +82,7 @@ class LegacyLogprobs:
 class ChatLogprobs:
     """The log-probabilities of /v1/chat/completions."""
 
-    def __init__(self, token_text: TokenText) -> None:
+    def __init__(self, token_text: TokenText, echo_text: str) -> None:
         self.token_text = token_text
 
     def to_json(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ class ResponseBuilder:
             "model": model,
             "system_fingerprint": None,
         }
-        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(token_text) for _ in echo_texts]
+        self.logprobs = [(ChatLogprobs if chat else LegacyLogprobs)(token_text, text) for text in echo_texts]
         self.chunks: list[list[TextChunk]] = [[] for _ in echo_texts]
         self.prompt_tokens, self.num_generated = prompt_tokens, 0
 

@@ -120,8 +120,15 @@ class RequestFields(StrictModel):
         return None if self.seed is None else (self.seed + choice) % 2**63
 
 
-class CompletionRequest(RequestFields):
-    """POST /v1/completions. A prompt's special tokens are read as plain text; token ids are taken as they are."""
+class TextFields(StrictModel):
+    """How a text becomes token ids: whether the special tokens in it are read, and BOS is added."""
+
+    parse_special: bool | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionRequest(RequestFields, TextFields):
+    """POST /v1/completions. Special tokens in a text are plain text unless parsed; token ids are taken as they are."""
 
     prompt: (
         Text
@@ -133,7 +140,6 @@ class CompletionRequest(RequestFields):
     echo: bool | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    add_special_tokens: bool | None = None
 
     @field_validator("best_of")
     @classmethod
@@ -229,12 +235,11 @@ class ChatTemplateKwargs(StrictModel):
     add_generation_prompt: bool | None = None
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(TextFields):
     """POST /tokenize, of a text or of messages."""
 
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     model: Text | None = None
 

@@ -22,6 +22,7 @@ from smolforge.tokenizer.chat import ChatTemplate, SpecialTokens
 from smolforge.tokenizer.files import (
     FILES,
     NAMED_TOKENS,
+    bos_ids_of,
     check_growth,
     checked_settings,
     parse_backend,
@@ -62,6 +63,8 @@ class Tokenizer:
         self.special = SpecialTokens(backend.get_added_tokens_decoder())
         pipeline = json.loads(backend.to_str())
         check_growth(pipeline["normalizer"])
+        self.bos_ids = bos_ids_of(pipeline["post_processor"])
+        """The id that is added before a text of its own, as Transformers adds it; most tokenizers add none."""
         pattern = json.dumps(pipeline["pre_tokenizer"])
         self._bytes_have_symbols = '"ByteLevel"' in pattern and pipeline["model"]["type"] == "BPE"
         self._marks_start = '"prepend_scheme": "first"' in pattern
@@ -144,13 +147,23 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int | None:
-        """The id a text may begin with. Nothing is added by `encode`."""
+        """The id that the settings name so. Only `bos_ids` are added, and only by `encode_prompt`."""
         return self._named_id("bos_token")
 
     @property
     def prefix_id(self) -> int:
         """What a text of its own is predicted behind."""
         return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
+    def start_id(self) -> int:
+        """The id that comes before a text: its BOS, or the end of the text before it."""
+        return self.bos_ids[0] if self.bos_ids else self.eos_id
+
+    @property
+    def border_ids(self) -> list[int]:
+        """The ids between the texts of a corpus, which are no text."""
+        return [*self.bos_ids, self.eos_id]
 
     @property
     def pad_id(self) -> int | None:
@@ -184,6 +197,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids of a text as a model is given it: behind BOS, where this tokenizer adds one.
+
+        `parse_special` reads special tokens that the text spells, of which the first may be its BOS already.
+        """
+        return self.add_bos(self.encode_with_special_tokens(text) if parse_special else self.encode(text))
+
+    def add_bos(self, ids: list[int]) -> list[int]:
+        """Return the ids behind BOS, where this tokenizer adds one and they do not begin with it."""
+        return ids if ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, using all cores."""
@@ -253,6 +277,8 @@ class Tokenizer:
         inputs = ["input_ids", "attention_mask"]
         settings = {"eos_token": self.eos_token, "model_input_names": inputs, **self.settings}
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        added = {"add_bos_token": bool(self.bos_ids), "add_eos_token": False}  # tokenizer.json decides; both agree
+        settings |= {key: value for key, value in added.items() if key in settings}
         (folder / "tokenizer_config.json").write_text(
             json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n"
         )

@@ -83,6 +83,36 @@ def checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def bos_ids_of(post_processor: Any) -> list[int]:
+    """Return the ids that the post_processor of a tokenizer.json adds before a text: one, BOS, or none.
+
+    Raises InvalidFileError for a post_processor that adds anything else.
+    """
+    ids, steps = [], [post_processor]
+    for step in steps:
+        match step:
+            case None | {"type": "ByteLevel"}:
+                pass
+            case {"type": "Sequence", "processors": processors}:
+                steps += processors
+            case {
+                "type": "TemplateProcessing",
+                "single": [*before, {"Sequence": {"id": "A"}}],
+                "special_tokens": tokens,
+            }:
+                ids += [number for piece in before for number in tokens[piece["SpecialToken"]["id"]]["ids"]]
+            case _:
+                raise InvalidFileError(
+                    f"the tokenizer's post_processor ({step.get('type')}) adds more to a text than one token before "
+                    "it, and after an end no text can go on; use a tokenizer.json that adds BOS or nothing"
+                )
+    if len(ids) > 1:
+        raise InvalidFileError(
+            f"the tokenizer's post_processor adds {len(ids)} tokens before a text; use a tokenizer.json that adds one"
+        )
+    return ids
+
+
 def check_growth(normalizer: Any) -> None:
     """Refuse a normalizer whose replacements, one after the other, could make a text many times longer."""
     growth, steps = 1, [normalizer]

@@ -65,7 +65,7 @@ def to_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         PREFIX + "merges": merges,
         **{key: number for key, number in ids.items() if number is not None},
         **extra_eos_values(tokenizer),
-        PREFIX + "add_bos_token": False,
+        PREFIX + "add_bos_token": bool(tokenizer.bos_ids),
         PREFIX + "add_space_prefix": False,
         **({TEMPLATE: tokenizer.template.source} if tokenizer.template else {}),
     }
@@ -131,7 +131,7 @@ def from_values(values: Mapping[str, Any], location: str, vocab_size: int | None
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[cut],
-        "post_processor": None,
+        "post_processor": bos_processor(metadata, vocabulary, location=location),
         "decoder": DECODER,
         "model": BPE_SETTINGS | {"vocab": vocabulary, "merges": merges},
     }
@@ -141,11 +141,38 @@ def from_values(values: Mapping[str, Any], location: str, vocab_size: int | None
     return tokenizer.with_eos_ids(ids)
 
 
+def bos_processor(
+    metadata: Mapping[str, Any], vocabulary: Mapping[str, int], *, location: str
+) -> dict[str, Any] | None:
+    """Return the post_processor that adds BOS, None where a file asks for none. Raises InvalidFileError for an end."""
+    added = {key: metadata.get(f"add_{key}_token", False) for key in ("bos", "eos", "sep")}
+    wrong = [key for key, value in added.items() if type(value) is not bool or (value and key != "bos")]
+    if wrong:
+        raise InvalidFileError(
+            f"{location} has {PREFIX}add_{wrong[0]}_token {str(added[wrong[0]])[:40]}; add_bos_token may be true or "
+            "false, and after an end that is added to each prompt no text could go on"
+        )
+    if not added["bos"]:
+        return None
+    number = token_id(metadata, "bos_token_id", vocabulary.values(), location=location)
+    token = next(token for token, token_number in vocabulary.items() if token_number == number)
+    piece, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": token, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [piece, text],
+        "pair": [piece, text, *second],
+        "special_tokens": tokens,
+    }
+
+
 def token_id(metadata: Mapping[str, Any], key: str, ids: Container[int], *, location: str) -> int:
     """Return the value of a key that names a token. Raises InvalidFileError where it names none."""
-    if type(metadata[key]) is not int or metadata[key] not in ids:
-        raise InvalidFileError(f"{location} has {PREFIX}{key} {str(metadata[key])[:40]}, which is no token")
-    return metadata[key]
+    value = metadata.get(key)
+    if type(value) is not int or value not in ids:
+        raise InvalidFileError(f"{location} has {PREFIX}{key} {str(value)[:40]}, which is no token")
+    return value
 
 
 def vocabulary_and_types(

@@ -212,7 +212,7 @@ def text_ids(model: LanguageModel, count: int) -> list[int]:
     """Return the documentation of Python's own language as ids; random ids if the model has no tokenizer."""
     if model.tokenizer is not None:
         text = "\n\n".join(topics.values())
-        return model.tokenizer.encode(text[: count * 16])[:count]
+        return model.tokenizer.encode_prompt(text[: count * 16])[:count]
     generator = torch.Generator().manual_seed(1)
     return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
 
@@ -220,7 +220,7 @@ def text_ids(model: LanguageModel, count: int) -> list[int]:
 def sample_prompt_ids(model: LanguageModel) -> list[list[int]]:
     """Return the ids of a few prompts."""
     if model.tokenizer is not None:
-        prompts = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+        prompts = [model.tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     else:
         prompts = [text_ids(model, 24)[start : start + 8] for start in (0, 8, 16)]
     return [ids[: max(1, model.config.max_position_embeddings // 2)] for ids in prompts]

@@ -96,7 +96,7 @@ def sample_windows(corpus: Corpus, split: str) -> list[str]:
         start = index * (len(ids) // count)
         window = ids[start : start + WINDOW_TOKENS]
         ends = np.flatnonzero(window == corpus.metadata["eos_id"])
-        parts = [part[part != corpus.metadata["eos_id"]].tolist() for part in np.split(window, ends + 1)]
+        parts = [part[~np.isin(part, tokenizer.border_ids)].tolist() for part in np.split(window, ends + 1)]
         texts.append(DOCUMENT_END.join(tokenizer.decode(part) for part in parts))
     return texts
 

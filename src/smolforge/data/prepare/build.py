@@ -159,6 +159,8 @@ def request_of(data: Data, tokenizer: Tokenizer | None, vocab_size: int, *, max_
     }
     if data.format == "text" and tokenizer is not None and tokenizer.eos_token != END_OF_TEXT:
         request["end_of_text"] = tokenizer.eos_token
+    if data.format == "text" and tokenizer is not None and tokenizer.bos_ids:
+        request["bos"] = "before every document"  # once it was not
     if data.format != "text":
         template = tokenizer.template.source if tokenizer and tokenizer.template else CHATML
         request["chat_template"] = hashlib.sha256(template.encode()).hexdigest()

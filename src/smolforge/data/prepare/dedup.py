@@ -56,7 +56,7 @@ def band_function(data: Data, tokenizer: Tokenizer | None) -> BandFunction | Non
 def decode_document(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
     """Return the text of a document that is tokenized already."""
     assert tokenizer is not None, "tokens are read with the tokenizer that made them"
-    return tokenizer.decode(ids[ids != tokenizer.eos_id].tolist())
+    return tokenizer.decode(ids[~np.isin(ids, tokenizer.border_ids)].tolist())
 
 
 def document_status(chunks: Sequence[Path]) -> list[np.ndarray]:

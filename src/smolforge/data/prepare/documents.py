@@ -33,6 +33,8 @@ class Document(NamedTuple):
     """Whether nothing says what it should be kept together with."""
     ends: bool = True
     """Whether the document ends with this text; a large one comes in pieces."""
+    starts: bool = True
+    """Whether the document starts with this text."""
     ids: np.ndarray | None = None
     """Where it is tokenized already; then there is no text."""
 

@@ -83,9 +83,10 @@ class PrepareJob:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Return a digest of all that decides the ids of a document: vocabulary, eos token and chat template."""
+    """Return a digest of all that decides the ids of a document: vocabulary, BOS and eos tokens, and chat template."""
     template = tokenizer.template.source.splitlines() if tokenizer.template else None
-    return hashlib.sha256(json.dumps([tokenizer.fingerprint, tokenizer.eos_token, template]).encode()).hexdigest()
+    key = [tokenizer.fingerprint, tokenizer.eos_token, template, *tokenizer.bos_ids]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def finished_chunks(job: PrepareJob) -> list[Path]:
@@ -202,7 +203,11 @@ class PartReader:
             elif item.text.strip() or item.ids is not None or continues or self.document_open:
                 self.seen_digests |= {start_digest} if start_digest else set()
                 key = DocumentKey(start_digest, self.compare(item) if self.compare else None) if start_digest else None
-                split = [piece for piece in job.plan.pieces(item, start) if self.budget.remaining(piece[0]) > 0]
+                split = [
+                    piece
+                    for piece in job.plan.pieces(item._replace(starts=not continues), start)
+                    if self.budget.remaining(piece[0]) > 0
+                ]
                 yield [(*piece, None if number else key) for number, piece in enumerate(split)]
         self.finished = not self.needs_recount
 

@@ -70,6 +70,7 @@ def assemble(
         "fingerprint": hashlib.sha256("".join(digests).encode()).hexdigest(),
         "token_bytes": size,
         "eos_id": tokenizer.eos_id,
+        **({"bos_id": tokenizer.bos_ids[0]} if tokenizer.bos_ids and format_name == "text" else {}),
         "tokenizer": tokenizer.fingerprint,
         "lost_bytes": {f"{byte:02x}": count for byte, count in sorted(lost.items())},
         "splits": {split: writer.size for split, writer in writers.items()},

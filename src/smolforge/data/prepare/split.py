@@ -74,7 +74,7 @@ class CountedSplit:
             cut = border + 1 if border >= 0 else cut
             if cut:
                 yield TRAIN, document._replace(text=text[:cut], ends=True)
-            yield HELD_OUT, document._replace(text=text[cut:])
+            yield HELD_OUT, document._replace(text=text[cut:], starts=document.starts or cut > 0)
 
     def cache_key(self) -> Any:
         groups = text_digest("\n".join(sorted(self.held_out_groups))).hex()

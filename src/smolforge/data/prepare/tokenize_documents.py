@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from smolforge.config import Data
 from smolforge.data.prepare.conversations import (
     conversation_document,
@@ -60,18 +62,18 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[Document]) -> list[list[E
 
 
 def encode_text(tokenizer: Tokenizer, document: Document, ids: list[int] | None) -> EncodedDocument:
-    """Return a text encoded, with its sizes and its eos token; one that is tokenized already, as it is."""
+    """Return a text encoded, with its sizes, its eos token and BOS if it has one; one that is tokenized, as it is."""
     if ids is None:
         assert document.ids is not None
         if (largest_id := int(document.ids.max(initial=0))) >= len(tokenizer):
             raise InvalidFileError(
                 f"{document.location} has id {largest_id}, and the tokenizer has {len(tokenizer):,}; name its own"
             )
-        text_ids = document.ids[document.ids != tokenizer.eos_id].tolist()
+        text_ids = document.ids[~np.isin(document.ids, tokenizer.border_ids)].tolist()
         return EncodedDocument(document.ids.tolist(), len(tokenizer.decode(text_ids).encode()))
     text = document.text
-    end = [tokenizer.eos_id] if document.ends else []
-    return EncodedDocument(ids + end, len(text.encode()), tokenizer.lost_bytes(text), ends=document.ends)
+    ids = (tokenizer.bos_ids if document.starts else []) + ids + ([tokenizer.eos_id] if document.ends else [])
+    return EncodedDocument(ids, len(text.encode()), tokenizer.lost_bytes(text), ends=document.ends)
 
 
 def truncate_text(tokenizer: Tokenizer, text: list[EncodedDocument], max_tokens: float) -> list[EncodedDocument]:
@@ -81,8 +83,10 @@ def truncate_text(tokenizer: Tokenizer, text: list[EncodedDocument], max_tokens:
     if len(document.ids) + 2 * (not document.ends) <= max_tokens:
         return text
     ids = document.ids[: max(0, int(max_tokens) - 1)]
-    part = document._replace(ids=[*ids, tokenizer.eos_id], text_bytes=len(tokenizer.decode(ids).encode()), ends=True)
-    return [part] if ids else []
+    text_ids = [number for number in ids if number not in tokenizer.border_ids]
+    text_bytes = len(tokenizer.decode(text_ids).encode())
+    part = document._replace(ids=[*ids, tokenizer.eos_id], text_bytes=text_bytes, ends=True)
+    return [part] if text_ids else []
 
 
 def encode_conversations(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[EncodedDocument]]:
