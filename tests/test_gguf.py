@@ -391,13 +391,13 @@ def test_released_file_is_read_and_given_back_to_the_bit(tmp_path):
 @needs_released
 def test_released_file_is_the_start_of_a_run(recipe, tmp_path):
     words = ["train", str(recipe), "--run", str(tmp_path / "run"), "--init-from", str(RELEASED), "--train.steps", "2"]
-    assert cli.run([*words, "--optim.schedule.warmup-steps", "0", "--optim.learning-rate", "1e-5"]) == 0
+    assert cli.run([*words, "--optim.schedule.warmup-steps", "0"]) == 0
     before, trained = loading.load(RELEASED), loading.load(tmp_path / "run")
     assert trained.tokenizer.fingerprint == before.tokenizer.fingerprint
     assert trained.tokenizer.settings["chat_template"] == before.tokenizer.settings["chat_template"]
     weights = dict(before.named_parameters())
     moved = max((weight - weights[name]).abs().max().item() for name, weight in trained.named_parameters())
-    assert 0 < moved < 1e-4
+    assert 0 < moved < 0.1
 
 
 # The tokenizer.
