@@ -39,11 +39,11 @@ FORMS = {"symmetric": QuantizationScheme(4, 32), "zero point": QuantizationSchem
 forms = pytest.mark.parametrize("scheme", FORMS.values(), ids=FORMS)
 
 
-def problem(seed, *, outputs=8, inputs=64, tokens=200, scheme=FORMS["symmetric"]):
+def problem(seed, *, outputs=8, inputs=64, tokens=200, mixed=0.25, scheme=FORMS["symmetric"]):
     """A matrix, H of correlated inputs, and a grid."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator)
-    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / 4 + torch.eye(inputs)
+    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) * mixed + torch.eye(inputs)
     sizes = torch.rand(inputs, generator=generator, dtype=torch.float64) * 3 + 0.1
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixing * sizes
     return weight, 2 * x.T @ x, search_grid(weight, scheme)
@@ -78,9 +78,14 @@ def test_solve_equals_the_papers_formulas(scheme, inputs):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), scheme=st.sampled_from(list(FORMS.values())), tokens=st.integers(1, 300))
-def test_solve_is_never_worse_than_rounding(seed, scheme, tokens):
-    weight, hessian, grid = problem(seed, tokens=tokens, scheme=scheme)
+@given(
+    seed=st.integers(0, 2**31),
+    scheme=st.sampled_from(list(FORMS.values())),
+    tokens=st.integers(1, 3000),
+    mixed=st.sampled_from([0.0, 0.01, 0.25]),
+)
+def test_solve_is_never_worse_than_rounding(seed, scheme, tokens, mixed):
+    weight, hessian, grid = problem(seed, tokens=tokens, mixed=mixed, scheme=scheme)
     chosen, nearest = solve(weight, hessian, grid, bits=4), nearest_integers(weight, grid, 4)
     errors = [output_error(weight, dequantize(integers, *grid), hessian) for integers in (chosen, nearest)]
     assert (errors[0] <= errors[1]).all()
