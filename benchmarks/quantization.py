@@ -1,6 +1,6 @@
 """A model in every form of 4 and 8 bits, ours and llama.cpp's: bytes, and its predictions beside the model before.
 
-    python benchmarks/quantization.py MODEL --text FILE --calibrate FILE --out FOLDER [--forms NAME ...]
+    python benchmarks/quantization.py MODEL --text FILE --calibrate FILE --out FOLDER [--forms NAME ...] [--tokens N]
 
 Each form is made and measured once and kept in FOLDER, so a run that was cut goes on, and several can share the work.
 llama.cpp's forms take `.llama`, which `make .llama` builds. Losses and sizes do not depend on the machine.
@@ -72,7 +72,18 @@ class Bench:
             gguf.to_gguf(self.model, full, "f32")
         matrix, flags = self.out / "importance.gguf", []
         if importance and not matrix.exists():
-            words = ["-m", full, "-f", self.calibrate, "-o", matrix, "-c", "1024", "--chunks", "16"]
+            words = [
+                "-m",
+                full,
+                "-f",
+                self.calibrate,
+                "-o",
+                matrix,
+                "-c",
+                "1024",
+                "--chunks",
+                str(texts.MAX_TOKENS // 1024),
+            ]
             subprocess.run([LLAMA / "llama-imatrix", *words], check=True, capture_output=True)
         if importance:
             flags = ["--imatrix", matrix]
@@ -146,7 +157,9 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--forms", nargs="*", default=list(FORMS), metavar="NAME", help=", ".join(FORMS))
+    parser.add_argument("--tokens", type=int, default=texts.MAX_TOKENS, help="of each text")
     args = parser.parse_args()
+    texts.MAX_TOKENS = args.tokens
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.model, args.out, text=args.text, calibrate=args.calibrate)
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
