@@ -61,6 +61,7 @@ NOT_RUN = {
     "docs/own-classes.md smolforge train": "hours; tests/test_custom_classes.py has it small",
     "docs/quantization.md smolforge export": "tests/test_quantize.py",
     "docs/quantization.md smolforge verify": "tests/test_quantize.py",
+    "docs/quantization.md make .released": "half an hour; tests/test_gptq.py holds its best figures in the long tests",
     "README.md pip install": "needs the repository; tests/test_wheel.py installs the wheel",
     "docs/releasing.md git tag": "publishes",
     "docs/reliability.md smolforge train": "needs a mounted disk; tests/test_mirror.py, tests/test_examples.py",
