@@ -207,7 +207,7 @@ def test_names_keys_and_tools_never_become_special_tokens():
 
 
 READING = """{%- for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} ({{ m['name'] }}){% endif %}
-{% if m.get('content') is not none %}{{ m.content }}{% endif %}
+{{ m.content }}{% if m.get('content') is none %} nothing{% endif %}{% if 'content' not in m %}!{% endif %}
 {%- for call in m.tool_calls or [] %}
 <call>{{ call.function.name }}{% for key, value in call.function.arguments.items() %}{% if key != 'reponame' %}
 {{ key }}={{ value }}{% endif %}{% endfor %}{{ call.function.arguments | tojson(sort_keys=true) }}</call>
@@ -322,7 +322,7 @@ def test_message_content_may_be_a_list_of_parts():
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert ChatTemplate("{{ messages[0].content }}").render(parts) == "a\nb"
     assert ChatTemplate("{{ messages[0].content[1]['text'] }}").render(parts) == "b"
-    assert ChatTemplate("{{ messages[0].content is none }}").render([{"role": "user", "content": None}]) == "True"
+    assert ChatTemplate("{{ messages[0].content is defined }}").render([{"role": "user", "content": None}]) == "False"
 
 
 def test_chat_template_list_uses_the_default(tmp_path):

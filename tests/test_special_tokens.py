@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from test_chat_template import READING
 from test_server import Running, events
 from test_sft import TUNING, asked, written
 from tokenizers import processors
@@ -27,8 +28,9 @@ from smolforge.models.quantized import QuantizationScheme
 from smolforge.runs import train
 from smolforge.testing import tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
+from smolforge.tokenizer.chat import CHATML
 from smolforge.tokenizer.gguf_tokenizer import from_values, to_values
-from smolforge.verification import HARD_TEXTS
+from smolforge.verification import HARD_CONVERSATIONS, HARD_TEXTS, checks
 from smolforge.verification.checks import GREEDY_SAMPLER
 
 GREEDY = {"temperature": 0, "max_new_tokens": 30}
@@ -420,3 +422,24 @@ def test_parse_special_gives_the_ids_of_the_chat():
         assert server.post("/tokenize", prompt=text).json()["tokens"] == ids
         assert server.post("/tokenize", prompt=text, parse_special=False).json()["tokens"] != ids
         assert server.post("/v1/completions", prompt=text, **body).json()["usage"] == whole["usage"]
+
+
+# verify
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, READING, "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"]
+)
+def test_verify_compares_ids_and_templates_with_transformers(tmp_path, template):
+    plain = bos_tokenizer("llama 3")
+    ours = Tokenizer(plain.backend, plain.settings | {"chat_template": template})
+    ours.save(tmp_path)
+    assert checks.check_tokenizer(ours, tmp_path, HARD_TEXTS).holds
+    check = checks.check_template(ours, tmp_path, HARD_CONVERSATIONS)
+    assert check.holds and ("refuses 1" in check.message) == (template == CHATML)
+    without_bos = Tokenizer(bos_tokenizer("none").backend, ours.settings)
+    assert not checks.check_tokenizer(without_bos, tmp_path, HARD_TEXTS).holds
+    other = Tokenizer(plain.backend, ours.settings | {"chat_template": template.replace("content", "role")})
+    assert not checks.check_template(other, tmp_path, HARD_CONVERSATIONS).holds
+    strict = Tokenizer(plain.backend, ours.settings | {"chat_template": "{{ raise_exception('no') }}"})
+    assert not checks.check_template(strict, tmp_path, HARD_CONVERSATIONS).holds

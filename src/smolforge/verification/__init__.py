@@ -8,6 +8,7 @@ files -> strict load -> counts, finite weights -> logits, greedy text, cache -> 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 
@@ -36,6 +37,22 @@ HARD_TEXTS = (
     "{}[]()<>|\\/`~!@#$%^&*_+-=;:'\",.?" * 3,
 )
 """Texts in which tokenizers differ: white space, digits, apostrophes, marks, scripts."""
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"name": "Bern", "content": 1}}}
+HARD_CONVERSATIONS: tuple[list[dict[str, Any]], ...] = (
+    *([{"role": "user", "content": text}] for text in HARD_TEXTS),
+    [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": " a \n"},
+        {"role": "assistant", "content": "\n\nb "},
+    ],
+    [{"role": "user", "name": "Ann", "content": "a"}, {"role": "assistant", "name": "file", "content": "b"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "content": "12 C"},
+    ],
+)
+"""Conversations in which templates differ: white space at the ends, names, calls of tools, content that is null."""
 
 
 def verify(
@@ -166,6 +183,8 @@ def compare_with_transformers(
     oracle = Oracle(folder, torch.float32)
     if model.tokenizer is not None and folder.is_dir():
         record(checks.check_tokenizer(model.tokenizer, folder, HARD_TEXTS))
+        if model.tokenizer.template is not None:
+            record(checks.check_template(model.tokenizer, folder, HARD_CONVERSATIONS))
     same_logits = record(checks.check_logits(model, oracle, text)).holds
     same_text = record(checks.check_greedy(model, oracle, sample_prompt_ids(model))).holds
     cache_holds = record(checks.check_cache(model, short[-1])).holds

@@ -1,7 +1,7 @@
 """The checks of a model, each a function that returns a `Check`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from smolforge.checkpoint import families, gguf, huggingface, quantization
 from smolforge.checkpoint.gguf import llama
 from smolforge.config import Generation, ModelConfig
-from smolforge.errors import ConfigError
+from smolforge.errors import ConfigError, InvalidFileError
 from smolforge.generation.engine import common_prefix_length
 from smolforge.generation.samplers import make_sampler
 from smolforge.generation.stream import generate_tokens
@@ -74,14 +74,13 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) -> Check:
-    """Check that Transformers gives the same ids for texts; say where AutoTokenizer gives others."""
+    """Check that Transformers gives the same ids for texts, BOS included; say where AutoTokenizer gives others."""
     transformers = require_transformers()
     with transformers_errors():
         plain = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         wrong, auto_wrong = (
-            [text for text in texts if theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text)]
-            for theirs in (plain, auto)
+            [text for text in texts if theirs.encode(text) != tokenizer.encode_prompt(text)] for theirs in (plain, auto)
         )
     message = f"the same ids for {len(texts) - len(wrong)} of {len(texts)} texts"
     if wrong:
@@ -92,6 +91,38 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Sequence[str]) ->
             f"for {len(auto_wrong)} of them, such as {auto_wrong[0]!r}: use PreTrainedTokenizerFast there"
         )
     return Check("tokenizer", not wrong, message, {"auto_tokenizer_differs": len(auto_wrong)})
+
+
+def check_template(tokenizer: Tokenizer, folder: Path, conversations: Sequence[list[dict[str, Any]]]) -> Check:
+    """Check that Transformers renders conversations to the same ids, and refuses what the template refuses here.
+
+    They should have no special token in a message: here that is plain text on purpose, there the token.
+    """
+    transformers = require_transformers()
+    with transformers_errors():
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    pairs = [(rendered_ids(tokenizer.chat, talk), rendered_ids(theirs_chat(theirs), talk)) for talk in conversations]
+    wrong = [talk for talk, (ours, expected) in zip(conversations, pairs, strict=True) if ours != expected]
+    refused = sum(ours is None for ours, _ in pairs)
+    message = f"the same ids for {len(pairs) - len(wrong)} of {len(pairs)} conversations"
+    message += f", of which the template refuses {refused}" if refused else ""
+    return Check("template", not wrong, f"{message}; not for {wrong[0]!r}" if wrong else message)
+
+
+def theirs_chat(tokenizer: Any) -> Callable[[list[dict[str, Any]]], list[int]]:
+    """Return Transformers' rendering of a conversation up to the answer."""
+    return lambda talk: tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+
+
+def rendered_ids(
+    render: Callable[[list[dict[str, Any]]], list[int]], conversation: list[dict[str, Any]]
+) -> list[int] | None:
+    """Return the ids of a conversation, or None where the template refuses it."""
+    try:
+        with transformers_errors():
+            return render(conversation)
+    except InvalidFileError:
+        return None
 
 
 def check_finite(model: LanguageModel) -> Check:

@@ -128,7 +128,7 @@ def pair_of(document: Document) -> tuple[Messages, Messages]:
 
 def is_empty(answer: dict[str, Any]) -> bool:
     """Return whether an answer is empty."""
-    return not (answer.get("content") or "").strip() and not answer.get("tool_calls")
+    return not answer.get("content", "").strip() and not answer.get("tool_calls")
 
 
 def parse_pair(record: Any, location: str) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
@@ -161,10 +161,8 @@ def answered_conversation(record: dict[str, Any], key: str, location: str) -> Me
 
 
 def without_nulls(messages: Messages) -> Messages:
-    """Leave out the keys of messages that have no value; a content that is null is the template's to write."""
-    return [
-        {key: value for key, value in message.items() if value is not None or key == "content"} for message in messages
-    ]
+    """Leave out the keys of messages that have no value."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def check_answer(messages: Messages, key: str, location: str) -> None:

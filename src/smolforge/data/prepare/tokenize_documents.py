@@ -148,13 +148,13 @@ def all_or_nothing(_: Tokenizer, parts: list[EncodedDocument], max_tokens: float
 
 def conversation_text(document: Document) -> str:
     """Return the contents of all messages, to train a tokenizer on."""
-    return "\n".join((message.get("content") or "") for message in messages_of(document)[0])
+    return "\n".join(message.get("content", "") for message in messages_of(document)[0])
 
 
 def pair_text(document: Document) -> str:
     """Return the contents of all messages of a pair."""
     chosen, rejected = pair_of(document)
-    return "\n".join((message.get("content") or "") for message in [*chosen, rejected[-1]])
+    return "\n".join(message.get("content", "") for message in [*chosen, rejected[-1]])
 
 
 DATA_FORMATS = {

@@ -231,7 +231,7 @@ class ChatTemplate:
 def plain_messages(messages: Any, parts: bool = True) -> list[dict[str, Any]]:
     """Return the messages as plain JSON. Without `parts`, a content in parts becomes one text, a part a line.
 
-    A key without a value is left out; a content that is None is the template's to write, as in Transformers.
+    A key without a value is left out, a content too, as Transformers does.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ConfigError(
@@ -244,12 +244,12 @@ def plain_messages(messages: Any, parts: bool = True) -> list[dict[str, Any]]:
             raise ConfigError(
                 f"message {number} should be {{'role': ..., 'content': ...}}, not {_shortened_repr(message)}"
             )
-        fields = {key: value for key, value in message.items() if value is not None or key == "content"}
-        content = fields.get("content")
+        fields = {key: value for key, value in message.items() if value is not None}
+        content = fields.get("content", "")
         if isinstance(content, list | tuple):
             texts = [_part_text(number, part) for part in content]
             fields["content"] = content if parts else "\n".join(texts)
-        elif not isinstance(content, str | None):
+        elif not isinstance(content, str):
             raise ConfigError(
                 f"the content of message {number} should be a text, or a list of "
                 f"{{'type': 'text', 'text': ...}}, not {_shortened_repr(content)}"
