@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 import pytest
+from test_server import Running
+from test_special_tokens import bos_model
 
 from smolforge import cli
 from smolforge.checkpoint import huggingface, loading
@@ -96,14 +98,16 @@ def samples(result, name):
     return sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
 
 
-def by_name(path, model, **arguments):
+def by_name(path, model, /, chat=False, **arguments):
     """As a user of the harness calls it."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     tasks = TaskManager(include_path=path.rpartition("/")[0], include_defaults=False)
     name = path.rpartition("/")[2].removesuffix(".yaml")
-    return simple_evaluate(model, arguments, tasks=[name], task_manager=tasks, bootstrap_iters=0)
+    return simple_evaluate(
+        model, arguments, tasks=[name], task_manager=tasks, bootstrap_iters=0, apply_chat_template=chat
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,3 +245,49 @@ def test_harness_without_lm_eval_names_the_extra(capsys, monkeypatch, folder):
     code, _, err = call(capsys, folder, "--harness", "hellaswag")
     assert code == 4
     assert 'need the package lm_eval: pip install "smolforge[harness]"' in err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_harness_model_equals_the_hf_model_where_bos_is_added(local, tmp_path, kind):
+    model = bos_model("llama 2", vocab_size=321)
+    huggingface.save(model, tmp_path / "model", model.tokenizer)
+    path, folder = local(kind), str(tmp_path / "model")
+    theirs = samples(by_name(path, "hf", pretrained=folder, device="cpu", dtype="float32"), f"local_{kind}")
+    ours = samples(by_name(path, "smolforge", pretrained=folder), f"local_{kind}")
+    assert len(ours) == 20
+    for our, their in list(zip(ours, theirs, strict=True)):
+        if kind == "writing" and our["doc_id"] == 3:
+            continue  # behind nothing at all; the HF model goes on from padding there
+        for mine, other in zip(our["filtered_resps"], their["filtered_resps"], strict=True):
+            assert mine == (other if isinstance(other, str) else pytest.approx(other, rel=1e-4, abs=2e-3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["huggingface", "remote"])
+def test_lm_eval_scores_rendered_chats_over_http_as_its_hf_model_does(local, tmp_path, monkeypatch, backend):
+    """With a tokenizer of its own it sends ids; the served one has to read the special tokens that a template wrote.
+
+    lm_eval 0.4.13 hands a remote tokenizer the messages instead of their text; the text is what its RemoteTokenizer
+    renders.
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    path, model = local("choice"), tiny_model(max_position_embeddings=1024)
+    with Running(model=model, context=1024, parse_special=True) as server:
+        huggingface.save(model, tmp_path / "model", model.tokenizer)
+        hf = {"pretrained": str(tmp_path / "model"), "device": "cpu", "dtype": "float32"}
+        expected = samples(by_name(path, "hf", chat=True, **hf), "local_choice")
+        url, tokenizer = f"{server.url}/v1/completions", str(tmp_path / "model") if backend == "huggingface" else None
+        served = {"model": "tiny", "base_url": url, "tokenizer_backend": backend, "tokenizer": tokenizer}
+        if backend == "remote":
+
+            def render(self, chat, add_generation_prompt=True):
+                return self.tokenizer.apply_chat_template(chat, add_generation_prompt)
+
+            monkeypatch.setattr(LocalCompletionsAPI, "apply_chat_template", render)
+        found = samples(by_name(path, "local-completions", chat=True, max_length=1023, **served), "local_choice")
+    assert all("<|im_start|>" in sample["arguments"][0][0] for sample in expected)
+    for mine, other in zip(found, expected, strict=True):
+        values = [[score for score, _ in sample["filtered_resps"]] for sample in (mine, other)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=2e-3)
