@@ -16,6 +16,8 @@ import type_checks  # noqa: F401  before smolforge, whose functions it wraps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smolforge.checkpoint import loading
+from smolforge.models.decoder import LanguageModel
 from smolforge.testing import HubMirror, processes, sentences, tiny_config, tiny_model, tiny_tokenizer
 from smolforge.tokenizer import Tokenizer
 from smolforge.verification import checks
@@ -156,6 +158,12 @@ def _shorter_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def released() -> LanguageModel:
+    """The released model, once for each process; tests leave it as it is."""
+    return loading.load(RELEASED)
 
 
 @pytest.fixture

@@ -43,8 +43,9 @@ class Running:
     def __init__(self, key=None, model=None, **place):
         self.model = model or tiny_model()
         tokenizer = self.model.tokenizer
-        tokenizer.settings["chat_template"] = TEMPLATE
-        tokenizer.template = tokenizer._chat_template()
+        if tokenizer.template is None:
+            tokenizer.settings["chat_template"] = TEMPLATE
+            tokenizer.template = tokenizer._chat_template()
         rules = AccessRules(key, max_body_bytes=100_000)
         self.server, self.desk = build_server(
             self.model, "tiny", ServerConfig(port=0, **{"context": 128, "slots": 4, **place}), rules=rules
