@@ -25,7 +25,7 @@ from smolforge.training.run_folder import read_records
 pytestmark = [needs_released, pytest.mark.long]
 TOPICS = ("rivers", "stars", "bread", "cats", "music", "winter", "ships", "gardens")
 STEPS = {"lora": 4, "dpo": 4, "sft": 3}
-LOG_2 = math.log(2)
+LOG_2, RANDOM_LOSS = math.log(2), math.log(49_152)
 
 
 def call(capsys, *words):
@@ -96,7 +96,7 @@ def test_released_model_tunes_and_resumes_bit_for_bit_after_sigkill(kind, releas
         [record["loss"] for record in read_records(tmp_path / run / "metrics.jsonl")] for run in ("whole", "parts")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == steps
-    assert losses[0][0] == pytest.approx(LOG_2, abs=1e-5) if kind == "dpo" else 1 < losses[0][0] < 4
+    assert losses[0][0] == pytest.approx(LOG_2, abs=1e-5) if kind == "dpo" else losses[0][0] < RANDOM_LOSS / 2
     tuned, ids = load(tmp_path / "whole"), torch.arange(24)[None]
     with torch.inference_mode():
         assert 1e-4 < (tuned(ids) - released(ids)).abs().max() < 5
@@ -219,7 +219,7 @@ def test_lm_eval_equals_ours_on_the_released_model(shared, tmp_path, monkeypatch
 # The doctor
 
 
-def test_machine_report_verifies_the_released_model(tmp_path, monkeypatch, whole_checks):
+def test_machine_report_verifies_the_released_model(tmp_path, monkeypatch, whole_checks, compiling):
     """Within a minute of a processor."""
     package = tmp_path / machine.RELEASED_MODEL
     package.mkdir()
