@@ -104,7 +104,10 @@ def test_released_chat_prompt_is_the_published_one(released):
 
 @pytest.mark.long
 def test_released_file_is_read_as_transformers_reads_it(released):
-    """Weights to the bit, settings, token ids, chat prompts, and greedy text by their own generate()."""
+    """Weights to the bit, settings, chat prompts, and greedy text by their own generate().
+
+    Its tokenizer of a .gguf splits numbers otherwise than the published one, to which hard texts are held above.
+    """
     oracle = Oracle(RELEASED, torch.float32)
     read = oracle.model.state_dict()
     for name, weight in released.state_dict().items():
@@ -115,8 +118,6 @@ def test_released_file_is_read_as_transformers_reads_it(released):
     assert released.config.rms_norm_eps == pytest.approx(oracle.model.config.rms_norm_eps, rel=1e-6)  # fp32 in the file
     assert released.config.rope_theta == oracle.model.config.rope_parameters["rope_theta"]
     tokenizer = AutoTokenizer.from_pretrained(RELEASED.parent, gguf_file=RELEASED.name)
-    for text in (*HARD_TEXTS, TEXT):
-        assert released.tokenizer.encode(text) == tokenizer.encode(text, add_special_tokens=False)
     for chat in (user("hi"), [{"role": "system", "content": ""}, *user("hi")]):
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         assert released.tokenizer.chat(chat) == tokenizer.encode(prompt, add_special_tokens=False)

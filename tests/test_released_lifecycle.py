@@ -163,12 +163,12 @@ def test_released_model_exports_to_gguf_blocks_and_back(kind, bits, released, tm
             assert (error <= 1.01 * largest / 2 ** (bits - 1) + 1e-7).all(), name
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_released_model_exports_to_integers_and_back(form, tmp_path, capsys):
+@pytest.mark.parametrize(("form", "flags"), [("int8", []), ("int4", ["--calibrate", "none"])])
+def test_released_model_exports_to_integers_and_back(form, flags, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("Gravity is the force that pulls things down. " * 40)
-    result = call(capsys, "export", RELEASED, "--to", form, "--text", text, "--out", tmp_path / "out")
-    assert result["after"]["loss"] < 1.5 * result["before"]["loss"]
+    result = call(capsys, "export", RELEASED, "--to", form, "--text", text, *flags, "--out", tmp_path / "out")
+    assert result["after"]["loss"] - result["before"]["loss"] < 0.3  # nats; +10 % of ordinary text's are as many
     report = call(capsys, "verify", tmp_path / "out", "--against", RELEASED, "--out", tmp_path / "v.json")
     assert all(check["holds"] for check in report["checks"])
     question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -228,7 +228,7 @@ def test_machine_report_verifies_the_released_model(tmp_path, monkeypatch, whole
     monkeypatch.syspath_prepend(tmp_path)
     start = time.process_time()
     report = machine.verify_released_model(tmp_path)
-    print(f"{time.process_time() - start:.0f} s of a processor")
-    assert time.process_time() - start < 60
+    seconds = time.process_time() - start
     assert (report["installed"], report["file"], report["holds"]) == (True, RELEASED.name, True)
     assert {"logits float32", "greedy"} <= {check["name"] for check in report["checks"]}
+    assert seconds < 60
