@@ -39,6 +39,13 @@ FORMS = {"symmetric": QuantizationScheme(4, 32), "zero point": QuantizationSchem
 forms = pytest.mark.parametrize("scheme", FORMS.values(), ids=FORMS)
 
 
+@pytest.fixture(autouse=True)
+def _short_texts(request, monkeypatch):
+    """Read less of a text, but on the released weights."""
+    if request.node.get_closest_marker("long") is None:
+        monkeypatch.setattr(texts, "MAX_TOKENS", 2048)
+
+
 def problem(seed, *, outputs=8, inputs=64, tokens=200, mixed=0.25, scheme=FORMS["symmetric"]):
     """A matrix, H of correlated inputs, and a grid."""
     generator = torch.Generator().manual_seed(seed)
@@ -218,7 +225,7 @@ def exporting(source, out, *words):
     return cli.run(["export", str(source), "--to", "int4", "--out", str(out), *map(str, words)])
 
 
-@pytest.mark.parametrize("flags", [(), ("--zero-point",)], ids=FORMS)
+@pytest.mark.parametrize("flags", [("--zero-point",), pytest.param((), marks=pytest.mark.long)], ids=list(FORMS)[::-1])
 def test_export_calibrates_by_a_text(plain, tmp_path, flags, capsys):
     texts_of = ["--text", plain.parent / "measured.txt", "--calibrate", plain.parent / "chosen.txt"]
     folder = tmp_path / "out"

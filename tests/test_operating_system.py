@@ -333,7 +333,7 @@ def test_chat_template_is_watched_where_it_cannot_be_limited(monkeypatch, templa
     monkeypatch.setattr(process, "MEMORY_BYTES", 8 << 30)  # of the limits that the child sets: not they
     monkeypatch.setattr(process, "START_BYTES", -(8 << 30) + (256 << 20))
     with pytest.raises(InvalidFileError, match=words):
-        worker.render(template, {}, 2.0)
+        worker.render(template, {}, seconds=2.0)
     worker.close()
     assert worker.render("a", {}) == "a"
     worker.close()

@@ -145,11 +145,13 @@ def test_released_file_holds_in_verify(whole_checks, compiling, tmp_path, capsys
 # The cache and the scores of a prompt
 
 
+@pytest.mark.long
 def test_released_model_with_a_cache_equals_a_full_pass(released, row):
     check = checks.check_cache(released, row[0, :12].tolist())
     assert check.holds, check.message
 
 
+@pytest.mark.long
 def test_released_prompt_scores_equal_transformers(released, row, expected, monkeypatch):
     """Read in chunks of 32 tokens, with the answer's first token after them."""
     monkeypatch.setattr(engine, "PREFILL_CHUNK_TOKENS", 32)
@@ -166,6 +168,7 @@ def test_released_prompt_scores_equal_transformers(released, row, expected, monk
     assert tokens[-1].id == int(expected[-1].argmax())
 
 
+@pytest.mark.long
 def test_released_item_scores_equal_transformers(released, theirs):
     """What multiple choice is decided by: the log-probability of each answer, of a question at a time."""
     query = "Question: What is the capital of France?\nAnswer:"
@@ -184,6 +187,7 @@ def test_released_item_scores_equal_transformers(released, theirs):
 # A chat that stops
 
 
+@pytest.mark.long
 def test_released_chat_stops_at_the_command_line_and_in_the_server(released, monkeypatch, capsys):
     """The same text, ended by the model; as one piece it is in the long form below."""
     monkeypatch.setattr(LoadingFlags, "load", lambda *_: released)

@@ -56,9 +56,9 @@ def part_paths(path: Path, metadata: Mapping[str, MetadataValue]) -> list[Path]:
             f"should end in -00001-of-00003.gguf where {NUMBER} is 0 and {COUNT} 3"
         )
     paths = [path.with_name(f"{match[1]}-{index:05}-of-{match[3]}.gguf") for index in range(1, int(match[3]) + 1)]
-    missing = next((part for part in paths if not part.is_file()), None)
+    missing = next((part.name for part in paths if not part.is_file()), None)
     if missing is not None:
-        raise InvalidFileError(f"{path} is one of {count} parts of a model, and {missing.name} is not beside it")
+        raise InvalidFileError(f"{path} is one of {count} parts of a model, and {missing} is not beside it")
     return paths
 
 
