@@ -63,6 +63,7 @@ NOT_RUN = {
     "docs/quantization.md smolforge verify": "tests/test_quantize.py",
     "docs/quantization.md make .released": "half an hour; tests/test_gptq.py holds its best figures in the long tests",
     "docs/quantization.md smolforge train": "a quarter of an hour; tests/test_released_lifecycle.py has a few steps",
+    "docs/performance.md make .released": "builds llama.cpp; tests/test_benchmarks.py runs the benchmark",
     "README.md pip install": "needs the repository; tests/test_wheel.py installs the wheel",
     "docs/releasing.md git tag": "publishes",
     "docs/reliability.md smolforge train": "needs a mounted disk; tests/test_mirror.py, tests/test_examples.py",
