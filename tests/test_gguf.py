@@ -36,7 +36,7 @@ from smolforge.testing import failing, sentences, tiny_config, tiny_model
 from smolforge.tokenizer import Tokenizer
 from smolforge.tokenizer import gguf_tokenizer as tokenizers
 from smolforge.tokenizer.gguf_tokenizer import from_values, to_values
-from smolforge.verification import HARD_TEXTS
+from smolforge.verification import HARD_TEXTS, transformers_reference
 
 WORST_ROUNDING = {
     "f32": 0,
@@ -900,6 +900,13 @@ def test_gguf_works_with_every_command(folder, tmp_path, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content["tokenizer"]["ids"] == len(smolforge.load(folder).tokenizer)
     assert content["parameters"]["total"] == sum(weight.numel() for weight in tiny_model().parameters())
+
+
+def test_gguf_verification_names_a_missing_accelerate(file, tmp_path, capsys, monkeypatch):
+    """Not a fault of the model."""
+    monkeypatch.setattr(transformers_reference, "find_spec", lambda name: None)
+    assert cli.run(["verify", str(file), "--out", str(tmp_path / "verify.json")]) == 4
+    assert 'accelerate; pip install "smolforge[verify]"' in capsys.readouterr().err
 
 
 def test_gguf_verifies_and_exports_to_transformers(file, folder, tmp_path, capsys, compiling):

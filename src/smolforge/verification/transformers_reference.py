@@ -6,6 +6,7 @@ Axes: t tokens, c hidden, v vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Oracle:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         gguf_kwargs = {"gguf_file": folder.name} if folder.is_file() else {}
+        if gguf_kwargs and find_spec("accelerate") is None:
+            raise MissingResourceError(f"Transformers reads a .gguf with accelerate; {install_command('verify')}")
         with transformers_errors():
             model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder.parent if gguf_kwargs else folder,
