@@ -3,8 +3,9 @@
 Axes: t tokens, c hidden, v vocabulary.
 """
 
+import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +66,7 @@ class Oracle:
         gguf_kwargs = {"gguf_file": folder.name} if folder.is_file() else {}
         if gguf_kwargs and find_spec("accelerate") is None:
             raise MissingResourceError(f"Transformers reads a .gguf with accelerate; {install_command('verify')}")
-        with transformers_errors():
+        with transformers_errors(), redirect_stderr(io.StringIO()):  # bars of a .gguf that no setting turns off
             model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
                 folder.parent if gguf_kwargs else folder,
                 dtype=dtype,
