@@ -114,7 +114,7 @@ class SafetensorsReader:
     def _open(self, path: Path, stack: ExitStack) -> None:
         """Open one file. Raises InvalidFileError where it repeats another or has not what the index lists for it."""
         with safetensors_errors(path):
-            path.open("rb").close()  # safetensors says of every file it may not read that there is none
+            path.open("rb").close()  # without permission safetensors says: no such file
             file = stack.enter_context(safe_open(path, "pt"))
             names = list(file.keys())
         if repeated := self.files.keys() & set(names):

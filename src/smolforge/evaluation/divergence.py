@@ -46,7 +46,7 @@ class Predictions:
     kl_divergence: float
     """From the model before, mean over tokens, in nats."""
     top1_agreement: float
-    """Share of tokens whose likeliest successor is that of the model before."""
+    """Share of tokens after which the most likely token is that of the model before."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compare_predictions(
 def compare_logits(
     before: Float[Tensor, "n v"], after: Float[Tensor, "n v"], *, labels: Int[Tensor, " n"]
 ) -> Float[Tensor, " 4"]:
-    """Return the sums over tokens: the loss of each, the divergence, and how often both find the same likeliest."""
+    """Return the sums over tokens: each loss, the divergence, and how often both have the same most likely token."""
     log_before, log_after = before.log_softmax(-1), after.log_softmax(-1)
     return torch.stack(
         [
